@@ -1,0 +1,113 @@
+"""The one preprocessing record, and its one implementation.
+
+A checkpoint and a bundle carry the record; training, export, calibration and the bench all apply it here, so
+that no tool can see other pixels than another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from faqd.errors import UserError
+
+Resize = Literal["stretch", "crop", "letterbox"]
+Channels = Literal["rgb", "bgr", "grey"]
+LETTERBOX_GREY = 114
+"""Pixel value of letterbox borders: what detection users' own pipelines pad with."""
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """From an upright RGB uint8 image of any size to the network's input.
+
+    height, width: pixels. resize: how another size is brought to them: stretched; scaled to cover and cropped
+    at the centre; or scaled to fit inside grey borders. channels: order at the network's input.
+    mean, std: per channel, in units of a pixel range 0..1: input = (pixel / 255 - mean) / std.
+    """
+
+    height: int
+    width: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resize: Resize = "stretch"
+    channels: Channels = "rgb"
+
+    def __post_init__(self) -> None:
+        wanted = 1 if self.channels == "grey" else 3
+        if len(self.mean) != wanted or len(self.std) != wanted:
+            raise UserError(
+                f"--mean and --std need {wanted} value(s) for {self.channels} input, "
+                f"found {len(self.mean)} and {len(self.std)}."
+            )
+        if min(self.std) <= 0:
+            raise UserError(f"--std {self.std}: every value must be above 0.")
+
+    def fit(self, image_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """One upright RGB image (H, W, 3) uint8 -> (height, width, channels) uint8."""
+        return _to_channels(_resized(image_HWC, self.height, self.width, self.resize), self.channels)
+
+    def normalise(self, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Fitted images (N, height, width, channels) uint8 -> network input (N, channels, height, width) float32."""
+        scale, offset = self.affine()
+        return np.ascontiguousarray((images_NHWC.astype(np.float32) * scale + offset).transpose(0, 3, 1, 2))
+
+    def affine(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """The normalisation as input = pixel * scale + offset, per channel, float32."""
+        mean, std = np.asarray(self.mean), np.asarray(self.std)
+        return (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> Preprocess:
+        return cls(**{**record, "mean": tuple(record["mean"]), "std": tuple(record["std"])})
+
+
+def _resized(image: NDArray[np.uint8], height: int, width: int, how: Resize) -> NDArray[np.uint8]:
+    h, w = image.shape[:2]
+    if (h, w) == (height, width):
+        return image
+    if how == "stretch":
+        return _scaled(image, height, width)
+    ratio = (max if how == "crop" else min)(height / h, width / w)
+    scaled = _scaled(image, max(1, round(h * ratio)), max(1, round(w * ratio)))
+    h, w = scaled.shape[:2]
+    if how == "crop":
+        top, left = max(0, h - height) // 2, max(0, w - width) // 2
+        return scaled[top : top + height, left : left + width]
+    framed = np.full((height, width, image.shape[2]), LETTERBOX_GREY, np.uint8)
+    top, left = (height - h) // 2, (width - w) // 2
+    framed[top : top + h, left : left + w] = scaled
+    return framed
+
+
+def _scaled(image: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    """Separable triangle-filter resize, widened when shrinking so that nothing aliases."""
+    rows = _triangle_weights(image.shape[0], height)
+    columns = _triangle_weights(image.shape[1], width)
+    scaled = np.einsum("yh,hwc,xw->yxc", rows, image.astype(np.float32), columns, optimize=True)
+    return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+
+
+def _triangle_weights(source: int, target: int) -> NDArray[np.float32]:
+    """(target, source) rows of weights that sum to one; pixel centres at half-integers."""
+    reach = max(1.0, source / target)
+    centres = (np.arange(target) + 0.5) * source / target
+    distance = np.abs(np.arange(source) + 0.5 - centres[:, None]) / reach
+    weights = np.maximum(0.0, 1.0 - distance)
+    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+
+
+def _to_channels(image_HWC: NDArray[np.uint8], channels: Channels) -> NDArray[np.uint8]:
+    if channels == "rgb":
+        return image_HWC
+    if channels == "bgr":
+        return image_HWC[..., ::-1]
+    # ITU-R BT.601 luma, the grey of every common image library.
+    grey = image_HWC.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
+    return np.rint(grey).astype(np.uint8)[..., None]

@@ -1,0 +1,88 @@
+"""The quantization scheme: which integer codes a tensor may take, and how that is written for people.
+
+Words: a *scale* is the real size of one code; a *code* is the integer. Whatever is deployed rounds half to
+even and then saturates: code = clip(round_half_even(x / scale), low, high).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from faqd.errors import UserError
+
+Target = Literal["tensorrt", "onnxruntime"]
+TARGETS: tuple[Target, ...] = ("tensorrt", "onnxruntime")
+FLOAT_BITS = 32
+"""The bit count that stands for "not quantized", as in the papers' 4W32A."""
+
+
+@dataclass(frozen=True)
+class Quant:
+    """The codes low..high of one tensor, with one scale (axis None) or one per slice of `axis`.
+
+    holds_zero is False only for binary weights, whose codes are -1 and +1.
+    """
+
+    low: int
+    high: int
+    axis: int | None = None
+    holds_zero: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.low <= 0 < self.high:
+            raise ValueError(f"Quant({self.low}, {self.high}): need low <= 0 < high")
+
+    @property
+    def signed(self) -> bool:
+        return self.low < 0
+
+    @property
+    def bits(self) -> int:
+        """The bits one code needs when packed (a ternary code needs two)."""
+        return 1 if not self.holds_zero else (self.high - self.low).bit_length()
+
+    @property
+    def label(self) -> str:
+        """Short name for tables: the bits, and the range where the bits alone would mislead."""
+        if not self.holds_zero:
+            return "1"
+        if (self.low, self.high) == (-1, 1):
+            return "2 (ternary)"
+        if self.low == 0 and self.high == 127:
+            return "8 (0..127)"
+        return f"{self.bits}" if not self.signed else f"{self.bits} (±{self.high})"
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def weight_quant(bits: int, axis: int | None) -> Quant:
+    """The weight grid of `bits` (1..8): binary, ternary, then symmetric -Q..Q with Q = 2^(bits-1) - 1."""
+    check_bits("--weight-bits", bits, 8)
+    if bits == 1:
+        return Quant(-1, 1, axis, holds_zero=False)
+    high = 1 if bits == 2 else 2 ** (bits - 1) - 1
+    return Quant(-high, high, axis)
+
+
+def activation_quant(bits: int, target: Target) -> Quant:
+    """The grid of `bits` (1..8) for activations that are never negative.
+
+    Eight bits are 0..127 unless the student is trained for onnxruntime alone: TensorRT has no unsigned
+    8-bit activations, so 0..255 could not be lowered there unchanged.
+    """
+    check_bits("--act-bits", bits, 8)
+    return Quant(0, 127 if bits == 8 and target == "tensorrt" else 2**bits - 1)
+
+
+SIGNED_8 = Quant(-128, 127)
+"""The grid of everything that can be negative: the network input, shortcuts, and whatever is not behind a ReLU."""
+
+POOLED_8 = Quant(0, 127)
+"""The grid of averages of non-negative values, the classifier's input among them."""
+
+
+def check_bits(option: str, bits: int, most: int) -> None:
+    if not 1 <= bits <= most:
+        raise UserError(f"{option} {bits}: choose 1 to {most}.")
