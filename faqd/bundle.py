@@ -1,0 +1,119 @@
+"""The bundle: one folder in which training, lowering and the bench meet. docs/bundle.md states the format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from faqd import __version__
+from faqd.errors import UserError
+from faqd.files import read_json, sha256, write_json
+from faqd.preprocess import Preprocess
+
+FORMAT = "faqd-bundle"
+VERSION = 1
+
+MANIFEST = "manifest.json"
+VERIFY = "verify.json"
+EVAL = "eval.npz"
+TEACHER = "teacher.onnx"
+FLOAT_STUDENT = "student.float.onnx"
+STUDENT_TENSORRT = "student.tensorrt.onnx"
+"""What build-engine builds: FP16 outside the integer layers unless exported with --float-type fp32."""
+STUDENT_TENSORRT_FP32 = "student.tensorrt.fp32.onnx"
+"""The same graph with FP32 outside the integer layers: what the exact gates run on."""
+STUDENT_ONNXRUNTIME = "student.onnxruntime.onnx"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle folder whose manifest was read and whose files have the recorded SHA-256."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """What tables call the student, such as `resnet20 8/8`."""
+        return str(self.manifest["name"])
+
+    @property
+    def kind(self) -> str:
+        """`distilled` or `ptq`."""
+        return str(self.manifest["kind"])
+
+    @property
+    def preprocess(self) -> Preprocess:
+        return Preprocess.from_json(self.manifest["preprocess"])
+
+    def has(self, name: str) -> bool:
+        return name in self.manifest["files"]
+
+    def path(self, name: str) -> Path:
+        """The path of a file of the bundle; UserError if this bundle was made without it."""
+        if not self.has(name):
+            raise UserError(f"{self.folder}: this bundle holds no {name}; it has {', '.join(self.manifest['files'])}.")
+        return self.folder / name
+
+    def evaluation(self) -> Evaluation:
+        with np.load(self.path(EVAL), allow_pickle=False) as arrays:
+            outputs = {key.removeprefix(_TEACHER_KEY): arrays[key] for key in arrays if key.startswith(_TEACHER_KEY)}
+            return Evaluation(arrays["images"], arrays["labels"] if "labels" in arrays else None, outputs)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What eval.npz holds: fitted uint8 images (N, H, W, C), labels (N,) int64 if there are any, and per network
+    output the float teacher's values (first axis N, or fewer where dense outputs were capped)."""
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64] | None
+    teacher: dict[str, NDArray[np.float32]]
+
+    def save(self, path: Path) -> None:
+        arrays: dict[str, Any] = {"images": self.images}
+        if self.labels is not None:
+            arrays["labels"] = self.labels.astype(np.int64)
+        arrays |= {_TEACHER_KEY + name: values for name, values in self.teacher.items()}
+        np.savez(path, **arrays)
+
+
+_TEACHER_KEY = "teacher."
+
+
+def load_bundle(folder: Path) -> Bundle:
+    """Read and check a bundle; UserError where it is missing, from a newer faqd, or a file was changed."""
+    if not (folder / MANIFEST).is_file():
+        raise UserError(f"{folder}: not a bundle (no {MANIFEST}). `faqd-deploy export RUN --out {folder}` makes one.")
+    manifest = read_json(folder / MANIFEST)
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise UserError(f"{folder / MANIFEST}: not the manifest of a bundle.")
+    if manifest.get("version") != VERSION:
+        raise UserError(
+            f"{folder}: bundle version {manifest.get('version')}, this faqd reads version {VERSION}: "
+            "export the run again with this faqd, or install the one that made the bundle."
+        )
+    for name, record in manifest["files"].items():
+        if Path(name).name != name:
+            raise UserError(f"{folder / MANIFEST}: the file name {name!r} leaves the folder.")
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{path}: missing from the bundle; copy the whole folder, or export the run again.")
+        if sha256(path) != record["sha256"]:
+            raise UserError(f"{path}: changed since the bundle was written (SHA-256 differs); export the run again.")
+    return Bundle(folder, manifest)
+
+
+def write_manifest(folder: Path, facts: dict[str, Any], made_from: dict[str, str]) -> Bundle:
+    """Write the manifest of the files that stand in `folder`; `made_from` gives each one's source SHA-256."""
+    files = {
+        name: {"sha256": sha256(folder / name), "bytes": (folder / name).stat().st_size, "made_from": source}
+        for name, source in made_from.items()
+    }
+    manifest = {"format": FORMAT, "version": VERSION, "faqd": __version__, **facts, "files": files}
+    write_json(folder / MANIFEST, manifest)
+    return Bundle(folder, manifest)
