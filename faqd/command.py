@@ -83,6 +83,9 @@ def emit_json(target: str | None, value: Any) -> None:
 
 
 json_option = click.option(
-    "--json", "json_target", metavar="FILE", help="Write the result as JSON to FILE, or to standard output for '-'."
+    "--json",
+    "json_target",
+    metavar="FILE",
+    help="Write the result as JSON to FILE, or to standard output for '-'.",
 )
 version_option = click.version_option(__version__, prog_name="faqd")

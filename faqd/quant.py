@@ -51,7 +51,9 @@ class Quant:
             return "2 (ternary)"
         if self.low == 0 and self.high == 127:
             return "8 (0..127)"
-        return f"{self.bits}" if not self.signed else f"{self.bits} (±{self.high})"
+        if not self.signed:
+            return f"{self.bits}"
+        return f"{self.bits} (±{self.high})" if self.low == -self.high else f"{self.bits} ({self.low}..{self.high})"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

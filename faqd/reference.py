@@ -1,0 +1,65 @@
+"""Quantized arithmetic in numpy: slow, small, and what every other implementation here is held against.
+
+Integers are held in float64 arrays, where sums of products are exact below 2^53 and matrix products fast; real
+values are float64, so that the only rounding that matters is the one to codes. Layout suffixes: N batch, C channels,
+H W pixels, O output channels, K kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A tensor on a grid: real value = codes * scale. codes: integers, zero point removed. scale: broadcastable."""
+
+    codes: Array
+    scale: Array
+
+    @property
+    def real(self) -> Array:
+        return self.codes * self.scale
+
+
+def quantize(x: Array, scale: float, low: int, high: int) -> Array:
+    """clip(round_half_even(x / scale), low, high)"""
+    return np.clip(np.rint(x / scale), low, high)
+
+
+def convolve(
+    x_NCHW: Array, w_OCKK: Array, strides: Sequence[int], pads: Sequence[int], dilations: Sequence[int], groups: int
+) -> Array:
+    """A convolution over any number of spatial axes, zero padded. pads: all begins, then all ends, as in ONNX."""
+    spatial = x_NCHW.ndim - 2
+    x = np.pad(x_NCHW, [(0, 0), (0, 0), *zip(pads[:spatial], pads[spatial:], strict=True)])
+    windows = windowed(x, w_OCKK.shape[2:], strides, dilations)
+    outputs = []
+    for x_group, w_group in zip(np.split(windows, groups, 1), np.split(w_OCKK, groups, 0), strict=True):
+        pixels = np.moveaxis(x_group, 1, spatial + 1)  # N, H, W, C, K, K
+        rows = pixels.reshape(*pixels.shape[: spatial + 1], -1)
+        outputs.append(np.moveaxis(rows @ w_group.reshape(len(w_group), -1).T, -1, 1))
+    return np.concatenate(outputs, 1)
+
+
+def windowed(x: Array, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]) -> Array:
+    """(N, C, out..., kernel...): every window of a padded tensor (N, C, spatial...), as a view."""
+    axes = tuple(range(2, x.ndim))
+    reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
+    view = np.lib.stride_tricks.sliding_window_view(x, reach, axes)
+    steps = [slice(None, None, s) for s in strides] + [slice(None, None, d) for d in dilations]
+    return view[(slice(None), slice(None), *steps)]
+
+
+def layer_sum(sums: Array, input_scale: Array, weight_scale: Array, bias: Array, channel_axis: int) -> Array:
+    """Integer sums to real values: sums * (input_scale * weight_scale) + bias, per output channel."""
+    shape = [1] * sums.ndim
+    shape[channel_axis] = -1
+    scale = np.broadcast_to(input_scale * weight_scale, bias.shape)
+    return sums * scale.reshape(shape) + bias.reshape(shape)

@@ -1,0 +1,111 @@
+"""The modules of a deployed student: integer codes and one well-defined arithmetic, in float64.
+
+Tensors between them hold real values that lie on a grid, code * scale; each module recovers the codes by a
+division, which is exact. Integer sums are exact; then one multiplication, one addition, one rounding, in the order
+that faqd/deploy/referee.py states for the exported file. Float32 numbers of the file (scales, biases) are widened.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from faqd.quant import Quant
+
+EXACT_FLOAT32 = 2**24
+"""Sums of integers below this are exact in float32, whatever their order."""
+
+
+class IntegerLayer(nn.Module):
+    """A convolution or linear layer with folded batch norm: real = sum(codes * input codes) * scales + bias.
+
+    codes: int8, output channels first. weight_scale: float32 (channels,). input_scale: float32 scalar.
+    bias: float32 (channels,); or where `bias_codes` int32 (channels,) are given, those times input_scale * weight_scale
+    rounded to float32, which is how the onnxruntime flavour stores it.
+    """
+
+    codes: Tensor
+    weight_scale: Tensor
+    input_scale: Tensor
+    bias: Tensor
+    bias_codes: Tensor | None
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        codes: Tensor,
+        weight_scale: Tensor,
+        input_scale: Tensor,
+        input_high: int,
+        bias: Tensor,
+        bias_codes: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.operator = "Linear" if isinstance(layer, nn.Linear) else "Conv"
+        self.geometry: dict[str, Any] = {}
+        if not isinstance(layer, nn.Linear):
+            self.geometry = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
+        self.register_buffer("codes", codes.to(torch.int8))
+        self.register_buffer("weight_scale", weight_scale.float())
+        self.register_buffer("input_scale", input_scale.float())
+        self.register_buffer("bias", bias.float())
+        self.register_buffer("bias_codes", bias_codes)
+        largest = float(self.codes.double().abs().flatten(1).sum(1).max()) * input_high
+        self._sum_type = torch.float32 if largest < EXACT_FLOAT32 else torch.float64
+
+    @property
+    def bias_scale(self) -> Tensor:
+        """float32 (channels,)"""
+        return (self.input_scale.double() * self.weight_scale.double()).float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = (x / self.input_scale.double()).round_().to(self._sum_type)
+        sums = self.apply_weights(q, self.codes.to(self._sum_type)).double()
+        per_channel = (-1, *[1] * (sums.dim() - 2)) if self.operator == "Conv" else (-1,)
+        scale = self.input_scale.double() * self.weight_scale.double()
+        real_bias = self.bias.double()
+        if self.bias_codes is not None:
+            real_bias = self.bias_codes.double() * self.bias_scale.double()
+        return sums * scale.reshape(per_channel) + real_bias.reshape(per_channel)
+
+    def apply_weights(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The plain operator, with this layer's stride, padding, dilation and groups."""
+        if self.operator == "Linear":
+            return F.linear(x, weight, bias)
+        convolve = F.conv1d if weight.dim() == 3 else F.conv2d
+        return convolve(x, weight, bias, **self.geometry)
+
+
+class Requantize(nn.Module):
+    """Quantize and dequantize: clip(round_half_even(x / scale), low, high) * scale. scale: float32 scalar."""
+
+    scale: Tensor
+
+    def __init__(self, scale: Tensor, quant: Quant) -> None:
+        super().__init__()
+        self.quant = quant
+        self.register_buffer("scale", scale.detach().float().reshape(()))
+
+    def codes(self, x: Tensor) -> Tensor:
+        return (x / self.scale.double()).round_().clamp_(self.quant.low, self.quant.high)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.codes(x).mul_(self.scale.double())
+
+
+class IntegerAverage(nn.Module):
+    """An average over pixels of codes: exact integer sums, one division, then the input's scale."""
+
+    scale: Tensor
+
+    def __init__(self, average: Any, scale: Tensor) -> None:
+        super().__init__()
+        self.average = average
+        self.register_buffer("scale", scale.detach().float().reshape(()))
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        codes = (x / self.scale.double()).round_()
+        return self.average(codes, *args, **kwargs) * self.scale.double()  # type: ignore[no-any-return]

@@ -1,0 +1,160 @@
+"""From a float network to a student in training: quantizers placed, nothing else changed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+
+from faqd.calib.ranges import Method, scale_from
+from faqd.train import graph
+from faqd.train.placement import Bits, Placement, place
+from faqd.train.quantizers import ActivationQuantizer, WeightQuantizer
+
+OBSERVED_VALUES = 65536
+"""Values kept per tensor and batch for choosing its scale: an evenly strided sample."""
+
+
+@dataclass(frozen=True)
+class Student:
+    """A network in training with its quantizers.
+
+    network: a graph module; state dict keys follow the user's module paths. bits: what it was prepared for.
+    taps: float node name -> student node name, for every node of the float graph.
+    """
+
+    network: fx.GraphModule
+    bits: Bits
+    taps: dict[str, str]
+
+    def quantizers(self) -> dict[str, ActivationQuantizer]:
+        """Activation quantizers by place, in graph order."""
+        modules = dict(self.network.named_modules())
+        names = [str(n.target) for n in self.network.graph.nodes if n.op == "call_module"]
+        return {
+            name.removesuffix(_SUFFIX): module
+            for name in names
+            if isinstance(module := modules[name], ActivationQuantizer)
+        }
+
+
+_SUFFIX = "_quant"
+
+
+def prepare(traced: fx.GraphModule, bits: Bits, example: Tensor) -> Student:
+    """Copy a captured float network and place its quantizers; activation scales still need `calibrate`.
+
+    example: (N, C, H, W), for shapes.
+    """
+    network = copy.deepcopy(traced)
+    graph.propagate(network, example)
+    placement = place(network, bits)
+    names = graph.places(network)
+    taps = {node.name: node.name for node in network.graph.nodes}
+    for node, quant in placement.weights.items():
+        layer = network.get_submodule(str(node.target))
+        if not parametrize.is_parametrized(layer, "weight"):
+            parametrize.register_parametrization(layer, "weight", WeightQuantizer(quant, layer.weight.detach()))
+    for node, quant in placement.activations.items():
+        path = names[node] + _SUFFIX
+        quantizer = ActivationQuantizer(quant)
+        network.add_submodule(path, quantizer)
+        with network.graph.inserting_after(node):
+            rounded = network.graph.call_module(path, (node,))
+        node.replace_all_uses_with(rounded, delete_user_cb=lambda user, own=rounded: user is not own)
+        taps[node.name] = rounded.name
+        if not quant.signed and graph.role(network, node) == "rectify":
+            # The grid starts at zero: the quantizer is the rectifier.
+            rounded.args = (node.args[0],)
+            network.graph.erase_node(node)
+    network.delete_all_unused_submodules()
+    network.graph.lint()
+    network.recompile()
+    graph.propagate(network, example)
+    return Student(network.train(), bits, taps)
+
+
+def scheme_table(traced: fx.GraphModule, placement: Placement) -> list[dict[str, Any]]:
+    """What every layer gets, in graph order: name, operator, weight shape, weight grid, input grid."""
+    names = graph.places(traced)
+    rows = []
+    for node, quant in placement.weights.items():
+        layer = traced.get_submodule(str(node.target))
+        source = node.args[0]
+        while isinstance(source, fx.Node) and source not in placement.activations and source.all_input_nodes:
+            source = source.all_input_nodes[0]
+        grid = placement.activations.get(source) if isinstance(source, fx.Node) else None
+        rows.append(
+            {
+                "name": names[node],
+                "operator": type(layer).__name__.removeprefix("Parametrized"),
+                "weight_shape": list(layer.weight.shape),
+                "weights": quant.label,
+                "inputs": grid.label if grid else "float",
+            }
+        )
+    return rows
+
+
+@torch.no_grad()
+def calibrate(student: Student, batches: Iterable[Tensor], method: Method) -> None:
+    """Set every activation scale from what the float network shows on unlabelled `batches` (N, C, H, W).
+
+    The network input is never clipped: its scale is that of the largest magnitude, whatever the method.
+    """
+    quantizers = student.quantizers()
+    observed: dict[str, list[Any]] = {name: [] for name in quantizers}
+
+    def watch(name: str) -> Any:
+        return lambda module, inputs: observed[name].append(strided_sample(inputs[0]))
+
+    hooks = [module.register_forward_pre_hook(watch(name)) for name, module in quantizers.items()]
+    try:
+        with float_forward(student):
+            for batch in batches:
+                student.network(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    inputs = {node.target for node in student.network.graph.nodes if node.op == "placeholder"}
+    for name, module in quantizers.items():
+        chosen: Method = "max" if name in inputs else method
+        module.scale.fill_(scale_from(np.concatenate(observed[name]), module.quant, chosen))
+
+
+def strided_sample(values: Tensor) -> Any:
+    """At most OBSERVED_VALUES of the values, evenly strided, as a float32 array."""
+    flat = values.detach().flatten()
+    return flat[:: max(1, flat.numel() // OBSERVED_VALUES)].float().cpu().numpy()
+
+
+@contextmanager
+def float_forward(student: Student) -> Iterator[None]:
+    """Within the block the student computes in float: activations rectified but not rounded, weights latent."""
+    network = student.network
+    training = network.training
+    layers = [module for module in network.modules() if parametrize.is_parametrized(module, "weight")]
+    network.eval()
+    for quantizer in student.quantizers().values():
+        quantizer.enabled = False
+    for layer in layers:
+        _weight_quantizer(layer).enabled = False
+    try:
+        yield
+    finally:
+        for quantizer in student.quantizers().values():
+            quantizer.enabled = True
+        for layer in layers:
+            _weight_quantizer(layer).enabled = True
+        network.train(training)
+
+
+def _weight_quantizer(layer: nn.Module) -> Any:
+    return layer.parametrizations.weight[0]  # type: ignore[union-attr,index]

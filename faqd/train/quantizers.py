@@ -1,0 +1,179 @@
+"""Quantizers with a gradient: weights by least squares, activations with a learned scale.
+
+Weights: W stays float; forward and backward use scale * codes(W), and the gradient with respect to that
+product goes to W unchanged (the straight-through rule of arXiv 2302.10899). The scale is recomputed from W.
+Activations: y = scale * clip(round_half_even(x / scale), low, high); the scale is learned by the straight-through
+derivative of that very function (LSQ, arXiv 1902.08153).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from faqd.quant import Quant
+
+SMALLEST_SCALE = 1e-6
+"""Activation scales stay above this; TensorRT refuses a zero scale."""
+
+SCAN = torch.logspace(math.log10(0.25), math.log10(1.2), 15)
+"""Starting points of the least-squares scan, as multiples of 2 max|w| / (2^bits - 1); 1 is added to them."""
+SCAN_PASSES = 4
+
+
+# Weights ---------------------------------------------------------------------------------------------------------
+
+
+def project(weight: Tensor, quant: Quant, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Least-squares codes and scale: minimise ||weight - scale * codes||^2 per slice of quant.axis.
+
+    weight: float, output channels first. Returns codes (weight's shape, integer-valued, weight's dtype) and
+    scale (output channels, or 1 where quant.axis is None), positive.
+    Binary and ternary are global optima in closed form. Wider grids alternate assignment and scale: once from
+    `start`, or from a scan of starting points without one.
+    """
+    rows = weight.detach().flatten(1) if quant.axis is not None else weight.detach().reshape(1, -1)
+    if not quant.holds_zero:
+        codes, scale = torch.where(rows < 0, -1.0, 1.0).to(rows.dtype), rows.abs().mean(1)
+    elif quant.high == 1:
+        codes, scale = _ternary(rows)
+    elif start is not None:
+        codes, scale = _alternate(rows, start.to(rows.dtype), quant.high)
+    else:
+        codes, scale = _scan(rows, quant.high)
+    return codes.reshape(weight.shape), _ordinary_where_zero(scale)
+
+
+def _ternary(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Keep the J largest magnitudes, J = argmax c_j^2 / j over the prefix sums c_j: the least-squares optimum."""
+    ranked, order = rows.abs().sort(1, descending=True)
+    sums = ranked.double().cumsum(1)
+    counts = torch.arange(1, rows.shape[1] + 1, device=rows.device)
+    best = (sums.square() / counts).argmax(1, keepdim=True)
+    kept = torch.zeros_like(rows, dtype=torch.bool).scatter(1, order, counts <= best + 1)
+    codes = torch.where(kept, rows.sign(), torch.zeros_like(rows))
+    return codes, (sums.gather(1, best) / (best + 1)).squeeze(1).to(rows.dtype)
+
+
+def _alternate(rows: Tensor, scale: Tensor, high: int) -> tuple[Tensor, Tensor]:
+    codes = (rows / scale.clamp_min(torch.finfo(rows.dtype).tiny)[:, None]).round().clamp(-high, high)
+    norm = codes.square().sum(1)
+    fitted = (rows * codes).sum(1) / norm.clamp_min(1)
+    return codes, torch.where(norm > 0, fitted, scale)
+
+
+def _scan(rows: Tensor, high: int) -> tuple[Tensor, Tensor]:
+    usual = rows.abs().amax(1) / (high + 0.5)
+    best_error = torch.full_like(usual, math.inf)
+    codes, scale = torch.zeros_like(rows), usual
+    for factor in [1.0, *SCAN.tolist()]:
+        trial_scale = usual * factor
+        for _ in range(SCAN_PASSES):
+            trial, trial_scale = _alternate(rows, trial_scale, high)
+        error = (rows - trial_scale[:, None] * trial).square().sum(1)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        codes = torch.where(better[:, None], trial, codes)
+        scale = torch.where(better, trial_scale, scale)
+    return codes, scale
+
+
+def _ordinary_where_zero(scale: Tensor) -> Tensor:
+    """A slice of zeros takes the layer's median scale: any positive one is exact, a tiny one overflows int32 biases."""
+    positive = scale > 0
+    if bool(positive.all()):
+        return scale
+    ordinary = scale[positive].median() if bool(positive.any()) else torch.ones((), dtype=scale.dtype)
+    return torch.where(positive, scale, ordinary.to(scale))
+
+
+class WeightQuantizer(nn.Module):
+    """A torch parametrization of `weight`: float weights in, scale * codes out, gradient passed straight through.
+
+    `scale` is the warm start of the next projection and part of the checkpoint, so that the codes seen in training,
+    in evaluation and in the exported file come from one and the same call. `enabled` is False only while ranges are
+    collected.
+    """
+
+    scale: Tensor
+
+    def __init__(self, quant: Quant, weight: Tensor) -> None:
+        super().__init__()
+        self.quant = quant
+        self.enabled = True
+        self.register_buffer("scale", project(weight, quant)[1])
+
+    def codes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The codes of `weight` and their scale, as every forward pass computes them."""
+        return project(weight, self.quant, self.scale)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if not self.enabled:
+            return weight
+        codes, scale = self.codes(weight)
+        if self.training:
+            self.scale.copy_(scale)
+        product: Tensor = _Straight.apply(weight, codes * scale.reshape(-1, *[1] * (weight.dim() - 1)))
+        return product
+
+
+class _Straight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, quantized: Tensor) -> Tensor:
+        return quantized
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+# Activations -----------------------------------------------------------------------------------------------------
+
+
+class ActivationQuantizer(nn.Module):
+    """Rounds a tensor onto scale * (low..high) and learns the scale.
+
+    With low = 0 it is the rectifier as well. `enabled` is False only while ranges are collected.
+    """
+
+    def __init__(self, quant: Quant) -> None:
+        super().__init__()
+        self.quant = quant
+        self.scale = nn.Parameter(torch.ones(()))
+        self.enabled = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.enabled:
+            return x if self.quant.signed else x.relu()
+        rounded: Tensor = _LearnedStep.apply(x, self.scale, self.quant.low, self.quant.high)
+        return rounded
+
+    def extra_repr(self) -> str:
+        return self.quant.label
+
+
+class _LearnedStep(torch.autograd.Function):
+    """LSQ: d y / d x = 1 inside the clip and 0 outside; d y / d scale = round(u) - u inside, low or high outside.
+
+    u = x / scale. The scale's gradient is divided by sqrt(high * elements per sample), equation 4 of LSQ, so that
+    one learning rate suits weights and scales.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+        ctx.save_for_backward(x, scale)
+        ctx.low, ctx.high = low, high
+        return (x / scale).round_().clamp_(low, high).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, scale = ctx.saved_tensors
+        u = x / scale
+        inside = (u >= ctx.low) & (u <= ctx.high)
+        slope = u.round().clamp_(ctx.low, ctx.high).sub_(u.mul_(inside))
+        per_sample = max(1, x.numel() // max(1, x.shape[0]))
+        scale_gradient = (gradient * slope).sum(dtype=torch.float32) / math.sqrt(ctx.high * per_sample)
+        return gradient * inside, scale_gradient.to(scale.dtype), None, None
