@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -89,3 +89,73 @@ json_option = click.option(
     help="Write the result as JSON to FILE, or to standard output for '-'.",
 )
 version_option = click.version_option(__version__, prog_name="faqd")
+
+
+# Options that say where images come from, the same in every command that reads data --------------------------------
+
+_DATA_FLAGS = (
+    click.option(
+        "--data",
+        metavar="SOURCE",
+        help="digits, cifar10, cifar100, tiny-imagenet, folder:PATH (any tree of images) or npz:PATH.",
+    ),
+    click.option(
+        "--data-root", type=click.Path(path_type=Path), help="Folder in which a published data set lies or is put."
+    ),
+    click.option("--download", is_flag=True, help="Fetch a published data set that is not there yet."),
+    click.option("--image-size", metavar="H[xW]", help="Bring images to this size in pixels."),
+    click.option("--resize", type=click.Choice(["stretch", "crop", "letterbox"]), help="How to get to that size."),
+    click.option("--channels", type=click.Choice(["rgb", "bgr", "grey"]), help="Channel order at the network's input."),
+    click.option("--mean", metavar="M[,M,M]", help="Subtracted from pixels in 0..1, per channel; or none."),
+    click.option("--std", metavar="S[,S,S]", help="Divides after that, per channel; or none."),
+    click.option("--labels", is_flag=True, help="Subfolder names of a folder: source are the classes."),
+    click.option("--limit", type=click.IntRange(1), help="Use only so many training images: for a quick try."),
+)
+
+
+def data_flags(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the data options to a click command; `data_values` reads them back."""
+    for option in reversed(_DATA_FLAGS):
+        command = option(command)
+    return command
+
+
+def data_values(options: dict[str, Any]) -> dict[str, Any]:
+    """Take the data options out of a command's keyword arguments, as fields of train.data.DataOptions."""
+    taken = {name: options.pop(name) for name in _DATA_NAMES}
+    taken["source"], taken["root"] = taken.pop("data"), taken.pop("data_root")
+    taken["image_size"] = parse_size(taken["image_size"])
+    taken["mean"], taken["std"] = _numbers("--mean", taken["mean"]), _numbers("--std", taken["std"])
+    return taken
+
+
+_DATA_NAMES = (
+    "data",
+    "data_root",
+    "download",
+    "image_size",
+    "resize",
+    "channels",
+    "mean",
+    "std",
+    "labels",
+    "limit",
+)
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise UserError(f"--image-size {text}: expected a number of pixels such as 224, or HEIGHTxWIDTH.")
+    return int(parts[0]), int(parts[-1])
+
+
+def _numbers(option: str, text: str | None) -> tuple[float, ...] | str | None:
+    if text is None or text == "none":
+        return text
+    try:
+        return tuple(float(part) for part in text.replace(" ", "").split(","))
+    except ValueError:
+        raise UserError(f"{option} {text}: expected numbers such as 0.485,0.456,0.406, or none.") from None

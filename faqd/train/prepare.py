@@ -104,10 +104,11 @@ def scheme_table(traced: fx.GraphModule, placement: Placement) -> list[dict[str,
 
 
 @torch.no_grad()
-def calibrate(student: Student, batches: Iterable[Tensor], method: Method) -> None:
+def calibrate(student: Student, batches: Iterable[Tensor], method: Method, *, batch_statistics: bool = False) -> None:
     """Set every activation scale from what the float network shows on unlabelled `batches` (N, C, H, W).
 
     The network input is never clipped: its scale is that of the largest magnitude, whatever the method.
+    batch_statistics: let batch norm use each batch's own, for a network whose running ones mean nothing yet.
     """
     quantizers = student.quantizers()
     observed: dict[str, list[Any]] = {name: [] for name in quantizers}
@@ -118,6 +119,9 @@ def calibrate(student: Student, batches: Iterable[Tensor], method: Method) -> No
     hooks = [module.register_forward_pre_hook(watch(name)) for name, module in quantizers.items()]
     try:
         with float_forward(student):
+            for module in student.network.modules():
+                if batch_statistics and isinstance(module, graph.NORM):
+                    module.train()
             for batch in batches:
                 student.network(batch)
     finally:

@@ -1,0 +1,3 @@
+from faqd.benchmarks.cli import main
+
+main()

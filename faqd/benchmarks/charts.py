@@ -1,0 +1,274 @@
+"""The report's two pictures as inline SVG, coloured by the page's style sheet so that they follow light and dark.
+
+Every picture is drawn for one width in CSS pixels: the page shows a wide and a narrow one, because scaling a wide
+one down to a phone makes its text unreadable. All text goes through Markup.format, which escapes it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from faqd.benchmarks.figures import Record, compared, first_batch, latency_at, milliseconds, percent
+from faqd.benchmarks.labels import Box, place, text_width
+
+LOG_ABOVE = 8.0
+"""Ratio of medians from which a latency axis is logarithmic; below, it is linear and starts at zero."""
+FAR_BELOW = 0.15
+"""A share this far below the median one is drawn on the lower edge, so that it does not flatten the others."""
+_LABEL_PX, _SMALL_PX = 13, 12
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """Value to pixel along one axis, with the ticks it shows."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    ticks: tuple[float, ...]
+    log: bool = False
+
+    def __call__(self, value: float) -> float:
+        warp: Callable[[float], float] = math.log if self.log else float
+        share = (warp(value) - warp(self.low)) / (warp(self.high) - warp(self.low))
+        return self.start + share * (self.end - self.start)
+
+    def clipped(self, value: float) -> float:
+        return self(min(max(value, self.low), self.high))
+
+
+@dataclass(frozen=True)
+class _Point:
+    network: Record
+    share: Record
+    latency: Record
+
+
+def accuracy_against_latency(result: Record, width: int) -> Markup | None:
+    """Up is more accurate, left is faster; None where there is no accuracy or no latency to draw."""
+    points = _points(result)
+    if not points:
+        return None
+    height = 400 if width > 600 else 420
+    left, right, top, bottom = 48.0, width - 14.0, 16.0, height - 46.0
+    x = _latency_axis([point.latency for point in points], left, right)
+    shown = _shown(points)
+    y = _share_axis(shown, bottom, top)
+    marks: list[Markup] = []
+    solid: list[Box] = []
+    for point in points:
+        at, value = x(point.latency["median_ms"]), y.clipped(point.share["value"])
+        solid.append(Box(at - 8, value - 8, at + 8, value + 8))
+        if point in shown:
+            solid.append(Box(at - 3, y.clipped(point.share["high"]), at + 3, y.clipped(point.share["low"])))
+        marks.append(_mark(point, at, value, x, y, point in shown))
+    labels = [_label_lines(point, 40 if width > 600 else 22) for point in points]
+    anchors = [(x(point.latency["median_ms"]), y.clipped(point.share["value"])) for point in points]
+    sizes = [
+        (max(text_width(name, _LABEL_PX), text_width(note, _SMALL_PX)), _LABEL_PX + _SMALL_PX + 7)
+        for name, note in labels
+    ]
+    boxes = place(anchors, sizes, solid, Box(left + 4, top, right, bottom - 4))
+    measure = "top-1 accuracy" if result["evaluation"]["labels"] else "agreement with the teacher"
+    parts = [
+        _grid(x, y, left, right, top, bottom),
+        Markup(
+            '<text class="axis-name" x="{}" y="{}" text-anchor="end">median latency in ms, batch {}{}</text>'
+        ).format(_px(right), height - 8, first_batch(result), ", log scale" if x.log else ""),
+        *(_leader(anchor, box) for anchor, box in zip(anchors, boxes, strict=True)),
+        *marks,
+        *(_label(lines, box) for lines, box in zip(labels, boxes, strict=True)),
+    ]
+    return _svg(parts, width, height, f"{measure} in percent against median latency in milliseconds")
+
+
+def latency_distribution(result: Record, batch: int, width: int) -> Markup | None:
+    """One row per network: a tick for every percent of its queries, a bar over the middle half, the median."""
+    rows = [(network, latency_at(network, batch)) for network in result["networks"]]
+    measured = [(network, record) for network, record in rows if record]
+    if not measured:
+        return None
+    step = 58
+    left, right, height = 6.0, width - 10.0, step * len(measured) + 44
+    x = _latency_axis([record for _, record in measured], left, right)
+    bottom = float(step * len(measured) + 6)
+    parts = [_vertical_grid(x, 4.0, bottom)]
+    for index, (network, record) in enumerate(measured):
+        parts.append(_strip(network, record, x, step * index + 18.0, right, width > 600))
+    parts.append(_axis_name(x, "latency in ms", height - 6))
+    return _svg(parts, width, height, f"Distribution of latencies in milliseconds at batch {batch}")
+
+
+def colour_class(network: Record) -> str:
+    """The style sheet's class for a network; an unknown kind is drawn as a student."""
+    if network["role"] != "student":
+        return str(network["role"])
+    return "ptq" if network["kind"] == "ptq" else "distilled"
+
+
+def _points(result: Record) -> list[_Point]:
+    batch = first_batch(result)
+    found = []
+    for network in compared(result):
+        latency, accuracy = latency_at(network, batch), network["accuracy"] or {}
+        share = accuracy.get("top1") if result["evaluation"]["labels"] else accuracy.get("agreement")
+        if share is None and network["role"] == "teacher" and not result["evaluation"]["labels"]:
+            n = result["evaluation"]["images"]
+            share = {"value": 1.0, "low": 1.0, "high": 1.0, "n": n}
+        if latency and share and (result["evaluation"]["classification"]):
+            found.append(_Point(network, share, latency))
+    return found
+
+
+def _shown(points: Sequence[_Point]) -> list[_Point]:
+    """The points that the vertical axis is made for."""
+    values = sorted(point.share["value"] for point in points)
+    floor = values[len(values) // 2] - FAR_BELOW if len(points) > 2 else 0.0
+    return [point for point in points if point.share["value"] >= floor]
+
+
+def _share_axis(points: Sequence[_Point], bottom: float, top: float) -> _Axis:
+    low, high = min(p.share["low"] for p in points), max(p.share["high"] for p in points)
+    space = max(high - low, 0.004)
+    low, high = max(0.0, low - 0.15 * space), min(1.0, high + 0.1 * space)
+    ticks = [tick for tick in _nice_ticks(low, high, 5) if low - 1e-9 <= tick <= high + 1e-9]
+    return _Axis(low, high, bottom, top, tuple(ticks))
+
+
+def _latency_axis(records: Iterable[Record], left: float, right: float) -> _Axis:
+    records = list(records)
+    medians = [record["median_ms"] for record in records]
+    reach = max(max(record["distribution_ms"][95], record["median_ms"] * 1.25) for record in records)
+    if max(medians) / min(medians) < LOG_ABOVE:
+        ticks = _nice_ticks(0.0, reach, 6)
+        return _Axis(0.0, max(ticks[-1], reach), left, right, tuple(ticks))
+    low = min(record["min_ms"] for record in records) / 1.3
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(reach)) + 1)
+    candidates = [digit * 10.0**decade for decade in decades for digit in (1, 2, 5)]
+    return _Axis(low, reach, left, right, tuple(t for t in candidates if low <= t <= reach), log=True)
+
+
+def _nice_ticks(low: float, high: float, about: int) -> list[float]:
+    """Multiples of 1, 2, 2.5 or 5 times a power of ten that cover low..high."""
+    raw = (high - low) / about
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [index * step for index in range(first, last + 1)]
+
+
+def _grid(x: _Axis, y: _Axis, left: float, right: float, top: float, bottom: float) -> Markup:
+    lines = [_vertical_grid(x, top, bottom)]
+    line = Markup('<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/>')
+    text = Markup('<text class="tick" x="{}" y="{}" text-anchor="end">{}</text>')
+    for tick in y.ticks:
+        lines.append(line.format(_px(left), _px(right), _px(y(tick)), _px(y(tick))))
+        lines.append(text.format(_px(left - 6), _px(y(tick) + 4), f"{100 * tick:.6g} %"))
+    return Markup("").join(lines)
+
+
+def _vertical_grid(x: _Axis, top: float, bottom: float) -> Markup:
+    line = Markup('<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/>')
+    text = Markup('<text class="tick" x="{}" y="{}" text-anchor="{}">{}</text>')
+    parts = []
+    for tick in x.ticks:
+        at = x(tick)
+        anchor = "start" if at < 14 else "end" if at > x.end - 8 else "middle"
+        parts.append(line.format(_px(at), _px(at), _px(top), _px(bottom)))
+        parts.append(text.format(_px(at), _px(bottom + 16), anchor, f"{tick:g}"))
+    return Markup("").join(parts)
+
+
+def _axis_name(x: _Axis, name: str, at: float) -> Markup:
+    text = Markup('<text class="axis-name" x="{}" y="{}" text-anchor="end">{}</text>')
+    return text.format(_px(x.end), _px(at), f"{name}, log scale" if x.log else name)
+
+
+def _mark(point: _Point, at: float, value: float, x: _Axis, y: _Axis, shown: bool) -> Markup:
+    kind = colour_class(point.network)
+    title = Markup("<title>{}</title>").format(" ".join((point.network["name"], *_label_lines(point)[1:])))
+    if not shown:
+        arrow = Markup('<path class="mark" d="M{} {}l7 -11h-14z"/>').format(_px(at), _px(value))
+        return Markup('<g class="{}">{}{}</g>').format(kind, title, arrow)
+    spread = point.latency["distribution_ms"]
+    bar = Markup('<line class="bar" x1="{}" x2="{}" y1="{}" y2="{}"/>')
+    bars = bar.format(_px(at), _px(at), _px(y.clipped(point.share["low"])), _px(y.clipped(point.share["high"])))
+    bars += bar.format(_px(x.clipped(spread[5])), _px(x.clipped(spread[95])), _px(value), _px(value))
+    shapes = {
+        "teacher": '<path class="mark" d="M{0} {1}m0 -8l8 8l-8 8l-8 -8z"/>',
+        "ptq": '<path class="mark" d="M{0} {1}m-6 -6h12v12h-12z"/>',
+    }
+    shape = Markup(shapes.get(kind, '<circle class="mark" cx="{0}" cy="{1}" r="6.5"/>')).format(_px(at), _px(value))
+    return Markup('<g class="{}">{}{}{}</g>').format(kind, title, bars, shape)
+
+
+def _label_lines(point: _Point, limit: int = 40) -> tuple[str, str]:
+    share = f"{percent(point.share['value'], point.share['n'])} %"
+    return _short(point.network["name"], limit), f"{share} · {milliseconds(point.latency['median_ms'])} ms"
+
+
+def _label(lines: tuple[str, str], box: Box) -> Markup:
+    return Markup(
+        '<text class="label" x="{0}" y="{1}">{2}<tspan class="label-note" x="{0}" dy="1.25em">{3}</tspan></text>'
+    ).format(_px(box.left), _px(box.top + _LABEL_PX), *lines)
+
+
+def _leader(anchor: tuple[float, float], box: Box) -> Markup:
+    """A thin line from a mark to its label where they are not side by side."""
+    x, y = min(max(anchor[0], box.left), box.right), min(max(anchor[1], box.top), box.bottom)
+    if math.hypot(x - anchor[0], y - anchor[1]) < 18:
+        return Markup("")
+    line = Markup('<line class="leader" x1="{}" y1="{}" x2="{}" y2="{}"/>')
+    return line.format(_px(anchor[0]), _px(anchor[1]), _px(x), _px(y))
+
+
+def _strip(network: Record, record: Record, x: _Axis, top: float, right: float, wide: bool) -> Markup:
+    spread = record["distribution_ms"]
+    middle = top + 20
+    ticks = " ".join(f"M{_px(x(value))} {_px(middle - 7)}v14" for value in spread if x.low <= value <= x.high)
+    p99 = record["percentiles_ms"]["99"]
+    note = f"p50 {milliseconds(record['median_ms'])}" + (f" · p99 {milliseconds(p99)}" if p99 else "")
+    note += f" ms · n {record['samples']:,}" if wide else " ms"
+    room = int((right - text_width(note, _SMALL_PX) - 16) / (0.6 * _LABEL_PX))
+    return Markup(
+        '<g class="{0}"><text class="label" x="6" y="{1}">{2}</text>'
+        '<text class="label-note" x="{3}" y="{1}" text-anchor="end">{4}</text>'
+        '<line class="base" x1="{5}" x2="{6}" y1="{7}" y2="{7}"/><path class="rug" d="{8}"/>'
+        '<rect class="half" x="{9}" y="{10}" width="{11}" height="14" rx="2"/>'
+        '<line class="median" x1="{12}" x2="{12}" y1="{13}" y2="{14}"/></g>'
+    ).format(
+        colour_class(network),
+        _px(top + 4),
+        _short("its float graph" if network["role"] == "float" else network["name"], max(10, room)),
+        _px(right),
+        note,
+        _px(x.clipped(spread[0])),
+        _px(x.clipped(spread[99])),
+        _px(middle),
+        ticks,
+        _px(x.clipped(spread[25])),
+        _px(middle - 7),
+        _px(max(2.0, x.clipped(spread[75]) - x.clipped(spread[25]))),
+        _px(x.clipped(record["median_ms"])),
+        _px(middle - 10),
+        _px(middle + 10),
+    )
+
+
+def _short(name: str, limit: int) -> str:
+    return name if len(name) <= limit else f"{name[: limit - 1]}…"
+
+
+def _svg(parts: Iterable[Markup], width: int, height: float, title: str) -> Markup:
+    return Markup('<svg viewBox="0 0 {0} {1}" width="{0}" height="{1}" role="img" aria-label="{2}">{3}</svg>').format(
+        width, _px(height), title, Markup("").join(parts)
+    )
+
+
+def _px(value: float) -> str:
+    return f"{value:.1f}".removesuffix(".0")

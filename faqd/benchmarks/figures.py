@@ -1,0 +1,82 @@
+"""How figures are written, once for the terminal and the report, so that both show the same digits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+NONE = "–"
+KIND = {"float": "float", "distilled": "distilled", "ptq": "PTQ"}
+Record = Mapping[str, Any]
+
+
+def percent(share: float, n: int) -> str:
+    """A share in percent, with no more decimals than n images can tell apart."""
+    return f"{100 * share:.{decimals(n)}f}"
+
+
+def points(difference: float, n: int) -> str:
+    """A difference of shares in percentage points, signed."""
+    text = f"{100 * difference:+.{decimals(n)}f}"
+    return text.replace("-", "−") if float(text) else text.lstrip("+-")
+
+
+def decimals(n: int) -> int:
+    return 2 if n >= 1000 else 1
+
+
+def milliseconds(value: float | None) -> str:
+    return NONE if value is None else significant(value)
+
+
+def significant(value: float) -> str:
+    """Three significant digits, never in exponent form; whole numbers grouped from 1,000 on."""
+    if value >= 99.95:
+        return f"{value:,.0f}"
+    if value >= 9.995:
+        return f"{value:.1f}"
+    if value >= 0.9995:
+        return f"{value:.2f}"
+    return f"{value:.3f}" if value >= 0.09995 else f"{value:.4f}"
+
+
+def kib(size: float) -> str:
+    return significant(size / 1024)
+
+
+def times(ratio: Record | None) -> str:
+    """A speed-up by its paired median; `~` marks a noisy one."""
+    if ratio is None:
+        return NONE
+    return f"{'~' if ratio['noisy'] else ''}{ratio['paired_median']:.2f}×"
+
+
+def bits(network: Record) -> str:
+    return f"{network['weight_bits']}/{network['act_bits']}"
+
+
+def latency_at(network: Record, batch: int) -> Record | None:
+    return next((record for record in network["latency"] if record["batch"] == batch), None)
+
+
+def speed_up_at(network: Record, batch: int, over: str) -> Record | None:
+    return next((r for r in network["speed_up"] if r["batch"] == batch and r["over"] == over), None)
+
+
+def first_batch(result: Record) -> int:
+    """The batch that tables and charts speak of: the first that was asked for."""
+    return int(result["switches"]["batch"][0])
+
+
+def compared(result: Record) -> list[Record]:
+    """The teacher and the students: the rows of the main table."""
+    return [network for network in result["networks"] if network["role"] != "float"]
+
+
+def device(result: Record) -> str:
+    """Where latencies were measured, in words."""
+    backend = result["backend"]
+    if backend["device"] != "CPU":
+        return str(backend["device"])
+    threads = backend["threads"]
+    return f"{result['environment']['cpu']}, {threads} thread{'s' if threads > 1 else ''}"

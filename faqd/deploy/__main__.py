@@ -1,0 +1,3 @@
+from faqd.deploy.cli import main
+
+main()

@@ -1,0 +1,112 @@
+"""Which TensorRT is installed, and what it says while it works: `tensorrt` first, then `tensorrt_rtx`."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from faqd.errors import UserError
+
+NAMES: tuple[Literal["tensorrt", "tensorrt_rtx"], ...] = ("tensorrt", "tensorrt_rtx")
+
+INSTALL = (
+    "On a Jetson TensorRT comes with JetPack (use a virtual environment with system site packages); on x86 with an "
+    "NVIDIA GPU: pip install 'faqd[tensorrt]'; to build and check without a GPU: pip install 'faqd[rtx]'"
+)
+
+
+@dataclass(frozen=True)
+class TensorRT:
+    """An imported TensorRT: `module` is what `import tensorrt` gives."""
+
+    name: Literal["tensorrt", "tensorrt_rtx"]
+    module: Any
+
+    @property
+    def version(self) -> str:
+        return str(self.module.__version__)
+
+    @property
+    def release(self) -> tuple[int, ...]:
+        """The first three numbers of the version: what an engine is bound to."""
+        return release(self.version)
+
+    @property
+    def is_rtx(self) -> bool:
+        return self.name == "tensorrt_rtx"
+
+    @property
+    def strongly_typed(self) -> bool:
+        """Whether the types in the ONNX are what runs.
+
+        NVIDIA calls that complete from 10.12; below, INT8 and FP16 are flags of the builder. RTX, which counts
+        1.x, never had anything else.
+        """
+        return self.is_rtx or self.release >= (10, 12)
+
+    def __str__(self) -> str:
+        return f"{'TensorRT-RTX' if self.is_rtx else 'TensorRT'} {self.version}"
+
+
+def release(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
+
+
+@functools.cache
+def installed() -> TensorRT:
+    """The TensorRT of this machine; UserError that says what to install where there is none."""
+    reasons = []
+    for name in NAMES:
+        try:
+            return TensorRT(name, importlib.import_module(name))
+        except (ImportError, OSError) as error:
+            # The bindings without their libraries fail so as well, with the library's name in the text.
+            reasons.append(f"{name}: {_first_line(error)}")
+    raise UserError(f"this needs TensorRT, which cannot be imported ({'; '.join(reasons)}). {INSTALL}")
+
+
+@dataclass
+class Messages:
+    """What TensorRT said: errors and warnings in order, each once, and the kernel list of a verbose build."""
+
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    layers: str = ""
+
+    def why(self) -> str:
+        """The errors as one line, for a sentence."""
+        return "; ".join(self.errors) or "it gave no reason"
+
+
+def logger(trt: TensorRT, messages: Messages) -> Any:
+    """A TensorRT logger that fills `messages` and prints nothing. Keep it as long as what was made with it."""
+    base: Any = trt.module.ILogger
+    grave = (base.INTERNAL_ERROR, base.ERROR)
+
+    class Collector(base):  # type: ignore[misc]
+        def __init__(self) -> None:
+            # pybind11 asks for the base class itself: super().__init__() leaves the object unusable.
+            base.__init__(self)
+
+        def log(self, severity: Any, text: str) -> None:
+            if severity in grave:
+                _add(messages.errors, text)
+            elif severity == base.WARNING:
+                _add(messages.warnings, text)
+            elif text.startswith("Layers:"):
+                messages.layers = text
+
+    return Collector()
+
+
+def _add(to: list[str], text: str) -> None:
+    line = " ".join(text.split())
+    if line not in to and "Using global log stream" not in line:
+        to.append(line)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

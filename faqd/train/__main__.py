@@ -1,0 +1,3 @@
+from faqd.train.cli import main
+
+main()

@@ -1,0 +1,307 @@
+"""Feature affinity with analytic gradients, every form from one factorisation of the difference.
+
+Legend: b samples, C channels, N pixels; S, T (C, N) the normalised maps of student and teacher. With
+U = S - T and M = (S + T) / 2,
+
+    D = S'S - T'T = U'M + M'U,
+
+so D keeps its digits where the maps nearly agree and is exactly zero where they are equal: nothing large
+cancels. The narrower map is padded with zero channels, which leaves D unchanged. 4 S D is the gradient of
+|D|_F^2 with respect to S, and 2 S sign(D) that of sum |D|.
+
+Where N > C, |D|_F^2 and S D need (C, C) matrices only, a known identity for linear kernels (Kornblith et
+al., arXiv 1905.00414, section 3), here applied to U and M. With A = MM', E = UU', P = MU':
+
+    |D|_F^2 = 2 (tr(PP) + <A, E>),    S D = (A + P'/2) U + (P + E/2) M.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+EPSILON = 1e-5
+TILE_ROWS = 256
+# Elements of a map, or of a strip of D, handled at once: what stays in a core's cache, or fills a GPU.
+CPU_ELEMENTS = 2**18
+GPU_ELEMENTS = 2**24
+# float32 is kept where its rounding moves the result by about 1e-5, relative; else float64 decides.
+CANCELLATION = 3e-3
+SMALLEST_L2 = 1e-3
+# In float64, an |D|_F below this share of its own terms is round-off: value and gradient are zero.
+RELATIVE_FLOOR = 1e-7
+TINY_NORM = 1e-18
+
+SlopeOf = Callable[["Pair"], Tensor]
+
+
+class AffinityDistance(torch.autograd.Function):
+    """(student, teacher, form, columns, generator, dtype) to the scalar; the gradient is made on the way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        form: str,
+        columns: int,
+        generator: torch.Generator | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        gradient = None
+        if ctx.needs_input_grad[0]:
+            # One of the two layouts whose pixels flatten without a copy.
+            inner = student.is_contiguous(memory_format=torch.channels_last)
+            layout = torch.channels_last if inner else torch.contiguous_format
+            gradient = torch.empty_like(student, dtype=dtype, memory_format=layout)
+        values = []
+        with _plain_arithmetic(student.device):
+            for part in _parts(student):
+                flat = _flattened(student[part], teacher[part], dtype)
+                out = None if gradient is None else gradient[part].flatten(2)
+                values.append(_distance(*flat, out, form, 1 / len(student), columns, generator))
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        ctx.dtype = student.dtype
+        return torch.cat(values).mean().to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+        # Multiplied before the rounding to half precision, where a small gradient needs its loss scale.
+        (gradient,) = ctx.saved_tensors
+        return (gradient * outer).to(ctx.dtype), None, None, None, None, None
+
+
+def _distance(
+    student: Tensor,
+    teacher: Tensor,
+    out: Tensor | None,
+    form: str,
+    share: float,
+    columns: int,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Values (b,) float64 for maps (b, C, N); `share` times their gradient (b, Cs, N) goes to `out`."""
+    if form == "l1":
+        return _l1(Pair.of(student, teacher, student.dtype), out, share)
+    if form == "fast":
+        assert generator is not None
+        return _fast(Pair.of(student, teacher, student.dtype), out, share, columns, generator)
+    if student.is_cuda:  # A test per sample would make the host wait for the device.
+        return _l2(student, teacher, torch.float64, out, form, share)[0]
+    value, sure = _l2(student, teacher, student.dtype, out, form, share)
+    if student.dtype != torch.float64 and not bool(sure.all()):
+        doubtful = (~sure).nonzero().squeeze(1)
+        again = None if out is None else torch.empty_like(out[doubtful])
+        redone, _ = _l2(student[doubtful], teacher[doubtful], torch.float64, again, form, share)
+        value[doubtful] = redone
+        if out is not None and again is not None:
+            out[doubtful] = again
+    return value
+
+
+class Pair(NamedTuple):
+    """The maps of some samples, or some columns of them, as every form wants them.
+
+    features (b, Cs, N) of the student; norm (b, 1, N) of its columns and weight = 1 / (norm + eps);
+    halves (b, 2C, N): U over M.
+    """
+
+    features: Tensor
+    norm: Tensor
+    weight: Tensor
+    halves: Tensor
+
+    @classmethod
+    def of(cls, student: Tensor, teacher: Tensor, dtype: torch.dtype) -> Pair:
+        student, teacher = student.to(dtype), teacher.to(dtype)
+        samples, width, pixels = student.shape
+        channels = max(width, teacher.shape[1])
+        norm, weight = _norm(student)
+        make = student.new_empty if width == teacher.shape[1] else student.new_zeros
+        halves = make((samples, 2 * channels, pixels))
+        u, m = halves[:, :channels], halves[:, channels:]
+        torch.mul(teacher, _norm(teacher)[1], out=u[:, : teacher.shape[1]])
+        torch.mul(student, weight, out=m[:, :width])
+        torch.sub(m, u, out=u)
+        m.sub_(u, alpha=0.5)
+        return cls(student, norm, weight, halves)
+
+    @property
+    def u(self) -> Tensor:
+        return self.halves[:, : self.halves.shape[1] // 2]
+
+    @property
+    def m(self) -> Tensor:
+        return self.halves[:, self.halves.shape[1] // 2 :]
+
+    @property
+    def pixels(self) -> int:
+        return self.features.shape[2]
+
+    def student(self) -> Tensor:
+        """S (b, C, N)."""
+        return self.m.add(self.u, alpha=0.5)
+
+    def write_gradient(self, out: Tensor, slope: Tensor, factor: Tensor | float) -> None:
+        """To `out` (b, Cs, N): the gradient of the features where that of S is factor * slope (b, C, N).
+
+        A zero column has the gradient slope / eps: its norm contributes nothing, instead of 0 / 0.
+        """
+        slope = slope[:, : self.features.shape[1]]
+        radial = (self.features * slope).sum(1, keepdim=True)
+        radial.mul_(self.weight).div_(self.norm.clamp_min(TINY_NORM))
+        torch.mul(torch.addcmul(slope, self.features, radial, value=-1), self.weight * factor, out=out)
+
+
+def _l2(
+    student: Tensor, teacher: Tensor, dtype: torch.dtype, out: Tensor | None, form: str, share: float
+) -> tuple[Tensor, Tensor]:
+    """Values (b,), and whether the arithmetic of `dtype` was good enough for them."""
+    pixels = student.shape[2]
+    if pixels <= max(student.shape[1], teacher.shape[1]):
+        pairs: Iterable[Pair] = [Pair.of(student, teacher, dtype)]
+        square, scale, slope_of = _direct(*pairs)
+    else:
+        pairs = Tiles(student, teacher, dtype)
+        square, scale, slope_of = _factorised(pairs)
+    square = square * (square > RELATIVE_FLOOR**2 * scale)
+    sure = (square > CANCELLATION * scale) & (square > (SMALLEST_L2 * pixels) ** 2)
+    if form == "l2_squared":
+        value, factor = square / pixels**2, (square > 0) * (4 * share / pixels**2)
+    else:
+        root = square.sqrt()
+        value, factor = root / pixels, torch.where(root > 0, 2 * share / pixels / root, 0.0)
+    if out is not None:
+        start = 0
+        for pair in pairs:
+            target = out[:, :, start : start + pair.pixels]
+            pair.write_gradient(target, slope_of(pair), factor.to(dtype).view(-1, 1, 1))
+            start += pair.pixels
+    return value, sure
+
+
+def _direct(pair: Pair) -> tuple[Tensor, Tensor, SlopeOf]:
+    """|D|_F^2 (b,), what its rounding is relative to, and S D (b, C, N) of a pair, through D itself."""
+    half = pair.u.mT @ pair.m
+    difference = half + half.mT
+    square = difference.square().sum((1, 2), dtype=torch.float64)
+    return square, square, lambda pair: pair.student() @ difference
+
+
+def _factorised(pairs: Iterable[Pair]) -> tuple[Tensor, Tensor, SlopeOf]:
+    """The same through the (C, C) products of U and M; never forms D."""
+    pa = _sum(pair.m @ pair.halves.mT for pair in pairs)
+    e = _sum(pair.u @ pair.u.mT for pair in pairs)
+    p, a = pa.chunk(2, dim=2)
+    square = 2 * ((p * p.mT).sum((1, 2), dtype=torch.float64) + (a * e).sum((1, 2), dtype=torch.float64))
+    scale = 4 * (a.square().sum((1, 2), dtype=torch.float64) * e.square().sum((1, 2), dtype=torch.float64)).sqrt()
+    mixing = torch.cat([a.add(p.mT, alpha=0.5), p.add(e, alpha=0.5)], dim=2)
+    return square, scale, lambda pair: mixing @ pair.halves
+
+
+class Tiles:
+    """The columns in tiles that fit the cache: one is kept, several are made again on every pass."""
+
+    def __init__(self, student: Tensor, teacher: Tensor, dtype: torch.dtype) -> None:
+        self.student, self.teacher, self.dtype = student, teacher, dtype
+        rows = len(student) * max(student.shape[1], teacher.shape[1])
+        self.width = max(1, _elements(student) // rows)
+        self.kept = Pair.of(student, teacher, dtype) if self.width >= student.shape[2] else None
+
+    def __iter__(self) -> Iterator[Pair]:
+        if self.kept is not None:
+            yield self.kept
+            return
+        for start in range(0, self.student.shape[2], self.width):
+            columns = slice(start, start + self.width)
+            yield Pair.of(self.student[:, :, columns], self.teacher[:, :, columns], self.dtype)
+
+
+def _sum(products: Iterable[Tensor]) -> Tensor:
+    total, *rest = products
+    for product in rest:
+        total += product
+    return total
+
+
+def _l1(pair: Pair, out: Tensor | None, share: float) -> Tensor:
+    """Row strips of the upper triangle; what is off the diagonal counts twice."""
+    left, right = pair.halves, torch.cat([pair.m, pair.u], dim=1)
+    student = pair.student()
+    slope = torch.zeros_like(student)
+    total = torch.zeros(len(student), dtype=torch.float64, device=student.device)
+    for start in range(0, pair.pixels, TILE_ROWS):
+        stop = min(start + TILE_ROWS, pair.pixels)
+        rows = slice(start, stop)
+        strip = left[:, :, rows].mT @ right[:, :, start:]
+        size = strip.abs()
+        total += 2 * size.sum((1, 2)).double() - size[:, :, : stop - start].sum((1, 2)).double()
+        if out is not None:
+            sign = strip.sign_()
+            slope[:, :, start:].baddbmm_(student[:, :, rows], sign)
+            slope[:, :, rows].baddbmm_(student[:, :, stop:], sign[:, :, stop - start :].mT)
+    if out is not None:
+        pair.write_gradient(out, slope, 2 * share / pair.pixels**2)
+    return total / pair.pixels**2
+
+
+def _fast(pair: Pair, out: Tensor | None, share: float, columns: int, generator: torch.Generator) -> Tensor:
+    """D Z from right to left: first (C, columns), then (N, columns)."""
+    z = torch.randn(
+        (len(pair.features), pair.pixels, columns),
+        generator=generator,
+        device=generator.device,
+        dtype=pair.features.dtype,
+    ).to(pair.features.device)
+    y = pair.u.mT @ (pair.m @ z) + pair.m.mT @ (pair.u @ z)
+    if out is not None:
+        slope = (pair.student() @ torch.cat([z, y], dim=2)) @ torch.cat([y, z], dim=2).mT
+        pair.write_gradient(out, slope, 2 * share / (columns * pair.pixels**2))
+    return y.square().sum((1, 2), dtype=torch.float64) / (columns * pair.pixels**2)
+
+
+def _norm(features: Tensor) -> tuple[Tensor, Tensor]:
+    norm = (features * features).sum(1, keepdim=True).sqrt_()
+    return norm, (norm + EPSILON).reciprocal_()
+
+
+def _flattened(student: Tensor, teacher: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    student, teacher = student.to(dtype), teacher.to(dtype)
+    if student.shape[2:] != teacher.shape[2:]:
+        size = list(student.shape[2:])
+        teacher = functional.interpolate(teacher, size=size, mode="bilinear", align_corners=True)
+    return student.flatten(2), teacher.flatten(2)
+
+
+def _parts(student: Tensor) -> Iterator[slice]:
+    samples = max(1, _elements(student) // max(1, student[0].numel()))
+    for start in range(0, len(student), samples):
+        yield slice(start, start + samples)
+
+
+def _elements(like: Tensor) -> int:
+    return GPU_ELEMENTS if like.is_cuda else CPU_ELEMENTS
+
+
+@contextmanager
+def _plain_arithmetic(device: torch.device) -> Iterator[None]:
+    """float32 means float32: no autocast and no TF32 inside, as before outside."""
+    with torch.autocast(device.type, enabled=False):
+        if device.type != "cuda":
+            yield
+            return
+        matmul = torch.backends.cuda.matmul
+        before = matmul.fp32_precision
+        matmul.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = before

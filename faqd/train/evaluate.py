@@ -1,0 +1,46 @@
+"""What a run is worth on the eval split: the deployed integers for a student, the float network for a teacher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from faqd.quant import FLOAT_BITS
+from faqd.train.convert import convert
+from faqd.train.data import load_dataset
+from faqd.train.distill import load_student
+from faqd.train.run import data_options, finished, load_teacher, network_input, run_preprocess
+
+BATCH = 250
+
+
+@torch.no_grad()
+def outputs(network: Any, inputs: Tensor) -> Tensor:
+    """float32 outputs of `network` for all of `inputs`, in batches."""
+    return torch.cat([network(batch).float() for batch in inputs.split(BATCH)])
+
+
+def evaluate_run(folder: Path, data_root: Path | None) -> dict[str, Any]:
+    """Accuracy (where the data has labels) and, for a student, agreement with the teacher, on the eval split."""
+    record = finished(folder)
+    split = load_dataset(data_options(record, data_root), with_labels=True).eval
+    inputs = network_input(split.images, run_preprocess(record))
+    teacher, _, _ = load_teacher(folder)
+    wanted = outputs(teacher, inputs)
+    result: dict[str, Any] = {"images": len(inputs)}
+    measured = {"teacher": wanted}
+    if record["kind"] == "distill":
+        student = load_student(folder)
+        deployed = student.network if student.bits.activations == FLOAT_BITS else convert(student, "tensorrt")
+        measured = {"student": outputs(deployed, inputs), "teacher": wanted}
+    for name, values in measured.items():
+        if split.labels is not None and values.dim() == 2:
+            hits = (values.argmax(1) == torch.from_numpy(split.labels)).float()
+            result[f"{name}_accuracy"] = round(float(hits.mean()), 6)
+    if "student" in measured:
+        agreement = (measured["student"].argmax(1) == wanted.argmax(1)).float().mean()
+        result["agreement"] = round(float(agreement), 6)
+    return result

@@ -1,0 +1,174 @@
+"""Where a float network comes from: the zoo or the user's own file, and how its weights are read safely."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import pickle
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from faqd.errors import UserError
+from faqd.files import sha256
+from faqd.train.models import build_architecture
+
+WRAPPINGS = ("state_dict", "model_state_dict", "model", "state_dict_ema", "ema", "model_ema", "net", "weights")
+"""Keys under which training scripts commonly store the state dict."""
+PREFIXES = ("module.", "_orig_mod.", "model.")
+
+
+@dataclass(frozen=True)
+class NetworkSource:
+    """Either `architecture` from the zoo, or `file` and `callable` of the user's with the file's SHA-256.
+
+    channels, pixels: of the input. classes: width of the classifier, used by the zoo only.
+    """
+
+    channels: int
+    pixels: tuple[int, int]
+    classes: int
+    architecture: str | None = None
+    file: str | None = None
+    callable: str | None = None
+    sha256: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.architecture or f"{Path(str(self.file)).name}:{self.callable}"
+
+    def build(self) -> nn.Module:
+        """A freshly initialised network; UserError if the user's file changed since the run, or fails."""
+        if self.architecture is not None:
+            return build_architecture(self.architecture, self.channels, self.classes, max(self.pixels))
+        path = Path(str(self.file))
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; the run was made with the network in it.")
+        if sha256(path) != self.sha256:
+            raise UserError(
+                f"{path}: changed since the run was made (SHA-256 differs). Code is only imported unchanged: restore "
+                "the file, or distil again with the new one."
+            )
+        return _call(path, str(self.callable))
+
+    def example(self, batch: int = 2) -> Tensor:
+        """(batch, C, H, W) zeros: for tracing and shapes only."""
+        return torch.zeros(batch, self.channels, *self.pixels)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> NetworkSource:
+        return cls(**{**record, "pixels": tuple(record["pixels"])})
+
+
+def user_source(spec: str, channels: int, pixels: tuple[int, int]) -> NetworkSource:
+    """The source that `FILE.py:callable` names."""
+    file, _, name = spec.rpartition(":")
+    path = Path(file)
+    if not file.endswith(".py") or not name.isidentifier():
+        raise UserError(f"--teacher {spec}: expected a run folder, or FILE.py:callable.")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file (from --teacher {spec}).")
+    return NetworkSource(channels, pixels, 0, file=str(path.resolve()), callable=name, sha256=sha256(path))
+
+
+def _call(path: Path, name: str) -> nn.Module:
+    spec = importlib.util.spec_from_file_location(f"faqd_user_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's file does on import
+        raise UserError(f"{path}: importing it failed: {type(error).__name__}: {error}") from error
+    build = getattr(module, name, None)
+    if not callable(build):
+        raise UserError(f"{path}: has no callable named {name}.")
+    needed = [p.name for p in inspect.signature(build).parameters.values() if p.default is p.empty and p.kind < 2]
+    if needed:
+        raise UserError(
+            f"{path}: {name} needs arguments ({', '.join(needed)}); give a function without any that returns the "
+            "network, for example `def build(): return Net(classes=10)`."
+        )
+    network = build()
+    if not isinstance(network, nn.Module):
+        raise UserError(f"{path}: {name}() returned {type(network).__name__}, expected a torch.nn.Module.")
+    return network
+
+
+def load_weights(network: nn.Module, path: Path) -> None:
+    """Fill `network` from a safetensors file, or from a .pt/.pth file that holds tensors only.
+
+    Common wrappings are looked through. UserError for a damaged file, pickled classes or another network's weights.
+    """
+    state = {_without_prefix(key): value for key, value in _state_dict(path).items()}
+    wanted = network.state_dict()
+    missing = sorted(key for key in wanted if key not in state and not key.endswith("num_batches_tracked"))
+    foreign = sorted(key for key in state if key not in wanted)
+    reshaped = sorted(k for k in wanted if k in state and state[k].shape != wanted[k].shape)
+    if missing or foreign or reshaped:
+        problems = [
+            f"{len(names)} {what} (first: {names[0]})"
+            for what, names in (("missing", missing), ("unknown", foreign), ("of another shape", reshaped))
+            if names
+        ]
+        raise UserError(f"{path}: these are not weights of {type(network).__name__}: {', '.join(problems)}.")
+    network.load_state_dict(state, strict=False)
+
+
+def _without_prefix(key: str) -> str:
+    for prefix in PREFIXES[:2]:
+        key = key.removeprefix(prefix)
+    return key
+
+
+def _state_dict(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such weights file.")
+    if path.suffix == ".safetensors":
+        return read_tensors(path)
+    if path.suffix not in (".pt", ".pth"):
+        raise UserError(f"{path}: weights are read from .safetensors, .pt or .pth files.")
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path}: cannot be read as plain tensors; it is damaged, or it holds pickled classes, which could run "
+            "code. Where the network was trained, save only its tensors: "
+            "torch.save(network.state_dict(), 'weights.pth')."
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise UserError(f"{path}: not a readable torch file; it is damaged or cut short ({_short(error)}).") from error
+    return _unwrapped(loaded, path)
+
+
+def _unwrapped(loaded: Any, path: Path) -> dict[str, Tensor]:
+    while isinstance(loaded, Mapping) and not any(isinstance(value, Tensor) for value in loaded.values()):
+        inner = next((loaded[key] for key in WRAPPINGS if isinstance(loaded.get(key), Mapping)), None)
+        if inner is None:
+            raise UserError(f"{path}: holds no state dict; found the keys {', '.join(map(str, list(loaded)[:8]))}.")
+        loaded = inner
+    if not isinstance(loaded, Mapping):
+        raise UserError(f"{path}: holds a {type(loaded).__name__}, expected a state dict.")
+    return {str(key): value for key, value in loaded.items() if isinstance(value, Tensor)}
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; UserError if it is damaged."""
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file.") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: damaged or cut short ({_short(error)}); copy or write it again.") from error
+
+
+def _short(error: BaseException) -> str:
+    return str(error).splitlines()[0][:160] if str(error) else type(error).__name__

@@ -1,0 +1,159 @@
+"""One function per experiment. A recipe sets everything; options of the command line override it field by field."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from faqd.errors import UserError
+from faqd.quant import Target
+from faqd.train.losses import AffinityForm, LogitForm
+
+DistillAffinity = AffinityForm | Literal["none"]
+
+
+@dataclass(frozen=True)
+class Training:
+    """The schedule. Iterations are epochs of the data, or exactly `steps`; the rate falls to zero as a cosine.
+
+    clip_norm: total gradient norm, None for no clipping. frozen_norm: the last part of training in which batch-norm
+    statistics stand still. warmup: the first part in which the rate rises.
+    """
+
+    epochs: int
+    batch_size: int
+    lr: float
+    steps: int | None = None
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    clip_norm: float | None = None
+    frozen_norm: float = 0.1
+    warmup: float = 0.0
+    seed: int = 0
+    data_seed: int = 0
+
+
+@dataclass(frozen=True)
+class TeacherRecipe:
+    """How a float teacher is trained, with labels."""
+
+    about: str
+    data: str
+    arch: str
+    training: Training
+
+
+@dataclass(frozen=True)
+class DistillRecipe:
+    """How a student is distilled, without labels.
+
+    data, arch: None for what the command line says and the teacher's own. lr None in `training`: see distill.
+    """
+
+    about: str
+    training: Training
+    data: str | None = None
+    arch: str | None = None
+    weight_bits: int = 8
+    act_bits: int = 8
+    target: Target = "tensorrt"
+    scales: Literal["channel", "tensor"] = "channel"
+    init: str | None = None
+    logit: LogitForm = "mse"
+    logit_weight: float = 1.0
+    temperature: float = 4.0
+    affinity: DistillAffinity = "l2"
+    affinity_weight: float = 1.0
+    columns: int = 15
+
+
+Recipe = TeacherRecipe | DistillRecipe
+
+
+def digits_teacher() -> TeacherRecipe:
+    return TeacherRecipe(
+        "float ResNet-20 on the 8-pixel digits of scikit-learn, seconds on a CPU",
+        "digits",
+        "resnet20",
+        Training(epochs=20, batch_size=64, lr=0.1, warmup=0.1),
+    )
+
+
+def cifar10_teacher() -> TeacherRecipe:
+    return TeacherRecipe(
+        "float ResNet-20 on CIFAR-10, the schedule of the released FAQD code",
+        "cifar10",
+        "resnet20",
+        Training(epochs=200, batch_size=100, lr=0.1, weight_decay=1e-4, warmup=0.01),
+    )
+
+
+def distill_default() -> DistillRecipe:
+    return DistillRecipe(
+        "8-bit student from its own teacher: a short fine-tuning for any data",
+        Training(epochs=20, batch_size=100, lr=0.01, clip_norm=20.0),
+    )
+
+
+def distill_digits() -> DistillRecipe:
+    return replace(
+        distill_default(),
+        about="8-bit student on the digits of scikit-learn, seconds on a CPU",
+        data="digits",
+        training=Training(epochs=15, batch_size=64, lr=0.02, clip_norm=20.0),
+    )
+
+
+def distill_cifar10() -> DistillRecipe:
+    return replace(
+        distill_default(),
+        about="8-bit ResNet-20 student on CIFAR-10, 200 epochs",
+        data="cifar10",
+        training=Training(epochs=200, batch_size=100, lr=0.01, clip_norm=20.0),
+    )
+
+
+def distill_cifar10_w4a4() -> DistillRecipe:
+    return replace(distill_cifar10(), about="4W4A ResNet-20 student on CIFAR-10, 200 epochs", weight_bits=4, act_bits=4)
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    "digits-teacher": digits_teacher,
+    "cifar10-resnet20-teacher": cifar10_teacher,
+    "default": distill_default,
+    "digits": distill_digits,
+    "cifar10-resnet20": distill_cifar10,
+    "cifar10-resnet20-w4a4": distill_cifar10_w4a4,
+}
+
+
+def teacher_recipe(name: str) -> TeacherRecipe:
+    recipe = _named(name)
+    if not isinstance(recipe, TeacherRecipe):
+        raise UserError(f"--recipe {name}: this one is for distill; `faqd-train recipes` lists all.")
+    return recipe
+
+
+def distill_recipe(name: str) -> DistillRecipe:
+    recipe = _named(name)
+    if not isinstance(recipe, DistillRecipe):
+        raise UserError(f"--recipe {name}: this one is for teacher; `faqd-train recipes` lists all.")
+    return recipe
+
+
+def _named(name: str) -> Recipe:
+    if name not in RECIPES:
+        raise UserError(f"--recipe {name}: unknown; choose {', '.join(RECIPES)}.")
+    return RECIPES[name]()
+
+
+def overridden(recipe: Any, options: dict[str, Any]) -> Any:
+    """`recipe` with every option that is not None put into its field, of the recipe or of its training."""
+    given = {key: value for key, value in options.items() if value is not None}
+    training = {key: given.pop(key) for key in list(given) if hasattr(recipe.training, key)}
+    return replace(recipe, **given, training=replace(recipe.training, **training))
+
+
+def recipe_json(recipe: Recipe) -> dict[str, Any]:
+    return asdict(recipe)

@@ -1,0 +1,102 @@
+"""Tiny bundles with real ONNX files for the tests of the bench."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from faqd.bundle import EVAL, FLOAT_STUDENT, STUDENT_ONNXRUNTIME, TEACHER, VERIFY, Bundle, Evaluation, write_manifest
+from faqd.deploy.onnx_session import OnnxSession
+from faqd.files import sha256
+from faqd.preprocess import Preprocess
+
+SIDE, CLASSES = 8, 10
+PREPROCESS = Preprocess(SIDE, SIDE, (0.5,), (0.25,), channels="grey")
+
+
+def make_bundle(
+    folder: Path,
+    name: str = "tiny 8/8",
+    *,
+    kind: str = "distilled",
+    noise: float = 0.02,
+    labels: bool = True,
+    dense: bool = False,
+    images: int = 120,
+    seed: int = 0,
+    verify: bool | None = True,
+) -> Bundle:
+    """A bundle whose student is its teacher with `noise` on the weights; equal seeds share data and teacher.
+
+    verify: what verify.json says, None for no file.
+    """
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(seed)
+    weights = generator.normal(size=(SIDE * SIDE, CLASSES)).astype(np.float32)
+    pixels = generator.integers(0, 256, (images, SIDE, SIDE, 1), dtype=np.uint8)
+    student = weights + noise * np.random.default_rng(seed + 1).normal(size=weights.shape).astype(np.float32)
+    for file, values in (
+        (TEACHER, weights),
+        (FLOAT_STUDENT, student * np.float32(1.001)),
+        (STUDENT_ONNXRUNTIME, student),
+    ):
+        (folder / file).write_bytes(network(values, dense))
+    outputs = OnnxSession(folder / TEACHER).run({"input": PREPROCESS.normalise(pixels)})
+    truth = None
+    if labels:
+        truth = outputs["logits"].argmax(1).astype(np.int64)
+        truth[::10] = (truth[::10] + 1) % CLASSES  # The teacher gets every tenth image wrong.
+    Evaluation(pixels, truth, {key: values.astype(np.float32) for key, values in outputs.items()}).save(folder / EVAL)
+    teacher_sha256 = sha256(folder / TEACHER)
+    facts: dict[str, Any] = {
+        "name": name,
+        "kind": kind,
+        "architecture": "linear",
+        "weight_bits": 8,
+        "act_bits": 8,
+        "target": "tensorrt",
+        "preprocess": PREPROCESS.to_json(),
+        "classes": [f"class {index}" for index in range(CLASSES)],
+        "input": {"name": "input", "shape": ["batch", 1, SIDE, SIDE]},
+        "outputs": [{"name": "logits", "shape": ["batch", CLASSES]}],
+        "layers": [],
+        "size": {"float32_bytes": 2560, "int8_bytes": 640, "packed_bytes": 640, "parameters": 640},
+        "teacher": {"name": "tiny teacher", "sha256": teacher_sha256},
+    }
+    files = (TEACHER, FLOAT_STUDENT, STUDENT_ONNXRUNTIME, EVAL)
+    bundle = write_manifest(folder, facts, dict.fromkeys(files, teacher_sha256))
+    if verify is not None:
+        hashes = {STUDENT_ONNXRUNTIME: bundle.manifest["files"][STUDENT_ONNXRUNTIME]["sha256"]}
+        (folder / VERIFY).write_text(json.dumps({"passed": verify, "onnx_sha256": hashes}), encoding="utf-8")
+    return bundle
+
+
+def network(weights: NDArray[np.float32], dense: bool = False) -> bytes:
+    """Flatten and multiply; `dense` gives the input again as an image-shaped output, scaled by the first weight."""
+    image = ["batch", 1, SIDE, SIDE]
+    if dense:
+        nodes = [helper.make_node("Mul", ["input", "weights"], ["map"])]
+        outputs = [helper.make_tensor_value_info("map", TensorProto.FLOAT, image)]
+        weights = weights[:1, :1].reshape(())
+    else:
+        nodes = [
+            helper.make_node("Flatten", ["input"], ["flat"]),
+            helper.make_node("MatMul", ["flat", "weights"], ["logits"]),
+        ]
+        outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", CLASSES])]
+    graph = helper.make_graph(
+        nodes,
+        "tiny",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, image)],
+        outputs,
+        [numpy_helper.from_array(np.asarray(weights), "weights")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
+    onnx.checker.check_model(model)
+    return bytes(model.SerializeToString())
