@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from faqd.benchmarks.accuracy import PairedGap, Share, agreement, judge, kl_to_teacher, paired_gap, snr_db, top_k
 from faqd.errors import UserError
@@ -130,9 +132,9 @@ def test_dense_outputs_have_their_snr_alone_and_may_be_stored_for_fewer_images()
     ],
 )
 def test_what_does_not_fit_is_said(
-    outputs: dict[str, np.ndarray],
-    labels: np.ndarray | None,
-    said: str,  # type: ignore[type-arg]
+    outputs: dict[str, NDArray[Any]],
+    labels: NDArray[Any] | None,
+    said: str,
 ) -> None:
     with pytest.raises(UserError, match=said):
         judge(outputs, {"logits": np.eye(3, 2)}, labels, "net")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,15 @@ from faqd.train.losses import AffinityForm, LogitForm, affinity_loss, logit_loss
 EXACT: list[AffinityForm] = ["l1", "l2", "l2_squared"]
 FORMS: list[AffinityForm] = [*EXACT, "fast"]
 SMOOTH: list[AffinityForm] = ["l2", "l2_squared"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Thousands of tiny operations: on a busy machine, handing them to a second thread takes seconds."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def seeded(seed: int) -> torch.Generator:

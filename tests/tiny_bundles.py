@@ -79,7 +79,7 @@ def make_bundle(
 
 def network(weights: NDArray[np.float32], dense: bool = False) -> bytes:
     """Flatten and multiply; `dense` gives the input again as an image-shaped output, scaled by the first weight."""
-    image = ["batch", 1, SIDE, SIDE]
+    image: list[str | int | None] = ["batch", 1, SIDE, SIDE]
     if dense:
         nodes = [helper.make_node("Mul", ["input", "weights"], ["map"])]
         outputs = [helper.make_tensor_value_info("map", TensorProto.FLOAT, image)]

@@ -19,6 +19,8 @@ LOG_ABOVE = 8.0
 """Ratio of medians from which a latency axis is logarithmic; below, it is linear and starts at zero."""
 FAR_BELOW = 0.15
 """A share this far below the median one is drawn on the lower edge, so that it does not flatten the others."""
+BELOW = "↓"
+"""Stands before the value of such a network."""
 _LABEL_PX, _SMALL_PX = 13, 12
 
 
@@ -61,19 +63,23 @@ def accuracy_against_latency(result: Record, width: int) -> Markup | None:
     y = _share_axis(shown, bottom, top)
     marks: list[Markup] = []
     solid: list[Box] = []
+    soft: list[Box] = []
     for point in points:
         at, value = x(point.latency["median_ms"]), y.clipped(point.share["value"])
-        solid.append(Box(at - 8, value - 8, at + 8, value + 8))
+        above, under = (8, 8) if point in shown else (12, 1)
+        solid.append(Box(at - 8, value - above, at + 8, value + under))
         if point in shown:
-            solid.append(Box(at - 3, y.clipped(point.share["high"]), at + 3, y.clipped(point.share["low"])))
+            spread = point.latency["distribution_ms"]
+            soft.append(Box(x.clipped(spread[5]), value - 3, x.clipped(spread[95]), value + 3))
+            soft.append(Box(at - 3, y.clipped(point.share["high"]), at + 3, y.clipped(point.share["low"])))
         marks.append(_mark(point, at, value, x, y, point in shown))
-    labels = [_label_lines(point, 40 if width > 600 else 22) for point in points]
+    labels = [_label_lines(point, 40 if width > 600 else 18, point not in shown) for point in points]
     anchors = [(x(point.latency["median_ms"]), y.clipped(point.share["value"])) for point in points]
     sizes = [
-        (max(text_width(name, _LABEL_PX), text_width(note, _SMALL_PX)), _LABEL_PX + _SMALL_PX + 7)
+        (max(text_width(name, _LABEL_PX, bold=True), text_width(note, _SMALL_PX)), _LABEL_PX + _SMALL_PX + 7)
         for name, note in labels
     ]
-    boxes = place(anchors, sizes, solid, Box(left + 4, top, right, bottom - 4))
+    boxes = place(anchors, sizes, solid, soft, Box(left + 4, top, right, bottom - 4))
     measure = "top-1 accuracy" if result["evaluation"]["labels"] else "agreement with the teacher"
     parts = [
         _grid(x, y, left, right, top, bottom),
@@ -82,7 +88,7 @@ def accuracy_against_latency(result: Record, width: int) -> Markup | None:
         ).format(_px(right), height - 8, first_batch(result), ", log scale" if x.log else ""),
         *(_leader(anchor, box) for anchor, box in zip(anchors, boxes, strict=True)),
         *marks,
-        *(_label(lines, box) for lines, box in zip(labels, boxes, strict=True)),
+        *(_label(*each) for each in zip(labels, boxes, anchors, strict=True)),
     ]
     return _svg(parts, width, height, f"{measure} in percent against median latency in milliseconds")
 
@@ -136,7 +142,7 @@ def _share_axis(points: Sequence[_Point], bottom: float, top: float) -> _Axis:
     low, high = min(p.share["low"] for p in points), max(p.share["high"] for p in points)
     space = max(high - low, 0.004)
     low, high = max(0.0, low - 0.15 * space), min(1.0, high + 0.1 * space)
-    ticks = [tick for tick in _nice_ticks(low, high, 5) if low - 1e-9 <= tick <= high + 1e-9]
+    ticks = [tick for tick in _nice_ticks(low, high, 6) if low - 1e-9 <= tick <= high + 1e-9]
     return _Axis(low, high, bottom, top, tuple(ticks))
 
 
@@ -207,15 +213,19 @@ def _mark(point: _Point, at: float, value: float, x: _Axis, y: _Axis, shown: boo
     return Markup('<g class="{}">{}{}{}</g>').format(kind, title, bars, shape)
 
 
-def _label_lines(point: _Point, limit: int = 40) -> tuple[str, str]:
+def _label_lines(point: _Point, limit: int = 40, below: bool = False) -> tuple[str, str]:
+    arrow = f"{BELOW} " if below else ""
     share = f"{percent(point.share['value'], point.share['n'])} %"
-    return _short(point.network["name"], limit), f"{share} · {milliseconds(point.latency['median_ms'])} ms"
+    return _short(point.network["name"], limit), f"{arrow}{share} · {milliseconds(point.latency['median_ms'])} ms"
 
 
-def _label(lines: tuple[str, str], box: Box) -> Markup:
+def _label(lines: tuple[str, str], box: Box, anchor: tuple[float, float]) -> Markup:
+    """Set against the side that faces the mark."""
+    at, side = (box.right, "end") if box.right <= anchor[0] else (box.left, "start")
     return Markup(
-        '<text class="label" x="{0}" y="{1}">{2}<tspan class="label-note" x="{0}" dy="1.25em">{3}</tspan></text>'
-    ).format(_px(box.left), _px(box.top + _LABEL_PX), *lines)
+        '<text class="label" x="{0}" y="{1}" text-anchor="{2}">{3}'
+        '<tspan class="label-note" x="{0}" dy="1.25em">{4}</tspan></text>'
+    ).format(_px(at), _px(box.top + _LABEL_PX), side, *lines)
 
 
 def _leader(anchor: tuple[float, float], box: Box) -> Markup:
@@ -232,9 +242,11 @@ def _strip(network: Record, record: Record, x: _Axis, top: float, right: float, 
     middle = top + 20
     ticks = " ".join(f"M{_px(x(value))} {_px(middle - 7)}v14" for value in spread if x.low <= value <= x.high)
     p99 = record["percentiles_ms"]["99"]
-    note = f"p50 {milliseconds(record['median_ms'])}" + (f" · p99 {milliseconds(p99)}" if p99 else "")
-    note += f" ms · n {record['samples']:,}" if wide else " ms"
-    room = int((right - text_width(note, _SMALL_PX) - 16) / (0.6 * _LABEL_PX))
+    note = f"p50 {milliseconds(record['median_ms'])} ms"
+    if wide:
+        note += f" · p99 {milliseconds(p99)} ms" if p99 else ""
+        note += f" · n {record['samples']:,}"
+    room = int((right - text_width(note, _SMALL_PX) - 16) / text_width("n", _LABEL_PX, bold=True))
     return Markup(
         '<g class="{0}"><text class="label" x="6" y="{1}">{2}</text>'
         '<text class="label-note" x="{3}" y="{1}" text-anchor="end">{4}</text>'

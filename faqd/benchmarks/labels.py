@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 _GAPS = (12.0, 20.0, 32.0, 48.0, 68.0, 92.0, 120.0, 160.0)
 _DIRECTIONS = ((1, 0), (-1, 0), (1, -1), (1, 1), (-1, -1), (-1, 1), (0, -1), (0, 1))
-_WIDE = 0.6
-"""Width of a character over the font size: an upper bound for the usual interface fonts on ordinary text."""
+_WIDE, _WIDE_BOLD = 0.61, 0.7
+"""Mean width of a character over the font size in DejaVu Sans, the widest of the usual interface fonts."""
 
 
 @dataclass(frozen=True)
@@ -36,24 +36,26 @@ class Box:
         )
 
 
-def text_width(text: str, font_px: float) -> float:
-    return _WIDE * font_px * len(text)
+def text_width(text: str, font_px: float, bold: bool = False) -> float:
+    return (_WIDE_BOLD if bold else _WIDE) * font_px * len(text)
 
 
 def place(
     anchors: Sequence[tuple[float, float]],
     sizes: Sequence[tuple[float, float]],
     solid: Sequence[Box],
+    soft: Sequence[Box],
     frame: Box,
 ) -> list[Box]:
     """One box of the given size per anchor, inside `frame`, the nearest that covers nothing; if all cover
-    something, the one that covers least. The points with the least room, those on the right, go first."""
+    something, the one that covers least, where the `soft` boxes count a fiftieth of the solid ones and of other
+    labels. The points with the least room, those on the right, go first."""
     placed: dict[int, Box] = {}
     for index in sorted(range(len(anchors)), key=lambda i: (-anchors[i][0], anchors[i][1])):
         taken = [*solid, *placed.values()]
         best: tuple[float, Box] | None = None
         for box in _candidates(anchors[index], sizes[index], frame):
-            cost = sum(box.overlap(other) for other in taken)
+            cost = sum(map(box.overlap, taken)) + sum(map(box.overlap, soft)) / 50
             if best is None or cost < best[0]:
                 best = cost, box
             if cost == 0:

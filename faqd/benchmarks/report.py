@@ -37,6 +37,7 @@ def page_from_result(result: Record) -> str:
         index_of=lambda items, item: items.index(item),
         scatter=_both(lambda width: charts.accuracy_against_latency(result, width)),
         distributions=[(size, _both(_distribution(result, size))) for size in result["switches"]["batch"]],
+        below=charts.BELOW,
         raw=_json_for_script(result),
     )
 

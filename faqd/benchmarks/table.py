@@ -80,7 +80,7 @@ def _cells(network: Record, batch: int) -> list[str]:
 
 
 def _kind(network: Record) -> str:
-    return "float teacher" if network["role"] == "teacher" else KIND.get(network["kind"], network["kind"])
+    return "float teacher" if network["role"] == "teacher" else KIND.get(network["kind"], str(network["kind"]))
 
 
 def _share(share: Record | None) -> str:
@@ -141,5 +141,6 @@ def _legend(result: Record) -> str:
         return f"{images}; latency was not measured."
     return (
         f"{images}; latency on {device(result)}, all networks in turn within each of "
-        f"{result['switches']['rounds']} rounds; speed-ups (×) over the same graph in float and over the teacher are paired medians."
+        f"{result['switches']['rounds']} rounds; speed-ups (×), over the same graph in float and "
+        "over the teacher, are paired medians."
     )

@@ -17,7 +17,7 @@ from faqd.bundle import FLOAT_STUDENT, STUDENT_TENSORRT, TEACHER, VERIFY, Bundle
 from faqd.deploy import cuda
 from faqd.deploy.kernels import Kernel, kernels_from_inspector, kernels_from_log, not_int8, products
 from faqd.deploy.record import FORMAT, VERSION, engine_name, record_path
-from faqd.deploy.trt import INSTALL, Messages, TensorRT, installed, logger
+from faqd.deploy.trt import INSTALL, Messages, TensorRT, heard, installed
 from faqd.errors import UserError
 from faqd.files import read_json, sha256, write_json, written_beside
 
@@ -91,21 +91,20 @@ def engine_from_onnx(
     if not onnx.is_file():
         raise UserError(f"{onnx}: no such file.")
     trt = installed()
-    messages = Messages()
-    log = logger(trt, messages)
-    builder = _builder(trt, log, messages)
-    config = builder.create_builder_config()
-    network = builder.create_network(_network_flags(trt))
-    _parse(trt, onnx, network, log, messages)
-    _configure(trt, builder, network, config, options, onnx)
     say(f"{engine.name}: building with {trt} from {onnx.name}")
-    started = time.perf_counter()
-    plan = builder.build_serialized_network(network, config)
-    seconds = time.perf_counter() - started
-    if plan is None:
-        raise UserError(f"{onnx}: {trt} built no engine: {messages.why()}", exit_code=1)
     device, no_device = cuda.device_or_none()
-    kernels, read_from = _kernels(trt, plan, log, messages, on_gpu=device is not None)
+    started = time.perf_counter()
+    with heard(trt) as (log, messages):
+        builder = _builder(trt, log, messages)
+        config = builder.create_builder_config()
+        network = builder.create_network(_network_flags(trt))
+        _parse(trt, onnx, network, log, messages)
+        _configure(trt, builder, network, config, options, onnx)
+        plan = builder.build_serialized_network(network, config)
+        if plan is None:
+            raise UserError(f"{onnx}: {trt} built no engine: {messages.why()}", exit_code=1)
+        kernels, read_from = _kernels(trt, plan, log, messages, on_gpu=device is not None)
+    seconds = time.perf_counter() - started
     with written_beside(engine) as temporary:
         temporary.write_bytes(plan)
     record = {
@@ -239,10 +238,11 @@ def _int8(network: Any, kernels: list[Kernel], expected: Sequence[str] | None) -
 def _missing(expected: Sequence[str], found: list[dict[str, Any]]) -> list[str]:
     """The layers that should be INT8 and are not: by name where the names are the network's, else by number."""
     int8 = {product["node"]: product["int8"] for product in found}
-    if int8.keys() >= set(expected):
-        return [name for name in expected if not int8[name]]
-    short = len(expected) - sum(1 for runs in int8.values() if runs)
-    return ([node for node, runs in int8.items() if not runs] or list(expected)) if short > 0 else []
+    short = len(expected) > sum(1 for runs in int8.values() if runs)
+    missing = [name for name in expected if (name in int8 or short) and not int8.get(name)]
+    if int8.keys().isdisjoint(expected):  # Named otherwise: all that is known is what does not run in INT8.
+        return [node for node, runs in int8.items() if not runs] if short else []
+    return missing
 
 
 def _report(record: dict[str, Any], say: Say) -> None:

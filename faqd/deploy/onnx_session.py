@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as failures
@@ -60,7 +60,7 @@ class OnnxSession:
         self.inputs: tuple[str, ...] = tuple(tensor.name for tensor in self._session.get_inputs())
         self.outputs: tuple[str, ...] = tuple(tensor.name for tensor in self._session.get_outputs())
 
-    def run(self, feeds: Mapping[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """One query. UserError where names, shapes or types of `feeds` are not the network's."""
         try:
             values = self._session.run(None, dict(feeds))

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from faqd.deploy.cuda import open_cuda
 from faqd.deploy.cuda_interface import Cuda
 from faqd.deploy.record import check_gpu, check_version, rebuild, record_of
-from faqd.deploy.trt import Messages, TensorRT, installed, logger
+from faqd.deploy.trt import TensorRT, heard, installed
 from faqd.errors import UserError
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -85,15 +85,15 @@ class Engine:
             stack.callback(self._drop)
             self.path = path
             self.cuda = cuda
-            self._messages = Messages()
-            self._log = logger(trt, self._messages)
-            self._runtime = trt.module.Runtime(self._log)
-            self._engine = self._runtime.deserialize_cuda_engine(plan)
-            if self._engine is None:
-                raise UserError(f"{path}: {trt} does not load it: {self._messages.why()}. {rebuild(path)}", exit_code=1)
-            self._context = self._engine.create_execution_context()
-            if self._context is None:
-                raise UserError(f"{path}: no room to run it: {self._messages.why()}.", exit_code=1)
+            self._trt = trt
+            with heard(trt) as (log, messages):
+                self._runtime = trt.module.Runtime(log)
+                self._engine = self._runtime.deserialize_cuda_engine(plan)
+                if self._engine is None:
+                    raise UserError(f"{path}: {trt} does not load it: {messages.why()}. {rebuild(path)}", exit_code=1)
+                self._context = self._engine.create_execution_context()
+                if self._context is None:
+                    raise UserError(f"{path}: no room to run it: {messages.why()}.", exit_code=1)
             self.inputs, self.outputs = _tensors(trt, self._engine)
             self._stream = cuda.stream()
             stack.callback(cuda.free_stream, self._stream)
@@ -125,27 +125,29 @@ class Engine:
     def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
         """One query: arrays by input name in, new arrays by output name out. UserError where names, types or shapes
         are not the engine's."""
-        binding = self._fed(feeds)
-        self._copy_in(binding)
-        self._launch(binding)
-        self._copy_out(binding)
-        self.cuda.synchronize(self._stream)
+        with heard(self._trt) as (_, self._messages):
+            binding = self._fed(feeds)
+            self._copy_in(binding)
+            self._launch(binding)
+            self._copy_out(binding)
+            self.cuda.synchronize(self._stream)
         return {name: binding.buffers[name].array.copy() for name in self.outputs}
 
     def timed(self, feeds: Arrays) -> Timing:
         """One query, timed. Filling the page-locked buffers is not part of it."""
-        binding = self._fed(feeds)
-        start, copied, computed, end = self._events
-        self.cuda.record(start, self._stream)
-        self._copy_in(binding)
-        self.cuda.record(copied, self._stream)
-        before = time.perf_counter()
-        self._launch(binding)
-        enqueue = time.perf_counter() - before
-        self.cuda.record(computed, self._stream)
-        self._copy_out(binding)
-        self.cuda.record(end, self._stream)
-        self.cuda.synchronize(self._stream)
+        with heard(self._trt) as (_, self._messages):
+            binding = self._fed(feeds)
+            start, copied, computed, end = self._events
+            self.cuda.record(start, self._stream)
+            self._copy_in(binding)
+            self.cuda.record(copied, self._stream)
+            before = time.perf_counter()
+            self._launch(binding)
+            enqueue = time.perf_counter() - before
+            self.cuda.record(computed, self._stream)
+            self._copy_out(binding)
+            self.cuda.record(end, self._stream)
+            self.cuda.synchronize(self._stream)
         elapsed = self.cuda.elapsed_ms
         return Timing(enqueue * 1e3, elapsed(start, copied), elapsed(copied, computed), elapsed(computed, end))
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -81,8 +83,24 @@ class Messages:
         return "; ".join(self.errors) or "it gave no reason"
 
 
-def logger(trt: TensorRT, messages: Messages) -> Any:
-    """A TensorRT logger that fills `messages` and prints nothing. Keep it as long as what was made with it."""
+@contextlib.contextmanager
+def heard(trt: TensorRT) -> Iterator[tuple[Any, Messages]]:
+    """TensorRT's logger, which prints nothing, and what it is told within the block."""
+    messages = Messages()
+    _listeners.append(messages)
+    try:
+        yield _logger(trt), messages
+    finally:
+        _listeners.pop()
+
+
+_listeners: list[Messages] = []
+
+
+@functools.cache
+def _logger(trt: TensorRT) -> Any:
+    """One for the process: TensorRT keeps to the first logger as long as anything made with it lives, and tells a
+    second one nothing."""
     base: Any = trt.module.ILogger
     grave = (base.INTERNAL_ERROR, base.ERROR)
 
@@ -92,12 +110,14 @@ def logger(trt: TensorRT, messages: Messages) -> Any:
             base.__init__(self)
 
         def log(self, severity: Any, text: str) -> None:
+            if not _listeners:
+                return
             if severity in grave:
-                _add(messages.errors, text)
+                _add(_listeners[-1].errors, text)
             elif severity == base.WARNING:
-                _add(messages.warnings, text)
+                _add(_listeners[-1].warnings, text)
             elif text.startswith("Layers:"):
-                messages.layers = text
+                _listeners[-1].layers = text
 
     return Collector()
 

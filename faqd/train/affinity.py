@@ -192,17 +192,16 @@ def _direct(pair: Pair) -> tuple[Tensor, Tensor, SlopeOf]:
     """|D|_F^2 (b,), what its rounding is relative to, and S D (b, C, N) of a pair, through D itself."""
     half = pair.u.mT @ pair.m
     difference = half + half.mT
-    square = difference.square().sum((1, 2), dtype=torch.float64)
+    square = _total(difference.square())
     return square, square, lambda pair: pair.student() @ difference
 
 
 def _factorised(pairs: Iterable[Pair]) -> tuple[Tensor, Tensor, SlopeOf]:
     """The same through the (C, C) products of U and M; never forms D."""
-    pa = _sum(pair.m @ pair.halves.mT for pair in pairs)
-    e = _sum(pair.u @ pair.u.mT for pair in pairs)
-    p, a = pa.chunk(2, dim=2)
-    square = 2 * ((p * p.mT).sum((1, 2), dtype=torch.float64) + (a * e).sum((1, 2), dtype=torch.float64))
-    scale = 4 * (a.square().sum((1, 2), dtype=torch.float64) * e.square().sum((1, 2), dtype=torch.float64)).sqrt()
+    products = _sum(torch.cat([pair.u @ pair.u.mT, pair.m @ pair.halves.mT], dim=2) for pair in pairs)
+    e, p, a = products.chunk(3, dim=2)
+    square = 2 * (_total(p * p.mT) + _total(a * e))
+    scale = 4 * (_total(a.square()) * _total(e.square())).sqrt()
     mixing = torch.cat([a.add(p.mT, alpha=0.5), p.add(e, alpha=0.5)], dim=2)
     return square, scale, lambda pair: mixing @ pair.halves
 
@@ -265,7 +264,7 @@ def _fast(pair: Pair, out: Tensor | None, share: float, columns: int, generator:
     if out is not None:
         slope = (pair.student() @ torch.cat([z, y], dim=2)) @ torch.cat([y, z], dim=2).mT
         pair.write_gradient(out, slope, 2 * share / (columns * pair.pixels**2))
-    return y.square().sum((1, 2), dtype=torch.float64) / (columns * pair.pixels**2)
+    return _total(y.square()) / (columns * pair.pixels**2)
 
 
 def _norm(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -285,6 +284,10 @@ def _parts(student: Tensor) -> Iterator[slice]:
     samples = max(1, _elements(student) // max(1, student[0].numel()))
     for start in range(0, len(student), samples):
         yield slice(start, start + samples)
+
+
+def _total(matrices: Tensor) -> Tensor:
+    return matrices.sum((1, 2), dtype=torch.float64)
 
 
 def _elements(like: Tensor) -> int:

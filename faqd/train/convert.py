@@ -22,7 +22,7 @@ from faqd.errors import UserError
 from faqd.quant import FLOAT_BITS, SIGNED_8
 from faqd.train import graph
 from faqd.train.deployed import IntegerAverage, IntegerLayer, Requantize
-from faqd.train.prepare import Student, strided_sample
+from faqd.train.prepare import Student, input_quantizer, strided_sample
 from faqd.train.quantizers import ActivationQuantizer
 
 Flavour = Literal["tensorrt", "onnxruntime", "float"]
@@ -69,7 +69,7 @@ def convert(student: Student, flavour: Flavour, output_scales: dict[str, float] 
         if kind == "compute":
             _fold_layer(network, node, flavour, zeroed)
         elif kind == "average" and flavour != "float":
-            _replace(network, node, IntegerAverage(_callable(network, node), _scale_of(network, node.args[0])))
+            _replace(network, node, IntegerAverage(_callable(network, node), _quantizer_of(network, node).scale))
     for node in list(network.graph.nodes):
         module = _module(network, node)
         if isinstance(module, ActivationQuantizer):
@@ -145,7 +145,7 @@ def _requantize_before_layers(network: fx.GraphModule) -> None:
         if graph.role(network, node) != "compute" or not isinstance(source, fx.Node):
             continue
         if not isinstance(_module(network, source), ActivationQuantizer):
-            again = copy.deepcopy(_quantizer_of(network, source))
+            again = copy.deepcopy(_quantizer_of(network, node))
             _insert_after(network, source, f"{node.target}_in", again, only_for=node)
 
 
@@ -218,7 +218,7 @@ def _integer_layer(
     per_channel = (-1, *[1] * (codes.dim() - 1))
     codes = codes.double() * factor.sign().reshape(per_channel)
     scale = (scale.double() * factor.abs()).float().double()
-    read = _quantizer_of(network, node.args[0])
+    read = _quantizer_of(network, node)
     input_scale = read.scale.detach().float()
     dead = scale == 0
     bias_codes = None
@@ -245,18 +245,11 @@ def _integer_layer(
     return IntegerLayer(layer, codes, scale, input_scale, input_high, offset, bias_codes)
 
 
-def _quantizer_of(network: fx.GraphModule, source: Any) -> ActivationQuantizer:
-    """The quantizer whose codes `source` carries, behind operators that only move values."""
-    while isinstance(source, fx.Node):
-        module = _module(network, source)
-        if isinstance(module, ActivationQuantizer):
-            return module
-        source = source.args[0] if graph.role(network, source) == "reshape" else None
-    raise ValueError("a layer reads a tensor that was not quantized")
-
-
-def _scale_of(network: fx.GraphModule, source: Any) -> Tensor:
-    return _quantizer_of(network, source).scale
+def _quantizer_of(network: fx.GraphModule, node: fx.Node) -> ActivationQuantizer:
+    found = input_quantizer(network, node)
+    if found is None:
+        raise ValueError(f"{node.name} reads a tensor that was not quantized")
+    return found
 
 
 def _module(network: fx.GraphModule, node: Any) -> nn.Module | None:

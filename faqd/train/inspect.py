@@ -10,8 +10,8 @@ from faqd.errors import UserError
 from faqd.train import graph
 from faqd.train.distill import tap_pairs
 from faqd.train.network import NetworkSource, user_source
-from faqd.train.placement import Bits, place
-from faqd.train.prepare import prepare, scheme_table
+from faqd.train.placement import Bits
+from faqd.train.prepare import prepare, student_table
 from faqd.train.run import read_record
 
 
@@ -25,7 +25,7 @@ def inspect_network(
     student = prepare(traced, bits, source.example())
     return {
         "network": source.name,
-        "layers": scheme_table(traced, place(traced, bits)),
+        "layers": student_table(student),
         "taps": [theirs for theirs, _ in tap_pairs(traced, student, None)],
     }
 

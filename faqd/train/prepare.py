@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from faqd.calib.ranges import Method, scale_from
 from faqd.train import graph
-from faqd.train.placement import Bits, Placement, place
+from faqd.train.placement import Bits, place
 from faqd.train.quantizers import ActivationQuantizer, WeightQuantizer
 
 OBSERVED_VALUES = 65536
@@ -81,26 +81,38 @@ def prepare(traced: fx.GraphModule, bits: Bits, example: Tensor) -> Student:
     return Student(network.train(), bits, taps)
 
 
-def scheme_table(traced: fx.GraphModule, placement: Placement) -> list[dict[str, Any]]:
-    """What every layer gets, in graph order: name, operator, weight shape, weight grid, input grid."""
-    names = graph.places(traced)
+def student_table(student: Student) -> list[dict[str, Any]]:
+    """What every layer has, in graph order: name, operator, weight shape, weight grid and bits, input grid."""
+    network = student.network
     rows = []
-    for node, quant in placement.weights.items():
-        layer = traced.get_submodule(str(node.target))
-        source = node.args[0]
-        while isinstance(source, fx.Node) and source not in placement.activations and source.all_input_nodes:
-            source = source.all_input_nodes[0]
-        grid = placement.activations.get(source) if isinstance(source, fx.Node) else None
+    for node in network.graph.nodes:
+        if graph.role(network, node) != "compute":
+            continue
+        layer: Any = network.get_submodule(str(node.target))
+        quant = _weight_quantizer(layer).quant
+        read = input_quantizer(network, node)
         rows.append(
             {
-                "name": names[node],
+                "name": str(node.target),
                 "operator": type(layer).__name__.removeprefix("Parametrized"),
-                "weight_shape": list(layer.weight.shape),
+                "weight_shape": list(layer.parametrizations.weight.original.shape),
                 "weights": quant.label,
-                "inputs": grid.label if grid else "float",
+                "weight_bits": quant.bits,
+                "inputs": read.quant.label if read else "float",
             }
         )
     return rows
+
+
+def input_quantizer(network: fx.GraphModule, node: fx.Node) -> ActivationQuantizer | None:
+    """The quantizer whose codes `node` reads, behind operators that only move values; None where it reads float."""
+    source = node.args[0]
+    while isinstance(source, fx.Node):
+        module = network.get_submodule(str(source.target)) if source.op == "call_module" else None
+        if isinstance(module, ActivationQuantizer):
+            return module
+        source = source.args[0] if graph.role(network, source) == "reshape" else None
+    return None
 
 
 @torch.no_grad()

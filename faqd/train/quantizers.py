@@ -164,16 +164,24 @@ class _LearnedStep(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-        ctx.save_for_backward(x, scale)
+        zero_point = torch.zeros((), dtype=torch.int32, device=x.device)
+        y: Tensor = torch.fake_quantize_per_tensor_affine(x, scale.detach(), zero_point, low, high)
+        ctx.save_for_backward(x, y, scale)
         ctx.low, ctx.high = low, high
-        return (x / scale).round_().clamp_(low, high).mul_(scale)
+        return y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        x, scale = ctx.saved_tensors
-        u = x / scale
-        inside = (u >= ctx.low) & (u <= ctx.high)
-        slope = u.round().clamp_(ctx.low, ctx.high).sub_(u.mul_(inside))
+        x, y, scale = ctx.saved_tensors
+        passed = gradient * (x.clamp(ctx.low * scale, ctx.high * scale) == x)
+        # The slope times scale is y - x inside and y outside, so its sum against the gradient is two dot products.
+        total = _dot(gradient, y) - _dot(passed, x)
         per_sample = max(1, x.numel() // max(1, x.shape[0]))
-        scale_gradient = (gradient * slope).sum(dtype=torch.float32) / math.sqrt(ctx.high * per_sample)
-        return gradient * inside, scale_gradient.to(scale.dtype), None, None
+        return passed, total / scale / math.sqrt(ctx.high * per_sample), None, None
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Sum of products; the order of the elements does not matter, so channels-last tensors are not copied."""
+    if a.dim() == 4 and a.is_contiguous(memory_format=torch.channels_last):
+        a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
+    return torch.dot(a.reshape(-1), b.reshape(-1))

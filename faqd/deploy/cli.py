@@ -1,0 +1,180 @@
+"""faqd-deploy: options to one call each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from faqd.command import data_flags, data_values, emit_json, json_option, run, version_option
+
+_folder = click.Path(path_type=Path)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@version_option
+def cli() -> None:
+    """Lower a student to ONNX Q/DQ and a TensorRT INT8 engine, and prove that nothing was lost."""
+
+
+def main() -> None:
+    run(cli)
+
+
+def _bundle_flags(command: Any) -> Any:
+    for option in reversed(
+        (
+            click.option("--out", type=_folder, required=True, help="Folder of the bundle."),
+            click.option("--eval-samples", type=click.IntRange(1), help="Store only so many evaluation images."),
+            click.option(
+                "--float-type",
+                type=click.Choice(["fp16", "fp32"]),
+                default="fp16",
+                show_default=True,
+                help="Type of the unquantized rest in the TensorRT file.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+@cli.command()
+@click.argument("run_folder", metavar="RUN", type=_folder)
+@click.option("--data-root", type=_folder, help="Where the published data set lies now.")
+@_bundle_flags
+@json_option
+def export(
+    run_folder: Path, data_root: Path | None, out: Path, eval_samples: int | None, float_type: Any, json_target: str
+) -> None:
+    """Write the bundle of a distilled student, and verify it."""
+    from faqd.deploy.student import export_run
+
+    bundle = export_run(run_folder, out, data_root, eval_samples, float_type, _say)
+    _conclude(bundle, json_target)
+
+
+@cli.command()
+@click.option("--teacher", required=True, metavar="RUN|FILE.py:callable", help="The float network.")
+@click.option("--teacher-weights", type=_folder, help="Its .safetensors, .pt or .pth file.")
+@click.option("--weight-bits", type=int, default=8, show_default=True)
+@click.option("--act-bits", type=int, default=8, show_default=True)
+@click.option("--target", type=click.Choice(["tensorrt", "onnxruntime"]), default="tensorrt", show_default=True)
+@click.option(
+    "--calibration",
+    type=click.Choice(["mse", "percentile", "max", "entropy"]),
+    default="mse",
+    show_default=True,
+    help="How activation scales are chosen.",
+)
+@click.option("--calibration-images", type=click.IntRange(1), default=512, show_default=True)
+@data_flags
+@_bundle_flags
+@json_option
+def ptq(
+    teacher: str,
+    teacher_weights: Path | None,
+    weight_bits: int,
+    act_bits: int,
+    target: Any,
+    calibration: Any,
+    calibration_images: int,
+    out: Path,
+    eval_samples: int | None,
+    float_type: Any,
+    json_target: str | None,
+    **options: Any,
+) -> None:
+    """Quantize a float network without training: the baseline, as a bundle of the same kind."""
+    from faqd.deploy.student import ptq_data, quantize_after_training
+    from faqd.train.placement import Bits
+
+    bundle = quantize_after_training(
+        teacher,
+        teacher_weights,
+        ptq_data(teacher, data_values(options)),
+        Bits(weight_bits, act_bits, target),
+        calibration,
+        calibration_images,
+        out,
+        eval_samples,
+        float_type,
+        _say,
+    )
+    _conclude(bundle, json_target)
+
+
+@cli.command()
+@click.argument("bundle_folder", metavar="BUNDLE", type=_folder)
+@json_option
+def verify(bundle_folder: Path, json_target: str | None) -> None:
+    """Prove a bundle again: torch, referee and onnxruntime, layer by layer. Exit code 1 if a bound does not hold."""
+    from faqd.bundle import load_bundle
+    from faqd.deploy.proof_table import print_verification
+    from faqd.deploy.verify import verify_bundle
+
+    record = verify_bundle(load_bundle(bundle_folder))
+    if json_target is None:
+        print_verification(record)
+    emit_json(json_target, record)
+    _exit_if_failed(record)
+
+
+@cli.command()
+@click.argument("folder", metavar="RUN|BUNDLE", type=_folder)
+@json_option
+def inspect(folder: Path, json_target: str | None) -> None:
+    """Say what a run or a bundle is."""
+    from faqd.deploy.inspect import inspect_folder
+
+    facts, lines = inspect_folder(folder)
+    if json_target is None:
+        click.echo("\n".join(lines))
+    emit_json(json_target, facts)
+
+
+@cli.command("build-engine")
+@click.argument("bundle_folder", metavar="BUNDLE", type=_folder)
+@click.option("--all", "build_all", is_flag=True, help="Also build the float student and the teacher.")
+@click.option("--force", is_flag=True, help="Build although verify failed or is out of date.")
+@click.option("--min-batch", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--opt-batch", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--max-batch", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--opt-level", type=click.IntRange(0, 5), help="Builder effort; TensorRT's default is 3.")
+@click.option("--workspace", "workspace_mib", type=click.IntRange(1), metavar="MIB", help="Scratch memory in MiB.")
+@json_option
+def build_engine(bundle_folder: Path, build_all: bool, force: bool, json_target: str | None, **options: Any) -> None:
+    """Build the engine with the TensorRT or TensorRT-RTX installed here."""
+    from faqd.bundle import load_bundle
+    from faqd.deploy.engine import BuildOptions, build_bundle
+
+    records = build_bundle(
+        load_bundle(bundle_folder), all=build_all, force=force, options=BuildOptions(**options), say=_say
+    )
+    emit_json(json_target, records)
+
+
+def _conclude(bundle: Any, json_target: str | None) -> None:
+    from faqd.bundle import VERIFY
+    from faqd.files import read_json
+
+    record = read_json(bundle.folder / VERIFY)
+    click.echo(f"{bundle.folder}: {bundle.name}, {'verified' if record['passed'] else 'NOT verified'}.", err=True)
+    emit_json(json_target, bundle.manifest)
+    _exit_if_failed(record)
+
+
+def _exit_if_failed(record: dict[str, Any]) -> None:
+    if not record["passed"]:
+        for failure in record["failures"]:
+            click.echo(f"failed: {failure}", err=True)
+        raise click.exceptions.Exit(1)
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""The unquantized rest of a Q/DQ file to FP16, with every scale kept in FP32.
+
+At opset 19 an FP16 graph may have FP32 scales only through Casts: one to FP32 before each QuantizeLinear, one to FP16
+after each DequantizeLinear, weights included. TensorRT-RTX keeps convolutions and Gemm in INT8 so; with FP16 weight
+scales it refuses the Gemm.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+_SCALES = {"QuantizeLinear", "DequantizeLinear"}
+
+
+def float16_from_float32(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy of a float32 Q/DQ model whose inputs and outputs stay float32 and whose rest computes in FP16."""
+    half = onnx.ModelProto()
+    half.CopyFrom(model)
+    graph = half.graph
+    outputs = {value.name for value in graph.output}
+    scales = {name for node in graph.node if node.op_type in _SCALES for name in node.input[1:]}
+    _convert_constants(graph, scales)
+    widened = {value.name for value in graph.input}
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        if node.op_type == "QuantizeLinear":
+            if node.input[0] not in widened:
+                node.input[0] = _cast(nodes, node.input[0], f"{node.name}.wide", TensorProto.FLOAT)
+            nodes.append(node)
+        elif node.op_type == "DequantizeLinear":
+            name = node.output[0]
+            node.output[0] = f"{name}.wide"
+            nodes.append(node)
+            _cast(nodes, node.output[0], name, TensorProto.FLOAT16)
+        else:
+            for index, name in enumerate(node.input):
+                if name in widened:
+                    node.input[index] = _cast(nodes, name, f"{node.name}.narrow", TensorProto.FLOAT16)
+            for index, name in enumerate(node.output):
+                if name in outputs:
+                    node.output[index] = f"{name}.narrow"
+            nodes.append(node)
+            for name in node.output:
+                if name.removesuffix(".narrow") in outputs:
+                    _cast(nodes, name, name.removesuffix(".narrow"), TensorProto.FLOAT)
+    del graph.node[:]
+    graph.node.extend(nodes)
+    del graph.value_info[:]
+    onnx.checker.check_model(half, full_check=True)
+    return half
+
+
+def _convert_constants(graph: onnx.GraphProto, scales: set[str]) -> None:
+    for tensor in graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT and tensor.name not in scales:
+            values = numpy_helper.to_array(tensor).astype(np.float16)
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+
+
+def _cast(nodes: list[onnx.NodeProto], source: str, target: str, to: int) -> str:
+    nodes.append(helper.make_node("Cast", [source], [target], name=f"{target}.cast", to=to))
+    return target

@@ -1,0 +1,61 @@
+"""What a run or a bundle is, for people and as JSON. Needs the base packages only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from faqd.bundle import MANIFEST, VERIFY, load_bundle
+from faqd.errors import UserError
+from faqd.files import read_json
+
+RUN_RECORD = "run.json"
+
+
+def inspect_folder(folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """(facts, lines to print) of a bundle or a run; UserError where `folder` is neither."""
+    if (folder / MANIFEST).is_file():
+        return _bundle(folder)
+    if (folder / RUN_RECORD).is_file():
+        record: dict[str, Any] = read_json(folder / RUN_RECORD)
+        return record, _run_lines(folder, record)
+    raise UserError(f"{folder}: neither a run nor a bundle.")
+
+
+def _bundle(folder: Path) -> tuple[dict[str, Any], list[str]]:
+    bundle = load_bundle(folder)
+    facts = bundle.manifest
+    size = facts["size"]
+    lines = [
+        f"bundle {bundle.name} ({bundle.kind}), made by faqd {facts['faqd']}",
+        f"weights {facts['weight_bits']} bits, activations {facts['act_bits']} bits, target {facts['target']}",
+        f"size: {size['float32_bytes'] / 1024:.0f} KiB as float32, {size['int8_bytes'] / 1024:.0f} KiB as int8, "
+        f"{size['packed_bytes'] / 1024:.0f} KiB packed",
+        f"input {facts['input']['shape']}, outputs {[o['shape'] for o in facts['outputs']]}",
+        "",
+        f"{'layer':34} {'operator':10} {'weights':12} {'inputs':14} shape",
+    ]
+    for row in facts["layers"]:
+        shape = "x".join(map(str, row["weight_shape"]))
+        lines.append(f"{row['name']:34} {row['operator']:10} {row['weights']:12} {row['inputs']:14} {shape}")
+    lines.append("")
+    for name, record in facts["files"].items():
+        lines.append(f"{name:30} {record['bytes']:>10} bytes  sha256 {record['sha256'][:16]}")
+    proof = folder / VERIFY
+    verdict = "not verified yet" if not proof.is_file() else "passed" if read_json(proof)["passed"] else "FAILED"
+    return facts, [*lines, f"verify: {verdict}"]
+
+
+def _run_lines(folder: Path, record: dict[str, Any]) -> list[str]:
+    network = record["network"]
+    lines = [
+        f"{record['kind']} run, made by faqd {record['faqd']}",
+        f"network {network['architecture'] or network['file']}, input {network['channels']} x {network['pixels']}",
+        f"data {record['data']['source']}",
+    ]
+    if record["kind"] == "distill":
+        recipe = record["recipe"]
+        lines.append(f"weights {recipe['weight_bits']} bits, activations {recipe['act_bits']} bits")
+    finished = (folder / "weights.safetensors").is_file()
+    losses = ", ".join(f"{name} {value:.4g}" for name, value in record.get("select", {}).items())
+    return [*lines, f"finished; on the select split: {losses}" if finished else "not finished"]

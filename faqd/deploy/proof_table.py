@@ -1,0 +1,45 @@
+"""A verification, printed for people: one line per layer and flavour, and the bounds at the end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def print_verification(record: dict[str, Any]) -> None:
+    console = Console(soft_wrap=False)
+    for flavour, result in record["flavours"].items():
+        table = Table(title=f"{flavour}: codes on {record['probe_images']} probe inputs", title_justify="left")
+        for column in ("layer", "torch = referee", "onnxruntime plain", "optimised", "codes reached"):
+            table.add_column(column, overflow="fold")
+        for row in result["layers"]:
+            reached = f"{row['lowest']}..{row['highest']}" if "lowest" in row else ""
+            equal = {True: "equal", False: "DIFFERS", None: ""}[row.get("torch_equal")]
+            table.add_row(row["layer"], equal, _cell(row.get("plain")), _cell(row.get("optimised")), reached)
+        console.print(table)
+    for name, title in (("between_flavours", "between flavours"), ("as_trained", "as trained = deployed")):
+        if record.get(name):
+            console.print(f"{title}: {_outputs(record[name])}")
+    if "float16" in record:
+        worst = min(layer["within_one_code"] for layer in record["float16"]["layers"])
+        outputs = _outputs(record["float16"]["outputs"])
+        console.print(f"FP16 = FP32: {outputs}; worst layer {100 * worst:.3f} % within one code")
+    console.print("passed" if record["passed"] else "FAILED: " + "; ".join(record["failures"]))
+
+
+def _cell(compared: dict[str, Any] | None) -> str:
+    if compared is None:
+        return ""
+    if "codes" not in compared:
+        return f"{compared['relative_error']:.1e}"
+    if compared["differing"] == 0:
+        return "equal"
+    return f"{compared['differing']} of {compared['codes']}, by {compared['largest_difference']}"
+
+
+def _outputs(compared: dict[str, Any]) -> str:
+    snr = "equal outputs" if compared["snr_db"] is None else f"{compared['snr_db']:.1f} dB"
+    top1 = compared.get("top1_agreement")
+    return snr + (f", top-1 agreement {100 * top1:.2f} %" if top1 is not None else "") + f" (n = {compared['images']})"

@@ -1,0 +1,273 @@
+"""From a finished run, or a float network, to a verified bundle. The one place where lowering meets torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.fx.experimental.optimization import fuse
+
+from faqd import bundle as names
+from faqd.bundle import Bundle, Evaluation, write_manifest
+from faqd.calib.ranges import Method
+from faqd.deploy.export import INPUT, OUTPUT, onnx_from_deployed, onnx_from_network, save
+from faqd.deploy.float16 import float16_from_float32
+from faqd.deploy.verify import AGREEMENT_IMAGES, code_digests, compare_outputs, probe_inputs, verify_bundle
+from faqd.errors import UserError
+from faqd.files import remove, sha256, written_beside
+from faqd.preprocess import Preprocess
+from faqd.train import graph
+from faqd.train.convert import Deployed, Flavour, collect_output_scales, convert
+from faqd.train.data import DataOptions, load_dataset
+from faqd.train.deployed import IntegerLayer
+from faqd.train.distill import load_student
+from faqd.train.evaluate import outputs
+from faqd.train.network import NetworkSource
+from faqd.train.placement import Bits
+from faqd.train.prepare import Student, calibrate, prepare, student_table
+from faqd.train.run import WEIGHTS, data_options, finished, load_teacher, network_input, run_preprocess
+from faqd.train.source import teacher_from
+
+FloatType = Literal["fp16", "fp32"]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """All that a bundle is made from."""
+
+    kind: Literal["distilled", "ptq"]
+    student: Student
+    source: NetworkSource
+    made_from: str
+    output_scales: dict[str, float]
+    teacher: torch.nn.Module
+    teacher_source: NetworkSource
+    teacher_sha256: str
+    preprocess: Preprocess
+    evaluation: NDArray[np.uint8]
+    labels: NDArray[np.int64] | None
+    classes: tuple[str, ...] | None
+
+
+def export_run(
+    run: Path, out: Path, data_root: Path | None, eval_samples: int | None, float_type: FloatType, say: Say
+) -> Bundle:
+    """Lower the student of a finished distillation run into the bundle `out`, and verify it."""
+    record = finished(run)
+    student = load_student(run)
+    teacher, teacher_source, teacher_sha256 = load_teacher(run)
+    if "output_scales" not in record:
+        raise UserError(f"{run}: a student with 32-bit activations cannot be exported; use --act-bits 1 to 8.")
+    dataset = load_dataset(data_options(record, data_root), with_labels=True, say=say)
+    parts = _Parts(
+        "distilled",
+        student,
+        NetworkSource.from_json(record["network"]),
+        sha256(run / WEIGHTS),
+        record["output_scales"],
+        teacher,
+        teacher_source,
+        teacher_sha256,
+        run_preprocess(record),
+        dataset.eval.images[:eval_samples],
+        None if dataset.eval.labels is None else dataset.eval.labels[:eval_samples],
+        dataset.classes,
+    )
+    return _write_bundle(parts, out, float_type, say)
+
+
+def quantize_after_training(
+    teacher: str,
+    teacher_weights: Path | None,
+    data: DataOptions,
+    bits: Bits,
+    method: Method,
+    calibration_images: int,
+    out: Path,
+    eval_samples: int | None,
+    float_type: FloatType,
+    say: Say,
+) -> Bundle:
+    """Post-training quantization: the float network itself, scales from unlabelled images, the same lowering."""
+    chosen = teacher_from(teacher, teacher_weights, data)
+    dataset = load_dataset(data, with_labels=True, say=say)
+    example = network_input(dataset.train.images[:2], dataset.preprocess)
+    student = prepare(graph.capture(chosen.network, example), bits, example)
+    student.network.eval()
+    batches = list(network_input(dataset.train.images[:calibration_images], dataset.preprocess).split(128))
+    calibrate(student, batches, method)
+    parts = _Parts(
+        "ptq",
+        student,
+        chosen.source,
+        chosen.sha256,
+        collect_output_scales(student, batches),
+        chosen.network,
+        chosen.source,
+        chosen.sha256,
+        dataset.preprocess,
+        dataset.eval.images[:eval_samples],
+        None if dataset.eval.labels is None else dataset.eval.labels[:eval_samples],
+        dataset.classes,
+    )
+    return _write_bundle(parts, out, float_type, say)
+
+
+def _write_bundle(parts: _Parts, out: Path, float_type: FloatType, say: Say) -> Bundle:
+    if out.exists() and not (out / names.MANIFEST).is_file() and any(out.iterdir()):
+        raise UserError(f"{out}: is not empty and is no bundle; give another --out.")
+    if (out / names.MANIFEST).is_file():
+        raise UserError(f"{out}: already holds a bundle; give another --out, or remove it first.")
+    inputs = network_input(parts.evaluation, parts.preprocess)
+    metadata = _metadata(parts)
+    with written_beside(out) as folder:
+        folder.mkdir()
+        made_from: dict[str, str] = {}
+
+        def put(name: str, proto: Any, source: str) -> None:
+            save(proto, folder / name)
+            made_from[name] = source
+            say(f"wrote {name}")
+
+        probes = torch.from_numpy(probe_inputs(parts.evaluation, parts.preprocess.normalise))
+        digests: dict[str, dict[str, str]] = {}
+        flavours: dict[str, Deployed] = {}
+        for flavour in _flavours(parts.student.bits):
+            deployed = convert(parts.student, flavour, parts.output_scales)
+            flavours[flavour] = deployed
+            digests[flavour] = code_digests(_torch_codes(deployed, probes))
+            proto = onnx_from_deployed(deployed, inputs, metadata)
+            if flavour == "onnxruntime":
+                put(names.STUDENT_ONNXRUNTIME, proto, parts.made_from)
+                continue
+            put(names.STUDENT_TENSORRT_FP32, proto, parts.made_from)
+            put(names.STUDENT_TENSORRT, float16_from_float32(proto) if float_type == "fp16" else proto, parts.made_from)
+        if "tensorrt" not in flavours:
+            say("no TensorRT file: this student has 8-bit activations 0..255, which TensorRT has no grid for.")
+        put(names.FLOAT_STUDENT, onnx_from_deployed(convert(parts.student, "float"), inputs, metadata), parts.made_from)
+        teacher_graph = fuse(graph.capture(parts.teacher, inputs[:2]))
+        put(names.TEACHER, onnx_from_network(teacher_graph, inputs, {}), parts.teacher_sha256)
+        wanted = outputs(parts.teacher, inputs).numpy()
+        Evaluation(parts.evaluation, parts.labels, {OUTPUT: wanted}).save(folder / names.EVAL)
+        made_from[names.EVAL] = parts.teacher_sha256
+        first = next(iter(flavours.values()))
+        facts = {
+            **_facts(parts, first, wanted),
+            "torch_codes": digests,
+            "as_trained": _as_trained(parts.student, first, inputs[:AGREEMENT_IMAGES]),
+            "zeroed_channels": {flavour: deployed.zeroed for flavour, deployed in flavours.items() if deployed.zeroed},
+            "float_type": float_type,
+        }
+        bundle = write_manifest(folder, facts, made_from)
+        say("verifying")
+        verify_bundle(bundle)
+        if out.is_dir():
+            remove(out)
+    return Bundle(out, bundle.manifest)
+
+
+def _flavours(bits: Bits) -> list[Flavour]:
+    return ["onnxruntime"] if bits.target == "onnxruntime" and bits.activations == 8 else ["tensorrt", "onnxruntime"]
+
+
+def _facts(parts: _Parts, deployed: Deployed, teacher_outputs: NDArray[np.float32]) -> dict[str, Any]:
+    bits = parts.student.bits
+    return {
+        "name": f"{parts.source.name} {bits.label}",
+        "kind": parts.kind,
+        "architecture": parts.source.name,
+        "weight_bits": bits.weights,
+        "act_bits": bits.activations,
+        "target": bits.target,
+        "preprocess": parts.preprocess.to_json(),
+        "classes": list(parts.classes) if parts.classes else None,
+        "input": {"name": INPUT, "shape": ["batch", parts.source.channels, *parts.source.pixels]},
+        "outputs": [{"name": OUTPUT, "shape": ["batch", *teacher_outputs.shape[1:]]}],
+        "layers": [{**row, "runs_int8": True} for row in student_table(parts.student)],
+        "size": _size(parts.student, deployed),
+        "teacher": {"name": parts.teacher_source.name, "sha256": parts.teacher_sha256},
+    }
+
+
+def _size(student: Student, deployed: Deployed) -> dict[str, int]:
+    """Bytes of weights, biases and weight scales: float32, as stored int8, and codes packed at their own width."""
+    layers = {n: m for n, m in deployed.network.named_modules() if isinstance(m, IntegerLayer)}
+    widths = {row["name"]: row["weight_bits"] for row in student_table(student)}
+    weights = sum(layer.codes.numel() for layer in layers.values())
+    channels = sum(layer.bias.numel() for layer in layers.values())
+    packed = sum(-(-layer.codes.numel() * widths[name] // 8) for name, layer in layers.items())
+    return {
+        "parameters": weights + channels,
+        "float32_bytes": 4 * (weights + channels),
+        "int8_bytes": weights + 8 * channels,
+        "packed_bytes": packed + 8 * channels,
+    }
+
+
+def _metadata(parts: _Parts) -> dict[str, str]:
+    bits = parts.student.bits
+    return {
+        "faqd.student": f"{parts.source.name} {bits.label}",
+        "faqd.kind": parts.kind,
+        "faqd.bits": "; ".join(f"{r['name']}: {r['weights']} x {r['inputs']}" for r in student_table(parts.student)),
+        "faqd.weights_sha256": parts.made_from,
+        "faqd.preprocess": str(parts.preprocess.to_json()),
+        "faqd.classes": ",".join(parts.classes or ()),
+    }
+
+
+def _torch_codes(deployed: Deployed, inputs: Tensor) -> dict[str, NDArray[Any]]:
+    """The integer codes at every rounding of the deployed student, by place."""
+    found: dict[str, NDArray[Any]] = {}
+
+    def watch(place: str) -> Any:
+        def keep(module: Any, operands: tuple[Tensor, ...], result: Tensor) -> None:
+            found[place] = module.codes(operands[0]).numpy()
+
+        return keep
+
+    modules = deployed.requantizers()
+    hooks = [module.register_forward_hook(watch(name.removesuffix("_quant"))) for name, module in modules.items()]
+    deployed(inputs)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+@torch.no_grad()
+def _as_trained(student: Student, deployed: Deployed, inputs: Tensor) -> dict[str, Any]:
+    """The network as it was trained (batch norm apart, float32) against the deployed one: outputs, and each layer."""
+    trained: dict[str, Tensor] = {}
+    quantizers = student.quantizers()
+    hooks = [
+        module.register_forward_hook(lambda m, _, y, n=name: trained.update({n: (y / m.scale).round().short()}))
+        for name, module in quantizers.items()
+    ]
+    few = inputs[:64]
+    student.network.eval()(few)
+    for hook in hooks:
+        hook.remove()
+    codes = _torch_codes(deployed, few)
+    layers = {
+        name: round(float(np.mean(trained[name].numpy() == codes[name].astype(np.int16))), 6)
+        for name in quantizers
+        if name in codes
+    }
+    found, wanted = outputs(deployed, inputs).numpy(), outputs(student.network, inputs).numpy()
+    return {**compare_outputs(found, wanted), "equal_codes_per_layer": layers}
+
+
+def ptq_data(teacher: str, values: dict[str, Any]) -> DataOptions:
+    """The data options of a ptq command: what it names, or else the data that the teacher's run was trained on."""
+    if values["source"] is not None:
+        return DataOptions(**values)
+    if not Path(teacher).is_dir():
+        raise UserError("--data: say which images to calibrate with, for example --data folder:images.")
+    return data_options(finished(Path(teacher)), values["root"])

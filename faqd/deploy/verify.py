@@ -1,0 +1,235 @@
+"""The proof that nothing was lost on the way: referee, torch and onnxruntime held against each other.
+
+docs/proof.md says what is compared with what, and the bounds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from faqd import bundle as names
+from faqd.bundle import Bundle
+from faqd.deploy.onnx_session import OnnxSession
+from faqd.deploy.referee import Referee, Value, real
+from faqd.deploy.segments import segments
+from faqd.errors import UserError
+from faqd.files import sha256, write_json
+
+FORMAT = "faqd-verify"
+VERSION = 1
+
+EQUAL_CODES = 0.9999
+"""Least share of a layer's codes on which onnxruntime and the referee agree; no code may differ by more than one.
+In a layer with fewer than 10,000 codes a single one may differ: a rounding tie is one code whatever the layer's size."""
+EQUAL_CODES_FP16 = 0.999
+"""Least share of codes at most one apart between the FP16 and the FP32 file."""
+OUTPUT_ERROR = 1e-4
+"""Largest difference of a float output, relative to its root mean square."""
+PROBES = 16
+"""Evaluation images among the probe inputs; half as many enlarged fourfold and half as many of noise join them."""
+ENLARGED = 4.0
+AGREEMENT_IMAGES = 2000
+BATCH = 250
+
+FLAVOURS = {"tensorrt": names.STUDENT_TENSORRT_FP32, "onnxruntime": names.STUDENT_ONNXRUNTIME}
+
+
+def probe_inputs(bundle_images: NDArray[np.uint8], normalise: Any) -> NDArray[np.float32]:
+    """Network inputs that reach beyond every clip: images, enlarged images, and noise of the same reach."""
+    images = normalise(bundle_images[:PROBES])
+    enlarged = images[: PROBES // 2] * np.float32(ENLARGED)
+    reach = np.abs(enlarged).max()
+    noise = np.random.default_rng(0).uniform(-reach, reach, enlarged.shape).astype(np.float32)
+    return np.concatenate([images, enlarged, noise])
+
+
+def code_digests(codes: dict[str, NDArray[Any]]) -> dict[str, str]:
+    """SHA-256 of each tensor's codes (zero point removed) as int16, so that equal means every code equal."""
+    return {name: hashlib.sha256(array.astype("<i2").tobytes()).hexdigest() for name, array in codes.items()}
+
+
+def verify_bundle(bundle: Bundle) -> dict[str, Any]:
+    """Verify a bundle and write its verify.json. Returns the record; `passed` says whether every bound held."""
+    record = verification(bundle)
+    write_json(bundle.folder / names.VERIFY, record)
+    return record
+
+
+def verification(bundle: Bundle) -> dict[str, Any]:
+    evaluation = bundle.evaluation()
+    inputs = probe_inputs(evaluation.images, bundle.preprocess.normalise)
+    images = bundle.preprocess.normalise(evaluation.images[:AGREEMENT_IMAGES])
+    flavours: dict[str, Any] = {}
+    outputs: dict[str, NDArray[np.float32]] = {}
+    for flavour, file in FLAVOURS.items():
+        if not bundle.has(file):
+            continue
+        model = load_model(bundle.path(file))
+        torch_digests = bundle.manifest["torch_codes"][flavour]
+        # onnxruntime's optimizer rounds float biases to int32 when it fuses, so that only the flavour which stores
+        # int32 biases keeps its arithmetic under optimization.
+        modes = [False, True] if flavour == "onnxruntime" else [False]
+        flavours[flavour] = verify_file(model, inputs, torch_digests, modes)
+        outputs[flavour] = _outputs(OnnxSession(bundle.path(file), optimise=modes[-1]), images)
+    record: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "onnx_sha256": {name: sha256(bundle.path(name)) for name in bundle.manifest["files"] if name.endswith(".onnx")},
+        "probe_images": len(inputs),
+        "flavours": flavours,
+        "as_trained": bundle.manifest.get("as_trained"),
+    }
+    failures = [f"{flavour}: {text}" for flavour, result in flavours.items() for text in result["failures"]]
+    if len(outputs) == 2:
+        record["between_flavours"] = compare_outputs(outputs["onnxruntime"], outputs["tensorrt"])
+    if bundle.has(names.STUDENT_TENSORRT) and "tensorrt" in flavours:
+        record["float16"] = _verify_float16(bundle, inputs, images, outputs["tensorrt"])
+        failures += record["float16"]["failures"]
+    record["failures"] = failures
+    record["passed"] = not failures
+    return record
+
+
+def verify_file(
+    model: onnx.ModelProto, inputs: NDArray[np.float32], torch_digests: dict[str, str], modes: list[bool]
+) -> dict[str, Any]:
+    """One flavour: every code of torch against the referee, then onnxruntime layer by layer on the referee's inputs.
+
+    modes: whether onnxruntime optimizes. Returns {"layers": [...], "failures": [...]}.
+    """
+    referee = Referee(model)
+    values = referee.run({model.graph.input[0].name: inputs})
+    digests = code_digests(centred_codes(model, values))
+    layers, failures = [], []
+    for segment in segments(model):
+        row: dict[str, Any] = {"layer": segment.layer, "tensor": segment.output}
+        feeds = {name: stored(values[name]) for name in segment.inputs}
+        wanted = values[segment.output]
+        for optimise in modes:
+            found = OnnxSession(segment.model.SerializeToString(), optimise=optimise).run(feeds)[segment.output]
+            row["optimised" if optimise else "plain"] = compared = _compare(found, wanted)
+            if not compared["passed"]:
+                failures.append(_failure(segment.layer, compared, optimise))
+        if segment.output in digests:
+            row |= _clipping(centred(model, segment.output, wanted))
+            row["torch_equal"] = digests[segment.output] == torch_digests.get(segment.layer)
+            if not row["torch_equal"]:
+                failures.append(f"{segment.layer}: the codes of the torch student and of the referee differ")
+        layers.append(row)
+    for mode in ("plain", "optimised"):
+        compared = [row[mode] for row in layers if "codes" in row.get(mode, {})]
+        differing, total = (sum(c[key] for c in compared) for key in ("differing", "codes"))
+        if differing > max(1, (1 - EQUAL_CODES) * total):
+            failures.append(f"all layers: {differing} of {total} codes differ in {mode} onnxruntime")
+    return {"layers": layers, "failures": failures}
+
+
+def load_model(path: Path) -> onnx.ModelProto:
+    """Read and fully check an ONNX file; UserError if it is damaged."""
+    try:
+        model = onnx.load(path, load_external_data=False)
+        onnx.checker.check_model(model, full_check=True)
+    except Exception as error:  # protobuf and the checker raise many kinds
+        raise UserError(f"{path}: not a valid ONNX file ({str(error).splitlines()[0][:200]}).") from error
+    return model
+
+
+def centred_codes(model: onnx.ModelProto, values: dict[str, Value]) -> dict[str, NDArray[Any]]:
+    """Codes of every integer tensor of a run, zero points removed, by tensor name."""
+    return {name: centred(model, name, array) for name, array in Referee(model).codes(values).items()}
+
+
+def centred(model: onnx.ModelProto, name: str, codes: NDArray[Any]) -> NDArray[Any]:
+    constants = {t.name: t for t in model.graph.initializer}
+    reader = next(n for n in model.graph.node if n.op_type == "DequantizeLinear" and n.input[0] == name)
+    zero_point = onnx.numpy_helper.to_array(constants[reader.input[2]])
+    return codes.astype(np.int16) - int(zero_point)
+
+
+def stored(value: Value) -> NDArray[Any]:
+    """A referee value in the type the file declares: integers as they are, real values as float32."""
+    array = real(value)
+    return array.astype(np.float32) if array.dtype.kind == "f" else array
+
+
+def _compare(found: NDArray[Any], wanted: Value) -> dict[str, Any]:
+    if found.dtype.kind == "f":
+        reference = real(wanted)
+        error = float(np.abs(found - reference).max() / max(float(np.sqrt(np.square(reference).mean())), 1e-30))
+        return {"relative_error": error, "passed": error <= OUTPUT_ERROR}
+    difference = np.abs(found.astype(np.int16) - wanted.astype(np.int16))
+    differing, largest = int(np.count_nonzero(difference)), int(difference.max(initial=0))
+    return {
+        "codes": int(difference.size),
+        "differing": differing,
+        "largest_difference": largest,
+        "passed": differing <= max(1, (1 - EQUAL_CODES) * difference.size) and largest <= 1,
+    }
+
+
+def _failure(layer: str, compared: dict[str, Any], optimise: bool) -> str:
+    how = "optimised" if optimise else "plain"
+    if "codes" in compared:
+        return (
+            f"{layer}: {compared['differing']} of {compared['codes']} codes differ in {how} onnxruntime, "
+            f"by up to {compared['largest_difference']}"
+        )
+    return f"{layer}: the float output differs by {compared['relative_error']:.2g} in {how} onnxruntime"
+
+
+def _clipping(codes: NDArray[Any]) -> dict[str, float]:
+    """Shares of codes at the lowest and the highest value that occur: how far the probes reach into the clips."""
+    low, high = codes.min(), codes.max()
+    return {
+        "lowest": int(low),
+        "highest": int(high),
+        "share_at_lowest": round(float(np.mean(codes == low)), 6),
+        "share_at_highest": round(float(np.mean(codes == high)), 6),
+    }
+
+
+def _outputs(session: OnnxSession, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
+    name, output = next(iter(session.inputs)), next(iter(session.outputs))
+    parts = [session.run({name: inputs[i : i + BATCH]})[output] for i in range(0, len(inputs), BATCH)]
+    return np.concatenate(parts).astype(np.float32)
+
+
+def compare_outputs(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> dict[str, Any]:
+    """Signal-to-noise ratio in dB, and for class scores the share of equal top-1 answers; n images."""
+    noise = float(np.square(found.astype(np.float64) - wanted).sum())
+    signal = float(np.square(wanted.astype(np.float64)).sum())
+    result: dict[str, Any] = {
+        "images": len(found),
+        "snr_db": 10 * np.log10(signal / noise) if noise and signal else None,
+    }
+    if found.ndim == 2:
+        result["top1_agreement"] = float(np.mean(found.argmax(1) == wanted.argmax(1)))
+    return result
+
+
+def _verify_float16(
+    bundle: Bundle, inputs: NDArray[np.float32], images: NDArray[np.float32], wanted: NDArray[np.float32]
+) -> dict[str, Any]:
+    """The FP16 file against the FP32 one: whole networks' outputs, and every layer on the referee's inputs."""
+    half = load_model(bundle.path(names.STUDENT_TENSORRT))
+    full = load_model(bundle.path(names.STUDENT_TENSORRT_FP32))
+    values = Referee(full).run({full.graph.input[0].name: inputs})
+    layers, failures = [], []
+    for segment in segments(half):
+        if segment.output not in values or real(values[segment.output]).dtype.kind == "f":
+            continue
+        feeds = {name: stored(values[name]) for name in segment.inputs}
+        found = OnnxSession(segment.model.SerializeToString(), optimise=False).run(feeds)[segment.output]
+        difference = np.abs(found.astype(np.int16) - values[segment.output].astype(np.int16))
+        close = float(np.mean(difference <= 1))
+        layers.append({"layer": segment.layer, "within_one_code": close, "largest_difference": int(difference.max())})
+        if close < EQUAL_CODES_FP16:
+            failures.append(f"{segment.layer}: only {100 * close:.3f} % of FP16 codes are within one of FP32")
+    session = OnnxSession(bundle.path(names.STUDENT_TENSORRT), optimise=False)
+    return {"layers": layers, "failures": failures, "outputs": compare_outputs(_outputs(session, images), wanted)}

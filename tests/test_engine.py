@@ -1,0 +1,319 @@
+"""Engines really built with TensorRT-RTX, which needs no GPU: what runs in INT8, what is refused, what is left."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from faqd.bundle import FLOAT_STUDENT, STUDENT_TENSORRT, TEACHER, VERIFY, Bundle, write_manifest
+from faqd.deploy import cuda, engine, runtime
+from faqd.deploy.engine import BuildOptions, build_bundle, engine_from_onnx
+from faqd.deploy.record import read_record
+from faqd.deploy.runtime import load_engine
+from faqd.deploy.trt import Messages, TensorRT
+from faqd.errors import UserError
+from faqd.files import sha256, write_json
+from tests.qdq_network import LAYERS, residual_network, unbuildable_network, written
+
+needs_rtx = pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None,
+    reason="tensorrt-rtx is not installed (pip install 'faqd[rtx]'): nothing here can build an engine",
+)
+
+
+def build(onnx: Path, said: list[str] | None = None, **options: Any) -> dict[str, Any]:
+    lines: list[str] = [] if said is None else said
+    return engine_from_onnx(onnx, onnx.with_suffix(".engine"), BuildOptions(**options), lines.append)
+
+
+def files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@needs_rtx
+def test_every_layer_of_a_well_placed_network_runs_in_int8(tmp_path: Path) -> None:
+    onnx = written(residual_network(), tmp_path / "net.onnx")
+    said: list[str] = []
+    record = build(onnx, said)
+    assert {product["node"]: product["int8"] for product in record["int8"]["products"]} == dict.fromkeys(LAYERS, True)
+    assert record["not_int8"] == []
+    assert record["layers_read_from"] in ("build log", "engine inspector")
+    assert record["warnings"] == []
+    assert said[-1].startswith("net.engine: ") and "6 of 6 convolutions and matrix products in INT8" in said[-1]
+
+
+@needs_rtx
+def test_a_conv_without_qdq_is_reported_by_name(tmp_path: Path) -> None:
+    onnx = written(residual_network(without_qdq="conv2"), tmp_path / "net.onnx")
+    said: list[str] = []
+    record = engine_from_onnx(onnx, tmp_path / "net.engine", BuildOptions(), said.append, expected_int8=LAYERS)
+    assert [product["node"] for product in record["int8"]["products"] if not product["int8"]] == ["conv2"]
+    assert record["int8"]["missing"] == ["conv2"]
+    assert len(record["not_int8"]) == 1 and record["not_int8"][0].startswith("conv2")
+    assert any("6 layers should run in INT8, 5 do; not so: conv2" in line for line in said)
+
+
+@needs_rtx
+def test_the_record_says_what_the_engine_is(tmp_path: Path) -> None:
+    onnx = written(residual_network(), tmp_path / "net.onnx")
+    record = build(onnx, max_batch=16, workspace_mib=512, opt_level=2)
+    assert record == json.loads((tmp_path / "net.engine.json").read_text())
+    assert record == read_record(tmp_path / "net.engine")
+    assert record["engine"]["sha256"] == sha256(tmp_path / "net.engine")
+    assert record["onnx"] == {"file": "net.onnx", "sha256": sha256(onnx)}
+    assert record["builder"]["name"] in ("tensorrt", "tensorrt_rtx")
+    assert record["typing"] == "strong"
+    assert record["float_type"] == "fp32"
+    assert record["inputs"] == [{"name": "images", "shape": [-1, 3, 16, 16], "dtype": "float"}]
+    assert record["outputs"] == [{"name": "classifier", "shape": [-1, 16], "dtype": "float"}]
+    assert record["options"]["max_batch"] == 16 and record["options"]["opt_level"] == 2
+    assert files(tmp_path) == {"net.onnx", "net.engine", "net.engine.json"}
+
+
+@needs_rtx
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda data: data[: len(data) // 2], "Failed to parse the ONNX model"),
+        (lambda data: b"", "no network in it"),
+        (lambda data: b"this is no network", "no network in it"),
+    ],
+    ids=["truncated", "empty", "text"],
+)
+def test_a_damaged_file_ends_in_a_sentence(tmp_path: Path, damage: Any, says: str) -> None:
+    onnx = tmp_path / "net.onnx"
+    onnx.write_bytes(damage(residual_network().SerializeToString()))
+    with pytest.raises(UserError, match=f"net.onnx: .*{says}.*export it again") as caught:
+        build(onnx)
+    assert caught.value.exit_code == 1
+    assert files(tmp_path) == {"net.onnx"}
+
+
+@needs_rtx
+def test_a_zero_point_that_tensorrt_does_not_take_is_named(tmp_path: Path) -> None:
+    onnx = written(residual_network(zero=np.uint8(128)), tmp_path / "net.onnx")
+    with pytest.raises(UserError, match=r"node input\.code \(QuantizeLinear\): .*zero point") as caught:
+        build(onnx)
+    assert caught.value.exit_code == 1
+
+
+@needs_rtx
+def test_what_the_parser_only_warns_of_stands_in_the_record(tmp_path: Path) -> None:
+    said: list[str] = []
+    record = build(written(residual_network(zero=np.uint8(0)), tmp_path / "net.onnx"), said)
+    assert "UINT8" in record["warnings"][0]
+    assert any(line.startswith("net.engine: warning: ") and "UINT8" in line for line in said)
+
+
+@needs_rtx
+def test_messages_of_two_builds_at_once_stay_apart(tmp_path: Path) -> None:
+    # TensorRT keeps to the logger it met first, for as long as something of it is alive, such as this traceback.
+    with pytest.raises(UserError) as alive:
+        build(written(unbuildable_network(), tmp_path / "bad.onnx"))
+    record = build(written(residual_network(), tmp_path / "net.onnx"))
+    assert record["warnings"] == [] and record["layers_read_from"] is not None
+    assert alive.value.exit_code == 1
+
+
+@needs_rtx
+def test_a_failed_build_leaves_the_engine_of_before(tmp_path: Path) -> None:
+    onnx = written(residual_network(), tmp_path / "net.onnx")
+    build(onnx)
+    before = {name: sha256(tmp_path / name) for name in ("net.engine", "net.engine.json")}
+    written(unbuildable_network(), onnx)
+    with pytest.raises(UserError, match=r"built no engine: .*scale") as caught:
+        build(onnx)
+    assert caught.value.exit_code == 1
+    assert {name: sha256(tmp_path / name) for name in before} == before
+    assert files(tmp_path) == {"net.onnx", *before}
+
+
+@needs_rtx
+def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    onnx = written(residual_network(), tmp_path / "net.onnx")
+
+    def cut_short(path: Path, data: Any) -> int:
+        with path.open("wb") as stream:
+            stream.write(bytes(data)[:1000])
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", cut_short)
+    with pytest.raises(OSError, match="No space left"):
+        build(onnx)
+    assert files(tmp_path) == {"net.onnx"}
+
+
+@needs_rtx
+def test_a_changed_engine_is_refused_before_any_cuda_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(written(residual_network(), tmp_path / "net.onnx"))
+    path = tmp_path / "net.engine"
+    path.write_bytes(path.read_bytes() + b"\0")
+    monkeypatch.setattr(runtime, "open_cuda", lambda backend: pytest.fail("CUDA was asked"))
+    with pytest.raises(UserError, match=r"net\.engine: not the engine .*SHA-256 differs.*build-engine"):
+        load_engine(path)
+
+
+@needs_rtx
+def test_an_engine_without_a_record_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(written(residual_network(), tmp_path / "net.onnx"))
+    (tmp_path / "net.engine.json").unlink()
+    monkeypatch.setattr(runtime, "open_cuda", lambda backend: pytest.fail("CUDA was asked"))
+    with pytest.raises(UserError, match=r"no record net\.engine\.json"):
+        load_engine(tmp_path / "net.engine")
+
+
+@needs_rtx
+def test_an_engine_of_another_version_is_refused(tmp_path: Path) -> None:
+    record = build(written(residual_network(), tmp_path / "net.onnx"))
+    record["builder"]["version"] = "10.3.0"
+    write_json(tmp_path / "net.engine.json", record)
+    with pytest.raises(UserError, match=r"built with .* 10\.3\.0, and this machine has .*build-engine"):
+        load_engine(tmp_path / "net.engine")
+
+
+@needs_rtx
+def test_without_a_gpu_loading_ends_in_a_sentence(tmp_path: Path) -> None:
+    if cuda.device_or_none()[0] is not None:
+        pytest.skip("this machine has a GPU")
+    build(written(residual_network(), tmp_path / "net.onnx"))
+    with pytest.raises(UserError, match="Engines run only on an NVIDIA GPU"):
+        load_engine(tmp_path / "net.engine")
+
+
+def make_bundle(folder: Path, layers: tuple[str, ...] = LAYERS, student: str = STUDENT_TENSORRT) -> Bundle:
+    folder.mkdir()
+    names = (student, FLOAT_STUDENT, TEACHER)
+    for name in names:
+        written(residual_network(), folder / name)
+    facts = {"name": "tiny 8/8", "layers": [{"name": name, "operator": "Conv", "runs_int8": True} for name in layers]}
+    return write_manifest(folder, facts, dict.fromkeys(names, "0" * 64))
+
+
+def verify(bundle: Bundle, **changes: Any) -> None:
+    hashes = {STUDENT_TENSORRT: sha256(bundle.folder / STUDENT_TENSORRT)}
+    write_json(bundle.folder / VERIFY, {"passed": True, "onnx_sha256": hashes} | changes)
+
+
+@needs_rtx
+def test_a_bundle_is_built_and_its_record_bound_to_the_verification(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "bundle")
+    verify(bundle)
+    said: list[str] = []
+    records = build_bundle(bundle, all=True, force=False, options=BuildOptions(), say=said.append)
+    assert [record["engine"]["file"] for record in records] == [
+        "student.tensorrt.engine",
+        "student.float.engine",
+        "teacher.engine",
+    ]
+    assert records[0]["int8"]["expected"] == 6 and records[0]["int8"]["missing"] == []
+    assert records[1]["int8"]["expected"] is None
+    assert records[0]["verify"] == {"file": VERIFY, "sha256": sha256(bundle.folder / VERIFY)}
+    assert not any("warning" in line for line in said)
+
+
+@needs_rtx
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"passed": False}, "the verification failed"),
+        ({"onnx_sha256": {STUDENT_TENSORRT: "0" * 64}}, "another student.tensorrt.onnx"),
+        ({"onnx_sha256": {}}, "another student.tensorrt.onnx"),
+        ({"onnx_sha256": None}, "not the result of a verification"),
+    ],
+)
+def test_only_verified_files_are_built(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
+    bundle = make_bundle(tmp_path / "bundle")
+    verify(bundle, **changes)
+    with pytest.raises(UserError, match=says) as caught:
+        build_bundle(bundle, all=False, force=False, options=BuildOptions(), say=lambda text: None)
+    assert caught.value.exit_code == 1
+    assert not list(bundle.folder.glob("*.engine"))
+    said: list[str] = []
+    build_bundle(bundle, all=False, force=True, options=BuildOptions(), say=said.append)
+    assert says in said[0] and "--force" in said[0]
+
+
+@needs_rtx
+def test_missing_verification_and_missing_int8_layers_are_said(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "bundle", layers=(*LAYERS, "gone"))
+    said: list[str] = []
+    (record,) = build_bundle(bundle, all=False, force=False, options=BuildOptions(), say=said.append)
+    assert "no verify.json" in said[0]
+    assert record["verify"] is None
+    assert any("7 layers should run in INT8, 6 do; not so: gone" in line for line in said)
+
+
+def test_a_student_for_onnxruntime_has_no_engine(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "bundle", student="student.onnxruntime.onnx")
+    with pytest.raises(UserError, match=r"--target onnxruntime.*--target tensorrt"):
+        build_bundle(bundle, all=False, force=False, options=BuildOptions(), say=lambda text: None)
+
+
+def test_options_out_of_range_are_refused() -> None:
+    for bad in ({"min_batch": 0}, {"opt_batch": 100}, {"opt_level": 6}, {"workspace_mib": 0}):
+        with pytest.raises(UserError):
+            BuildOptions(**bad)
+
+
+def test_no_builder_without_a_driver_is_a_sentence() -> None:
+    class NoDriver:
+        __version__ = "10.13.3"
+
+        @staticmethod
+        def Builder(log: Any) -> Any:
+            raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    with pytest.raises(UserError, match=r"TensorRT 10\.13\.3 starts no builder .*GPU.*faqd\[rtx\]"):
+        engine._builder(TensorRT("tensorrt", NoDriver), None, Messages())
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "strong"),
+    [
+        ("tensorrt", "10.3.0", False),
+        ("tensorrt", "10.11.0.33", False),
+        ("tensorrt", "10.12.0", True),
+        ("tensorrt", "11.4.1", True),
+        ("tensorrt_rtx", "1.7.1.116", True),
+    ],
+)
+def test_strong_typing_from_ten_twelve_on(name: Any, version: str, strong: bool) -> None:
+    assert TensorRT(name, type("Module", (), {"__version__": version})).strongly_typed is strong
+
+
+def test_the_device_part_needs_no_torch_and_no_onnx() -> None:
+    blocked = ("torch", "onnx", "onnxruntime", "onnxscript", "tensorrt", "tensorrt_rtx", "cuda", "pycuda")
+    modules = ("engine", "runtime", "cuda", "trt", "kernels", "record")
+    program = f"""
+import sys
+for name in {blocked!r}:
+    sys.modules[name] = None
+import importlib
+for name in {modules!r}:
+    importlib.import_module("faqd.deploy." + name)
+from faqd.deploy.cuda import device_or_none
+from faqd.deploy.trt import installed
+from faqd.errors import UserError
+device, why = device_or_none()
+assert device is None and "faqd[device]" in why, why
+try:
+    installed()
+except UserError as error:
+    assert "JetPack" in str(error) and "faqd[tensorrt]" in str(error) and "faqd[rtx]" in str(error), error
+else:
+    raise AssertionError("tensorrt was blocked")
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", program], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_an_unknown_cuda_back_end_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAQD_CUDA_BACKEND", "opencl")
+    with pytest.raises(UserError, match=r"'opencl': choose cuda-bindings or pycuda"):
+        cuda.device_or_none()
