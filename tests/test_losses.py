@@ -160,15 +160,14 @@ def test_float32_unrelated_maps(shape: tuple[int, ...], form: AffinityForm, acti
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("form", SMOOTH)
 @pytest.mark.parametrize("turned", [False, True])
-@pytest.mark.parametrize("noise", [1e-1, 1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize("noise", [1e-1, 1e-2, 1e-3, 1e-4, 1e-5])
 def test_float32_where_student_and_teacher_nearly_agree(
     shape: tuple[int, ...], form: AffinityForm, turned: bool, noise: float
 ) -> None:
     student = drawn(shape, 3).relu()
     teacher = student + noise * drawn(shape, 4)
     teacher = rotated(teacher, 5) if turned else teacher
-    bound = min(1e-2, 1e-6 / noise)
-    assert_agrees(student.float(), teacher.float(), form, value=bound, gradient=bound)
+    assert_agrees(student.float(), teacher.float(), form, value=1e-4, gradient=1e-4)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -200,8 +199,9 @@ def test_equal_maps_give_zero_and_a_zero_gradient(
 
 
 @pytest.mark.parametrize("form", SMOOTH)
-def test_permuted_channels_give_zero_and_a_zero_gradient(form: AffinityForm) -> None:
-    maps = drawn((2, 16, 9, 9), 10, torch.float32).relu()
+@pytest.mark.parametrize("shape", [(2, 16, 9, 9), (2, 100, 4, 4)])
+def test_permuted_channels_give_zero_and_a_zero_gradient(form: AffinityForm, shape: tuple[int, ...]) -> None:
+    maps = drawn(shape, 10, torch.float32).relu()
     value, gradient = with_gradient(ours, maps, maps.flip(1), form)
     assert value == 0.0
     assert torch.equal(gradient, torch.zeros_like(maps))
@@ -235,11 +235,12 @@ def test_half_precision_is_computed_in_float32(form: AffinityForm, dtype: torch.
 
 
 def test_the_loss_scale_reaches_a_half_precision_gradient() -> None:
-    student = drawn((1, 4, 24, 24), 16, torch.float16).mul(200).requires_grad_()
-    loss = ours(student, drawn((1, 4, 24, 24), 17, torch.float16), "l2_squared")
-    (gradient,) = torch.autograd.grad(loss * 2.0**16, student)
-    (small,) = torch.autograd.grad(ours(student, drawn((1, 4, 24, 24), 17, torch.float16), "l2_squared"), student)
-    assert gradient.count_nonzero() > 0.99 * gradient.numel() > small.count_nonzero()
+    student, teacher = drawn((1, 4, 24, 24), 16, torch.float16) * 200, drawn((1, 4, 24, 24), 17, torch.float16)
+    scale = 2.0**20
+    _, expected = with_gradient(reference, student.double(), teacher.double(), "l2_squared")
+    _, gradient = with_gradient(lambda *maps: scale * ours(*maps), student, teacher, "l2_squared")
+    _, unscaled = with_gradient(ours, student, teacher, "l2_squared")
+    assert distance(gradient.double() / scale, expected) < 1e-3 < distance(unscaled, expected)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -288,7 +289,7 @@ def test_tiles_and_parts_change_nothing(form: AffinityForm, monkeypatch: pytest.
         torch.testing.assert_close(small_gradient, gradient)
 
 
-class LargestTensor(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class LargestTensor(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
     elements = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -28,14 +28,14 @@ from torch.nn import functional
 
 EPSILON = 1e-5
 TILE_ROWS = 256
-# Elements of a map, or of a strip of D, handled at once: what stays in a core's cache, or fills a GPU.
+# Elements of a map handled at once (of a strip of D: four times that): what fits a core's cache, or fills a GPU.
 CPU_ELEMENTS = 2**18
 GPU_ELEMENTS = 2**24
 # float32 is kept where its rounding moves the result by about 1e-5, relative; else float64 decides.
 CANCELLATION = 3e-3
 SMALLEST_L2 = 1e-3
-# In float64, an |D|_F below this share of its own terms is round-off: value and gradient are zero.
-RELATIVE_FLOOR = 1e-7
+# In float64, an |D|_F^2 below this share of its own terms is round-off: value and gradient are zero.
+RELATIVE_FLOOR = 1e-14
 TINY_NORM = 1e-18
 
 SlopeOf = Callable[["Pair"], Tensor]
@@ -62,7 +62,7 @@ class AffinityDistance(torch.autograd.Function):
             gradient = torch.empty_like(student, dtype=dtype, memory_format=layout)
         values = []
         with _plain_arithmetic(student.device):
-            for part in _parts(student):
+            for part in _parts(student, TILE_ROWS // 4 if form == "l1" else 1):
                 flat = _flattened(student[part], teacher[part], dtype)
                 out = None if gradient is None else gradient[part].flatten(2)
                 values.append(_distance(*flat, out, form, 1 / len(student), columns, generator))
@@ -172,7 +172,7 @@ def _l2(
     else:
         pairs = Tiles(student, teacher, dtype)
         square, scale, slope_of = _factorised(pairs)
-    square = square * (square > RELATIVE_FLOOR**2 * scale)
+    square = square * (square > RELATIVE_FLOOR * scale)
     sure = (square > CANCELLATION * scale) & (square > (SMALLEST_L2 * pixels) ** 2)
     if form == "l2_squared":
         value, factor = square / pixels**2, (square > 0) * (4 * share / pixels**2)
@@ -193,7 +193,8 @@ def _direct(pair: Pair) -> tuple[Tensor, Tensor, SlopeOf]:
     half = pair.u.mT @ pair.m
     difference = half + half.mT
     square = _total(difference.square())
-    return square, square, lambda pair: pair.student() @ difference
+    scale = (square * _total(pair.u.square()) * _total(pair.m.square())).sqrt()
+    return square, scale, lambda pair: pair.student() @ difference
 
 
 def _factorised(pairs: Iterable[Pair]) -> tuple[Tensor, Tensor, SlopeOf]:
@@ -280,8 +281,9 @@ def _flattened(student: Tensor, teacher: Tensor, dtype: torch.dtype) -> tuple[Te
     return student.flatten(2), teacher.flatten(2)
 
 
-def _parts(student: Tensor) -> Iterator[slice]:
-    samples = max(1, _elements(student) // max(1, student[0].numel()))
+def _parts(student: Tensor, rows: int) -> Iterator[slice]:
+    """Slices of the batch; a sample counts as a map of at least `rows` channels."""
+    samples = max(1, _elements(student) // (max(student.shape[1], rows) * student.shape[2:].numel()))
     for start in range(0, len(student), samples):
         yield slice(start, start + samples)
 

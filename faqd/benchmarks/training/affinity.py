@@ -37,7 +37,7 @@ FORMS: tuple[AffinityForm, ...] = get_args(AffinityForm)
 # What each form is compared with; fast estimates its counterpart, the others are equal to theirs.
 DIRECT = {"l1": "direct l1", "l2": "direct l2", "l2_squared": "direct l2_squared", "fast": "direct l2_squared"}
 COLUMNS = 15
-SLOW_S = 20.0
+SLOW_S = 10.0
 RESNET20 = ("resnet20-1", "resnet20-2", "resnet20-3")
 SIDES = ("side-32", "side-64", "side-128", "side-256")
 MAPS: dict[str, tuple[int, int, int]] = {
@@ -117,14 +117,16 @@ def direct_fits(shape: tuple[int, int, int]) -> bool:
 
 
 def timed(shape: tuple[int, int, int], rounds: int) -> dict[str, Variant]:
-    """Time all variants round by round; one that has taken `SLOW_S` in all sits out the later rounds."""
+    """Time all variants round by round, after a warm-up that is not counted.
+
+    One that has taken `SLOW_S` in all sits out the rounds after the second.
+    """
     found = variants(shape)
     for variant in found.values():
-        if variant.once() > SLOW_S / 2:  # Warm-up; for the slowest it has to count.
-            variant.seconds.append(variant.once())
+        variant.once()
     for _ in range(rounds):
         for variant in found.values():
-            if not variant.seconds or sum(variant.seconds) < SLOW_S:
+            if len(variant.seconds) < 2 or sum(variant.seconds) < SLOW_S:
                 variant.seconds.append(variant.once())
     return found
 
