@@ -62,7 +62,7 @@ class Bundle:
     def evaluation(self) -> Evaluation:
         with np.load(self.path(EVAL), allow_pickle=False) as arrays:
             outputs = {key.removeprefix(_TEACHER_KEY): arrays[key] for key in arrays if key.startswith(_TEACHER_KEY)}
-            return Evaluation(arrays["images"], arrays["labels"] if "labels" in arrays else None, outputs)
+            return Evaluation(arrays["images"], arrays.get("labels"), outputs)
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ def load_bundle(folder: Path) -> Bundle:
     if not (folder / MANIFEST).is_file():
         raise UserError(f"{folder}: not a bundle (no {MANIFEST}). `faqd-deploy export RUN --out {folder}` makes one.")
     manifest = read_json(folder / MANIFEST)
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise UserError(f"{folder / MANIFEST}: not the manifest of a bundle.")
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or not isinstance(manifest["files"], dict):
+        raise UserError(f"{folder / MANIFEST}: not the manifest of a bundle; export the run again.")
     if manifest.get("version") != VERSION:
         raise UserError(
             f"{folder}: bundle version {manifest.get('version')}, this faqd reads version {VERSION}: "

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import click
 
 from faqd import __version__
-from faqd.errors import UserError
+from faqd.errors import INTERRUPTED, UserError
 from faqd.files import write_json
 
 EXTRA_OF = {
@@ -27,16 +28,32 @@ EXTRA_OF = {
     "onnxruntime": "onnx",
     "cuda": "device",
 }
-INTERRUPTED = 130
+_DISK_FULL = "no space left on the disk{where}: free some, then run the same command again, a training with --resume."
+_FORBIDDEN = "not permitted to write or read{where}: choose another folder."
+_NO_FOLDER = "a file stands where a folder is needed{where}: choose another place."
+_OF_THE_SYSTEM = {
+    errno.ENOSPC: _DISK_FULL,
+    errno.EDQUOT: _DISK_FULL,
+    errno.EACCES: _FORBIDDEN,
+    errno.EPERM: _FORBIDDEN,
+    errno.EROFS: _FORBIDDEN,
+    errno.ENOTDIR: _NO_FOLDER,
+    errno.EEXIST: _NO_FOLDER,
+    errno.EISDIR: "a folder stands where a file is needed{where}: choose another name.",
+    errno.ENAMETOOLONG: "too long a file name{where}: choose a shorter one.",
+}
 
 
-def run(command: click.Command) -> None:
-    """Run a click command; bad input ends in a sentence on stderr and the documented exit code.
+def run(command: click.Command, arguments: Sequence[str] | None = None) -> None:
+    """Run a click command on `arguments`, by default those of the process.
+
+    Bad input ends in a sentence on stderr and the documented exit code.
 
     0 done; 1 a gate, a verification or a build failed; 2 bad input or usage; 130 interrupted.
     """
     with ending_in_a_sentence():
-        command(standalone_mode=False)
+        # Without standalone mode click returns the code of an Exit instead of leaving with it.
+        sys.exit(command.main(arguments, standalone_mode=False))
 
 
 @contextmanager
@@ -45,8 +62,6 @@ def ending_in_a_sentence() -> Iterator[None]:
         yield
     except UserError as error:
         _fail(str(error), error.exit_code)
-    except click.exceptions.Exit as error:
-        sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.exceptions.Abort):
         _fail("interrupted.", INTERRUPTED)
     except click.ClickException as error:
@@ -58,15 +73,10 @@ def ending_in_a_sentence() -> Iterator[None]:
             raise
         _fail(f"this command needs {error.name}, which is not installed: pip install 'faqd[{extra}]'", 2)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            _fail(f"no space left on the disk{_where(error)}: free some and run the same command again.", 2)
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            _fail(f"not permitted to write or read{_where(error)}: choose another folder.", 2)
-        raise
-
-
-def _where(error: OSError) -> str:
-    return f" ({error.filename})" if error.filename else ""
+        if error.errno not in _OF_THE_SYSTEM:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        _fail(_OF_THE_SYSTEM[error.errno].format(where=where), 2)
 
 
 def _fail(message: str, code: int) -> None:
@@ -86,8 +96,21 @@ json_option = click.option(
     "--json",
     "json_target",
     metavar="FILE",
+    type=click.Path(dir_okay=False, allow_dash=True),
     help="Write the result as JSON to FILE, or to standard output for '-'.",
 )
+
+
+class Finite(click.FloatRange):
+    """A number within bounds; nan and inf, which pass click's comparisons, are none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
+
+
 version_option = click.version_option(__version__, prog_name="faqd")
 
 
@@ -97,19 +120,21 @@ _DATA_FLAGS = (
     click.option(
         "--data",
         metavar="SOURCE",
-        help="digits, cifar10, cifar100, tiny-imagenet, folder:PATH (any tree of images) or npz:PATH.",
+        help="Read digits, cifar10, cifar100, tiny-imagenet, folder:PATH (any tree of images) or npz:PATH.",
     ),
-    click.option(
-        "--data-root", type=click.Path(path_type=Path), help="Folder in which a published data set lies or is put."
-    ),
+    click.option("--data-root", type=click.Path(path_type=Path), help="Look for a published data set in this folder."),
     click.option("--download", is_flag=True, help="Fetch a published data set that is not there yet."),
     click.option("--image-size", metavar="H[xW]", help="Bring images to this size in pixels."),
-    click.option("--resize", type=click.Choice(["stretch", "crop", "letterbox"]), help="How to get to that size."),
-    click.option("--channels", type=click.Choice(["rgb", "bgr", "grey"]), help="Channel order at the network's input."),
-    click.option("--mean", metavar="M[,M,M]", help="Subtracted from pixels in 0..1, per channel; or none."),
-    click.option("--std", metavar="S[,S,S]", help="Divides after that, per channel; or none."),
-    click.option("--labels", is_flag=True, help="Subfolder names of a folder: source are the classes."),
-    click.option("--limit", type=click.IntRange(1), help="Use only so many training images: for a quick try."),
+    click.option(
+        "--resize", type=click.Choice(["stretch", "crop", "letterbox"]), help="Bring images to that size in this way."
+    ),
+    click.option(
+        "--channels", type=click.Choice(["rgb", "bgr", "grey"]), help="Feed the network channels in this order."
+    ),
+    click.option("--mean", metavar="M[,M,M]", help="Subtract this from pixels in 0..1, per channel; or none."),
+    click.option("--std", metavar="S[,S,S]", help="Divide by this after that, per channel; or none."),
+    click.option("--labels", is_flag=True, help="Take the subfolder names of a folder: source for classes."),
+    click.option("--limit", type=click.IntRange(1), help="Use only so many training images, for a quick try."),
 )
 
 
@@ -123,7 +148,7 @@ def data_flags(command: Callable[..., Any]) -> Callable[..., Any]:
 def data_values(options: dict[str, Any]) -> dict[str, Any]:
     """Take the data options out of a command's keyword arguments, as fields of train.data.DataOptions."""
     taken = {name: options.pop(name) for name in _DATA_NAMES}
-    taken["source"], taken["root"] = taken.pop("data"), taken.pop("data_root")
+    taken["source"], taken["root"] = _absolute(taken.pop("data")), taken.pop("data_root")
     taken["image_size"] = parse_size(taken["image_size"])
     taken["mean"], taken["std"] = _numbers("--mean", taken["mean"]), _numbers("--std", taken["std"])
     return taken
@@ -143,11 +168,17 @@ _DATA_NAMES = (
 )
 
 
+def _absolute(source: str | None) -> str | None:
+    """The source with a path that holds from any folder, since a run remembers it."""
+    kind, _, where = (source or "").partition(":")
+    return f"{kind}:{Path(where).expanduser().resolve()}" if where else source
+
+
 def parse_size(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     parts = text.lower().split("x")
-    if len(parts) > 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+    if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise UserError(f"--image-size {text}: expected a number of pixels such as 224, or HEIGHTxWIDTH.")
     return int(parts[0]), int(parts[-1])
 
@@ -156,6 +187,9 @@ def _numbers(option: str, text: str | None) -> tuple[float, ...] | str | None:
     if text is None or text == "none":
         return text
     try:
-        return tuple(float(part) for part in text.replace(" ", "").split(","))
+        numbers = tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise UserError(f"{option} {text}: expected numbers such as 0.485,0.456,0.406, or none.") from None
+        numbers = (math.nan,)
+    if not all(map(math.isfinite, numbers)):
+        raise UserError(f"{option} {text}: expected numbers such as 0.485,0.456,0.406, or none.")
+    return numbers

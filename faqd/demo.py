@@ -20,11 +20,14 @@ from faqd.train.cli import cli as train_cli
 TOOLS: dict[str, click.Command] = {"faqd-train": train_cli, "faqd-deploy": deploy_cli, "faqd-bench": bench_command}
 
 STEPS = (
-    ("A float ResNet-20 teacher, trained with labels", "faqd-train teacher --recipe digits-teacher --out {out}/teacher"),
+    (
+        "A float ResNet-20 teacher, trained with labels",
+        "faqd-train teacher --recipe digits-teacher --out {out}/teacher",
+    ),
     ("The baseline: 8 bits without training", "faqd-deploy ptq --teacher {out}/teacher --out {out}/ptq-w8a8"),
     (
         "The control: 4 bits without training, which must lose",
-        "faqd-deploy ptq --teacher {out}/teacher --weight-bits 4 --act-bits 4 --calibration max --out {out}/ptq-w4a4",
+        "faqd-deploy ptq --teacher {out}/teacher --weight-bits 4 --act-bits 4 --out {out}/ptq-w4a4",
     ),
     (
         "A student with 8 bits, without labels",
@@ -36,7 +39,7 @@ STEPS = (
     ),
     (
         "A smaller student with 8 bits, without labels",
-        "faqd-train distill --recipe digits --teacher {out}/teacher --arch resnet8 --lr 0.05 --out {out}/run-small",
+        "faqd-train distill --recipe digits --teacher {out}/teacher --arch resnet8 --out {out}/run-small",
     ),
     ("Lower and verify the students", "faqd-deploy export {out}/run-w8a8 --out {out}/w8a8"),
     ("", "faqd-deploy export {out}/run-w4a4 --out {out}/w4a4"),

@@ -18,23 +18,38 @@ from faqd.errors import UserError
 def written_beside(path: Path) -> Iterator[Path]:
     """Yield a temporary path for a file or folder; it replaces `path` if the block ends well, else it goes.
 
-    A folder that stands at `path` is replaced in two renames, so that a reader never sees half of one.
+    A folder that stands at `path` is replaced by a folder in two renames, so that a reader never sees half of one;
+    it is never replaced by a file. An OSError of the block, such as a full disk, names `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     remove(temporary)
     try:
         yield temporary
-        if path.is_dir():
-            retired = path.with_name(f".{path.name}.{os.getpid()}.old")
-            remove(retired)
-            path.rename(retired)
-            temporary.rename(path)
-            remove(retired)
-        else:
-            temporary.replace(path)
+        _put_in_place(temporary, path)
+    except OSError as error:
+        error.filename = str(error.filename or path).replace(str(temporary), str(path))
+        raise
     finally:
         remove(temporary)
+
+
+def _put_in_place(temporary: Path, path: Path) -> None:
+    if not path.is_dir():
+        temporary.replace(path)
+        return
+    if not temporary.is_dir():
+        raise UserError(f"{path}: is a folder, and a file is to be written there; give another name.")
+    retired = path.with_name(f".{path.name}.{os.getpid()}.old")
+    remove(retired)
+    path.rename(retired)
+    temporary.rename(path)
+    remove(retired)
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """What a killed process left half-written in `folder`."""
+    return [*folder.glob(".*.partial"), *folder.glob(".*.old")]
 
 
 def remove(path: Path) -> None:

@@ -87,20 +87,33 @@ def _resized(image: NDArray[np.uint8], height: int, width: int, how: Resize) -> 
 
 
 def _scaled(image: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
-    """Separable triangle-filter resize, widened when shrinking so that nothing aliases."""
-    rows = _triangle_weights(image.shape[0], height)
-    columns = _triangle_weights(image.shape[1], width)
-    scaled = np.einsum("yh,hwc,xw->yxc", rows, image.astype(np.float32), columns, optimize=True)
-    return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+    """Separable triangle-filter resize, widened when shrinking so that nothing aliases.
+
+    Elementwise float32 operations in a fixed order: a matrix product would round differently on every machine.
+    """
+    rows = _filtered(image.astype(np.float32), height)
+    scaled_WHC = _filtered(np.ascontiguousarray(rows.swapaxes(0, 1)), width)
+    pixels_HWC: NDArray[np.uint8] = np.clip(np.rint(scaled_WHC), 0, 255).astype(np.uint8).swapaxes(0, 1)
+    return pixels_HWC
 
 
-def _triangle_weights(source: int, target: int) -> NDArray[np.float32]:
-    """(target, source) rows of weights that sum to one; pixel centres at half-integers."""
+def _filtered(image: NDArray[np.float32], target: int) -> NDArray[np.float32]:
+    """Resize the first axis to `target`."""
+    total = np.zeros((target, *image.shape[1:]), np.float32)
+    for index, weights in zip(*_triangle_taps(len(image), target), strict=True):
+        total += image[index] * weights[:, None, None]
+    return total
+
+
+def _triangle_taps(source: int, target: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Source indices and weights, (taps, target) each; weights sum to one; pixel centres at half-integers."""
     reach = max(1.0, source / target)
     centres = (np.arange(target) + 0.5) * source / target
-    distance = np.abs(np.arange(source) + 0.5 - centres[:, None]) / reach
-    weights = np.maximum(0.0, 1.0 - distance)
-    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+    first = np.ceil(centres - reach - 0.5).astype(np.int64)
+    index = first + np.arange(int(2 * reach) + 1)[:, None]
+    weights = np.maximum(0.0, 1.0 - np.abs(index + 0.5 - centres) / reach)
+    weights[(index < 0) | (index >= source)] = 0.0
+    return index.clip(0, source - 1), (weights / weights.sum(0)).astype(np.float32)
 
 
 def _to_channels(image_HWC: NDArray[np.uint8], channels: Channels) -> NDArray[np.uint8]:

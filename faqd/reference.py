@@ -53,8 +53,9 @@ def windowed(x: Array, kernel: Sequence[int], strides: Sequence[int], dilations:
     axes = tuple(range(2, x.ndim))
     reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
     view = np.lib.stride_tricks.sliding_window_view(x, reach, axes)
-    steps = [slice(None, None, s) for s in strides] + [slice(None, None, d) for d in dilations]
-    return view[(slice(None), slice(None), *steps)]
+    every = slice(None)
+    index = (every, every, *(slice(None, None, step) for step in [*strides, *dilations]))
+    return view[index]
 
 
 def layer_sum(sums: Array, input_scale: Array, weight_scale: Array, bias: Array, channel_axis: int) -> Array:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_bundles import PREPROCESS, make_bundle, network
+from tests.tiny_bundles import PREPROCESS, make_bundle, network
 
 from faqd.benchmarks.bench import Options, bench
 from faqd.benchmarks.cli import main

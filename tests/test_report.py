@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_bundles import make_bundle
+from tests.tiny_bundles import make_bundle
 
 from faqd.benchmarks.bench import Options, bench
 from faqd.benchmarks.charts import accuracy_against_latency, latency_distribution

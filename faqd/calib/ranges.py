@@ -19,6 +19,10 @@ METHODS: tuple[Method, ...] = get_args(Method)
 
 TRIALS = 80
 """Candidate scales of the searching methods, spaced evenly up to the scale of the maximum."""
+REFINEMENTS = 9
+"""Candidates between the neighbours of the best one."""
+SMALLEST = float(np.finfo(np.float32).tiny)
+"""Scales below this count as zero: float32, which deploys them, holds them badly or not at all."""
 BINS = 2048
 """Histogram bins of the entropy method."""
 
@@ -42,41 +46,52 @@ def scale_percentile(values: Values, quant: Quant, percent: float = 99.99) -> fl
 def scale_mse(values: Values, quant: Quant) -> float:
     """Least mean squared difference between the values (rectified, for an unsigned grid) and their rounding."""
     wanted = _rectified(values, quant).ravel()
-    return _least(wanted, quant, lambda rounded: float(np.square(rounded - wanted, dtype=np.float64).mean()))
+
+    def error(scale: float) -> float:
+        rounded = np.clip(np.rint(wanted / scale), quant.low, quant.high) * scale
+        return float(np.square(rounded - wanted, dtype=np.float64).mean())
+
+    return _least(error, _extent(wanted, quant) / quant.high)
 
 
 def scale_entropy(values: Values, quant: Quant) -> float:
     """Least Kullback-Leibler divergence from the histogram of magnitudes to that of their rounding.
 
-    The idea of NVIDIA's entropy calibrator, on the histogram of what the grid really produces.
+    NVIDIA's entropy calibrator: what is clipped counts as the last magnitude that is not, which rounding cannot show.
     """
-    wanted = np.abs(_rectified(values, quant)).ravel()
-    wanted = wanted[wanted > 0]
-    top = float(wanted.max(initial=0.0))
-    if top == 0:
+    magnitudes = np.abs(_rectified(values, quant)).ravel()
+    top = _extent(magnitudes, quant)
+    if top < SMALLEST:
         return _positive(0.0)
-    counts, edges = np.histogram(wanted, BINS, (0.0, top))
-    centres = ((edges[:-1] + edges[1:]) / 2).astype(np.float32)
-    p = counts / counts.sum()
+    counts, edges = np.histogram(magnitudes[magnitudes > 0], BINS, (0.0, top))
+    occupied = counts > 0
+    centres = ((edges[:-1] + edges[1:]) / 2)[occupied]
+    p = counts[occupied] / counts.sum()
 
-    def divergence(rounded: Values) -> float:
-        # Each code spreads its mass evenly over the occupied bins that round to it; a clipped tail lands on the last.
-        _, code = np.unique(rounded, return_inverse=True)
-        occupied = counts > 0
-        mass = np.bincount(code, p)
-        q = np.where(occupied, mass[code] / np.maximum(np.bincount(code, occupied), 1)[code], 0.0)
-        return float((p[occupied] * np.log(p[occupied] / q[occupied])).sum())
+    def divergence(scale: float) -> float:
+        kept = int(np.searchsorted(centres, (quant.high + 0.5) * scale))
+        if kept == 0:
+            return np.inf
+        codes = np.rint(centres[:kept] / scale).astype(int)
+        # Each code spreads its mass evenly over the occupied bins that round to it.
+        q = (np.bincount(codes, p[:kept]) / np.maximum(np.bincount(codes), 1))[codes]
+        wanted = p[:kept].copy()
+        wanted[-1] += p[kept:].sum()
+        return float((wanted * np.log(wanted / q * q.sum())).sum())
 
-    return _least(centres, quant, divergence)
+    return _least(divergence, top / quant.high)
 
 
-def _least(values: Values, quant: Quant, error: Callable[[Values], float]) -> float:
-    largest = _extent(values, quant) / quant.high
-    if largest == 0:
+def _least(error: Callable[[float], float], largest: float) -> float:
+    """The scale of least error, up to `largest`, which clips nothing."""
+    if largest < SMALLEST:
         return _positive(0.0)
-    candidates = largest * np.arange(1, TRIALS + 1) / TRIALS
-    errors = [error((np.clip(np.rint(values / s), quant.low, quant.high) * s).astype(np.float32)) for s in candidates]
-    return float(candidates[int(np.argmin(errors))])
+
+    def best(candidates: NDArray[np.float64]) -> float:
+        return float(min(candidates.tolist(), key=error))
+
+    coarse = best(largest * np.arange(1, TRIALS + 1) / TRIALS)
+    return best(coarse + largest / TRIALS * np.linspace(-1, 1, REFINEMENTS + 2)[1:-1])
 
 
 def _rectified(values: Values, quant: Quant) -> Values:
@@ -89,7 +104,7 @@ def _extent(values: Values, quant: Quant) -> float:
 
 def _positive(scale: float) -> float:
     """A tensor that was never above zero still needs a scale; any positive one is exact for it."""
-    return scale if scale > 0 else 1.0
+    return scale if scale >= SMALLEST else 1.0
 
 
 _METHODS: dict[Method, Callable[[Values, Quant], float]] = {

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from faqd.command import data_flags, data_values, emit_json, json_option, run, version_option
+from faqd.errors import UserError
 
 _folder = click.Path(path_type=Path)
 
@@ -25,14 +26,14 @@ def main() -> None:
 def _bundle_flags(command: Any) -> Any:
     for option in reversed(
         (
-            click.option("--out", type=_folder, required=True, help="Folder of the bundle."),
+            click.option("--out", type=_folder, required=True, help="Write the bundle to this folder."),
             click.option("--eval-samples", type=click.IntRange(1), help="Store only so many evaluation images."),
             click.option(
                 "--float-type",
                 type=click.Choice(["fp16", "fp32"]),
                 default="fp16",
                 show_default=True,
-                help="Type of the unquantized rest in the TensorRT file.",
+                help="Keep the unquantized rest of the TensorRT file in this type.",
             ),
         )
     ):
@@ -42,7 +43,7 @@ def _bundle_flags(command: Any) -> Any:
 
 @cli.command()
 @click.argument("run_folder", metavar="RUN", type=_folder)
-@click.option("--data-root", type=_folder, help="Where the published data set lies now.")
+@click.option("--data-root", type=_folder, help="Look for a published data set in this folder.")
 @_bundle_flags
 @json_option
 def export(
@@ -56,19 +57,31 @@ def export(
 
 
 @cli.command()
-@click.option("--teacher", required=True, metavar="RUN|FILE.py:callable", help="The float network.")
-@click.option("--teacher-weights", type=_folder, help="Its .safetensors, .pt or .pth file.")
-@click.option("--weight-bits", type=int, default=8, show_default=True)
-@click.option("--act-bits", type=int, default=8, show_default=True)
-@click.option("--target", type=click.Choice(["tensorrt", "onnxruntime"]), default="tensorrt", show_default=True)
+@click.option("--teacher", required=True, metavar="RUN|FILE.py:callable", help="Quantize this float network.")
+@click.option("--teacher-weights", type=_folder, help="Read its weights from a .safetensors, .pt or .pth file.")
+@click.option("--weight-bits", type=int, default=8, show_default=True, help="Give weights 1 to 8 bits.")
+@click.option("--act-bits", type=int, default=8, show_default=True, help="Give activations 1 to 8 bits.")
+@click.option(
+    "--target",
+    type=click.Choice(["tensorrt", "onnxruntime"]),
+    default="tensorrt",
+    show_default=True,
+    help="Use the 8-bit grid of this runtime.",
+)
 @click.option(
     "--calibration",
     type=click.Choice(["mse", "percentile", "max", "entropy"]),
     default="mse",
     show_default=True,
-    help="How activation scales are chosen.",
+    help="Choose activation scales in this way.",
 )
-@click.option("--calibration-images", type=click.IntRange(1), default=512, show_default=True)
+@click.option(
+    "--calibration-images",
+    type=click.IntRange(1),
+    default=512,
+    show_default=True,
+    help="Choose them on so many training images.",
+)
 @data_flags
 @_bundle_flags
 @json_option
@@ -138,11 +151,13 @@ def inspect(folder: Path, json_target: str | None) -> None:
 @click.argument("bundle_folder", metavar="BUNDLE", type=_folder)
 @click.option("--all", "build_all", is_flag=True, help="Also build the float student and the teacher.")
 @click.option("--force", is_flag=True, help="Build although verify failed or is out of date.")
-@click.option("--min-batch", type=click.IntRange(1), default=1, show_default=True)
-@click.option("--opt-batch", type=click.IntRange(1), default=8, show_default=True)
-@click.option("--max-batch", type=click.IntRange(1), default=64, show_default=True)
-@click.option("--opt-level", type=click.IntRange(0, 5), help="Builder effort; TensorRT's default is 3.")
-@click.option("--workspace", "workspace_mib", type=click.IntRange(1), metavar="MIB", help="Scratch memory in MiB.")
+@click.option("--min-batch", type=click.IntRange(1), default=1, show_default=True, help="Accept this batch and above.")
+@click.option("--opt-batch", type=click.IntRange(1), default=8, show_default=True, help="Tune for this batch.")
+@click.option("--max-batch", type=click.IntRange(1), default=64, show_default=True, help="Accept no larger batch.")
+@click.option("--opt-level", type=click.IntRange(0, 5), help="Set the builder's effort; TensorRT's default is 3.")
+@click.option(
+    "--workspace", "workspace_mib", type=click.IntRange(1), metavar="MIB", help="Allow so much scratch memory."
+)
 @json_option
 def build_engine(bundle_folder: Path, build_all: bool, force: bool, json_target: str | None, **options: Any) -> None:
     """Build the engine with the TensorRT or TensorRT-RTX installed here."""
@@ -167,9 +182,7 @@ def _conclude(bundle: Any, json_target: str | None) -> None:
 
 def _exit_if_failed(record: dict[str, Any]) -> None:
     if not record["passed"]:
-        for failure in record["failures"]:
-            click.echo(f"failed: {failure}", err=True)
-        raise click.exceptions.Exit(1)
+        raise UserError("verification failed: " + "; ".join(record["failures"]), exit_code=1)
 
 
 def _say(text: str) -> None:

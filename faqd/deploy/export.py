@@ -25,8 +25,8 @@ from faqd import __version__
 from faqd.errors import UserError
 from faqd.files import written_beside
 from faqd.train.convert import Deployed
-from faqd.train.deployed import IntegerAverage, IntegerLayer, Requantize
-from faqd.train.graph import is_tensor, places, propagate, role, shape, tensor_inputs
+from faqd.train.deployed import ChannelAffine, IntegerAverage, IntegerLayer, Requantize
+from faqd.train.graph import operand, places, propagate, role, shape, unused
 
 OPSET = 19
 INPUT = "input"
@@ -73,6 +73,11 @@ def onnx_from_network(network: fx.GraphModule, example: Tensor, metadata: dict[s
     return proto
 
 
+def output_names(count: int) -> list[str]:
+    """The names of a file's outputs, in the order in which the network returns them."""
+    return [OUTPUT] if count == 1 else [f"{OUTPUT}_{index}" for index in range(count)]
+
+
 def save(proto: onnx.ModelProto, path: Path) -> None:
     with written_beside(path) as temporary:
         temporary.write_bytes(proto.SerializeToString(deterministic=True))
@@ -86,6 +91,8 @@ def _quantized_twin(module: nn.Module, flavour: str) -> nn.Module | None:
         return _LayerTwin(module)
     if isinstance(module, Requantize):
         return _OnnxruntimeTwin(module) if flavour == "onnxruntime" else _TensorrtTwin(module)
+    if isinstance(module, ChannelAffine):
+        return _AffineTwin(module)
     return _AverageTwin(module.average) if isinstance(module, IntegerAverage) else None
 
 
@@ -96,33 +103,55 @@ def _with_plain_operators(network: fx.GraphModule, example: Tensor) -> fx.GraphM
     """
     network = copy.deepcopy(network)
     propagate(network, example[:2])
+    finder = _AverageFinder(network)
+    finder.run(example[:2])
+    found = {node: _plain_operator(network, node, finder.found) for node in network.graph.nodes}
     names = places(network)
-    for node in list(network.graph.nodes):
-        if not is_tensor(node) or not (operands := tensor_inputs(node)) or node.op == "output":
-            continue
-        before, after = shape(operands[0]), shape(node)
-        all_pixels = role(network, node) == "average" or _is_average_twin(network, node)
-        if all_pixels and len(before) == 4 and after == (*before[:2], 1, 1):
-            new: nn.Module = _GlobalAverage()
-        elif all_pixels and len(before) == 4 and after == before[:2]:
-            new = nn.Sequential(_GlobalAverage(), _Flatten())
-        elif role(network, node) == "reshape" and len(before) == 4 and after == (before[0], math.prod(before[1:])):
-            new = _Flatten()
-        else:
+    for node, plain in found.items():
+        if plain is None:
             continue
         path = f"{names[node]}_plain"
-        network.add_submodule(path, new)
+        network.add_submodule(path, plain)
         with network.graph.inserting_after(node):
-            plain = network.graph.call_module(path, (operands[0],))
-        node.replace_all_uses_with(plain)
+            new = network.graph.call_module(path, (operand(node),))
+        node.replace_all_uses_with(new)
         network.graph.erase_node(node)
     network.graph.eliminate_dead_code()
     network.recompile()
     return network
 
 
-def _is_average_twin(network: fx.GraphModule, node: fx.Node) -> bool:
-    return node.op == "call_module" and isinstance(network.get_submodule(str(node.target)), _AverageTwin)
+def _plain_operator(network: fx.GraphModule, node: fx.Node, averages: set[fx.Node]) -> nn.Module | None:
+    """What stands for `node`; None where torch's exporter does well."""
+    if node in averages:
+        flat = len(shape(node)) == 2
+        return nn.Sequential(_GlobalAverage(), _Flatten()) if flat else _GlobalAverage()
+    if role(network, node) != "reshape":
+        return None
+    before, after = shape(operand(node)), shape(node)
+    if after != (before[0], math.prod(before[1:])):
+        return None
+    return _Flatten() if len(before) > 2 else nn.Identity()
+
+
+class _AverageFinder(fx.Interpreter):
+    """Finds the operators that average all pixels of a map, by what they make of a map of different values."""
+
+    def __init__(self, network: fx.GraphModule) -> None:
+        super().__init__(network)
+        self.network = network
+        self.found: set[fx.Node] = set()
+
+    def run_node(self, n: fx.Node) -> Any:
+        twin = n.op == "call_module" and isinstance(self.network.get_submodule(str(n.target)), _AverageTwin)
+        if (twin or role(self.network, n) == "average") and len(shape(operand(n))) == 4:
+            seen = self.env[operand(n)]
+            maps = self.env[operand(n)] = torch.arange(seen.numel()).reshape(seen.shape).sin()
+            result, wanted = super().run_node(n), maps.mean((2, 3))
+            if result.numel() == wanted.numel() and torch.allclose(result.reshape(wanted.shape), wanted, atol=1e-5):
+                self.found.add(n)
+            self.env[operand(n)] = seen
+        return super().run_node(n)
 
 
 def _emit(operator: str, inputs: tuple[Tensor, ...], like: Tensor, dtype: torch.dtype, **attributes: Any) -> Tensor:
@@ -165,7 +194,7 @@ class _LayerTwin(nn.Module):
         if self.integer_bias:
             inputs = (self.bias, self.bias_scale, self.bias_zero_point)
             bias = _emit("DequantizeLinear", inputs, self.bias, torch.float32, axis=0)
-        if self.operator == "Linear" and x.dim() == 2:
+        if self.operator == "Linear":
             return _emit("Gemm", (x, weight, bias), x.new_empty(x.shape[0], bias.shape[0]), torch.float32, transB=1)
         return self._layer[0].apply_weights(x, weight, bias)
 
@@ -184,7 +213,7 @@ class _TensorrtTwin(nn.Module):
                 "this student has 8-bit activations 0..255, trained with --target onnxruntime; TensorRT has no such "
                 "grid. Train with --target tensorrt for an engine."
             )
-        self.rectified, self.clipped = not quant.signed, quant.high < 127
+        self.rectified, self.clipped = requantize.rectifies, quant.high < 127
         self.register_buffer("scale", requantize.scale.float())
         self.register_buffer("zero_point", torch.zeros((), dtype=torch.int8))
         self.register_buffer("bottom", torch.zeros(()))
@@ -230,6 +259,19 @@ class _AverageTwin(nn.Module):
         return self.average(x, *args, **kwargs)
 
 
+class _AffineTwin(nn.Module):
+    factor: Tensor
+    offset: Tensor
+
+    def __init__(self, affine: ChannelAffine) -> None:
+        super().__init__()
+        self.register_buffer("factor", affine.factor.float())
+        self.register_buffer("offset", affine.offset.float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _emit("Add", (_emit("Mul", (x, self.factor), x, torch.float32), self.offset), x, torch.float32)
+
+
 class _GlobalAverage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return _emit("GlobalAveragePool", (x,), x.new_empty(*x.shape[:2], 1, 1), torch.float32)
@@ -250,9 +292,9 @@ def _name(model: ir.Model) -> None:
     graph = model.graph
     scopes = {node: _scope(node) for node in graph}
     taken: set[str] = {value.name for value in [*graph.inputs, *graph.initializers.values()] if value.name}
-    for index, value in enumerate(graph.outputs):
-        value.name = OUTPUT if len(graph.outputs) == 1 else f"{OUTPUT}_{index}"
-        taken.add(value.name)
+    for value, name in zip(graph.outputs, output_names(len(graph.outputs)), strict=True):
+        value.name = name
+        taken.add(name)
     for node in reversed(list(graph)):
         # A function of the user's forward has no module of its own: it takes the place of what reads it.
         if not scopes[node]:
@@ -263,25 +305,17 @@ def _name(model: ir.Model) -> None:
         word = _WORDS.get(node.op_type, node.op_type.lower())
         if node.op_type == "DequantizeLinear" and node.inputs[0] is not None and node.inputs[0].is_initializer():
             word = "real_weight" if "codes" in str(node.inputs[0].name) else "real_bias"
-        name = _unused(f"{place}.{word}", taken)
+        name = unused(f"{place}.{word}", taken)
         node.name = name
         for output in node.outputs:
             if not output.is_graph_output():
-                output.name = name if len(node.outputs) == 1 else _unused(name, taken)
+                output.name = name if len(node.outputs) == 1 else unused(name, taken)
 
 
 def _scope(node: ir.Node) -> str:
     """The path of the innermost torch module around `node`."""
     scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "['']"))
     return str(scopes[-2]) if len(scopes) > 1 else ""
-
-
-def _unused(name: str, taken: set[str]) -> str:
-    candidate, count = name, 1
-    while candidate in taken:
-        candidate, count = f"{name}_{count}", count + 1
-    taken.add(candidate)
-    return candidate
 
 
 def _strip(model: ir.Model) -> None:

@@ -29,6 +29,9 @@ def float16_from_float32(model: onnx.ModelProto) -> onnx.ModelProto:
             if node.input[0] not in widened:
                 node.input[0] = _cast(nodes, node.input[0], f"{node.name}.wide", TensorProto.FLOAT)
             nodes.append(node)
+        elif node.op_type == "DequantizeLinear" and node.output[0] in outputs:
+            nodes.append(node)
+            widened.add(node.output[0])
         elif node.op_type == "DequantizeLinear":
             name = node.output[0]
             node.output[0] = f"{name}.wide"
@@ -37,14 +40,13 @@ def float16_from_float32(model: onnx.ModelProto) -> onnx.ModelProto:
         else:
             for index, name in enumerate(node.input):
                 if name in widened:
-                    node.input[index] = _cast(nodes, name, f"{node.name}.narrow", TensorProto.FLOAT16)
+                    node.input[index] = _cast(nodes, name, f"{node.name}.narrow_{index}", TensorProto.FLOAT16)
             for index, name in enumerate(node.output):
                 if name in outputs:
                     node.output[index] = f"{name}.narrow"
             nodes.append(node)
-            for name in node.output:
-                if name.removesuffix(".narrow") in outputs:
-                    _cast(nodes, name, name.removesuffix(".narrow"), TensorProto.FLOAT)
+            for name in outputs & {name.removesuffix(".narrow") for name in node.output}:
+                widened.add(_cast(nodes, f"{name}.narrow", name, TensorProto.FLOAT))
     del graph.node[:]
     graph.node.extend(nodes)
     del graph.value_info[:]

@@ -26,7 +26,12 @@ def print_verification(record: dict[str, Any]) -> None:
         worst = min(layer["within_one_code"] for layer in record["float16"]["layers"])
         outputs = _outputs(record["float16"]["outputs"])
         console.print(f"FP16 = FP32: {outputs}; worst layer {100 * worst:.3f} % within one code")
-    console.print("passed" if record["passed"] else "FAILED: " + "; ".join(record["failures"]))
+    console.print("passed" if record["passed"] else _first_failure(record["failures"]))
+
+
+def _first_failure(failures: list[str]) -> str:
+    """What went wrong first; behind a wrong layer most others are wrong as well."""
+    return f"FAILED: {failures[0]}" + (f" (and {len(failures) - 1} more)" if len(failures) > 1 else "")
 
 
 def _cell(compared: dict[str, Any] | None) -> str:

@@ -1,7 +1,8 @@
 """The referee: runs an exported Q/DQ file in exact integers, with the arithmetic of each operator stated here.
 
-It reads only the file, shares no code with the exporter, and raises on an operator it does not know. Where two
-backends disagree, it decides. A tensor is a float64 array, an integer array, or a Grid (codes and their scale, what
+It reads only the file and shares no code with the exporter. Files of other tools it runs as well, where they keep to
+standard operators of opset 13 to 20 that stand in the table below; anything else it refuses. Where two backends
+disagree, it decides. A tensor is a float64 array, an integer array, or a Grid (codes and their scale, what
 DequantizeLinear yields); an operator that can work on codes does, any other works on real values.
 """
 
@@ -21,29 +22,35 @@ from faqd.reference import Array, Grid, convolve, layer_sum, windowed
 Value = Any
 Attributes = dict[str, Any]
 
+OPSETS = range(13, 21)
+_NEUTRAL: Attributes = {
+    "auto_pad": b"NOTSET",
+    "allowzero": 0,
+    "noop_with_empty_axes": 0,
+    "storage_order": 0,
+    "training_mode": 0,
+}
+"""Attributes that are known only with this value, which changes nothing."""
+
 
 class Referee:
     """One ONNX model, ready to run."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.graph = model.graph
-        unknown = sorted({node.op_type for node in model.graph.node} - set(_OPERATORS))
-        if unknown:
-            raise UserError(f"the referee knows no {', '.join(unknown)}; it cannot verify this file.")
+        _refuse_unknown(model)
         self._constants: dict[str, Value] = {t.name: _value(numpy_helper.to_array(t)) for t in model.graph.initializer}
 
     def run(self, inputs: dict[str, NDArray[np.float32]]) -> dict[str, Value]:
         """Every tensor of the graph by name, for float32 inputs: float64 arrays, integer arrays and Grids."""
         values = self._constants | {name: _value(array) for name, array in inputs.items()}
         for node in self.graph.node:
-            attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
             operands = [values[name] if name else None for name in node.input]
-            values[node.output[0]] = _OPERATORS[node.op_type](operands, attributes)
+            try:
+                values[node.output[0]] = _OPERATORS[node.op_type](operands, _attributes(node))
+            except (ValueError, IndexError, TypeError) as error:
+                raise UserError(f"{node.name}: the referee cannot run this {node.op_type}: {error}") from error
         return values
-
-    def codes(self, values: dict[str, Value]) -> dict[str, NDArray[Any]]:
-        """Of the tensors of a run: the stored integers behind every activation, by tensor name, in graph order."""
-        return {name: values[name] for name in code_tensors(self.graph)}
 
 
 def code_tensors(graph: onnx.GraphProto) -> list[str]:
@@ -58,7 +65,30 @@ def real(value: Value) -> Array:
     return value.real if isinstance(value, Grid) else value
 
 
+def _refuse_unknown(model: onnx.ModelProto) -> None:
+    versions = {entry.domain: entry.version for entry in model.opset_import}
+    if versions.get("", 0) not in OPSETS:
+        raise UserError(f"the referee knows opset {OPSETS[0]} to {OPSETS[-1]}, found {versions.get('', 'none')}.")
+    standard = {node.op_type for node in model.graph.node if not node.domain}
+    foreign = {f"{node.domain}.{node.op_type}" for node in model.graph.node if node.domain}
+    unknown = sorted(foreign | standard - set(_OPERATORS))
+    if unknown:
+        raise UserError(f"the referee knows no {', '.join(unknown)}; it cannot verify this file.")
+    for node in model.graph.node:
+        for name, value in _attributes(node).items():
+            if value != _NEUTRAL.get(name, value):
+                raise UserError(f"{node.name}: the referee knows {node.op_type} only without {name} = {value!r}.")
+        if len(node.output) > 1:
+            raise UserError(f"{node.name}: the referee knows {node.op_type} only with one output.")
+
+
+def _attributes(node: onnx.NodeProto) -> Attributes:
+    return {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+
+
 def _value(array: NDArray[Any]) -> Value:
+    if array.dtype.kind not in "fiub":
+        raise UserError(f"the referee knows no {array.dtype} numbers.")
     return array.astype(np.float64) if array.dtype.kind == "f" else array
 
 
@@ -66,27 +96,29 @@ def _value(array: NDArray[Any]) -> Value:
 
 
 def _quantize(operands: list[Value], attributes: Attributes) -> Value:
-    x, scale, zero_point = operands
+    x, scale, zero_point = [*operands, np.zeros((), np.uint8)][:3]  # without a zero point ONNX means uint8 0
+    if scale.size != 1 or not scale > 0:
+        raise ValueError("an activation needs one scale above zero")
     limits = np.iinfo(zero_point.dtype)
-    codes = np.rint(real(x) / scale) + zero_point.astype(np.float64)
+    codes = np.rint(real(x) / float(scale.item())) + int(zero_point.item())
     return np.clip(codes, limits.min, limits.max).astype(zero_point.dtype)
 
 
 def _dequantize(operands: list[Value], attributes: Attributes) -> Value:
-    codes, scale, zero_point = operands
-    if scale.ndim == 0:
-        return Grid(codes.astype(np.float64) - float(zero_point), scale)
-    axis = attributes.get("axis", 1) % codes.ndim
+    codes, scale, zero_point = [*operands, np.zeros((), np.int64)][:3]
+    if not np.all(scale > 0):
+        raise ValueError("every scale must be above zero")
     shape = [1] * codes.ndim
-    shape[axis] = -1
+    if scale.size > 1:
+        shape[attributes.get("axis", 1)] = -1
+    else:
+        scale, shape = scale.reshape(()), []
     return Grid(codes.astype(np.float64) - zero_point.astype(np.float64).reshape(shape), scale.reshape(shape))
 
 
 def _conv(operands: list[Value], attributes: Attributes) -> Value:
     x, weight, bias = [*operands, None][:3]
     spatial = real(x).ndim - 2
-    if attributes.get("auto_pad", b"NOTSET") != b"NOTSET":
-        raise UserError("the referee reads explicit pads only, found auto_pad.")
     geometry = (
         attributes.get("strides", [1] * spatial),
         attributes.get("pads", [0] * 2 * spatial),
@@ -99,7 +131,7 @@ def _conv(operands: list[Value], attributes: Attributes) -> Value:
 def _gemm(operands: list[Value], attributes: Attributes) -> Value:
     x, weight, bias = [*operands, None][:3]
     if attributes.get("transA", 0) or attributes.get("alpha", 1.0) != 1.0 or attributes.get("beta", 1.0) != 1.0:
-        raise UserError("the referee knows Gemm only with transA = 0 and alpha = beta = 1.")
+        raise ValueError("known only with transA = 0 and alpha = beta = 1")
     if not attributes.get("transB", 0):
         weight = _moved(weight, np.transpose)
     return _weighted(lambda a, b: a @ b.T, x, weight, bias, 1)
@@ -109,7 +141,7 @@ def _weighted(
     product: Callable[[Array, Array], Array], x: Value, weight: Value, bias: Value, channel_axis: int
 ) -> Array:
     channels = real(weight).shape[0]
-    real_bias = np.zeros(channels) if bias is None else real(bias).reshape(-1)
+    real_bias = np.broadcast_to(0.0 if bias is None else real(bias).reshape(-1), channels)
     if isinstance(x, Grid) and isinstance(weight, Grid) and x.scale.ndim == 0:
         per_channel = weight.scale.ndim == 0 or weight.scale.size == weight.scale.shape[0]
         if per_channel:
@@ -120,7 +152,8 @@ def _weighted(
 
 def _clip(operands: list[Value], attributes: Attributes) -> Value:
     x, low, high = [*operands, None, None][:3]
-    return np.clip(real(x), low, high)
+    clipped: Array = np.clip(real(x), low, high)
+    return clipped
 
 
 def _average(operands: list[Value], attributes: Attributes) -> Value:
@@ -134,35 +167,40 @@ def _average(operands: list[Value], attributes: Attributes) -> Value:
 def _average_windows(operands: list[Value], attributes: Attributes) -> Value:
     x = operands[0]
     codes, scale = (x.codes, x.scale) if isinstance(x, Grid) else (x, np.ones(()))
-    windows, axes = _pool_windows(codes, attributes, 0.0)
-    total = windows.sum(axes)
-    if attributes.get("count_include_pad", 0):
-        return total / int(np.prod(attributes["kernel_shape"])) * scale
-    counted, _ = _pool_windows(np.ones_like(codes), attributes, 0.0)
-    return total / counted.sum(axes) * scale
+    windows, axes = _pool_windows(codes, attributes, 0.0, 0.0)
+    counted, _ = _pool_windows(np.ones_like(codes), attributes, float(attributes.get("count_include_pad", 0)), 0.0)
+    return windows.sum(axes) / counted.sum(axes) * scale
 
 
 def _max_windows(operands: list[Value], attributes: Attributes) -> Value:
     def largest(values: Array) -> Array:
-        windows, axes = _pool_windows(values, attributes, -np.inf)
-        return windows.max(axes)
+        windows, axes = _pool_windows(values, attributes, -np.inf, -np.inf)
+        result: Array = windows.max(axes)
+        return result
 
     return _moved(operands[0], largest)
 
 
-def _pool_windows(x: Array, attributes: Attributes, fill: float) -> tuple[Array, tuple[int, ...]]:
+def _pool_windows(x: Array, attributes: Attributes, padding: float, beyond: float) -> tuple[Array, tuple[int, ...]]:
+    """The windows of a pooling operator and their axes.
+
+    padding: value of the padded pixels. beyond: of those outside the padding, which ceil_mode lets a window reach.
+    """
     kernel = attributes["kernel_shape"]
     spatial = len(kernel)
     strides = attributes.get("strides", [1] * spatial)
     dilations = attributes.get("dilations", [1] * spatial)
-    pads = list(attributes.get("pads", [0] * 2 * spatial))
-    if attributes.get("ceil_mode", 0):
-        for axis in range(spatial):
-            length = x.shape[2 + axis] + pads[axis] + pads[spatial + axis]
-            reach = (kernel[axis] - 1) * dilations[axis] + 1
-            pads[spatial + axis] += -(length - reach) % strides[axis]
-    padding = [(0, 0), (0, 0), *zip(pads[:spatial], pads[spatial:], strict=True)]
-    windows = windowed(np.pad(x, padding, constant_values=fill), kernel, strides, dilations)
+    pads = attributes.get("pads", [0] * 2 * spatial)
+    padded = np.pad(x, [(0, 0), (0, 0), *zip(pads[:spatial], pads[spatial:], strict=True)], constant_values=padding)
+    more = [0] * spatial
+    for axis in range(spatial if attributes.get("ceil_mode", 0) else 0):
+        length = padded.shape[2 + axis]
+        reach = (kernel[axis] - 1) * dilations[axis] + 1
+        missing = -(length - reach) % strides[axis]
+        # A window that would start behind the values and their front padding does not exist.
+        more[axis] = missing if length + missing - reach < x.shape[2 + axis] + pads[axis] else 0
+    padded = np.pad(padded, [(0, 0), (0, 0), *((0, count) for count in more)], constant_values=beyond)
+    windows = windowed(padded, kernel, strides, dilations)
     return windows, tuple(range(windows.ndim - spatial, windows.ndim))
 
 
@@ -208,6 +246,19 @@ def _unsqueeze(operands: list[Value], attributes: Attributes) -> Value:
     return _moved(operands[0], lambda v: np.expand_dims(v, tuple(int(a) for a in operands[1])))
 
 
+def _batch_norm(operands: list[Value], attributes: Attributes) -> Value:
+    x = real(operands[0])
+    per_channel = (-1, *[1] * (x.ndim - 2))
+    gamma, beta, mean, variance = (real(v).reshape(per_channel) for v in operands[1:])
+    return (x - mean) / np.sqrt(variance + attributes.get("epsilon", 1e-5)) * gamma + beta
+
+
+def _constant(attributes: Attributes) -> Value:
+    """A Constant has one attribute: value as a tensor, or a number or numbers under another name."""
+    (value,) = attributes.values()
+    return _value(numpy_helper.to_array(value) if isinstance(value, onnx.TensorProto) else np.asarray(value))
+
+
 _OPERATORS: dict[str, Callable[[list[Value], Attributes], Value]] = {
     "QuantizeLinear": _quantize,
     "DequantizeLinear": _dequantize,
@@ -232,5 +283,6 @@ _OPERATORS: dict[str, Callable[[list[Value], Attributes], Value]] = {
     "Concat": _concat,
     "Shape": lambda operands, a: np.array(real(operands[0]).shape[a.get("start", 0) : a.get("end")], np.int64),
     "Identity": lambda operands, _: operands[0],
-    "Constant": lambda operands, a: _value(numpy_helper.to_array(a["value"])),
+    "Constant": lambda operands, a: _constant(a),
+    "BatchNormalization": _batch_norm,
 }

@@ -20,8 +20,8 @@ class Segment:
 
     @property
     def layer(self) -> str:
-        """The torch module whose result `output` is: `stages.0.1.relu2` for the tensor `stages.0.1.relu2.codes`."""
-        return self.output.rpartition(".")[0] or self.output
+        """The torch module whose result `output` is: `stages.0.1.relu2` for the node `stages.0.1.relu2.codes`."""
+        return self.model.graph.node[-1].name.rpartition(".")[0] or self.output
 
 
 def segments(model: onnx.ModelProto) -> Iterator[Segment]:

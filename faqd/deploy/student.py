@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.fx.experimental.optimization import fuse
+from torch.utils._pytree import tree_leaves
 
 from faqd import bundle as names
 from faqd.bundle import Bundle, Evaluation, write_manifest
 from faqd.calib.ranges import Method
-from faqd.deploy.export import INPUT, OUTPUT, onnx_from_deployed, onnx_from_network, save
+from faqd.deploy.export import INPUT, OUTPUT, onnx_from_deployed, onnx_from_network, output_names, save
 from faqd.deploy.float16 import float16_from_float32
-from faqd.deploy.verify import AGREEMENT_IMAGES, code_digests, compare_outputs, probe_inputs, verify_bundle
+from faqd.deploy.verify import AGREEMENT_IMAGES, compare_outputs, digest, probe_inputs, verify_bundle
 from faqd.errors import UserError
 from faqd.files import remove, sha256, written_beside
 from faqd.preprocess import Preprocess
@@ -28,6 +28,7 @@ from faqd.train.data import DataOptions, load_dataset
 from faqd.train.deployed import IntegerLayer
 from faqd.train.distill import load_student
 from faqd.train.evaluate import outputs
+from faqd.train.fuse import fused
 from faqd.train.network import NetworkSource
 from faqd.train.placement import Bits
 from faqd.train.prepare import Student, calibrate, prepare, student_table
@@ -137,12 +138,12 @@ def _write_bundle(parts: _Parts, out: Path, float_type: FloatType, say: Say) -> 
             say(f"wrote {name}")
 
         probes = torch.from_numpy(probe_inputs(parts.evaluation, parts.preprocess.normalise))
-        digests: dict[str, dict[str, str]] = {}
+        digests: dict[str, dict[str, dict[str, str]]] = {}
         flavours: dict[str, Deployed] = {}
         for flavour in _flavours(parts.student.bits):
             deployed = convert(parts.student, flavour, parts.output_scales)
             flavours[flavour] = deployed
-            digests[flavour] = code_digests(_torch_codes(deployed, probes))
+            digests[flavour] = _torch_digests(deployed, probes)
             proto = onnx_from_deployed(deployed, inputs, metadata)
             if flavour == "onnxruntime":
                 put(names.STUDENT_ONNXRUNTIME, proto, parts.made_from)
@@ -152,7 +153,7 @@ def _write_bundle(parts: _Parts, out: Path, float_type: FloatType, say: Say) -> 
         if "tensorrt" not in flavours:
             say("no TensorRT file: this student has 8-bit activations 0..255, which TensorRT has no grid for.")
         put(names.FLOAT_STUDENT, onnx_from_deployed(convert(parts.student, "float"), inputs, metadata), parts.made_from)
-        teacher_graph = fuse(graph.capture(parts.teacher, inputs[:2]))
+        teacher_graph = fused(graph.capture(parts.teacher, inputs[:2]))
         put(names.TEACHER, onnx_from_network(teacher_graph, inputs, {}), parts.teacher_sha256)
         wanted = outputs(parts.teacher, inputs).numpy()
         Evaluation(parts.evaluation, parts.labels, {OUTPUT: wanted}).save(folder / names.EVAL)
@@ -160,7 +161,7 @@ def _write_bundle(parts: _Parts, out: Path, float_type: FloatType, say: Say) -> 
         first = next(iter(flavours.values()))
         facts = {
             **_facts(parts, first, wanted),
-            "torch_codes": digests,
+            "torch_digests": digests,
             "as_trained": _as_trained(parts.student, first, inputs[:AGREEMENT_IMAGES]),
             "zeroed_channels": {flavour: deployed.zeroed for flavour, deployed in flavours.items() if deployed.zeroed},
             "float_type": float_type,
@@ -223,13 +224,21 @@ def _metadata(parts: _Parts) -> dict[str, str]:
     }
 
 
+def _torch_digests(deployed: Deployed, inputs: Tensor) -> dict[str, dict[str, str]]:
+    """What the exported file must compute for `inputs`, value for value: codes by place, outputs by name."""
+    results = tree_leaves(deployed(inputs))
+    codes = {place: digest(values) for place, values in _torch_codes(deployed, inputs).items()}
+    outputs = {name: digest(result.numpy()) for name, result in zip(output_names(len(results)), results, strict=True)}
+    return {"codes": codes, "outputs": outputs}
+
+
 def _torch_codes(deployed: Deployed, inputs: Tensor) -> dict[str, NDArray[Any]]:
     """The integer codes at every rounding of the deployed student, by place."""
     found: dict[str, NDArray[Any]] = {}
 
     def watch(place: str) -> Any:
         def keep(module: Any, operands: tuple[Tensor, ...], result: Tensor) -> None:
-            found[place] = module.codes(operands[0]).numpy()
+            found[place] = module.codes(operands[0]).short().numpy()
 
         return keep
 
@@ -256,9 +265,7 @@ def _as_trained(student: Student, deployed: Deployed, inputs: Tensor) -> dict[st
         hook.remove()
     codes = _torch_codes(deployed, few)
     layers = {
-        name: round(float(np.mean(trained[name].numpy() == codes[name].astype(np.int16))), 6)
-        for name in quantizers
-        if name in codes
+        name: round(float(np.mean(trained[name].numpy() == codes[name])), 6) for name in quantizers if name in codes
     }
     found, wanted = outputs(deployed, inputs).numpy(), outputs(student.network, inputs).numpy()
     return {**compare_outputs(found, wanted), "equal_codes_per_layer": layers}

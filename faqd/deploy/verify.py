@@ -26,7 +26,7 @@ VERSION = 1
 
 EQUAL_CODES = 0.9999
 """Least share of a layer's codes on which onnxruntime and the referee agree; no code may differ by more than one.
-In a layer with fewer than 10,000 codes a single one may differ: a rounding tie is one code whatever the layer's size."""
+In a layer with fewer than 10,000 codes a single one may differ: a rounding tie is one code in a layer of any size."""
 EQUAL_CODES_FP16 = 0.999
 """Least share of codes at most one apart between the FP16 and the FP32 file."""
 OUTPUT_ERROR = 1e-4
@@ -49,9 +49,11 @@ def probe_inputs(bundle_images: NDArray[np.uint8], normalise: Any) -> NDArray[np
     return np.concatenate([images, enlarged, noise])
 
 
-def code_digests(codes: dict[str, NDArray[Any]]) -> dict[str, str]:
-    """SHA-256 of each tensor's codes (zero point removed) as int16, so that equal means every code equal."""
-    return {name: hashlib.sha256(array.astype("<i2").tobytes()).hexdigest() for name, array in codes.items()}
+def digest(values: NDArray[Any]) -> str:
+    """SHA-256 of a tensor, so that equal means every value equal: codes (zero point removed) as int16, the network's
+    own outputs as float32 without negative zeros."""
+    stored = values.astype("<f4") + np.float32(0) if values.dtype.kind == "f" else values.astype("<i2")
+    return hashlib.sha256(stored.tobytes()).hexdigest()
 
 
 def verify_bundle(bundle: Bundle) -> dict[str, Any]:
@@ -71,7 +73,7 @@ def verification(bundle: Bundle) -> dict[str, Any]:
         if not bundle.has(file):
             continue
         model = load_model(bundle.path(file))
-        torch_digests = bundle.manifest["torch_codes"][flavour]
+        torch_digests = bundle.manifest["torch_digests"][flavour]
         # onnxruntime's optimizer rounds float biases to int32 when it fuses, so that only the flavour which stores
         # int32 biases keeps its arithmetic under optimization.
         modes = [False, True] if flavour == "onnxruntime" else [False]
@@ -97,37 +99,51 @@ def verification(bundle: Bundle) -> dict[str, Any]:
 
 
 def verify_file(
-    model: onnx.ModelProto, inputs: NDArray[np.float32], torch_digests: dict[str, str], modes: list[bool]
+    model: onnx.ModelProto, inputs: NDArray[np.float32], torch_digests: dict[str, dict[str, str]], modes: list[bool]
 ) -> dict[str, Any]:
-    """One flavour: every code of torch against the referee, then onnxruntime layer by layer on the referee's inputs.
+    """One flavour: every code and output of torch against the referee, then onnxruntime layer by layer on the
+    referee's inputs.
 
-    modes: whether onnxruntime optimizes. Returns {"layers": [...], "failures": [...]}.
+    torch_digests: `codes` by layer and `outputs` by name. modes: whether onnxruntime optimizes. Returns
+    {"layers": [...], "failures": [...]}, the failures of the first wrong layer first.
     """
-    referee = Referee(model)
-    values = referee.run({model.graph.input[0].name: inputs})
-    digests = code_digests(centred_codes(model, values))
+    values = Referee(model).run({model.graph.input[0].name: inputs})
     layers, failures = [], []
     for segment in segments(model):
-        row: dict[str, Any] = {"layer": segment.layer, "tensor": segment.output}
-        feeds = {name: stored(values[name]) for name in segment.inputs}
         wanted = values[segment.output]
+        row: dict[str, Any] = {"layer": segment.layer, "tensor": segment.output}
+        if real(wanted).dtype.kind == "f":
+            row["torch_equal"] = digest(real(wanted)) == torch_digests["outputs"].get(segment.output)
+        else:
+            codes = centred(model, segment.output, wanted)
+            row |= _clipping(codes)
+            row["torch_equal"] = digest(codes) == torch_digests["codes"].get(segment.layer)
+        if not row["torch_equal"]:
+            failures.append(f"{segment.layer}: the torch student and the referee differ")
+        feeds = {name: stored(values[name]) for name in segment.inputs}
         for optimise in modes:
             found = OnnxSession(segment.model.SerializeToString(), optimise=optimise).run(feeds)[segment.output]
             row["optimised" if optimise else "plain"] = compared = _compare(found, wanted)
             if not compared["passed"]:
                 failures.append(_failure(segment.layer, compared, optimise))
-        if segment.output in digests:
-            row |= _clipping(centred(model, segment.output, wanted))
-            row["torch_equal"] = digests[segment.output] == torch_digests.get(segment.layer)
-            if not row["torch_equal"]:
-                failures.append(f"{segment.layer}: the codes of the torch student and of the referee differ")
         layers.append(row)
+    failures += _missing(layers, torch_digests["codes"]) + _differing_in_all(layers)
+    return {"layers": layers, "failures": failures}
+
+
+def _missing(layers: list[dict[str, Any]], wanted: dict[str, str]) -> list[str]:
+    found = {row["layer"] for row in layers}
+    return [f"{layer}: the file has no codes of this layer" for layer in wanted if layer not in found]
+
+
+def _differing_in_all(layers: list[dict[str, Any]]) -> list[str]:
+    failures = []
     for mode in ("plain", "optimised"):
         compared = [row[mode] for row in layers if "codes" in row.get(mode, {})]
         differing, total = (sum(c[key] for c in compared) for key in ("differing", "codes"))
         if differing > max(1, (1 - EQUAL_CODES) * total):
             failures.append(f"all layers: {differing} of {total} codes differ in {mode} onnxruntime")
-    return {"layers": layers, "failures": failures}
+    return failures
 
 
 def load_model(path: Path) -> onnx.ModelProto:
@@ -136,16 +152,15 @@ def load_model(path: Path) -> onnx.ModelProto:
         model = onnx.load(path, load_external_data=False)
         onnx.checker.check_model(model, full_check=True)
     except Exception as error:  # protobuf and the checker raise many kinds
-        raise UserError(f"{path}: not a valid ONNX file ({str(error).splitlines()[0][:200]}).") from error
+        reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+        raise UserError(f"{path}: not a valid ONNX file ({reason}).") from error
+    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer):
+        raise UserError(f"{path}: keeps its weights in other files; save it as one file.")
     return model
 
 
-def centred_codes(model: onnx.ModelProto, values: dict[str, Value]) -> dict[str, NDArray[Any]]:
-    """Codes of every integer tensor of a run, zero points removed, by tensor name."""
-    return {name: centred(model, name, array) for name, array in Referee(model).codes(values).items()}
-
-
 def centred(model: onnx.ModelProto, name: str, codes: NDArray[Any]) -> NDArray[Any]:
+    """The codes of the integer tensor `name` of a run, zero point removed."""
     constants = {t.name: t for t in model.graph.initializer}
     reader = next(n for n in model.graph.node if n.op_type == "DequantizeLinear" and n.input[0] == name)
     zero_point = onnx.numpy_helper.to_array(constants[reader.input[2]])

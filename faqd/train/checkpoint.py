@@ -5,29 +5,41 @@ Order and augmentation are drawn from (data seed, position), so a position is al
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from faqd.errors import UserError
-from faqd.files import read_json, remove, write_json, written_beside
-from faqd.train.network import read_tensors
+from faqd.files import leftovers, read_json, remove, write_json, written_beside
+from faqd.train.network import read_tensors, write_tensors
 
 PREFIX = "checkpoint-"
 
 
-def save_checkpoint(run: Path, network: nn.Module, optimizer: torch.optim.Optimizer, iteration: int) -> None:
+@dataclass(frozen=True)
+class Position:
+    """How far a run is.
+
+    iteration: how many are done. sums: of each loss since the epoch began. seconds: of training. threads: on the CPU;
+    sums of floats depend on their number.
+    """
+
+    iteration: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    threads: int = field(default_factory=torch.get_num_threads)
+
+
+def save_checkpoint(run: Path, network: nn.Module, optimizer: torch.optim.Optimizer, position: Position) -> None:
     """Write checkpoint-ITERATION whole, then drop older ones: a kill at any moment leaves one to resume from."""
-    folder = run / f"{PREFIX}{iteration:08d}"
+    folder = run / f"{PREFIX}{position.iteration:08d}"
     with written_beside(folder) as temporary:
         temporary.mkdir()
-        tensors = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
-        save_file(tensors, temporary / "network.safetensors")
-        save_file(_optimizer_tensors(optimizer), temporary / "optimizer.safetensors")
-        write_json(temporary / "position.json", {"iteration": iteration, "threads": torch.get_num_threads()})
+        write_tensors(temporary / "network.safetensors", network.state_dict())
+        write_tensors(temporary / "optimizer.safetensors", _optimizer_tensors(optimizer))
+        write_json(temporary / "position.json", asdict(position))
     for older in checkpoints(run)[:-1]:
         remove(older)
 
@@ -37,16 +49,20 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(run.glob(f"{PREFIX}*"))
 
 
+def iteration_of(folder: Path) -> int:
+    return int(folder.name.removeprefix(PREFIX))
+
+
 def drop_checkpoints(run: Path) -> None:
     """Remove all checkpoints of a finished run, and what a kill left half-written."""
-    for path in [*checkpoints(run), *run.glob(".*.partial"), *run.glob(".*.old")]:
+    for path in [*checkpoints(run), *leftovers(run)]:
         remove(path)
 
 
-def load_checkpoint(folder: Path, network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Restore network and optimizer; returns the position. UserError if the files are damaged."""
-    position: dict[str, Any] = read_json(folder / "position.json")
+def load_checkpoint(folder: Path, network: nn.Module, optimizer: torch.optim.Optimizer) -> Position:
+    """Restore network and optimizer. UserError if the files are damaged."""
     try:
+        position = Position(**read_json(folder / "position.json"))
         network.load_state_dict(read_tensors(folder / "network.safetensors"))
         saved = read_tensors(folder / "optimizer.safetensors")
         for index, parameter in enumerate(_parameters(optimizer)):
@@ -54,8 +70,8 @@ def load_checkpoint(folder: Path, network: nn.Module, optimizer: torch.optim.Opt
             state = {key.removeprefix(prefix): value for key, value in saved.items() if key.startswith(prefix)}
             if state:
                 optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
-    except (RuntimeError, KeyError) as error:
-        raise UserError(f"{folder}: the checkpoint does not fit this run; remove the folder to start over.") from error
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"{folder}: the checkpoint does not fit this run; remove it to start over.") from error
     return position
 
 
@@ -65,7 +81,7 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {
-        f"{index}.{key}": value.detach().cpu().contiguous()
+        f"{index}.{key}": value
         for index, parameter in enumerate(_parameters(optimizer))
         for key, value in optimizer.state.get(parameter, {}).items()
         if isinstance(value, Tensor)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from faqd.command import data_flags, data_values, emit_json, json_option, run, version_option
+from faqd.command import Finite, data_flags, data_values, emit_json, json_option, run, version_option
 from faqd.errors import UserError
 
 if TYPE_CHECKING:
-    from faqd.train.data import DataOptions
     from faqd.train.recipes import DistillRecipe
 
 
@@ -28,14 +28,20 @@ def main() -> None:
 def _schedule(command: Any) -> Any:
     for option in reversed(
         (
-            click.option("--epochs", type=click.IntRange(1), help="Passes over the training images."),
-            click.option("--steps", type=click.IntRange(1), help="Exactly so many iterations, instead of epochs."),
-            click.option("--batch-size", type=click.IntRange(2), help="Images per iteration."),
-            click.option("--lr", type=click.FloatRange(0, min_open=True), help="Peak learning rate."),
-            click.option("--seed", type=click.IntRange(0), help="Initialisation."),
-            click.option("--data-seed", type=click.IntRange(0), help="Order and augmentation."),
-            click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
-            click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the run."),
+            click.option("--epochs", type=click.IntRange(1), help="Pass so many times over the training images."),
+            click.option("--steps", type=click.IntRange(1), help="Train so many iterations, whatever --epochs says."),
+            click.option("--batch-size", type=click.IntRange(2), help="Take so many images per iteration."),
+            click.option("--lr", type=Finite(0, min_open=True), help="Use this learning rate at its peak."),
+            click.option("--seed", type=click.IntRange(0), help="Draw the initial weights with this seed."),
+            click.option("--data-seed", type=click.IntRange(0), help="Draw order and augmentation with this seed."),
+            click.option(
+                "--device",
+                type=click.Choice(["auto", "cpu", "cuda"]),
+                default="auto",
+                show_default=True,
+                help="Train here; auto takes a GPU if there is one.",
+            ),
+            click.option("--out", type=click.Path(path_type=Path), required=True, help="Write the run to this folder."),
             click.option("--resume", is_flag=True, help="Go on with the run in --out; start it if there is none."),
         )
     ):
@@ -44,49 +50,51 @@ def _schedule(command: Any) -> Any:
 
 
 @cli.command()
-@click.option("--recipe", default="digits-teacher", show_default=True, help="See `faqd-train recipes`.")
-@click.option("--arch", help="Network from the zoo, such as resnet20.")
+@click.option("--recipe", default="digits-teacher", show_default=True, help="Set everything; `recipes` lists them.")
+@click.option("--arch", metavar="NAME", help="Train this network of the zoo, such as resnet20.")
 @data_flags
 @_schedule
 @json_option
-def teacher(recipe: str, arch: str | None, json_target: str | None, **options: Any) -> None:
+def teacher(recipe: str, json_target: str | None, **options: Any) -> None:
     """Train a float teacher with labels, where you have none of your own."""
+    from faqd.train.data import DataOptions
     from faqd.train.recipes import overridden, teacher_recipe
     from faqd.train.teacher import train_teacher
 
-    data, schedule = _data_and_schedule(options)
-    chosen = overridden(teacher_recipe(recipe), {"arch": arch, "data": data["source"], **schedule["training"]})
-    record = train_teacher(
-        chosen,
-        _data_options({**data, "source": chosen.data}),
-        schedule["out"],
-        _device(schedule["device"]),
-        schedule["resume"],
-        _say,
-    )
+    data, place = data_values(options), _place_values(options)
+    chosen = overridden(teacher_recipe(recipe), {"data": data["source"], **options})
+    record = train_teacher(chosen, DataOptions(**{**data, "source": chosen.data}), **place, say=_say)
     selected = record["select"]["accuracy"]
-    click.echo(f"{schedule['out']}: {chosen.arch}, {100 * selected:.2f} % on the select split.", err=True)
+    click.echo(f"{place['out']}: {chosen.arch}, {100 * selected:.2f} % on the select split.", err=True)
     emit_json(json_target, record)
 
 
 @cli.command()
-@click.option("--recipe", default="default", show_default=True, help="Sets everything; other options override it.")
-@click.option("--teacher", required=True, metavar="RUN|FILE.py:callable", help="The float network to learn from.")
-@click.option("--teacher-weights", type=click.Path(path_type=Path), help="Its .safetensors, .pt or .pth file.")
-@click.option("--arch", help="The student, from the zoo. Default: the teacher's own network.")
-@click.option("--init", metavar="teacher|scratch|RUN", help="Where the student starts from.")
-@click.option("--weight-bits", metavar="BITS[,BITS]", help="1 to 8. A list trains each into its own folder.")
-@click.option("--act-bits", metavar="BITS[,BITS]", help="1 to 8, or 32 for float.")
+@click.option("--recipe", default="default", show_default=True, help="Set everything; `recipes` lists them.")
+@click.option("--teacher", required=True, metavar="RUN|FILE.py:callable", help="Learn from this float network.")
+@click.option(
+    "--teacher-weights", type=click.Path(path_type=Path), help="Read its weights from a .safetensors, .pt or .pth file."
+)
+@click.option("--arch", metavar="NAME", help="Train this network of the zoo instead of the teacher's own.")
+@click.option("--init", metavar="teacher|scratch|RUN", help="Start the student from these weights.")
+@click.option("--weight-bits", metavar="BITS[,BITS]", help="Use 1 to 8 bits; a list trains each into its own folder.")
+@click.option("--act-bits", metavar="BITS[,BITS]", help="Use 1 to 8 bits, or 32 for float; a list as above.")
 @click.option("--seeds", type=click.IntRange(1), help="Train so many seeds, each into its own folder.")
-@click.option("--target", type=click.Choice(["tensorrt", "onnxruntime"]), help="Which 8-bit grid is trained.")
-@click.option("--scales", type=click.Choice(["channel", "tensor"]), help="Weight scales: one per output channel.")
-@click.option("--logit", type=click.Choice(["mse", "kl"]), help="Distance of the outputs.")
-@click.option("--logit-weight", type=float)
-@click.option("--temperature", type=click.FloatRange(0, min_open=True), help="Of --logit kl.")
-@click.option("--affinity", type=click.Choice(["l1", "l2", "l2_squared", "fast", "none"]), help="Feature affinity.")
-@click.option("--affinity-weight", type=float, help="On the mean over the batch.")
-@click.option("--columns", type=click.IntRange(1), help="Random projections of --affinity fast.")
-@click.option("--tap", "taps", multiple=True, metavar="PLACE[=PLACE]", help="Compare maps here (teacher=student).")
+@click.option("--target", type=click.Choice(["tensorrt", "onnxruntime"]), help="Train the 8-bit grid of this runtime.")
+@click.option("--scales", type=click.Choice(["channel", "tensor"]), help="Give each of these a weight scale.")
+@click.option("--logit", type=click.Choice(["mse", "kl"]), help="Measure the distance of the outputs in this way.")
+@click.option("--logit-weight", type=Finite(0), help="Weigh that distance with this.")
+@click.option("--temperature", type=Finite(0, min_open=True), help="Soften the outputs of --logit kl by this.")
+@click.option(
+    "--affinity",
+    type=click.Choice(["l1", "l2", "l2_squared", "fast", "none"]),
+    help="Measure the distance of the feature affinities in this way.",
+)
+@click.option("--affinity-weight", type=Finite(0), help="Weigh that distance, a mean over the batch, with this.")
+@click.option("--columns", type=click.IntRange(1), help="Use so many random projections for --affinity fast.")
+@click.option(
+    "--tap", "taps", multiple=True, metavar="PLACE[=PLACE]", help="Compare feature maps here (teacher=student)."
+)
 @data_flags
 @_schedule
 @json_option
@@ -94,24 +102,18 @@ def distill(recipe: str, teacher: str, teacher_weights: Path | None, json_target
     """Distil a quantized student from a teacher, on images without labels."""
     from faqd.train import distill as distillation
     from faqd.train.recipes import distill_recipe, overridden
+    from faqd.train.source import lesson_from
 
-    data, schedule = _data_and_schedule(options)
+    data, place = data_values(options), _place_values(options)
     taps, seeds = list(options.pop("taps")) or None, options.pop("seeds")
-    weight_bits, act_bits = (
-        _bit_list("--weight-bits", options.pop("weight_bits")),
-        _bit_list("--act-bits", options.pop("act_bits")),
-    )
-    base = overridden(distill_recipe(recipe), {"data": data["source"], **options, **schedule["training"]})
-    data["source"] = base.data or _teacher_data(teacher)
-    data_options = _data_options(data)
-    chosen = _teacher(teacher, teacher_weights, data_options)
+    weight_bits = _bit_list("--weight-bits", options.pop("weight_bits"))
+    act_bits = _bit_list("--act-bits", options.pop("act_bits"))
+    base = overridden(distill_recipe(recipe), {"data": data["source"], **options})
+    variants = _variants(base, weight_bits, act_bits, seeds, place.pop("out"))
+    lesson = lesson_from(teacher, teacher_weights, {**data, "source": base.data}, say=_say)
     records = []
-    for variant, out in _variants(base, weight_bits, act_bits, seeds, schedule["out"]):
-        records.append(
-            distillation.distill(
-                variant, chosen, data_options, taps, out, _device(schedule["device"]), schedule["resume"], _say
-            )
-        )
+    for variant, out in variants:
+        records.append(distillation.distill(variant, lesson, taps, out, **place, say=_say))
         losses = ", ".join(f"{name} {value:.4g}" for name, value in records[-1]["select"].items())
         click.echo(f"{out}: student {variant.weight_bits}/{variant.act_bits}; select losses: {losses}.", err=True)
     emit_json(json_target, records[0] if len(records) == 1 else records)
@@ -119,15 +121,15 @@ def distill(recipe: str, teacher: str, teacher_weights: Path | None, json_target
 
 @cli.command("eval")
 @click.argument("run_folder", metavar="RUN", type=click.Path(path_type=Path))
-@click.option("--data-root", type=click.Path(path_type=Path), help="Where the published data set lies now.")
+@click.option("--data-root", type=click.Path(path_type=Path), help="Look for a published data set in this folder.")
 @json_option
 def evaluate(run_folder: Path, data_root: Path | None, json_target: str | None) -> None:
     """Accuracy of a run's network on the eval split: for a student, of the deployed integers."""
     from faqd.train.evaluate import evaluate_run
 
     result = evaluate_run(run_folder, data_root)
-    for name, value in result.items():
-        click.echo(f"{name}: {value}", err=True)
+    if json_target is None:
+        click.echo("\n".join(f"{name}: {value}" for name, value in result.items()))
     emit_json(json_target, result)
 
 
@@ -146,12 +148,20 @@ def recipes(json_target: str | None) -> None:
 
 
 @cli.command()
-@click.option("--teacher", required=True, metavar="RUN|FILE.py:callable")
-@click.option("--weight-bits", type=int, default=8, show_default=True)
-@click.option("--act-bits", type=int, default=8, show_default=True)
-@click.option("--target", type=click.Choice(["tensorrt", "onnxruntime"]), default="tensorrt", show_default=True)
-@click.option("--image-size", metavar="H[xW]", help="Input of a FILE.py network; a run knows its own.")
-@click.option("--input-channels", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--teacher", required=True, metavar="RUN|FILE.py:callable", help="Look at this network.")
+@click.option("--weight-bits", type=int, default=8, show_default=True, help="Give weights 1 to 8 bits.")
+@click.option("--act-bits", type=int, default=8, show_default=True, help="Give activations 1 to 8 bits, or 32.")
+@click.option(
+    "--target",
+    type=click.Choice(["tensorrt", "onnxruntime"]),
+    default="tensorrt",
+    show_default=True,
+    help="Use the 8-bit grid of this runtime.",
+)
+@click.option("--image-size", metavar="H[xW]", help="Feed a FILE.py network this size; a run knows its own.")
+@click.option(
+    "--input-channels", type=click.IntRange(1), default=3, show_default=True, help="Feed it so many channels."
+)
 @json_option
 def inspect(json_target: str | None, **options: Any) -> None:
     """Show what each layer would get before training: weight and input grids, and the affinity taps."""
@@ -179,25 +189,18 @@ def _device(name: str) -> Any:
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
 
 
-def _data_and_schedule(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    data = data_values(options)
-    schedule = {name: options.pop(name) for name in ("device", "out", "resume")}
-    names = ("epochs", "steps", "batch_size", "lr", "seed", "data_seed")
-    return data, {**schedule, "training": {name: options.pop(name) for name in names}}
-
-
-def _data_options(values: dict[str, Any]) -> DataOptions:
-    from faqd.train.data import DataOptions
-
-    return DataOptions(**values)
+def _place_values(options: dict[str, Any]) -> dict[str, Any]:
+    """Take out of the options of a command what says where to train and not what."""
+    out, device, resume = (options.pop(name) for name in ("out", "device", "resume"))
+    return {"out": out, "device": _device(device), "resume": resume}
 
 
 def _bit_list(option: str, text: str | None) -> list[int | None]:
     if text is None:
         return [None]
-    if not all(part.isdigit() for part in text.split(",")):
+    if not all(part.strip().isdecimal() for part in text.split(",")):
         raise UserError(f"{option} {text}: expected a number, or several with commas between.")
-    return [int(part) for part in text.split(",")]
+    return list(dict.fromkeys(int(part) for part in text.split(",")))
 
 
 def _variants(
@@ -208,29 +211,13 @@ def _variants(
     from faqd.train.recipes import overridden
 
     made = []
-    for weights in weight_bits:
-        for activations in act_bits:
-            for seed in range(seeds) if seeds else [None]:
-                options = {"weight_bits": weights, "act_bits": activations, "seed": seed, "data_seed": seed}
-                recipe = overridden(base, options)
-                recipe_bits(recipe)  # refuses bits out of range before anything is trained
-                name = f"w{recipe.weight_bits}a{recipe.act_bits}-s{recipe.training.seed}"
-                made.append((recipe, out / name))
+    for weights, activations, seed in product(weight_bits, act_bits, range(seeds or 1)):
+        training = base.training
+        seeded = {"seed": training.seed + seed, "data_seed": training.data_seed + seed}
+        recipe = overridden(base, {"weight_bits": weights, "act_bits": activations, **seeded})
+        recipe_bits(recipe)  # refuses bits out of range before anything is trained
+        made.append((recipe, out / f"w{recipe.weight_bits}a{recipe.act_bits}-s{recipe.training.seed}"))
     return made if len(made) > 1 else [(made[0][0], out)]
-
-
-def _teacher_data(teacher: str) -> str:
-    if not (Path(teacher) / "run.json").is_file():
-        raise UserError("--data: say which images to learn from, for example --data folder:images.")
-    from faqd.train.run import read_record
-
-    return str(read_record(Path(teacher))["data"]["source"])
-
-
-def _teacher(spec: str, weights: Path | None, data: DataOptions) -> Any:
-    from faqd.train.source import teacher_from
-
-    return teacher_from(spec, weights, data)
 
 
 if __name__ == "__main__":

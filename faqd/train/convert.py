@@ -17,18 +17,18 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from faqd.calib.ranges import scale_from
+from faqd.calib.ranges import scale_max
 from faqd.errors import UserError
 from faqd.quant import FLOAT_BITS, SIGNED_8
 from faqd.train import graph
-from faqd.train.deployed import IntegerAverage, IntegerLayer, Requantize
-from faqd.train.prepare import Student, input_quantizer, strided_sample
+from faqd.train.deployed import ChannelAffine, IntegerAverage, IntegerLayer, Requantize
+from faqd.train.prepare import Student, input_quantizer
 from faqd.train.quantizers import ActivationQuantizer
 
 Flavour = Literal["tensorrt", "onnxruntime", "float"]
 
 LARGEST_INT8 = 127
-LARGEST_BIAS = 2**31 - 1
+LARGEST_INT32 = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,8 @@ def convert(student: Student, flavour: Flavour, output_scales: dict[str, float] 
         raise UserError("a student with 32-bit activations has no integer form; distil it with --act-bits 1 to 8.")
     network = copy.deepcopy(student.network).eval().cpu()
     zeroed: dict[str, int] = {}
+    _remove_idle(network)
+    _unshare(network)
     if flavour == "onnxruntime":
         _quantize_outputs(network, output_scales or {})
         _requantize_before_layers(network)
@@ -70,17 +72,46 @@ def convert(student: Student, flavour: Flavour, output_scales: dict[str, float] 
             _fold_layer(network, node, flavour, zeroed)
         elif kind == "average" and flavour != "float":
             _replace(network, node, IntegerAverage(_callable(network, node), _quantizer_of(network, node).scale))
-    for node in list(network.graph.nodes):
-        module = _module(network, node)
-        if isinstance(module, ActivationQuantizer):
-            rectify: nn.Module = nn.Identity() if module.quant.signed else nn.ReLU()
-            new = Requantize(module.scale, module.quant) if flavour != "float" else rectify
+    for node in network.graph.nodes:
+        new = _deployed_module(network, node, flavour)
+        if new is not None:
             network.set_submodule(str(node.target), new)
     network.delete_all_unused_submodules()
     network.graph.eliminate_dead_code()
     network.graph.lint()
     network.recompile()
     return Deployed(network.double(), flavour, zeroed)
+
+
+def _deployed_module(network: fx.GraphModule, node: fx.Node, flavour: Flavour) -> nn.Module | None:
+    """What stands for a quantizer, or for a batch norm that was not folded; None for any other module."""
+    module = _module(network, node)
+    if isinstance(module, ActivationQuantizer):
+        if flavour == "float":
+            return nn.ReLU() if module.rectifies else nn.Identity()
+        return Requantize(module.scale, module.quant, module.rectifies)
+    if isinstance(module, graph.NORM) and flavour != "float":
+        per_channel = (-1, *[1] * (len(graph.shape(node)) - 2))
+        factor, offset = _affine(module)
+        return ChannelAffine(factor.reshape(per_channel), offset.reshape(per_channel))
+    return None
+
+
+def _remove_idle(network: fx.GraphModule) -> None:
+    """Drop what does nothing outside of training, which backends would run as copies."""
+    for node in list(network.graph.nodes):
+        idle = isinstance(_module(network, node), graph.IDLE_MODULES)
+        if idle or (node.op == "call_function" and node.target in graph.IDLE_FUNCTIONS):
+            node.replace_all_uses_with(graph.operand(node))
+            network.graph.erase_node(node)
+
+
+def _unshare(network: fx.GraphModule) -> None:
+    """Give every call a module of its own: what two calls of one pooling module become differs in scale."""
+    for node, place in graph.places(network).items():
+        if node.op == "call_module" and place != node.target:
+            network.add_submodule(place, copy.deepcopy(network.get_submodule(str(node.target))))
+            node.target = place
 
 
 @torch.no_grad()
@@ -91,17 +122,17 @@ def collect_output_scales(student: Student, batches: Iterable[Tensor]) -> dict[s
     """
     deployed = convert(student, "tensorrt").network
     wanted = {str(node.target): node for node in _float_outputs(deployed)}
-    observed: dict[str, list[Any]] = {name: [] for name in wanted}
+    observed: dict[str, list[float]] = {name: [] for name in wanted}
 
     def watch(name: str) -> Any:
-        return lambda module, inputs, output: observed[name].append(np.abs(strided_sample(output)).max(keepdims=True))
+        return lambda module, inputs, output: observed[name].append(float(output.abs().max()))
 
     hooks = [deployed.get_submodule(name).register_forward_hook(watch(name)) for name in wanted]
     for batch in batches:
         deployed(batch.double())
     for hook in hooks:
         hook.remove()
-    return {name: scale_from(np.concatenate(values), SIGNED_8, "max") for name, values in observed.items()}
+    return {name: scale_max(np.asarray(values, np.float32), SIGNED_8) for name, values in observed.items()}
 
 
 def _float_outputs(network: fx.GraphModule) -> list[fx.Node]:
@@ -130,7 +161,7 @@ def _quantize_outputs(network: fx.GraphModule, scales: dict[str, float]) -> None
         name = str(node.target)
         if name not in scales:
             raise ValueError(f"{name}: no output scale for the onnxruntime flavour")
-        quantizer = ActivationQuantizer(SIGNED_8)
+        quantizer = ActivationQuantizer(SIGNED_8, rectifies=False)
         quantizer.scale.data.fill_(scales[name])
         _insert_after(network, _after_norm(network, node), f"{name}_out", quantizer)
 
@@ -141,11 +172,12 @@ def _requantize_before_layers(network: fx.GraphModule) -> None:
     Rounding codes again with their own scale changes nothing.
     """
     for node in list(network.graph.nodes):
-        source = node.args[0] if node.args else None
-        if graph.role(network, node) != "compute" or not isinstance(source, fx.Node):
+        if graph.role(network, node) != "compute":
             continue
+        source = graph.operand(node)
         if not isinstance(_module(network, source), ActivationQuantizer):
             again = copy.deepcopy(_quantizer_of(network, node))
+            again.rectifies = False
             _insert_after(network, source, f"{node.target}_in", again, only_for=node)
 
 
@@ -156,38 +188,45 @@ def _insert_after(
     with network.graph.inserting_after(node):
         new = network.graph.call_module(path, (node,))
     if only_for is None:
-        node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+        graph.read_instead(node, new)
     else:
         only_for.replace_input_with(node, new)
 
 
 def _fold_layer(network: fx.GraphModule, node: fx.Node, flavour: Flavour, zeroed: dict[str, int]) -> None:
     """Replace a layer and its batch norm: sign into the codes, magnitude into the scale, the rest into the bias."""
-    layer = network.get_submodule(str(node.target))
+    layer: Any = network.get_submodule(str(node.target))
     end = _after_norm(network, node)
-    norm = _module(network, end) if end is not node else None
-    factor, offset = _affine(norm, layer)
+    factor, offset = _layer_affine(layer, _module(network, end) if end is not node else None)
     if flavour == "float":
-        new: nn.Module = _float_layer(layer, factor, offset)
+        network.set_submodule(str(node.target), _float_layer(layer, factor, offset))
     else:
-        new = _integer_layer(network, node, layer, factor, offset, flavour, zeroed)
-    network.set_submodule(str(node.target), new)
+        new, overflowing = _integer_layer(layer, factor, offset, _quantizer_of(network, node), flavour)
+        network.set_submodule(str(node.target), new)
+        if overflowing:
+            zeroed[str(node.target)] = overflowing
     if end is not node:
         end.replace_all_uses_with(node)
         network.graph.erase_node(end)
 
 
-def _affine(norm: nn.Module | None, layer: Any) -> tuple[Tensor, Tensor]:
-    """float64 (channels,) each: batch norm of (sum + layer.bias) as sum * factor + offset."""
-    channels = layer.weight.shape[0]
-    bias = layer.bias.detach().double() if layer.bias is not None else torch.zeros(channels, dtype=torch.float64)
+def _layer_affine(layer: Any, norm: nn.Module | None) -> tuple[Tensor, Tensor]:
+    """float64 (channels,) each: bias and batch norm of a layer's sums, as sum * factor + offset."""
+    ones = torch.ones(layer.weight.shape[0], dtype=torch.float64)
+    bias = ones * layer.bias.detach() if layer.bias is not None else 0 * ones
     if norm is None:
-        return torch.ones(channels, dtype=torch.float64), bias
-    bn: Any = norm
-    deviation = (bn.running_var.double() + bn.eps).sqrt()
-    gamma = bn.weight.detach().double() if bn.weight is not None else torch.ones_like(deviation)
-    beta = bn.bias.detach().double() if bn.bias is not None else torch.zeros_like(deviation)
-    return gamma / deviation, beta + gamma * (bias - bn.running_mean.double()) / deviation
+        return ones, bias
+    factor, offset = _affine(norm)
+    return factor, factor * bias + offset
+
+
+def _affine(norm: Any) -> tuple[Tensor, Tensor]:
+    """float64 (channels,) each: a batch norm in evaluation as x * factor + offset."""
+    deviation = (norm.running_var.double() + norm.eps).sqrt()
+    gamma = norm.weight.detach().double() if norm.affine else torch.ones_like(deviation)
+    beta = norm.bias.detach().double() if norm.affine else torch.zeros_like(deviation)
+    factor = gamma / deviation
+    return factor, beta - factor * norm.running_mean.double()
 
 
 def _float_layer(layer: Any, factor: Tensor, offset: Tensor) -> nn.Module:
@@ -198,51 +237,52 @@ def _float_layer(layer: Any, factor: Tensor, offset: Tensor) -> nn.Module:
         kind = nn.Conv1d if isinstance(layer, nn.Conv1d) else nn.Conv2d
         geometry = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups)
         folded = kind(layer.in_channels, layer.out_channels, *geometry)
-    folded.weight.data = (latent.detach().double() * factor.reshape(-1, *[1] * (latent.dim() - 1))).float()
+    folded.weight.data = (latent.detach().double() * _per_channel(factor, latent)).float()
     folded.bias.data = offset.float()
     return folded  # type: ignore[no-any-return]
 
 
 def _integer_layer(
-    network: fx.GraphModule,
-    node: fx.Node,
-    layer: Any,
-    factor: Tensor,
-    offset: Tensor,
-    flavour: Flavour,
-    zeroed: dict[str, int],
-) -> IntegerLayer:
+    layer: Any, factor: Tensor, offset: Tensor, read: ActivationQuantizer, flavour: Flavour
+) -> tuple[IntegerLayer, int]:
+    """The deployed layer, and the number of its channels that became zero because int32 could not hold their bias."""
     quantizer = layer.parametrizations.weight[0]
     with torch.no_grad():
-        codes, scale = quantizer.codes(layer.parametrizations.weight.original)
-    per_channel = (-1, *[1] * (codes.dim() - 1))
-    codes = codes.double() * factor.sign().reshape(per_channel)
-    scale = (scale.double() * factor.abs()).float().double()
-    read = _quantizer_of(network, node)
+        codes, unfolded = quantizer.codes(layer.parametrizations.weight.original)
+    codes = codes.double() * _per_channel(factor.sign(), codes)
+    scale = _float32(unfolded.double() * factor.abs())
     input_scale = read.scale.detach().float()
-    dead = scale == 0
-    bias_codes = None
+    input_high = max(-read.quant.low, read.quant.high)
+    dead = scale < torch.finfo(torch.float32).tiny
+    overflows = torch.zeros_like(dead)
     if flavour == "onnxruntime":
         # Finer biases for coarse grids: the product of code and scale stays the same, the int32 bias step shrinks.
         spread = LARGEST_INT8 // quantizer.quant.high
-        codes, scale = codes * spread, (scale / spread).float().double()
-        step = (input_scale.double() * scale).float().double()
-        overflows = ~dead & (offset.abs() >= LARGEST_BIAS * step)
-        if bool(overflows.any()):
-            zeroed[str(node.target)] = int(overflows.sum())
-        dead = dead | overflows
-    if bool(dead.any()):
-        # A zero channel is exact with any scale; an ordinary one keeps the int32 bias in range.
-        alive = scale[~dead]
-        ordinary = float(alive.median()) if alive.numel() else 1.0
-        smallest = float(offset.abs().max()) / LARGEST_BIAS / float(input_scale) * 2
-        scale = torch.where(dead, torch.tensor(max(ordinary, smallest), dtype=scale.dtype), scale)
-        codes = torch.where(dead.reshape(per_channel), torch.zeros_like(codes), codes)
+        codes, scale = codes * spread, _float32(scale / spread)
+        reach = codes.abs().flatten(1).sum(1) * input_high
+        overflows = ~dead & (offset.abs() / (input_scale.double() * scale) + reach >= LARGEST_INT32)
+    zero = dead | overflows
+    if bool(zero.any()):
+        codes = codes * _per_channel(~zero, codes)
+        ordinary = scale[~zero] if not bool(zero.all()) else unfolded.double()
+        # Twice what the largest bias needs, so that its int32 code stays in range.
+        needed = 2 * float(offset.abs().max()) / float(input_scale) / LARGEST_INT32
+        scale = scale.masked_fill(zero, max(float(ordinary.median()), needed))
+    bias_codes = None
     if flavour == "onnxruntime":
-        step = (input_scale.double() * scale.float().double()).float().double()
-        bias_codes = (offset / step).round().to(torch.int32)
-    input_high = max(-read.quant.low, read.quant.high)
-    return IntegerLayer(layer, codes, scale, input_scale, input_high, offset, bias_codes)
+        bias_codes = (offset / _float32(input_scale.double() * _float32(scale))).round().to(torch.int32)
+    integer = IntegerLayer(layer, codes, scale, input_scale, input_high, offset, bias_codes)
+    return integer, int(overflows.sum())
+
+
+def _float32(values: Tensor) -> Tensor:
+    """The nearest float32 values, which is what the file will hold, widened again."""
+    return values.float().double()
+
+
+def _per_channel(values: Tensor, weight: Tensor) -> Tensor:
+    """One value per output channel, in a shape that multiplies `weight`."""
+    return values.reshape(-1, *[1] * (weight.dim() - 1))
 
 
 def _quantizer_of(network: fx.GraphModule, node: fx.Node) -> ActivationQuantizer:
@@ -266,9 +306,9 @@ def _callable(network: fx.GraphModule, node: fx.Node) -> Any:
 
 def _replace(network: fx.GraphModule, node: fx.Node, module: nn.Module) -> None:
     """Let `node` call `module`, which takes its path, or for a function the path of its place."""
-    path = str(node.target) if node.op == "call_module" else graph.places(network)[node]
+    path = graph.places(network)[node]
     if node.op == "call_module":
         network.set_submodule(path, module)
-        return
-    network.add_submodule(path, module)
+    else:
+        network.add_submodule(path, module)
     node.op, node.target = "call_module", path

@@ -136,7 +136,7 @@ def split_by_content(pool: Split, *shares: float) -> list[Split]:
 
 def _digits(options: DataOptions, where: str, with_labels: bool, say: Say) -> Dataset:
     # Imported here because it takes a second, which the other sources need not pay.
-    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+    from sklearn.datasets import load_digits
 
     bunch = load_digits()
     # The scanner's counts are 0..16.

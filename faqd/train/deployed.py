@@ -80,13 +80,17 @@ class IntegerLayer(nn.Module):
 
 
 class Requantize(nn.Module):
-    """Quantize and dequantize: clip(round_half_even(x / scale), low, high) * scale. scale: float32 scalar."""
+    """Quantize and dequantize: clip(round_half_even(x / scale), low, high) * scale. scale: float32 scalar.
+
+    rectifies: whether negative values come in, to become zero.
+    """
 
     scale: Tensor
 
-    def __init__(self, scale: Tensor, quant: Quant) -> None:
+    def __init__(self, scale: Tensor, quant: Quant, rectifies: bool) -> None:
         super().__init__()
         self.quant = quant
+        self.rectifies = rectifies
         self.register_buffer("scale", scale.detach().float().reshape(()))
 
     def codes(self, x: Tensor) -> Tensor:
@@ -109,3 +113,18 @@ class IntegerAverage(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         codes = (x / self.scale.double()).round_()
         return self.average(codes, *args, **kwargs) * self.scale.double()  # type: ignore[no-any-return]
+
+
+class ChannelAffine(nn.Module):
+    """A batch norm that no layer can take in: x * factor + offset, float32 numbers in a shape that meets channels."""
+
+    factor: Tensor
+    offset: Tensor
+
+    def __init__(self, factor: Tensor, offset: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("factor", factor.float())
+        self.register_buffer("offset", offset.float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor + self.offset

@@ -5,47 +5,52 @@ loss = logit_weight * distance of the outputs + affinity_weight * sum over taps 
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.experimental.optimization import fuse
 
 from faqd.errors import UserError
-from faqd.files import read_json, write_json
 from faqd.quant import FLOAT_BITS
 from faqd.train import graph
 from faqd.train.convert import collect_output_scales
-from faqd.train.data import DataOptions, load_dataset
+from faqd.train.data import Say
+from faqd.train.fuse import fused
 from faqd.train.loop import NORMS, Images, Job, finish, fit, select_losses
 from faqd.train.losses import affinity_loss, logit_loss
-from faqd.train.network import NetworkSource
+from faqd.train.network import NetworkSource, read_tensors, write_tensors
 from faqd.train.placement import Bits
 from faqd.train.prepare import Student, calibrate, prepare
 from faqd.train.quantizers import SMALLEST_SCALE, ActivationQuantizer
-from faqd.train.recipes import DistillRecipe, recipe_json
-from faqd.train.run import RECORD, TEACHER_WEIGHTS, WEIGHTS, claim, data_json, load_exactly, read_record, save_weights
-from faqd.train.teacher import Say, splits_on
+from faqd.train.recipes import FROM_SCRATCH, FROM_TRAINED, DistillRecipe, recipe_json
+from faqd.train.run import (
+    TEACHER_WEIGHTS,
+    WEIGHTS,
+    asked_json,
+    begin,
+    conclude,
+    data_json,
+    fill,
+    finished,
+    is_done,
+    load_exactly,
+    read_record,
+)
+from faqd.train.source import Lesson, Teacher
+from faqd.train.teacher import splits_on
 
 CALIBRATION_IMAGES = 512
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """A float network in evaluation mode, where it came from, and the SHA-256 of its weights."""
-
-    network: nn.Module
-    source: NetworkSource
-    sha256: str
+QUANTIZED = "_quant"
+"""What the place of a tensor has at its end where the tensor is rounded."""
 
 
 def distill(
     recipe: DistillRecipe,
-    teacher: Teacher,
-    data: DataOptions,
+    lesson: Lesson,
     taps: list[str] | None,
     out: Path,
     device: torch.device,
@@ -53,96 +58,93 @@ def distill(
     say: Say,
 ) -> dict[str, Any]:
     """Distil a student and write the run. Returns its record, with the losses on the select split."""
-    dataset = load_dataset(data, with_labels=False, say=say)
-    images = dataset.train.images
-    if images.shape[3] != teacher.source.channels:
-        raise UserError(
-            f"--data {data.source}: images have {images.shape[3]} channels, the teacher reads "
-            f"{teacher.source.channels}; see --channels."
-        )
-    source = student_source(recipe, teacher.source, (images.shape[1], images.shape[2]))
-    asked = {
-        "recipe": recipe_json(recipe),
-        "data": data_json(data),
-        "teacher_sha256": teacher.sha256,
-        "student": source.to_json(),
-        "taps": taps,
-    }
-    record: dict[str, Any] = {
-        "kind": "distill",
-        "asked": asked,
-        "recipe": recipe_json(recipe),
-        "data": data_json(data),
-        "network": source.to_json(),
-        "teacher": teacher.source.to_json(),
-        "teacher_sha256": teacher.sha256,
-        "preprocess": dataset.preprocess.to_json(),
-    }
-    if claim(out, record, resume):
+    teacher = lesson.teacher
+    source = student_source(recipe, teacher)
+    recipe = _resolved(recipe, lesson, source)
+    record = _record(recipe, lesson, source, taps)
+    if is_done(out, record, resume):
         say(f"{out}: this run is finished.")
-        return dict(read_json(out / RECORD))
-    train, select = splits_on(device, dataset)
+        return read_record(out)
+    train, select = splits_on(device, lesson.dataset)
     example = train.normalised(train.pixels[:2]).cpu().contiguous()
     teacher_graph = graph.capture(teacher.network, example)
-    same = recipe.init != "scratch" and source == teacher.source
-    student = new_student(recipe, source, teacher, example, same)
-    student.network.to(device, memory_format=torch.channels_last)
-    calibrate(student, _batches(train), "mse", batch_statistics=not (same or recipe.init not in (None, "scratch")))
-    pairs = tap_pairs(teacher_graph, student, taps) if recipe.affinity != "none" else []
-    for teacher_tap, student_tap in pairs:
-        say(f"affinity tap: teacher {teacher_tap}, student {student_tap}")
-    job = _job(recipe, student, teacher_graph, pairs, train, select, device)
-    save_weights(out / TEACHER_WEIGHTS, teacher.network)
+    student = new_student(recipe, source, teacher, example)
+    pairs = _chosen_taps(recipe, teacher_graph, student, taps)
+    begin(out, record)
+    for line in tap_names(teacher_graph, student, pairs):
+        say(f"affinity tap: {line}")
+    if recipe.affinity != "none" and not pairs:
+        say("no affinity: no feature map has one size in both networks; --tap TEACHER=STUDENT says what to compare.")
+    student.network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    calibrate(student, _batches(train), "mse", batch_statistics=recipe.init == "scratch")
+    write_tensors(out / TEACHER_WEIGHTS, teacher.network.state_dict())
+    job = distill_job(recipe, student, teacher_graph, pairs, train, select, device)
     fit(job, out)
-    record["taps"] = [list(pair) for pair in pairs]
-    record["select"] = select_losses(job)
+    results: dict[str, Any] = {"taps": tap_names(teacher_graph, student, pairs), "select": select_losses(job)}
     if recipe.act_bits != FLOAT_BITS:
-        record["output_scales"] = collect_output_scales(student, (batch.cpu() for batch in _batches(train)))
-    save_weights(out / WEIGHTS, student.network)
-    record = {**read_json(out / RECORD), **record}
-    write_json(out / RECORD, record)
+        results["output_scales"] = collect_output_scales(student, (batch.cpu() for batch in _batches(train)))
+    record = conclude(out, results, student.network)
     finish(out)
     return record
 
 
-def student_source(recipe: DistillRecipe, teacher: NetworkSource, pixels: tuple[int, int]) -> NetworkSource:
-    """The student's network: the teacher's own, or --arch with the teacher's number of outputs."""
-    if recipe.arch is None or recipe.arch == teacher.architecture:
-        return NetworkSource.from_json({**teacher.to_json(), "pixels": pixels})
-    classes = teacher.classes
-    if classes == 0:
-        with torch.no_grad():
-            outputs = teacher.build().eval()(teacher.example())
-        if not isinstance(outputs, Tensor) or outputs.dim() != 2:
-            raise UserError("--arch: the teacher has no single vector of class scores that the zoo could imitate.")
-        classes = outputs.shape[1]
-    return NetworkSource(teacher.channels, pixels, classes, architecture=recipe.arch)
-
-
-def new_student(
-    recipe: DistillRecipe, source: NetworkSource, teacher: Teacher, example: Tensor, from_teacher: bool
-) -> Student:
-    """The student before training: the teacher's weights, fresh ones, or those of the run `recipe.init` names."""
-    bits = recipe_bits(recipe)
-    if recipe.init not in (None, "teacher", "scratch"):
-        folder = Path(str(recipe.init))
-        found = read_record(folder)
-        if found["network"] != source.to_json():
-            raise UserError(f"--init {folder}: that run trained another network.")
-        network = source.build()
-        if found["kind"] == "teacher":
-            load_exactly(network, folder / WEIGHTS)
-            return prepare(graph.capture(network, example), bits, example)
-        student = prepare(graph.capture(network, example), bits, example)
-        load_exactly(student.network, folder / WEIGHTS)
-        return student
-    if recipe.init == "teacher" and not from_teacher:
+def _resolved(recipe: DistillRecipe, lesson: Lesson, source: NetworkSource) -> DistillRecipe:
+    """`recipe` with what the teacher and the data decide: nothing that a reader of the run would have to guess."""
+    same = source == lesson.teacher.source
+    if recipe.init == "teacher" and not same:
         raise UserError("--init teacher: student and teacher are different networks; use --init scratch.")
+    init = recipe.init or ("teacher" if same else "scratch")
+    usual = FROM_SCRATCH if init == "scratch" else FROM_TRAINED
+    unset = {name: value for name, value in usual.items() if getattr(recipe.training, name) is None}
+    training = replace(recipe.training, **unset)
+    return replace(recipe, data=lesson.data.source, arch=source.architecture, init=init, training=training)
+
+
+def _record(recipe: DistillRecipe, lesson: Lesson, source: NetworkSource, taps: list[str] | None) -> dict[str, Any]:
+    teacher = {"teacher": lesson.teacher.source.to_json(), "teacher_sha256": lesson.teacher.sha256}
+    return {
+        "kind": "distill",
+        "asked": {**asked_json(recipe, lesson.data), **teacher, "student": source.to_json(), "taps": taps},
+        "recipe": recipe_json(recipe),
+        "data": data_json(lesson.data),
+        "network": source.to_json(),
+        **teacher,
+        "preprocess": lesson.dataset.preprocess.to_json(),
+    }
+
+
+def student_source(recipe: DistillRecipe, teacher: Teacher) -> NetworkSource:
+    """The student's network: the teacher's own, or --arch with the teacher's number of outputs."""
+    if recipe.arch is None or recipe.arch == teacher.source.architecture:
+        return teacher.source
+    with torch.no_grad():
+        outputs = teacher.network(teacher.source.example())
+    if outputs.dim() != 2:
+        raise UserError("--arch: the teacher has no single vector of class scores that the zoo could imitate.")
+    return NetworkSource(teacher.source.channels, teacher.source.pixels, outputs.shape[1], architecture=recipe.arch)
+
+
+def new_student(recipe: DistillRecipe, source: NetworkSource, teacher: Teacher, example: Tensor) -> Student:
+    """The student before training: the teacher's weights, fresh ones, or those of the run `recipe.init` names."""
     torch.manual_seed(recipe.training.seed)
     network = source.build()
-    if from_teacher:
+    if recipe.init == "teacher":
         network.load_state_dict(teacher.network.state_dict())
-    return prepare(graph.capture(network, example), bits, example)
+    elif recipe.init != "scratch":
+        _load_float(network, source, Path(str(recipe.init)))
+    return prepare(graph.capture(network, example), recipe_bits(recipe), example)
+
+
+def _load_float(network: nn.Module, source: NetworkSource, folder: Path) -> None:
+    """Fill `network` with the float weights of a finished run of either kind, whatever its bits were."""
+    if not folder.is_dir():
+        raise UserError(f"--init {folder}: expected teacher, scratch or the folder of a run.")
+    if NetworkSource.from_json(finished(folder)["network"]) != source:
+        raise UserError(f"--init {folder}: that run trained another network than {source.name}.")
+    state = read_tensors(folder / WEIGHTS)
+    latent = {key.replace(".parametrizations.weight.original", ".weight"): value for key, value in state.items()}
+    wanted = network.state_dict()
+    fill(network, {key: value for key, value in latent.items() if key in wanted}, folder / WEIGHTS)
 
 
 def recipe_bits(recipe: DistillRecipe) -> Bits:
@@ -163,10 +165,21 @@ def load_student(folder: Path) -> Student:
     return student
 
 
-def tap_pairs(teacher: fx.GraphModule, student: Student, names: list[str] | None) -> list[tuple[str, str]]:
-    """(teacher node, student node) of the feature maps that are compared: the last of each resolution both have.
+def _chosen_taps(
+    recipe: DistillRecipe, teacher: fx.GraphModule, student: Student, names: list[str] | None
+) -> list[tuple[str, str]]:
+    if recipe.affinity != "none":
+        return tap_pairs(teacher, student, names)
+    if names:
+        raise UserError(f"--tap {names[0]}: nothing is compared there with --affinity none; leave one of them out.")
+    return []
 
-    names: places to use instead, each `PLACE` in both networks or `TEACHER_PLACE=STUDENT_PLACE`.
+
+def tap_pairs(teacher: fx.GraphModule, student: Student, names: list[str] | None) -> list[tuple[str, str]]:
+    """Pairs of node names (teacher, student) whose feature maps are compared.
+
+    names None: the last activated map of each size, where both networks have one of that size. Otherwise what --tap
+    gives, each `PLACE` in both networks or `TEACHER_PLACE=STUDENT_PLACE`.
     """
     if names is None:
         ours, theirs = _last_maps(student.network), _last_maps(teacher)
@@ -174,8 +187,17 @@ def tap_pairs(teacher: fx.GraphModule, student: Student, names: list[str] | None
     pairs = []
     for name in names:
         theirs_name, _, ours_name = name.partition("=")
-        pairs.append((_node_at(teacher, theirs_name), _node_at(student.network, ours_name or theirs_name)))
+        pairs.append((_map_at(teacher, theirs_name), _map_at(student.network, ours_name or theirs_name)))
     return pairs
+
+
+def tap_names(teacher: fx.GraphModule, student: Student, pairs: list[tuple[str, str]]) -> list[str]:
+    """The pairs as --tap takes them: places of the teacher and of the student, `TEACHER=STUDENT` where they differ."""
+    theirs, ours = (
+        {node.name: name.removesuffix(QUANTIZED) for node, name in graph.places(network).items()}
+        for network in (teacher, student.network)
+    )
+    return [theirs[a] if theirs[a] == ours[b] else f"{theirs[a]}={ours[b]}" for a, b in pairs]
 
 
 def _last_maps(network: fx.GraphModule) -> dict[tuple[int, int], str]:
@@ -195,15 +217,20 @@ def _last_maps(network: fx.GraphModule) -> dict[tuple[int, int], str]:
     return found
 
 
-def _node_at(network: fx.GraphModule, place: str) -> str:
-    by_place = {name: node for node, name in graph.places(network).items()}
-    for candidate in (f"{place}_quant", place):
-        if candidate in by_place:
-            return by_place[candidate].name
-    raise UserError(f"--tap {place}: no such place in the network; `faqd-train inspect` lists them.")
+def _map_at(network: fx.GraphModule, place: str) -> str:
+    maps = {
+        name: node.name
+        for node, name in graph.places(network).items()
+        if graph.is_tensor(node) and len(graph.shape(node)) == 4
+    }
+    for candidate in (place + QUANTIZED, place):
+        if candidate in maps:
+            return maps[candidate]
+    close = difflib.get_close_matches(place, [name.removesuffix(QUANTIZED) for name in maps], n=3, cutoff=0.0)
+    raise UserError(f"--tap {place}: no feature map of that name in the network; the nearest are {', '.join(close)}.")
 
 
-def _job(
+def distill_job(
     recipe: DistillRecipe,
     student: Student,
     teacher: fx.GraphModule,
@@ -212,9 +239,13 @@ def _job(
     select: Images,
     device: torch.device,
 ) -> Job:
+    """What `fit` trains: the student's parameters in two groups, and the weighted terms of the loss.
+
+    Norms, biases and activation scales do not decay. pairs: nodes (teacher, student) whose maps are compared.
+    """
     tapped_student = graph.with_taps(student.network, [ours for _, ours in pairs])
-    tapped_teacher = graph.with_taps(fuse(teacher), [theirs for theirs, _ in pairs])
-    tapped_teacher.eval().to(device, memory_format=torch.channels_last)
+    tapped_teacher = fused(graph.with_taps(teacher, [theirs for theirs, _ in pairs]))
+    tapped_teacher.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def losses(x: Tensor, labels: Tensor | None, generator: torch.Generator) -> dict[str, Tensor]:
         with torch.no_grad():

@@ -24,9 +24,13 @@ def outputs(network: Any, inputs: Tensor) -> Tensor:
 
 
 def evaluate_run(folder: Path, data_root: Path | None) -> dict[str, Any]:
-    """Accuracy (where the data has labels) and, for a student, agreement with the teacher, on the eval split."""
+    """Accuracy and, for a student, agreement with the teacher, on the eval split.
+
+    Without accuracy where the data has no labels, or other classes than the network has outputs.
+    """
     record = finished(folder)
-    split = load_dataset(data_options(record, data_root), with_labels=True).eval
+    dataset = load_dataset(data_options(record, data_root), with_labels=True)
+    split = dataset.eval
     inputs = network_input(split.images, run_preprocess(record))
     teacher, _, _ = load_teacher(folder)
     wanted = outputs(teacher, inputs)
@@ -36,10 +40,12 @@ def evaluate_run(folder: Path, data_root: Path | None) -> dict[str, Any]:
         student = load_student(folder)
         deployed = student.network if student.bits.activations == FLOAT_BITS else convert(student, "tensorrt")
         measured = {"student": outputs(deployed, inputs), "teacher": wanted}
-    for name, values in measured.items():
-        if split.labels is not None and values.dim() == 2:
-            hits = (values.argmax(1) == torch.from_numpy(split.labels)).float()
-            result[f"{name}_accuracy"] = round(float(hits.mean()), 6)
+    if split.labels is not None and wanted.shape[1:] != (len(dataset.classes or ()),):
+        result["no_accuracy"] = f"outputs {tuple(wanted.shape[1:])}, classes of the data {len(dataset.classes or ())}"
+    elif split.labels is not None:
+        labels = torch.from_numpy(split.labels)
+        for name, values in measured.items():
+            result[f"{name}_accuracy"] = round(float((values.argmax(1) == labels).float().mean()), 6)
     if "student" in measured:
         agreement = (measured["student"].argmax(1) == wanted.argmax(1)).float().mean()
         result["agreement"] = round(float(agreement), 6)

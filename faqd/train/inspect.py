@@ -8,7 +8,7 @@ from typing import Any
 from faqd.command import parse_size
 from faqd.errors import UserError
 from faqd.train import graph
-from faqd.train.distill import tap_pairs
+from faqd.train.distill import tap_names, tap_pairs
 from faqd.train.network import NetworkSource, user_source
 from faqd.train.placement import Bits
 from faqd.train.prepare import prepare, student_table
@@ -26,7 +26,7 @@ def inspect_network(
     return {
         "network": source.name,
         "layers": student_table(student),
-        "taps": [theirs for theirs, _ in tap_pairs(traced, student, None)],
+        "taps": tap_names(traced, student, tap_pairs(traced, student, None)),
     }
 
 

@@ -101,9 +101,14 @@ ARCHITECTURES: dict[str, Builder] = {
 
 
 def build_architecture(name: str, channels: int, classes: int, pixels: int) -> nn.Module:
+    check_architecture(name)
+    return ARCHITECTURES[name](channels, classes, pixels)
+
+
+def check_architecture(name: str) -> None:
+    """UserError for a name that is not in the zoo."""
     if name not in ARCHITECTURES:
         raise UserError(
             f"--arch {name}: unknown; choose {', '.join(ARCHITECTURES)}, or bring your own network with "
             "--teacher FILE.py:callable."
         )
-    return ARCHITECTURES[name](channels, classes, pixels)

@@ -5,7 +5,11 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import pickle
-from collections.abc import Mapping
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,22 +17,26 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from faqd.errors import UserError
-from faqd.files import sha256
+from faqd.files import sha256, written_beside
 from faqd.train.models import build_architecture
 
 WRAPPINGS = ("state_dict", "model_state_dict", "model", "state_dict_ema", "ema", "model_ema", "net", "weights")
 """Keys under which training scripts commonly store the state dict."""
 PREFIXES = ("module.", "_orig_mod.", "model.")
+"""What DataParallel and averaged models, torch.compile, and Lightning put before every key."""
+COUNTERS = ("n_averaged",)
+"""Entries of an averaged model that are no weights."""
 
 
 @dataclass(frozen=True)
 class NetworkSource:
     """Either `architecture` from the zoo, or `file` and `callable` of the user's with the file's SHA-256.
 
-    channels, pixels: of the input. classes: width of the classifier, used by the zoo only.
+    channels, pixels: of the input. classes: width of the classifier, 0 for a user's own network, which knows it.
     """
 
     channels: int
@@ -76,31 +84,59 @@ def user_source(spec: str, channels: int, pixels: tuple[int, int]) -> NetworkSou
     if not file.endswith(".py") or not name.isidentifier():
         raise UserError(f"--teacher {spec}: expected a run folder, or FILE.py:callable.")
     if not path.is_file():
-        raise UserError(f"{path}: no such file (from --teacher {spec}).")
+        raise UserError(f"{path}: no such file (from --teacher {spec}); expected FILE.py:callable.")
     return NetworkSource(channels, pixels, 0, file=str(path.resolve()), callable=name, sha256=sha256(path))
 
 
 def _call(path: Path, name: str) -> nn.Module:
-    spec = importlib.util.spec_from_file_location(f"faqd_user_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's file does on import
-        raise UserError(f"{path}: importing it failed: {type(error).__name__}: {error}") from error
-    build = getattr(module, name, None)
-    if not callable(build):
-        raise UserError(f"{path}: has no callable named {name}.")
-    needed = [p.name for p in inspect.signature(build).parameters.values() if p.default is p.empty and p.kind < 2]
-    if needed:
-        raise UserError(
-            f"{path}: {name} needs arguments ({', '.join(needed)}); give a function without any that returns the "
-            "network, for example `def build(): return Net(classes=10)`."
-        )
-    network = build()
+    with _importable(path) as module:
+        _run_of_the_user(path, "importing it", lambda: module.__spec__.loader.exec_module(module))
+        build = getattr(module, name, None)
+        if not callable(build):
+            raise UserError(f"{path}: has no callable named {name}.")
+        needed = _needed_arguments(build)
+        if needed:
+            raise UserError(
+                f"{path}: {name} needs arguments ({', '.join(needed)}); give a function without any that returns the "
+                "network, for example `def build(): return Net(classes=10)`."
+            )
+        network = _run_of_the_user(path, f"{name}()", build)
     if not isinstance(network, nn.Module):
         raise UserError(f"{path}: {name}() returned {type(network).__name__}, expected a torch.nn.Module.")
     return network
+
+
+@contextmanager
+def _importable(path: Path) -> Iterator[Any]:
+    """The module of the user's file, not yet executed; what lies beside the file can be imported in the block."""
+    name = f"faqd_user_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    # Dataclasses and pickle look their module up there.
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.parent))
+    try:
+        yield sys.modules[name]
+    finally:
+        sys.path.remove(str(path.parent))
+
+
+def _run_of_the_user(path: Path, what: str, function: Callable[[], Any]) -> Any:
+    try:
+        return function()
+    # Whatever the user's code does; SystemExit is what argparse does on import.
+    except (Exception, SystemExit) as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        where = f" (line {lines[-1]})" if lines else ""
+        raise UserError(
+            f"{path}: {what} failed{where}: {type(error).__name__}: {first_line(error)}. Correct it and try again."
+        ) from error
+
+
+def _needed_arguments(build: Callable[..., Any]) -> list[str]:
+    starred = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = inspect.signature(build).parameters.values()
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in starred]
 
 
 def load_weights(network: nn.Module, path: Path) -> None:
@@ -108,8 +144,8 @@ def load_weights(network: nn.Module, path: Path) -> None:
 
     Common wrappings are looked through. UserError for a damaged file, pickled classes or another network's weights.
     """
-    state = {_without_prefix(key): value for key, value in _state_dict(path).items()}
     wanted = network.state_dict()
+    state = _without_prefixes(_state_dict(path), set(wanted))
     missing = sorted(key for key in wanted if key not in state and not key.endswith("num_batches_tracked"))
     foreign = sorted(key for key in state if key not in wanted)
     reshaped = sorted(k for k in wanted if k in state and state[k].shape != wanted[k].shape)
@@ -119,14 +155,21 @@ def load_weights(network: nn.Module, path: Path) -> None:
             for what, names in (("missing", missing), ("unknown", foreign), ("of another shape", reshaped))
             if names
         ]
-        raise UserError(f"{path}: these are not weights of {type(network).__name__}: {', '.join(problems)}.")
+        raise UserError(
+            f"{path}: these are not weights of {type(network).__name__}: {', '.join(problems)}. Give the weights that "
+            "were trained with this very network."
+        )
     network.load_state_dict(state, strict=False)
 
 
-def _without_prefix(key: str) -> str:
-    for prefix in PREFIXES[:2]:
-        key = key.removeprefix(prefix)
-    return key
+def _without_prefixes(state: dict[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:
+    state = {key: value for key, value in state.items() if key not in COUNTERS or key in wanted}
+    while not state.keys() <= wanted:
+        prefix = next((prefix for prefix in PREFIXES if all(key.startswith(prefix) for key in state)), None)
+        if prefix is None:
+            break
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
 
 
 def _state_dict(path: Path) -> dict[str, Tensor]:
@@ -137,27 +180,35 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
     if path.suffix not in (".pt", ".pth"):
         raise UserError(f"{path}: weights are read from .safetensors, .pt or .pth files.")
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on damaged files; they end below
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path}: cannot be read as plain tensors; it is damaged, or it holds pickled classes, which could run "
             "code. Where the network was trained, save only its tensors: "
             "torch.save(network.state_dict(), 'weights.pth')."
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise UserError(f"{path}: not a readable torch file; it is damaged or cut short ({_short(error)}).") from error
+    # A damaged file makes torch's readers raise almost anything: RuntimeError, EOFError, KeyError, struct.error.
+    except Exception as error:
+        raise UserError(
+            f"{path}: not a readable torch file; it is damaged or cut short ({first_line(error)}). Copy it again."
+        ) from error
     return _unwrapped(loaded, path)
 
 
 def _unwrapped(loaded: Any, path: Path) -> dict[str, Tensor]:
-    while isinstance(loaded, Mapping) and not any(isinstance(value, Tensor) for value in loaded.values()):
+    while isinstance(loaded, Mapping):
         inner = next((loaded[key] for key in WRAPPINGS if isinstance(loaded.get(key), Mapping)), None)
         if inner is None:
-            raise UserError(f"{path}: holds no state dict; found the keys {', '.join(map(str, list(loaded)[:8]))}.")
+            break
         loaded = inner
     if not isinstance(loaded, Mapping):
         raise UserError(f"{path}: holds a {type(loaded).__name__}, expected a state dict.")
-    return {str(key): value for key, value in loaded.items() if isinstance(value, Tensor)}
+    state = {str(key): value for key, value in loaded.items() if isinstance(value, Tensor)}
+    if not state:
+        raise UserError(f"{path}: holds no state dict; found the keys {', '.join(map(str, list(loaded)[:8]))}.")
+    return state
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -167,8 +218,18 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file.") from None
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: damaged or cut short ({_short(error)}); copy or write it again.") from error
+        raise UserError(f"{path}: damaged or cut short ({first_line(error)}); copy or write it again.") from error
 
 
-def _short(error: BaseException) -> str:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file, whole or absent, and an OSError where it cannot be written."""
+    # Clones, because safetensors refuses tensors that share memory and a network may have one module in two places.
+    plain = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
+    with written_beside(path) as temporary:
+        # safetensors' own writer turns a full disk into an error that does not say so.
+        temporary.write_bytes(safetensors_bytes(plain))
+
+
+def first_line(error: BaseException) -> str:
+    """What a library says of a failure, short enough for a sentence."""
     return str(error).splitlines()[0][:160] if str(error) else type(error).__name__

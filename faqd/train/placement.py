@@ -26,6 +26,7 @@ from faqd.quant import (
     weight_quant,
 )
 from faqd.train import graph
+from faqd.train.support import refuse_unknown
 
 
 @dataclass(frozen=True)
@@ -57,15 +58,15 @@ class Placement:
 
 def place(traced: fx.GraphModule, bits: Bits) -> Placement:
     """Decide every quantizer of `traced` (shapes propagated). UserError for an operator that has no rule."""
+    refuse_unknown(traced)
     reader = _Reader(traced)
-    reader.refuse_unknown()
     weights = _weight_grids(reader, bits)
     if bits.activations == FLOAT_BITS:
         return Placement({}, weights)
     rounded: set[fx.Node] = set()
     for node in traced.graph.nodes:
         if reader.role(node) in ("compute", "average"):
-            rounded.add(reader.source(node.args[0]))
+            rounded.add(reader.source(graph.operand(node)))
     for node in traced.graph.nodes:
         if reader.role(node) == "add":
             rounded |= _operands_to_round(reader, node, rounded)
@@ -111,25 +112,10 @@ class _Reader:
     def role(self, node: fx.Node) -> graph.Role:
         return graph.role(self.traced, node)
 
-    def refuse_unknown(self) -> None:
-        where = graph.places(self.traced)
-        for node in self.traced.graph.nodes:
-            operands = [a for a in node.args if isinstance(a, fx.Node) and graph.is_tensor(a)]
-            unknown = self.role(node) == "other" and graph.is_tensor(node)
-            if unknown or (self.role(node) == "add" and len(operands) != 2):
-                what = node.target if node.op == "call_method" else getattr(node.target, "__name__", node.target)
-                if node.op == "call_module":
-                    what = type(self.traced.get_submodule(str(node.target))).__name__
-                raise UserError(
-                    f"{where[node]}: {what} cannot be quantized yet{graph.line_of_code(node)}. Known are convolution, "
-                    "linear, batch norm, ReLU, max and average pooling, addition of two tensors, concatenation, "
-                    "flatten and dropout."
-                )
-
     def source(self, node: fx.Node) -> fx.Node:
         """The node that made the values of `node`, behind operators that only move them."""
         while self.role(node) == "reshape":
-            node = node.args[0]  # type: ignore[assignment]
+            node = graph.operand(node)
         return node
 
     def can_be_negative(self, node: fx.Node) -> bool:
@@ -143,8 +129,8 @@ class _Reader:
     def ends_a_layer(self, node: fx.Node) -> bool:
         """Whether `node` is a convolution or linear layer, or the batch norm that is folded into one."""
         if self.role(node) == "norm":
-            before = node.args[0]
-            return isinstance(before, fx.Node) and self.role(before) == "compute" and len(before.users) == 1
+            before = graph.operand(node)
+            return self.role(before) == "compute" and len(before.users) == 1
         return self.role(node) == "compute"
 
     def layers_before(self, node: fx.Node) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from faqd.calib.ranges import Method, scale_from
+from faqd.errors import UserError
 from faqd.train import graph
 from faqd.train.placement import Bits, place
 from faqd.train.quantizers import ActivationQuantizer, WeightQuantizer
@@ -60,19 +62,20 @@ def prepare(traced: fx.GraphModule, bits: Bits, example: Tensor) -> Student:
     taps = {node.name: node.name for node in network.graph.nodes}
     for node, quant in placement.weights.items():
         layer = network.get_submodule(str(node.target))
-        if not parametrize.is_parametrized(layer, "weight"):
-            parametrize.register_parametrization(layer, "weight", WeightQuantizer(quant, layer.weight.detach()))
+        latent = layer.get_parameter("weight").detach()
+        parametrize.register_parametrization(layer, "weight", WeightQuantizer(quant, latent))
     for node, quant in placement.activations.items():
         path = names[node] + _SUFFIX
-        quantizer = ActivationQuantizer(quant)
+        # A grid that starts at zero takes the place of the rectifier.
+        rectifies = not quant.signed and graph.role(network, node) == "rectify"
+        quantizer = ActivationQuantizer(quant, rectifies)
         network.add_submodule(path, quantizer)
         with network.graph.inserting_after(node):
             rounded = network.graph.call_module(path, (node,))
-        node.replace_all_uses_with(rounded, delete_user_cb=lambda user, own=rounded: user is not own)
+        graph.read_instead(node, rounded)
         taps[node.name] = rounded.name
-        if not quant.signed and graph.role(network, node) == "rectify":
-            # The grid starts at zero: the quantizer is the rectifier.
-            rounded.args = (node.args[0],)
+        if rectifies:
+            rounded.args = (graph.operand(node),)
             network.graph.erase_node(node)
     network.delete_all_unused_submodules()
     network.graph.lint()
@@ -106,13 +109,11 @@ def student_table(student: Student) -> list[dict[str, Any]]:
 
 def input_quantizer(network: fx.GraphModule, node: fx.Node) -> ActivationQuantizer | None:
     """The quantizer whose codes `node` reads, behind operators that only move values; None where it reads float."""
-    source = node.args[0]
-    while isinstance(source, fx.Node):
-        module = network.get_submodule(str(source.target)) if source.op == "call_module" else None
-        if isinstance(module, ActivationQuantizer):
-            return module
-        source = source.args[0] if graph.role(network, source) == "reshape" else None
-    return None
+    source = graph.operand(node)
+    while graph.role(network, source) == "reshape":
+        source = graph.operand(source)
+    module = network.get_submodule(str(source.target)) if source.op == "call_module" else None
+    return module if isinstance(module, ActivationQuantizer) else None
 
 
 @torch.no_grad()
@@ -141,14 +142,18 @@ def calibrate(student: Student, batches: Iterable[Tensor], method: Method, *, ba
             hook.remove()
     inputs = {node.target for node in student.network.graph.nodes if node.op == "placeholder"}
     for name, module in quantizers.items():
+        values = np.concatenate(observed[name])
+        if not np.isfinite(values).all():
+            raise UserError(f"{name}: the float network gives infinite values or NaN here on the calibration images.")
         chosen: Method = "max" if name in inputs else method
-        module.scale.fill_(scale_from(np.concatenate(observed[name]), module.quant, chosen))
+        module.scale.fill_(scale_from(values, module.quant, chosen))
 
 
 def strided_sample(values: Tensor) -> Any:
-    """At most OBSERVED_VALUES of the values, evenly strided, as a float32 array."""
+    """At most OBSERVED_VALUES of the values, evenly strided, then the least and the largest; a float32 array."""
     flat = values.detach().flatten()
-    return flat[:: max(1, flat.numel() // OBSERVED_VALUES)].float().cpu().numpy()
+    sample = flat[:: math.ceil(flat.numel() / OBSERVED_VALUES)]
+    return torch.cat([sample, torch.stack(flat.aminmax())]).float().cpu().numpy()
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 
 LINE_EVERY_S = 15.0
 
@@ -29,18 +30,21 @@ def reporting(title: str, total: int, done: int = 0) -> Iterator[Report]:
         return
     columns = (
         TextColumn(title),
-        BarColumn(),
+        BarColumn(bar_width=10),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("ETA"),
         TimeRemainingColumn(elapsed_when_finished=True),
-        TextColumn("{task.fields[text]}"),
+        # On a narrow terminal it is this one that is cut short.
+        TextColumn("{task.fields[text]}", table_column=Column(ratio=1, no_wrap=True)),
     )
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, expand=True) as progress:
         task = progress.add_task(title, total=total, completed=done, text="")
 
         def live(iteration: int, text: str | None) -> None:
-            progress.update(task, completed=iteration, **({"text": text} if text else {}))
+            progress.update(task, completed=iteration)
+            if text:
+                progress.update(task, text=text)
 
         yield live
 
@@ -48,15 +52,16 @@ def reporting(title: str, total: int, done: int = 0) -> Iterator[Report]:
 def _plain(console: Console, title: str, total: int, done: int) -> Report:
     started = time.monotonic()
     last = started
+    news = ""
 
     def line(iteration: int, text: str | None) -> None:
-        nonlocal last
+        nonlocal last, news
         now = time.monotonic()
+        news = f", {text}" if text else news
         if iteration != total and now - last < LINE_EVERY_S:
             return
         last = now
         left = (now - started) * (total - iteration) / max(1, iteration - done)
-        news = f", {text}" if text else ""
         console.print(f"{title}: iteration {iteration}/{total}{news}, {left:.0f} s left", soft_wrap=True)
 
     return line

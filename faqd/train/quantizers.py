@@ -37,7 +37,7 @@ def project(weight: Tensor, quant: Quant, start: Tensor | None = None) -> tuple[
     """
     rows = weight.detach().flatten(1) if quant.axis is not None else weight.detach().reshape(1, -1)
     if not quant.holds_zero:
-        codes, scale = torch.where(rows < 0, -1.0, 1.0).to(rows.dtype), rows.abs().mean(1)
+        codes, scale = _binary(rows)
     elif quant.high == 1:
         codes, scale = _ternary(rows)
     elif start is not None:
@@ -45,6 +45,13 @@ def project(weight: Tensor, quant: Quant, start: Tensor | None = None) -> tuple[
     else:
         codes, scale = _scan(rows, quant.high)
     return codes.reshape(weight.shape), _ordinary_where_zero(scale)
+
+
+def _binary(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Signs, zero counted as positive; a row of zeros gets zero codes, for it has no scale to shrink."""
+    scale = rows.abs().mean(1)
+    signs = torch.where(rows < 0, -1.0, 1.0).to(rows.dtype)
+    return signs * (scale > 0)[:, None], scale
 
 
 def _ternary(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,6 +66,9 @@ def _ternary(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _alternate(rows: Tensor, scale: Tensor, high: int) -> tuple[Tensor, Tensor]:
+    largest = rows.abs().amax(1)
+    # A start so coarse that every code would be zero could never be left again.
+    scale = torch.where(2 * largest <= scale, largest / (high + 0.5), scale)
     codes = (rows / scale.clamp_min(torch.finfo(rows.dtype).tiny)[:, None]).round().clamp(-high, high)
     norm = codes.square().sum(1)
     fitted = (rows * codes).sum(1) / norm.clamp_min(1)
@@ -136,18 +146,19 @@ class _Straight(torch.autograd.Function):
 class ActivationQuantizer(nn.Module):
     """Rounds a tensor onto scale * (low..high) and learns the scale.
 
-    With low = 0 it is the rectifier as well. `enabled` is False only while ranges are collected.
+    rectifies: whether it stands in the place of a ReLU as well. `enabled` is False only while ranges are collected.
     """
 
-    def __init__(self, quant: Quant) -> None:
+    def __init__(self, quant: Quant, rectifies: bool) -> None:
         super().__init__()
         self.quant = quant
+        self.rectifies = rectifies
         self.scale = nn.Parameter(torch.ones(()))
         self.enabled = True
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
-            return x if self.quant.signed else x.relu()
+            return x.relu() if self.rectifies else x
         rounded: Tensor = _LearnedStep.apply(x, self.scale, self.quant.low, self.quant.high)
         return rounded
 
@@ -173,9 +184,10 @@ class _LearnedStep(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, y, scale = ctx.saved_tensors
-        passed = gradient * (x.clamp(ctx.low * scale, ctx.high * scale) == x)
-        # The slope times scale is y - x inside and y outside, so its sum against the gradient is two dot products.
-        total = _dot(gradient, y) - _dot(passed, x)
+        inside = x.clamp(ctx.low * scale, ctx.high * scale) == x
+        passed = gradient * inside
+        # The slope times scale is y - x inside and y outside.
+        total = _dot(gradient, torch.addcmul(y, x, inside.to(x.dtype), value=-1))
         per_sample = max(1, x.numel() // max(1, x.shape[0]))
         return passed, total / scale / math.sqrt(ctx.high * per_sample), None, None
 

@@ -17,21 +17,28 @@ DistillAffinity = AffinityForm | Literal["none"]
 class Training:
     """The schedule. Iterations are epochs of the data, or exactly `steps`; the rate falls to zero as a cosine.
 
-    clip_norm: total gradient norm, None for no clipping. frozen_norm: the last part of training in which batch-norm
-    statistics stand still. warmup: the first part in which the rate rises.
+    lr: the peak rate. clip_norm: total gradient norm, None for no clipping. warmup: the first part, in which the rate
+    rises. frozen_norm: the last part, in which batch-norm statistics stand still; 1 keeps them as they came. For lr and
+    frozen_norm a recipe may leave None: where the student starts then decides (FROM_TRAINED, FROM_SCRATCH).
     """
 
     epochs: int
     batch_size: int
-    lr: float
+    lr: float | None = None
     steps: int | None = None
     momentum: float = 0.9
     weight_decay: float = 1e-4
     clip_norm: float | None = None
-    frozen_norm: float = 0.1
+    frozen_norm: float | None = 0.1
     warmup: float = 0.0
     seed: int = 0
     data_seed: int = 0
+
+
+FROM_TRAINED: dict[str, Any] = {"lr": 0.002, "frozen_norm": 1.0}
+"""A student that starts from float weights keeps their batch-norm statistics: re-estimating them would move every layer
+away from the teacher, whose augmentation we may not know (docs/decisions.md has the measurement)."""
+FROM_SCRATCH: dict[str, Any] = {"lr": 0.05, "frozen_norm": 0.1}
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,8 @@ class TeacherRecipe:
 class DistillRecipe:
     """How a student is distilled, without labels.
 
-    data, arch: None for what the command line says and the teacher's own. lr None in `training`: see distill.
+    data, arch, init: None for what the command line says, the teacher's own network, and its weights where the
+    student is that network. The record of a run has them filled in.
     """
 
     about: str
@@ -92,7 +100,7 @@ def cifar10_teacher() -> TeacherRecipe:
 def distill_default() -> DistillRecipe:
     return DistillRecipe(
         "8-bit student from its own teacher: a short fine-tuning for any data",
-        Training(epochs=20, batch_size=100, lr=0.01, clip_norm=20.0),
+        Training(epochs=20, batch_size=100, frozen_norm=None, clip_norm=20.0),
     )
 
 
@@ -101,7 +109,7 @@ def distill_digits() -> DistillRecipe:
         distill_default(),
         about="8-bit student on the digits of scikit-learn, seconds on a CPU",
         data="digits",
-        training=Training(epochs=15, batch_size=64, lr=0.02, clip_norm=20.0),
+        training=Training(epochs=15, batch_size=64, frozen_norm=None, clip_norm=20.0),
     )
 
 
@@ -110,7 +118,7 @@ def distill_cifar10() -> DistillRecipe:
         distill_default(),
         about="8-bit ResNet-20 student on CIFAR-10, 200 epochs",
         data="cifar10",
-        training=Training(epochs=200, batch_size=100, lr=0.01, clip_norm=20.0),
+        training=Training(epochs=200, batch_size=100, frozen_norm=None, clip_norm=20.0),
     )
 
 

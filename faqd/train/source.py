@@ -1,32 +1,146 @@
-"""The teacher that the command line names: a finished run, or the user's own network with its weights."""
+"""What a student learns from: the teacher and the images that the command line names, and whether they fit."""
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from faqd.errors import UserError
 from faqd.files import sha256
-from faqd.train.data import DataOptions, load_dataset
-from faqd.train.distill import Teacher
-from faqd.train.network import load_weights, user_source
-from faqd.train.run import load_teacher
+from faqd.preprocess import Preprocess
+from faqd.train.data import DataOptions, Dataset, Say, load_dataset
+from faqd.train.network import NetworkSource, first_line, load_weights, user_source
+from faqd.train.run import data_options, finished, load_teacher, run_preprocess
+
+NEUTRAL = {"mean": 0.0, "std": 1.0}
+"""What `none` stands for."""
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A float network in evaluation mode, where it came from, and the SHA-256 of its weights."""
+
+    network: nn.Module
+    source: NetworkSource
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A teacher and the images it teaches on, seen as it was trained to see them. data: the options of the images."""
+
+    teacher: Teacher
+    data: DataOptions
+    dataset: Dataset
+
+
+def lesson_from(
+    spec: str, weights: Path | None, data: dict[str, Any], *, with_labels: bool = False, say: Say = lambda _: None
+) -> Lesson:
+    """The lesson of a command: `spec` is a finished run, or FILE.py:callable with `weights`.
+
+    data: fields of DataOptions, None where the command line is silent; a run then says with what images and what
+    preprocessing it was trained. UserError says what is missing, or where the two contradict each other.
+    """
+    is_run = _is_run(spec, weights)
+    options = _as_taught(spec, data) if is_run else _as_given(data)
+    dataset = load_dataset(options, with_labels=with_labels, say=say)
+    teacher = Teacher(*load_teacher(Path(spec))) if is_run else _users_teacher(spec, weights, dataset)
+    _refuse_misfit(teacher, dataset)
+    return Lesson(teacher, options, dataset)
 
 
 def teacher_from(spec: str, weights: Path | None, data: DataOptions) -> Teacher:
-    """The float teacher in evaluation mode; UserError says what is missing.
+    """The teacher alone, for who loads the images elsewhere."""
+    return lesson_from(spec, weights, asdict(data)).teacher
 
-    data: gives the input size of a network of the user's own.
-    """
+
+def _is_run(spec: str, weights: Path | None) -> bool:
     if Path(spec).is_dir():
         if weights is not None:
             raise UserError(f"--teacher-weights: the run {spec} has its own weights; leave the option out.")
-        return Teacher(*load_teacher(Path(spec)))
+        return True
     if not spec.rpartition(":")[0].endswith(".py"):
         raise UserError(f"--teacher {spec}: no such run folder, and not FILE.py:callable.")
     if weights is None:
         raise UserError(f"--teacher {spec}: needs --teacher-weights FILE, the trained weights of that network.")
-    images = load_dataset(data, with_labels=False).train.images
-    source = user_source(spec, images.shape[3], (images.shape[1], images.shape[2]))
+    user_source(spec, 1, (1, 1))  # refuses a wrong name before images are read
+    return False
+
+
+def _as_given(data: dict[str, Any]) -> DataOptions:
+    if data["source"] is None:
+        raise UserError("--data: say which images to learn from, for example --data folder:images.")
+    return DataOptions(**data)
+
+
+def _as_taught(spec: str, data: dict[str, Any]) -> DataOptions:
+    record = finished(Path(spec))
+    recorded = data_options(record)
+    given = {name: value for name, value in data.items() if value not in (None, False)}
+    other = given.get("source", recorded.source) != recorded.source
+    base = DataOptions(given["source"], resize=recorded.resize) if other else recorded
+    return replace(base, **{**given, **_preprocessing(spec, run_preprocess(record), given)})
+
+
+def _preprocessing(spec: str, taught: Preprocess, given: dict[str, Any]) -> dict[str, Any]:
+    """What the teacher was trained with, for the fields of DataOptions. Another normalisation is never right."""
+    wanted: dict[str, Any] = {
+        "image_size": (taught.height, taught.width),
+        "channels": taught.channels,
+        "mean": taught.mean,
+        "std": taught.std,
+    }
+    for name, value in wanted.items():
+        found = given.get(name, value)
+        if found == "none":
+            found = (NEUTRAL[name],) * len(value)
+        if found != value:
+            option = "--" + name.replace("_", "-")
+            raise UserError(
+                f"{option} {_listed(found)}: the teacher {spec} was trained with {_listed(value)}; leave the option "
+                "out, a student sees what its teacher saw."
+            )
+    return wanted
+
+
+def _listed(value: Any) -> str:
+    if not isinstance(value, tuple):
+        return str(value)
+    return ("x" if isinstance(value[0], int) else ",").join(map(str, value))
+
+
+def _users_teacher(spec: str, weights: Path | None, dataset: Dataset) -> Teacher:
+    assert weights is not None
+    _, height, width, channels = dataset.train.images.shape
+    source = user_source(spec, channels, (height, width))
     network = source.build()
     load_weights(network, weights)
     return Teacher(network.eval(), source, sha256(weights))
+
+
+@torch.no_grad()
+def _refuse_misfit(teacher: Teacher, dataset: Dataset) -> None:
+    source = teacher.source
+    shape = f"{source.channels}x{source.pixels[0]}x{source.pixels[1]}"
+    try:
+        outputs = teacher.network(source.example())
+    except Exception as error:  # whatever the user's forward raises
+        raise UserError(
+            f"{source.name}: fails on images of {shape} ({dataset.source}): {first_line(error)}. See --image-size and "
+            "--channels."
+        ) from error
+    if not isinstance(outputs, Tensor):
+        raise UserError(
+            f"{source.name}: returns {type(outputs).__name__}, expected one tensor; give a callable whose network "
+            "returns only the output to imitate."
+        )
+    if outputs.dim() < 2:
+        raise UserError(
+            f"{source.name}: returns a tensor of shape {tuple(outputs.shape)} for 2 images, expected (images, classes, "
+            "...)."
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,39 +10,29 @@ from torch import Tensor
 from torch.nn import functional
 
 from faqd.errors import UserError
-from faqd.files import read_json, write_json
-from faqd.train.data import DataOptions, Dataset, load_dataset
+from faqd.train.data import DataOptions, Dataset, Say, load_dataset
 from faqd.train.loop import Images, Job, finish, fit, images_on, select_losses
+from faqd.train.models import check_architecture
 from faqd.train.network import NetworkSource
 from faqd.train.recipes import TeacherRecipe, recipe_json
-from faqd.train.run import RECORD, WEIGHTS, claim, data_json, save_weights
-
-Say = Callable[[str], None]
+from faqd.train.run import asked_json, begin, conclude, data_json, is_done, read_record
 
 
 def train_teacher(
     recipe: TeacherRecipe, data: DataOptions, out: Path, device: torch.device, resume: bool, say: Say
 ) -> dict[str, Any]:
-    """Train with cross-entropy and write the run. Returns its record with `accuracy_select`."""
+    """Train with cross-entropy and write the run. Returns its record with the accuracy on the select split."""
+    check_architecture(recipe.arch)
     dataset = load_dataset(data, with_labels=True, say=say)
-    if dataset.train.labels is None or dataset.classes is None:
-        raise UserError(f"--data {data.source}: a teacher is trained with labels and there are none here.")
-    height, width, channels = dataset.train.images.shape[1:]
-    source = NetworkSource(channels, (height, width), len(dataset.classes), architecture=recipe.arch)
-    asked = {"recipe": recipe_json(recipe), "data": data_json(data)}
-    record = {
-        "kind": "teacher",
-        "asked": asked,
-        "data": data_json(data),
-        "network": source.to_json(),
-        "preprocess": dataset.preprocess.to_json(),
-        "classes": list(dataset.classes),
-    }
-    if claim(out, record, resume):
+    source = _source(recipe, dataset)
+    record = _record(recipe, data, dataset, source)
+    if is_done(out, record, resume):
         say(f"{out}: this run is finished.")
-        return dict(read_json(out / RECORD))
+        return read_record(out)
+    begin(out, record)
     torch.manual_seed(recipe.training.seed)
-    network = source.build().to(device, memory_format=torch.channels_last)
+    network = source.build()
+    network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def losses(x: Tensor, labels: Tensor | None, generator: torch.Generator) -> dict[str, Tensor]:
         assert labels is not None
@@ -53,12 +42,32 @@ def train_teacher(
     parameters = list(network.parameters())
     job = Job("teacher", network, parameters, [], losses, lambda: None, train, select, recipe.training)
     fit(job, out)
-    record["select"] = {**select_losses(job), "accuracy": _accuracy(network, select)}
-    save_weights(out / WEIGHTS, network)
-    record = {**read_json(out / RECORD), **record}
-    write_json(out / RECORD, record)
+    selected = {**select_losses(job), "accuracy": _accuracy(network, select)}
+    record = conclude(out, {"select": selected}, network)
     finish(out)
     return record
+
+
+def _source(recipe: TeacherRecipe, dataset: Dataset) -> NetworkSource:
+    if dataset.train.labels is None or dataset.classes is None:
+        raise UserError(
+            f"--data {dataset.source}: a teacher is trained with labels and there are none here. A folder has them as "
+            "names of subfolders with --labels, an npz file as its array 'labels'."
+        )
+    height, width, channels = dataset.train.images.shape[1:]
+    return NetworkSource(channels, (height, width), len(dataset.classes), architecture=recipe.arch)
+
+
+def _record(recipe: TeacherRecipe, data: DataOptions, dataset: Dataset, source: NetworkSource) -> dict[str, Any]:
+    return {
+        "kind": "teacher",
+        "asked": asked_json(recipe, data),
+        "recipe": recipe_json(recipe),
+        "data": data_json(data),
+        "network": source.to_json(),
+        "preprocess": dataset.preprocess.to_json(),
+        "classes": list(dataset.classes or ()),
+    }
 
 
 def splits_on(device: torch.device, dataset: Dataset) -> tuple[Images, Images]:

@@ -1,0 +1,139 @@
+"""The command lines: their options, frozen; every help text a sentence; exit codes."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+
+from faqd.benchmarks.cli import bench_command
+from faqd.command import ending_in_a_sentence, run
+from faqd.deploy.cli import cli as deploy_cli
+from faqd.errors import UserError
+from faqd.train.cli import cli as train_cli
+from tests.toy_runs import faqd_train
+
+DATA = "--data --data-root --download --image-size --resize --channels --mean --std --labels --limit"
+SCHEDULE = "--epochs --steps --batch-size --lr --seed --data-seed --device --out --resume"
+BUNDLE = "--out --eval-samples --float-type"
+
+# Changing a line here changes what people have in their scripts: say so in the changelog.
+FLAGS = {
+    "faqd-train": "--version",
+    "faqd-train teacher": f"--recipe --arch {DATA} {SCHEDULE} --json",
+    "faqd-train distill": (
+        "--recipe --teacher --teacher-weights --arch --init --weight-bits --act-bits --seeds --target --scales --logit "
+        f"--logit-weight --temperature --affinity --affinity-weight --columns --tap {DATA} {SCHEDULE} --json"
+    ),
+    "faqd-train eval": "--data-root --json",
+    "faqd-train recipes": "--json",
+    "faqd-train inspect": "--teacher --weight-bits --act-bits --target --image-size --input-channels --json",
+    "faqd-deploy": "--version",
+    "faqd-deploy export": f"--data-root {BUNDLE} --json",
+    "faqd-deploy ptq": (
+        "--teacher --teacher-weights --weight-bits --act-bits --target --calibration --calibration-images "
+        f"{DATA} {BUNDLE} --json"
+    ),
+    "faqd-deploy verify": "--json",
+    "faqd-deploy inspect": "--json",
+    "faqd-deploy build-engine": ("--all --force --min-batch --opt-batch --max-batch --opt-level --workspace --json"),
+    "faqd-bench": (
+        "--batch --threads --duration --rounds --backend --skip-latency --report --min-accuracy-ratio --min-agreement "
+        "--json --version"
+    ),
+}
+TOOLS: dict[str, click.Command] = {"faqd-train": train_cli, "faqd-deploy": deploy_cli, "faqd-bench": bench_command}
+
+
+def commands() -> Iterator[tuple[str, click.Command]]:
+    for tool, command in TOOLS.items():
+        yield tool, command
+        for name, below in command.commands.items() if isinstance(command, click.Group) else ():
+            yield f"{tool} {name}", below
+
+
+def options(command: click.Command) -> list[click.Option]:
+    return [parameter for parameter in command.params if isinstance(parameter, click.Option)]
+
+
+def test_the_flags_are_these() -> None:
+    assert {name: " ".join(o.opts[0] for o in options(command)) for name, command in commands()} == FLAGS
+
+
+@pytest.mark.parametrize(("name", "command"), list(commands()))
+def test_every_help_text_is_a_sentence(name: str, command: click.Command) -> None:
+    texts = {option.opts[0]: option.help or "" for option in options(command)}
+    texts[name] = (command.help or "").strip()
+    poor = {key: text for key, text in texts.items() if not (text[:1].isupper() and text.endswith("."))}
+    assert not poor
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (UserError("a.txt: wrong."), 2, "error: a.txt: wrong.\n"),
+        (UserError("too slow.", exit_code=1), 1, "error: too slow.\n"),
+        (KeyboardInterrupt(), 130, "error: interrupted.\n"),
+        (click.exceptions.Abort(), 130, "error: interrupted.\n"),
+        (
+            ModuleNotFoundError("No module named 'torch'", name="torch.nn"),
+            2,
+            "error: this command needs torch.nn, which is not installed: pip install 'faqd[train]'\n",
+        ),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "run/x"),
+            2,
+            "error: no space left on the disk (run/x): free some, then run the same command again, a training with "
+            "--resume.\n",
+        ),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "run"),
+            2,
+            "error: not permitted to write or read (run): choose another folder.\n",
+        ),
+        (
+            NotADirectoryError(errno.ENOTDIR, "Not a directory", "f/run"),
+            2,
+            "error: a file stands where a folder is needed (f/run): choose another place.\n",
+        ),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_an_expected_failure_is_one_sentence(
+    raised: BaseException, code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end, ending_in_a_sentence():
+        raise raised
+    assert end.value.code == code
+    assert capsys.readouterr() == ("", said)
+
+
+@pytest.mark.parametrize("bug", [ValueError("no"), ModuleNotFoundError("x", name="faqd.x"), OSError(errno.EIO, "I/O")])
+def test_a_bug_keeps_its_traceback(bug: Exception) -> None:
+    with pytest.raises(type(bug)), ending_in_a_sentence():
+        raise bug
+
+
+def test_a_command_that_exits_hands_its_code_on() -> None:
+    @click.command()
+    def fails() -> None:
+        raise click.exceptions.Exit(1)
+
+    with pytest.raises(SystemExit) as end:
+        run(fails, [])
+    assert end.value.code == 1
+
+
+@pytest.mark.parametrize("line", [["--help"], ["--version"], ["teacher", "-h"]])
+def test_help_and_version_end_well(line: list[str]) -> None:
+    assert faqd_train(*line).code == 0
+
+
+def test_json_never_takes_the_place_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "kept").touch()
+    outcome = faqd_train("recipes", "--json", tmp_path)
+    assert outcome.code == 2 and "is a directory" in outcome.stderr
+    assert (tmp_path / "kept").exists()

@@ -1,0 +1,134 @@
+"""What an installation without any extra can do. The file needs nothing beside it: CI runs it far from the checkout."""
+
+from __future__ import annotations
+
+import importlib.resources
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import click
+import pytest
+
+from faqd.benchmarks.cli import bench_command
+from faqd.bundle import write_manifest
+from faqd.deploy.cli import cli as deploy_cli
+from faqd.train.cli import cli as train_cli
+
+TRAINING = ("torch", "safetensors", "PIL", "sklearn")
+ONNX = ("onnx", "onnx_ir", "onnxruntime", "onnxscript")
+DEVICE = ("cuda", "pycuda", "tensorrt", "tensorrt_rtx")
+
+# On a board: an engine is built, loaded, run and benched with these.
+ON_A_BOARD = ("cli", "cuda", "cuda_interface", "engine", "kernels", "record", "runtime", "trt")
+
+TOOLS: dict[str, click.Command] = {"faqd-train": train_cli, "faqd-deploy": deploy_cli, "faqd-bench": bench_command}
+LINES = [
+    [tool, *subcommand]
+    for tool, command in TOOLS.items()
+    for subcommand in [[], *([name] for name in (command.commands if isinstance(command, click.Group) else ()))]
+]
+
+
+def python(code: str, *, without: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+    """Run `code` in a new interpreter in which the packages `without` cannot be imported."""
+    blocked = f"import sys; sys.modules.update(dict.fromkeys({without!r}))\n"
+    return subprocess.run([sys.executable, "-W", "error", "-c", blocked + code], capture_output=True, text=True)
+
+
+def modules(package: str) -> list[str]:
+    """The modules of a folder of the package, without those of its subfolders."""
+    names = (entry.name for entry in importlib.resources.files(package).iterdir())
+    return sorted(f"{package}.{name[:-3]}" for name in names if name.endswith(".py") and not name.startswith("__"))
+
+
+@pytest.mark.parametrize("package", ["faqd", "faqd.calib"])
+def test_the_core_and_calib_import_with_numpy_and_click_alone(package: str) -> None:
+    assert modules(package)
+    result = python(f"import {', '.join(modules(package))}", without=TRAINING + ONNX + DEVICE)
+    assert result.returncode == 0, result.stderr
+
+
+def test_what_runs_on_a_board_imports_without_torch_onnx_and_images() -> None:
+    bench = [
+        name for name in modules("faqd.benchmarks") if name != "faqd.benchmarks.sessions"
+    ]  # onnxruntime is its job
+    names = [*(f"faqd.deploy.{name}" for name in ON_A_BOARD), *bench]
+    result = python(f"import {', '.join(names)}", without=TRAINING + ONNX + DEVICE)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("line", LINES, ids=" ".join)
+def test_every_help_works(line: list[str]) -> None:
+    script = Path(sysconfig.get_path("scripts")) / line[0]
+    code = (
+        f"import runpy; sys.argv = {[str(script), *line[1:], '--help']!r}\n"
+        f"runpy.run_path({str(script)!r}, run_name='__main__')"
+    )
+    result = python(code, without=TRAINING + ONNX + DEVICE)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(f"Usage: {' '.join(line)} ")
+
+
+@pytest.mark.parametrize("package", ["faqd.train", "faqd.deploy", "faqd.benchmarks", "faqd.demo"])
+def test_a_tool_is_also_a_module(package: str) -> None:
+    code = f"import runpy; sys.argv[1:] = ['--help']; runpy.run_module({package!r}, run_name='__main__')"
+    result = python(code, without=TRAINING + ONNX + DEVICE)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("Usage: ")
+
+
+@pytest.mark.parametrize(
+    ("line", "extra"),
+    [
+        ("faqd-train teacher --recipe digits-teacher --out run", "train"),
+        ("faqd-deploy ptq --teacher net.py:build --data digits --out bundle", "train"),
+    ],
+)
+def test_a_missing_library_is_named_with_its_cure(line: str, extra: str, tmp_path: Path) -> None:
+    tool, *arguments = line.split()
+    code = (
+        f"import os, runpy; os.chdir({str(tmp_path)!r}); sys.argv = {[tool, *arguments]!r}\n"
+        f"runpy.run_path({str(Path(sysconfig.get_path('scripts')) / tool)!r}, run_name='__main__')"
+    )
+    result = python(code, without=TRAINING + ONNX)
+    assert result.returncode == 2
+    assert f"pip install 'faqd[{extra}]'" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bundle_is_read_and_a_changed_one_refused(tmp_path: Path) -> None:
+    (tmp_path / "teacher.onnx").write_bytes(b"weights")
+    facts = {
+        "name": "tiny 8/8",
+        "kind": "ptq",
+        "weight_bits": 8,
+        "act_bits": 8,
+        "target": "tensorrt",
+        "layers": [],
+        "size": dict.fromkeys(("float32_bytes", "int8_bytes", "packed_bytes"), 1024),
+        "input": {"shape": ["batch", 1, 8, 8]},
+        "outputs": [{"shape": ["batch", 10]}],
+    }
+    write_manifest(tmp_path, facts, {"teacher.onnx": "0" * 64})
+    code = f"from faqd.deploy.cli import main; sys.argv[1:] = ['inspect', {str(tmp_path)!r}]; main()"
+    result = python(code, without=TRAINING + ONNX + DEVICE)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "bundle tiny 8/8 (ptq)" in result.stdout
+    (tmp_path / "teacher.onnx").write_bytes(b"other weights")
+    result = python(code, without=TRAINING + ONNX + DEVICE)
+    assert result.returncode == 2
+    assert "teacher.onnx: changed since the bundle was written" in result.stderr
+
+
+def test_what_is_not_python_comes_along() -> None:
+    for package, name in (("faqd", "py.typed"), ("faqd.benchmarks", "report.html")):
+        assert importlib.resources.files(package).joinpath(name).is_file()
+
+
+@pytest.mark.parametrize("name", ["train", "deploy", "calib", "benchmarks"])
+def test_the_links_are_not_installed_as_packages(name: str, tmp_path: Path) -> None:
+    result = subprocess.run([sys.executable, "-c", f"import {name}"], cwd=tmp_path, capture_output=True, text=True)
+    assert "ModuleNotFoundError" in result.stderr
