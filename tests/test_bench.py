@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.tiny_bundles import PREPROCESS, make_bundle, network
 
 from faqd.benchmarks.bench import Options, bench
 from faqd.benchmarks.cli import main
@@ -19,6 +18,7 @@ from faqd.benchmarks.sessions import OnnxruntimeBackend
 from faqd.bundle import STUDENT_ONNXRUNTIME, TEACHER, load_bundle
 from faqd.deploy.onnx_session import OnnxSession
 from faqd.errors import UserError
+from tests.tiny_bundles import PREPROCESS, make_bundle, network
 
 QUICK = Options(batch=(1, 4), duration_s=0.02, rounds=2, warm_up_s=0.0)
 

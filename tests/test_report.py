@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.tiny_bundles import make_bundle
 
 from faqd.benchmarks.bench import Options, bench
 from faqd.benchmarks.charts import accuracy_against_latency, latency_distribution
@@ -22,6 +21,7 @@ from faqd.benchmarks.labels import Box, place
 from faqd.benchmarks.report import page_from_result
 from faqd.benchmarks.sessions import OnnxruntimeBackend
 from faqd.bundle import load_bundle
+from tests.tiny_bundles import make_bundle
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium")

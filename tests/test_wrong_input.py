@@ -385,17 +385,21 @@ def test_a_gpu_that_is_too_small(user: User, tmp_path: Path, monkeypatch: pytest
 def test_a_checkpoint_that_is_damaged(user: User, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("faqd.train.loop.CHECKPOINT_EVERY_S", 0.0)
 
+    scratch = ("--init", "scratch")  # batch norm is only estimated again where it was trained here
+
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr("faqd.train.loop.settle_norms", interrupted)
-        assert user.distill(tmp_path / "out").code == 130
+        assert user.distill(tmp_path / "out", *scratch).code == 130
     (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
     _edited(checkpoint / "position.json", other=1)
-    refuses(user.distill(tmp_path / "out", "--resume"), str(checkpoint), "does not fit this run", "start over")
+    refuses(
+        user.distill(tmp_path / "out", *scratch, "--resume"), str(checkpoint), "does not fit this run", "start over"
+    )
     _cut_short(checkpoint / "network.safetensors")
-    refuses(user.distill(tmp_path / "out", "--resume"), str(checkpoint))
+    refuses(user.distill(tmp_path / "out", *scratch, "--resume"), str(checkpoint))
 
 
 # Bundles ------------------------------------------------------------------------------------------------------------
