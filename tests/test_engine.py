@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from faqd.bundle import FLOAT_STUDENT, STUDENT_TENSORRT, TEACHER, VERIFY, Bundle, write_manifest
+from faqd.bundle import FLOAT_STUDENT_FP16, STUDENT_TENSORRT, TEACHER, VERIFY, Bundle, write_manifest
 from faqd.deploy import cuda, engine, runtime
 from faqd.deploy.engine import BuildOptions, build_bundle, engine_from_onnx
 from faqd.deploy.record import read_record
@@ -189,7 +189,7 @@ def test_without_a_gpu_loading_ends_in_a_sentence(tmp_path: Path) -> None:
 
 def make_bundle(folder: Path, layers: tuple[str, ...] = LAYERS, student: str = STUDENT_TENSORRT) -> Bundle:
     folder.mkdir()
-    names = (student, FLOAT_STUDENT, TEACHER)
+    names = (student, FLOAT_STUDENT_FP16, TEACHER)
     for name in names:
         written(residual_network(), folder / name)
     facts = {"name": "tiny 8/8", "layers": [{"name": name, "operator": "Conv", "runs_int8": True} for name in layers]}
@@ -209,7 +209,7 @@ def test_a_bundle_is_built_and_its_record_bound_to_the_verification(tmp_path: Pa
     records = build_bundle(bundle, all=True, force=False, options=BuildOptions(), say=said.append)
     assert [record["engine"]["file"] for record in records] == [
         "student.tensorrt.engine",
-        "student.float.engine",
+        "student.float.fp16.engine",
         "teacher.engine",
     ]
     assert records[0]["int8"]["expected"] == 6 and records[0]["int8"]["missing"] == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     space: dict[str, Any] = {}
     exec(NETWORK, space)
     torch.save(lively(space["Net"](), 1).state_dict(), folder / "best.pth")
-    data = DataOptions("digits")
+    data = asdict(DataOptions("digits"))
     bits = Bits(4, 4)
     return quantize_after_training(
         f"{folder}/net.py:Net", folder / "best.pth", data, bits, "mse", 256, folder / "out", 200, "fp16", lambda _: None

@@ -384,7 +384,6 @@ def test_a_gpu_that_is_too_small(user: User, tmp_path: Path, monkeypatch: pytest
 
 def test_a_checkpoint_that_is_damaged(user: User, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("faqd.train.loop.CHECKPOINT_EVERY_S", 0.0)
-
     scratch = ("--init", "scratch")  # batch norm is only estimated again where it was trained here
 
     def interrupted(*_: object) -> None:

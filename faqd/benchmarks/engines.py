@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from faqd.benchmarks.bench import Network, Role
 from faqd.benchmarks.latency import Query
-from faqd.bundle import FLOAT_STUDENT, STUDENT_TENSORRT, TEACHER, Bundle
+from faqd.bundle import FLOAT_STUDENT_FP16, STUDENT_TENSORRT, TEACHER, Bundle
 from faqd.deploy.record import engine_name
 from faqd.deploy.runtime import Engine, load_engine
 
-_ONNX: dict[Role, str] = {"teacher": TEACHER, "student": STUDENT_TENSORRT, "float": FLOAT_STUDENT}
+_ONNX: dict[Role, str] = {"teacher": TEACHER, "student": STUDENT_TENSORRT, "float": FLOAT_STUDENT_FP16}
 
 
 class EngineBackend:

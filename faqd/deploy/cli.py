@@ -100,13 +100,13 @@ def ptq(
     **options: Any,
 ) -> None:
     """Quantize a float network without training: the baseline, as a bundle of the same kind."""
-    from faqd.deploy.student import ptq_data, quantize_after_training
+    from faqd.deploy.student import quantize_after_training
     from faqd.train.placement import Bits
 
     bundle = quantize_after_training(
         teacher,
         teacher_weights,
-        ptq_data(teacher, data_values(options)),
+        data_values(options),
         Bits(weight_bits, act_bits, target),
         calibration,
         calibration_images,
@@ -149,7 +149,7 @@ def inspect(folder: Path, json_target: str | None) -> None:
 
 @cli.command("build-engine")
 @click.argument("bundle_folder", metavar="BUNDLE", type=_folder)
-@click.option("--all", "build_all", is_flag=True, help="Also build the float student and the teacher.")
+@click.option("--all", "build_all", is_flag=True, help="Also build the float student in FP16 and the teacher.")
 @click.option("--force", is_flag=True, help="Build although verify failed or is out of date.")
 @click.option("--min-batch", type=click.IntRange(1), default=1, show_default=True, help="Accept this batch and above.")
 @click.option("--opt-batch", type=click.IntRange(1), default=8, show_default=True, help="Tune for this batch.")
@@ -182,7 +182,9 @@ def _conclude(bundle: Any, json_target: str | None) -> None:
 
 def _exit_if_failed(record: dict[str, Any]) -> None:
     if not record["passed"]:
-        raise UserError("verification failed: " + "; ".join(record["failures"]), exit_code=1)
+        failures = record["failures"]
+        more = f" (and {len(failures) - 1} more, see verify.json)" if len(failures) > 1 else ""
+        raise UserError(f"verification failed: {failures[0]}{more}", exit_code=1)
 
 
 def _say(text: str) -> None:

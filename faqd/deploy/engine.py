@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from faqd import __version__
-from faqd.bundle import FLOAT_STUDENT, STUDENT_TENSORRT, TEACHER, VERIFY, Bundle
+from faqd.bundle import FLOAT_STUDENT_FP16, STUDENT_TENSORRT, TEACHER, VERIFY, Bundle
 from faqd.deploy import cuda
 from faqd.deploy.kernels import Kernel, kernels_from_inspector, kernels_from_log, not_int8, products
 from faqd.deploy.record import FORMAT, VERSION, engine_name, record_path
@@ -53,7 +53,7 @@ class BuildOptions:
 
 
 def build_bundle(bundle: Bundle, *, all: bool, force: bool, options: BuildOptions, say: Say) -> list[dict[str, Any]]:
-    """Build the student's engine, and with `all` those of the float student and the teacher; returns the records.
+    """Build the student's engine, with `all` the teacher's and the float student's in FP16 too; returns the records.
 
     force: build although verify.json says failed or speaks of other files. UserError (exit code 1) otherwise.
     """
@@ -63,7 +63,7 @@ def build_bundle(bundle: Bundle, *, all: bool, force: bool, options: BuildOption
             "--target onnxruntime, whose 8-bit activations do not fit TensorRT's INT8; "
             "train with --target tensorrt to get an engine."
         )
-    names = [STUDENT_TENSORRT, *(name for name in (FLOAT_STUDENT, TEACHER) if all and bundle.has(name))]
+    names = [STUDENT_TENSORRT, *(name for name in (FLOAT_STUDENT_FP16, TEACHER) if all and bundle.has(name))]
     verify = _checked_verify(bundle, names, force, say)
     records = []
     for name in names:

@@ -20,11 +20,11 @@ from faqd.deploy.export import INPUT, OUTPUT, onnx_from_deployed, onnx_from_netw
 from faqd.deploy.float16 import float16_from_float32
 from faqd.deploy.verify import AGREEMENT_IMAGES, compare_outputs, digest, probe_inputs, verify_bundle
 from faqd.errors import UserError
-from faqd.files import remove, sha256, written_beside
+from faqd.files import sha256, written_beside
 from faqd.preprocess import Preprocess
 from faqd.train import graph
 from faqd.train.convert import Deployed, Flavour, collect_output_scales, convert
-from faqd.train.data import DataOptions, load_dataset
+from faqd.train.data import load_dataset
 from faqd.train.deployed import IntegerLayer
 from faqd.train.distill import load_student
 from faqd.train.evaluate import outputs
@@ -33,7 +33,7 @@ from faqd.train.network import NetworkSource
 from faqd.train.placement import Bits
 from faqd.train.prepare import Student, calibrate, prepare, student_table
 from faqd.train.run import WEIGHTS, data_options, finished, load_teacher, network_input, run_preprocess
-from faqd.train.source import teacher_from
+from faqd.train.source import lesson_from
 
 FloatType = Literal["fp16", "fp32"]
 Say = Callable[[str], None]
@@ -61,6 +61,7 @@ def export_run(
     run: Path, out: Path, data_root: Path | None, eval_samples: int | None, float_type: FloatType, say: Say
 ) -> Bundle:
     """Lower the student of a finished distillation run into the bundle `out`, and verify it."""
+    _refuse_taken(out)
     record = finished(run)
     student = load_student(run)
     teacher, teacher_source, teacher_sha256 = load_teacher(run)
@@ -87,7 +88,7 @@ def export_run(
 def quantize_after_training(
     teacher: str,
     teacher_weights: Path | None,
-    data: DataOptions,
+    data: dict[str, Any],
     bits: Bits,
     method: Method,
     calibration_images: int,
@@ -96,23 +97,28 @@ def quantize_after_training(
     float_type: FloatType,
     say: Say,
 ) -> Bundle:
-    """Post-training quantization: the float network itself, scales from unlabelled images, the same lowering."""
-    chosen = teacher_from(teacher, teacher_weights, data)
-    dataset = load_dataset(data, with_labels=True, say=say)
+    """Post-training quantization: the float network itself, scales from unlabelled images, the same lowering.
+
+    data: fields of DataOptions, None where the command line is silent and the teacher's run knows.
+    """
+    _refuse_taken(out)
+    lesson = lesson_from(teacher, teacher_weights, data, with_labels=True, say=say)
+    network, source, weights_sha256 = lesson.teacher.network, lesson.teacher.source, lesson.teacher.sha256
+    dataset = lesson.dataset
     example = network_input(dataset.train.images[:2], dataset.preprocess)
-    student = prepare(graph.capture(chosen.network, example), bits, example)
+    student = prepare(graph.capture(network, example), bits, example)
     student.network.eval()
     batches = list(network_input(dataset.train.images[:calibration_images], dataset.preprocess).split(128))
     calibrate(student, batches, method)
     parts = _Parts(
         "ptq",
         student,
-        chosen.source,
-        chosen.sha256,
+        source,
+        weights_sha256,
         collect_output_scales(student, batches),
-        chosen.network,
-        chosen.source,
-        chosen.sha256,
+        network,
+        source,
+        weights_sha256,
         dataset.preprocess,
         dataset.eval.images[:eval_samples],
         None if dataset.eval.labels is None else dataset.eval.labels[:eval_samples],
@@ -121,11 +127,17 @@ def quantize_after_training(
     return _write_bundle(parts, out, float_type, say)
 
 
-def _write_bundle(parts: _Parts, out: Path, float_type: FloatType, say: Say) -> Bundle:
-    if out.exists() and not (out / names.MANIFEST).is_file() and any(out.iterdir()):
-        raise UserError(f"{out}: is not empty and is no bundle; give another --out.")
+def _refuse_taken(out: Path) -> None:
+    """Before any work: a bundle is written into a folder that is new or empty."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; give another --out, the folder of the bundle.")
     if (out / names.MANIFEST).is_file():
         raise UserError(f"{out}: already holds a bundle; give another --out, or remove it first.")
+    if out.is_dir() and any(out.iterdir()):
+        raise UserError(f"{out}: is not empty and is no bundle; give another --out.")
+
+
+def _write_bundle(parts: _Parts, out: Path, float_type: FloatType, say: Say) -> Bundle:
     inputs = network_input(parts.evaluation, parts.preprocess)
     metadata = _metadata(parts)
     with written_beside(out) as folder:
@@ -152,7 +164,9 @@ def _write_bundle(parts: _Parts, out: Path, float_type: FloatType, say: Say) -> 
             put(names.STUDENT_TENSORRT, float16_from_float32(proto) if float_type == "fp16" else proto, parts.made_from)
         if "tensorrt" not in flavours:
             say("no TensorRT file: this student has 8-bit activations 0..255, which TensorRT has no grid for.")
-        put(names.FLOAT_STUDENT, onnx_from_deployed(convert(parts.student, "float"), inputs, metadata), parts.made_from)
+        float_student = onnx_from_deployed(convert(parts.student, "float"), inputs, metadata)
+        put(names.FLOAT_STUDENT, float_student, parts.made_from)
+        put(names.FLOAT_STUDENT_FP16, float16_from_float32(float_student), parts.made_from)
         teacher_graph = fused(graph.capture(parts.teacher, inputs[:2]))
         put(names.TEACHER, onnx_from_network(teacher_graph, inputs, {}), parts.teacher_sha256)
         wanted = outputs(parts.teacher, inputs).numpy()
@@ -169,8 +183,6 @@ def _write_bundle(parts: _Parts, out: Path, float_type: FloatType, say: Say) -> 
         bundle = write_manifest(folder, facts, made_from)
         say("verifying")
         verify_bundle(bundle)
-        if out.is_dir():
-            remove(out)
     return Bundle(out, bundle.manifest)
 
 
@@ -269,12 +281,3 @@ def _as_trained(student: Student, deployed: Deployed, inputs: Tensor) -> dict[st
     }
     found, wanted = outputs(deployed, inputs).numpy(), outputs(student.network, inputs).numpy()
     return {**compare_outputs(found, wanted), "equal_codes_per_layer": layers}
-
-
-def ptq_data(teacher: str, values: dict[str, Any]) -> DataOptions:
-    """The data options of a ptq command: what it names, or else the data that the teacher's run was trained on."""
-    if values["source"] is not None:
-        return DataOptions(**values)
-    if not Path(teacher).is_dir():
-        raise UserError("--data: say which images to calibrate with, for example --data folder:images.")
-    return data_options(finished(Path(teacher)), values["root"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +52,6 @@ def lesson_from(
     teacher = Teacher(*load_teacher(Path(spec))) if is_run else _users_teacher(spec, weights, dataset)
     _refuse_misfit(teacher, dataset)
     return Lesson(teacher, options, dataset)
-
-
-def teacher_from(spec: str, weights: Path | None, data: DataOptions) -> Teacher:
-    """The teacher alone, for who loads the images elsewhere."""
-    return lesson_from(spec, weights, asdict(data)).teacher
 
 
 def _is_run(spec: str, weights: Path | None) -> bool:
