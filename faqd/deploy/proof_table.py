@@ -4,15 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
+WIDTH = 100
+"""Columns where standard output is no terminal."""
+
 
 def print_verification(record: dict[str, Any]) -> None:
-    console = Console(soft_wrap=False)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH, no_color=True)
     for flavour, result in record["flavours"].items():
-        table = Table(title=f"{flavour}: codes on {record['probe_images']} probe inputs", title_justify="left")
-        for column in ("layer", "torch = referee", "onnxruntime plain", "optimised", "codes reached"):
+        title = f"{flavour}: codes on {record['probe_images']} probe inputs"
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        for column in (
+            "layer",
+            "torch =\nreferee",
+            "onnxruntime\nas written",
+            "onnxruntime\noptimised",
+            "codes\nreached",
+        ):
             table.add_column(column, overflow="fold")
         for row in result["layers"]:
             reached = f"{row['lowest']}..{row['highest']}" if "lowest" in row else ""
