@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from faqd.quant import Quant, activation_quant, weight_quant
 from faqd.train.placement import Bits
+from faqd.train.prepare import sampled
 from faqd.train.quantizers import ActivationQuantizer, WeightQuantizer, _alternate, project
 from tests.networks import Residual, calibrated, images, lively
 
@@ -191,3 +193,10 @@ def test_every_scale_of_a_network_learns(bits: int) -> None:
         assert quantizer.scale.grad is not None and quantizer.scale.grad != 0, name
         assert quantizer.scale.item() != before[name], name
         assert 1 < reached[name] <= quantizer.quant.high - quantizer.quant.low + 1, name
+
+
+def test_the_sample_of_a_large_map_sees_all_its_columns() -> None:
+    columns = torch.arange(8.0).expand(64, 32, 64, 8)
+    drawn = sampled(columns)
+    shares = np.bincount(drawn.astype(int)) / len(drawn)
+    assert np.allclose(shares, 1 / 8, atol=0.01)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from faqd.train.placement import Bits, place
 from faqd.train.quantizers import ActivationQuantizer, WeightQuantizer
 
 OBSERVED_VALUES = 65536
-"""Values kept per tensor and batch for choosing its scale: an evenly strided sample."""
+"""Values kept per tensor and batch for choosing its scale: an even sample."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ def calibrate(student: Student, batches: Iterable[Tensor], method: Method, *, ba
     observed: dict[str, list[Any]] = {name: [] for name in quantizers}
 
     def watch(name: str) -> Any:
-        return lambda module, inputs: observed[name].append(strided_sample(inputs[0]))
+        return lambda module, inputs: observed[name].append(sampled(inputs[0]))
 
     hooks = [module.register_forward_pre_hook(watch(name)) for name, module in quantizers.items()]
     try:
@@ -149,11 +148,19 @@ def calibrate(student: Student, batches: Iterable[Tensor], method: Method, *, ba
         module.scale.fill_(scale_from(values, module.quant, chosen))
 
 
-def strided_sample(values: Tensor) -> Any:
-    """At most OBSERVED_VALUES of the values, evenly strided, then the least and the largest; a float32 array."""
+def sampled(values: Tensor) -> Any:
+    """At most OBSERVED_VALUES of the values, drawn evenly, then the least and the largest; a float32 array.
+
+    Drawn and not strided: a stride that shares a factor with the width would see single columns of a map, such as its
+    border. The draw is the same for equal sizes.
+    """
     flat = values.detach().flatten()
-    sample = flat[:: math.ceil(flat.numel() / OBSERVED_VALUES)]
-    return torch.cat([sample, torch.stack(flat.aminmax())]).float().cpu().numpy()
+    extremes = torch.stack(flat.aminmax())
+    if flat.numel() > OBSERVED_VALUES:
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.randint(flat.numel(), (OBSERVED_VALUES,), generator=generator)
+        flat = flat[drawn.to(flat.device)]
+    return torch.cat([flat, extremes]).float().cpu().numpy()
 
 
 @contextmanager
