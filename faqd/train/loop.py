@@ -277,7 +277,7 @@ def settle_norms(job: Job) -> None:
     """Re-estimate batch-norm statistics with the final weights on augmented training images.
 
     Augmented, because that is what the weights were trained on: the black frame of random crops moves the statistics
-    so much that unaugmented images cost a CIFAR-10 ResNet-20 3.6 points (docs/decisions.md).
+    so much that unaugmented images cost accuracy (docs/decisions.md).
     """
     norms = [module for module in job.network.modules() if isinstance(module, NORMS)]
     job.network.eval()
