@@ -2,8 +2,8 @@
 #
 # PYTHON3    the Python that .venv is made with:  make test PYTHON3=python3.12
 # PIP_FLAGS  goes to pip install. On Linux x86-64 pip takes the CUDA build of torch unless told otherwise, several GB;
-#            the CPU build (0.2 GB) is enough for all but `make test-gpu`. PyTorch's installation page names its index:
-#            make demo PIP_FLAGS='--extra-index-url ADDRESS'
+#            the CPU build (0.2 GB) is enough for all but `make test-gpu`. PyTorch's installation page gives the pip
+#            option that selects it.
 # ARGS       goes to pytest:  make test ARGS='-k referee -x'
 
 PYTHON3 ?= python3
