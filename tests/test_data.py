@@ -8,6 +8,7 @@ import os
 import pickle
 import struct
 import tarfile
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,10 +76,11 @@ def test_an_image_keeps_its_split_whatever_its_place_and_its_neighbours(tmp_path
         assert keys(few) <= keys(all_)
 
 
-def test_folder_and_npz_of_the_same_images_are_the_same_data(tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [{}, {"image_size": (6, 4)}, {"image_size": (4, 4), "channels": "bgr"}])
+def test_folder_and_npz_of_the_same_images_are_the_same_data(more: dict[str, Any], tmp_path: Path) -> None:
     images = random_images(80)
-    from_npz = load_dataset(save_npz(tmp_path / "a.npz", images=images), with_labels=False)
-    from_folder = load_dataset(save_folder(tmp_path / "a", images[::-1], "deep/er/x{}.PNG"), with_labels=False)
+    sources = save_npz(tmp_path / "a.npz", images=images), save_folder(tmp_path / "a", images[::-1], "deep/er/x{}.PNG")
+    from_npz, from_folder = (load_dataset(replace(source, **more), with_labels=False) for source in sources)
     assert pixels_of(from_npz) == pixels_of(from_folder)
 
 
@@ -271,6 +273,13 @@ def test_npz_that_is_none(tmp_path: Path) -> None:
             load_dataset(npz_options(tmp_path / name), with_labels=False)
     with pytest.raises(UserError, match="a single array"):
         load_dataset(npz_options(tmp_path / "array.npy"), with_labels=False)
+
+
+def test_a_member_of_an_npz_that_is_no_array(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("images", "hello")
+    with pytest.raises(UserError, match="a member is no array"):
+        load_dataset(npz_options(tmp_path / "a.npz"), with_labels=False)
 
 
 def test_npz_never_runs_a_pickle(tmp_path: Path) -> None:

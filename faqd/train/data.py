@@ -297,4 +297,5 @@ def _fitted(preprocess: Preprocess, images_NHWC: NDArray[np.uint8]) -> NDArray[n
     if images_NHWC.shape[1:] == (preprocess.height, preprocess.width, 3) and preprocess.channels == "rgb":
         return images_NHWC
     rgb_NHWC = np.broadcast_to(images_NHWC, (*images_NHWC.shape[:3], 3))
-    return np.stack([preprocess.fit(image) for image in rgb_NHWC])
+    # In C order, as the bytes of an image decide which split it goes to: np.stack keeps the order of a resized one.
+    return np.ascontiguousarray(np.stack([preprocess.fit(image) for image in rgb_NHWC]))

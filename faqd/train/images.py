@@ -171,7 +171,11 @@ def _npz_arrays(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
         with path.open("rb") as stream:
             archive = np.load(stream, allow_pickle=False)
             if isinstance(archive, np.lib.npyio.NpzFile):
-                return {name: archive[name] for name in names if name in archive.files}
+                found = {name: archive[name] for name in names if name in archive.files}
+                # numpy hands out a member that is no array as its bytes.
+                if all(isinstance(array, np.ndarray) for array in found.values()):
+                    return found
+                raise ValueError("a member is no array")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file.") from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
