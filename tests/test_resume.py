@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from faqd.train.run import held
 from tests.toy_runs import Outcome, User, everything_in, faqd_train, new_user, succeeds
 
 STEPS = 14
@@ -124,6 +126,17 @@ def test_ctrl_c_says_in_one_line_how_to_go_on(stopped: Path) -> None:
         goes_on = f"interrupted; the same command with --resume goes on from iteration {iteration}."
         assert said[-1] == f"error: {stopped / name}: {goes_on}"
         assert all(line.startswith("affinity tap: ") for line in said[:-1])
+
+
+def test_two_processes_do_not_train_in_one_folder(user: User, stopped: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(stopped / next(iter(CASES)), run)
+    (run / "weights.safetensors").unlink(missing_ok=True)
+    before = everything_in(run)
+    with held(run):
+        outcome = faqd_train(*command(user, run), "--resume")
+    assert outcome.code == 2 and "another process trains in it" in outcome.stderr
+    assert everything_in(run) == before
 
 
 def test_a_finished_run_stays_as_it_is(user: User, whole: Path) -> None:

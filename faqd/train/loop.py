@@ -28,7 +28,7 @@ from faqd.train.checkpoint import (
 from faqd.train.data import Augmentation
 from faqd.train.progress import reporting
 from faqd.train.recipes import Training
-from faqd.train.run import METRICS
+from faqd.train.run import METRICS, held
 
 CHECKPOINT_EVERY_S = 60.0
 """Seconds between checkpoints: what a kill costs at most."""
@@ -93,9 +93,10 @@ def fit(job: Job, run: Path) -> None:
     never stopped. Raises UserError naming the term when a loss is no longer finite, and after Ctrl-C.
     """
     try:
-        _iterate(job, run)
-        if resolved(job.training.frozen_norm) < 1:
-            settle_norms(job)
+        with held(run):
+            _iterate(job, run)
+            if resolved(job.training.frozen_norm) < 1:
+                settle_norms(job)
     except KeyboardInterrupt:
         found = checkpoints(run)
         start = f"from iteration {iteration_of(found[-1])}" if found else "from the start"

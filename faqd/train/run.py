@@ -6,7 +6,11 @@ teacher.safetensors the teacher's; metrics.jsonl has one line per epoch; checkpo
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +64,20 @@ def begin(folder: Path, record: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / RECORD).is_file():
         write_json(folder / RECORD, {"format": FORMAT, "version": VERSION, "faqd": __version__, **record})
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep other processes from training in `folder` meanwhile; UserError where one does. Ends with the process."""
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another process trains in it; wait for it, or give another --out.") from None
+        yield
+    finally:
+        os.close(place)
 
 
 def conclude(folder: Path, results: dict[str, Any], network: nn.Module) -> dict[str, Any]:
