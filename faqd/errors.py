@@ -1,4 +1,4 @@
-"""The one exception for what a user can put right."""
+"""The one exception for what a user can put right, and what others say of a failure."""
 
 INTERRUPTED = 130
 
@@ -13,3 +13,8 @@ class UserError(ValueError):
     def __init__(self, message: str, exit_code: int = 2) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def first_line(error: BaseException) -> str:
+    """What a library says of a failure, short enough for a sentence."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:160]

@@ -187,6 +187,13 @@ def test_common_wrappings_of_weights_are_looked_through(user: User, wrap: Any, t
     succeeds(user.distill(tmp_path / "run", "--teacher-weights", weights, "--steps", 1))
 
 
+def test_which_of_several_weights_was_taken_is_said(user: User, tmp_path: Path) -> None:
+    state = torch.load(user.folder / "best.pth", weights_only=True)
+    torch.save({"model": state, "model_ema": state}, tmp_path / "both.pth")
+    told = user.distill(tmp_path / "run", "--teacher-weights", tmp_path / "both.pth", "--steps", 1)
+    assert "takes the weights under 'model'; the file also holds 'model_ema'." in succeeds(told).stderr
+
+
 def test_a_users_file_may_import_its_neighbours_and_use_dataclasses(user: User, tmp_path: Path) -> None:
     (tmp_path / "toy_blocks.py").write_text("WIDTH = 10\n")
     code = "from __future__ import annotations\nfrom dataclasses import dataclass\n" + NET.replace(

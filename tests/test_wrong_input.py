@@ -248,10 +248,15 @@ def test_weights_that_are_none(user: User, tmp_path: Path) -> None:
     torch.save(torch.zeros(3), tmp_path / "tensor.pth")
     (tmp_path / "w.safetensors").write_bytes(b"no tensors")
     (tmp_path / "w.onnx").touch()
+    torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "script.pth"))
+    state = torch.load(user.folder / "best.pth", weights_only=True)
+    torch.save({key: value * torch.nan for key, value in state.items()}, tmp_path / "nan.pth")
     says("empty.pth", "no state dict", "epoch, optimizer")
     says("tensor.pth", "holds a Tensor")
     says("w.safetensors", "damaged or cut short")
     says("w.onnx", ".safetensors, .pt or .pth")
+    says("script.pth", "TorchScript", "torch.jit.load('script.pth').state_dict()")
+    says("nan.pth", "features.0.weight holds NaN")
     says("absent.pth", "no such weights file")
     refuses(
         faqd_train("distill", *user.teacher[:2], *user.data, "--out", tmp_path / "out"), "needs --teacher-weights FILE"

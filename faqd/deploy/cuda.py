@@ -26,9 +26,8 @@ from faqd.deploy.cuda_interface import (
     cuda_version,
     driver_version,
     failure,
-    first_line,
 )
-from faqd.errors import UserError
+from faqd.errors import UserError, first_line
 
 BACKENDS = ("cuda-bindings", "pycuda")
 """In the order in which they are tried."""

@@ -10,7 +10,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as failures
 
-from faqd.errors import UserError
+from faqd.errors import UserError, first_line
 
 _CANNOT_LOAD = (
     failures.EPFail,
@@ -54,7 +54,7 @@ class OnnxSession:
             )
         except _CANNOT_LOAD as error:
             raise UserError(
-                f"{where}: onnxruntime {version} cannot load it ({_first_line(error)}); "
+                f"{where}: onnxruntime {version} cannot load it ({first_line(error)}); "
                 "the file is damaged, or newer than this onnxruntime: export it again."
             ) from error
         self.inputs: tuple[str, ...] = tuple(tensor.name for tensor in self._session.get_inputs())
@@ -65,9 +65,5 @@ class OnnxSession:
         try:
             values = self._session.run(None, dict(feeds))
         except (failures.InvalidArgument, failures.Fail, failures.RuntimeException, ValueError) as error:
-            raise UserError(f"onnxruntime cannot run the network: {_first_line(error)}") from error
+            raise UserError(f"onnxruntime cannot run the network: {first_line(error)}") from error
         return dict(zip(self.outputs, values, strict=True))
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -8,6 +8,7 @@ import pickle
 import sys
 import traceback
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -20,7 +21,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
-from faqd.errors import UserError
+from faqd.errors import UserError, first_line
 from faqd.files import sha256, written_beside
 from faqd.train.models import build_architecture
 
@@ -139,13 +140,14 @@ def _needed_arguments(build: Callable[..., Any]) -> list[str]:
     return [p.name for p in parameters if p.default is p.empty and p.kind not in starred]
 
 
-def load_weights(network: nn.Module, path: Path) -> None:
+def load_weights(network: nn.Module, path: Path, say: Callable[[str], None] = lambda _: None) -> None:
     """Fill `network` from a safetensors file, or from a .pt/.pth file that holds tensors only.
 
-    Common wrappings are looked through. UserError for a damaged file, pickled classes or another network's weights.
+    Common wrappings are looked through; where a file holds several state dicts, `say` tells which was taken.
+    UserError for a damaged file, pickled classes, values that are not finite, or another network's weights.
     """
     wanted = network.state_dict()
-    state = _without_prefixes(_state_dict(path), set(wanted))
+    state = _without_prefixes(_state_dict(path, say), set(wanted))
     missing = sorted(key for key in wanted if key not in state and not key.endswith("num_batches_tracked"))
     foreign = sorted(key for key in state if key not in wanted)
     reshaped = sorted(k for k in wanted if k in state and state[k].shape != wanted[k].shape)
@@ -159,6 +161,9 @@ def load_weights(network: nn.Module, path: Path) -> None:
             f"{path}: these are not weights of {type(network).__name__}: {', '.join(problems)}. Give the weights that "
             "were trained with this very network."
         )
+    infinite = next((key for key, value in state.items() if not value.isfinite().all()), None)
+    if infinite is not None:
+        raise UserError(f"{path}: {infinite} holds NaN or infinite values; give weights from before they broke down.")
     network.load_state_dict(state, strict=False)
 
 
@@ -172,13 +177,18 @@ def _without_prefixes(state: dict[str, Tensor], wanted: set[str]) -> dict[str, T
     return state
 
 
-def _state_dict(path: Path) -> dict[str, Tensor]:
+def _state_dict(path: Path, say: Callable[[str], None]) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"{path}: no such weights file.")
     if path.suffix == ".safetensors":
         return read_tensors(path)
     if path.suffix not in (".pt", ".pth"):
         raise UserError(f"{path}: weights are read from .safetensors, .pt or .pth files.")
+    if _is_torchscript(path):
+        raise UserError(
+            f"{path}: a TorchScript archive, which holds code; save only its tensors: "
+            f"torch.save(torch.jit.load('{path.name}').state_dict(), 'weights.pth')."
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on damaged files; they end below
@@ -194,15 +204,24 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
         raise UserError(
             f"{path}: not a readable torch file; it is damaged or cut short ({first_line(error)}). Copy it again."
         ) from error
-    return _unwrapped(loaded, path)
+    return _unwrapped(loaded, path, say)
 
 
-def _unwrapped(loaded: Any, path: Path) -> dict[str, Tensor]:
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+def _unwrapped(loaded: Any, path: Path, say: Callable[[str], None]) -> dict[str, Tensor]:
     while isinstance(loaded, Mapping):
-        inner = next((loaded[key] for key in WRAPPINGS if isinstance(loaded.get(key), Mapping)), None)
-        if inner is None:
+        found = [key for key in WRAPPINGS if isinstance(loaded.get(key), Mapping)]
+        if not found:
             break
-        loaded = inner
+        if len(found) > 1:
+            say(f"{path}: takes the weights under '{found[0]}'; the file also holds {', '.join(map(repr, found[1:]))}.")
+        loaded = loaded[found[0]]
     if not isinstance(loaded, Mapping):
         raise UserError(f"{path}: holds a {type(loaded).__name__}, expected a state dict.")
     state = {str(key): value for key, value in loaded.items() if isinstance(value, Tensor)}
@@ -228,8 +247,3 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     with written_beside(path) as temporary:
         # safetensors' own writer turns a full disk into an error that does not say so.
         temporary.write_bytes(safetensors_bytes(plain))
-
-
-def first_line(error: BaseException) -> str:
-    """What a library says of a failure, short enough for a sentence."""
-    return str(error).splitlines()[0][:160] if str(error) else type(error).__name__

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from faqd.errors import UserError
+from faqd.errors import UserError, first_line
 from faqd.files import sha256
 from faqd.preprocess import Preprocess
 from faqd.train.data import DataOptions, Dataset, Say, load_dataset
-from faqd.train.network import NetworkSource, first_line, load_weights, user_source
+from faqd.train.network import NetworkSource, load_weights, user_source
 from faqd.train.run import data_options, finished, load_teacher, run_preprocess
 
 NEUTRAL = {"mean": 0.0, "std": 1.0}
@@ -49,7 +49,7 @@ def lesson_from(
     is_run = _is_run(spec, weights)
     options = _as_taught(spec, data) if is_run else _as_given(data)
     dataset = load_dataset(options, with_labels=with_labels, say=say)
-    teacher = Teacher(*load_teacher(Path(spec))) if is_run else _users_teacher(spec, weights, dataset)
+    teacher = Teacher(*load_teacher(Path(spec))) if is_run else _users_teacher(spec, weights, dataset, say)
     _refuse_misfit(teacher, dataset)
     return Lesson(teacher, options, dataset)
 
@@ -109,12 +109,12 @@ def _listed(value: Any) -> str:
     return ("x" if isinstance(value[0], int) else ",").join(map(str, value))
 
 
-def _users_teacher(spec: str, weights: Path | None, dataset: Dataset) -> Teacher:
+def _users_teacher(spec: str, weights: Path | None, dataset: Dataset, say: Say) -> Teacher:
     assert weights is not None
     _, height, width, channels = dataset.train.images.shape
     source = user_source(spec, channels, (height, width))
     network = source.build()
-    load_weights(network, weights)
+    load_weights(network, weights, say)
     return Teacher(network.eval(), source, sha256(weights))
 
 
