@@ -44,6 +44,10 @@ _OF_THE_SYSTEM = {
 }
 
 
+SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+"""Of every command line: what click calls its context settings."""
+
+
 def run(command: click.Command, arguments: Sequence[str] | None = None) -> None:
     """Run a click command on `arguments`, by default those of the process.
 

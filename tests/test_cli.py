@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from faqd.benchmarks.cli import bench_command
 from faqd.command import ending_in_a_sentence, run
@@ -53,6 +54,12 @@ def commands() -> Iterator[tuple[str, click.Command]]:
         yield tool, command
         for name, below in command.commands.items() if isinstance(command, click.Group) else ():
             yield f"{tool} {name}", below
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_dash_h_is_help(tool: str) -> None:
+    result = CliRunner().invoke(TOOLS[tool], ["-h"])
+    assert result.exit_code == 0 and result.output.startswith("Usage:")
 
 
 def options(command: click.Command) -> list[click.Option]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from faqd.bundle import Bundle, load_bundle
-from faqd.command import emit_json, json_option, run, version_option
+from faqd.command import SETTINGS, emit_json, json_option, run, version_option
 from faqd.errors import UserError
 from faqd.files import written_beside
 
@@ -32,7 +32,7 @@ class BatchSizes(click.ParamType):  # type: ignore[type-arg,unused-ignore] # Gen
         return tuple(dict.fromkeys(int(part) for part in parts))
 
 
-@click.command()
+@click.command(context_settings=SETTINGS)
 @click.argument("bundles", metavar="BUNDLE...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
     "--batch",

@@ -7,13 +7,13 @@ from typing import Any
 
 import click
 
-from faqd.command import data_flags, data_values, emit_json, json_option, run, version_option
+from faqd.command import SETTINGS, data_flags, data_values, emit_json, json_option, run, version_option
 from faqd.errors import UserError
 
 _folder = click.Path(path_type=Path)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(context_settings=SETTINGS)
 @version_option
 def cli() -> None:
     """Lower a student to ONNX Q/DQ and a TensorRT INT8 engine, and prove that nothing was lost."""

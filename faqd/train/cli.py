@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from faqd.command import Finite, data_flags, data_values, emit_json, json_option, run, version_option
+from faqd.command import SETTINGS, Finite, data_flags, data_values, emit_json, json_option, run, version_option
 from faqd.errors import UserError
 
 if TYPE_CHECKING:
     from faqd.train.recipes import DistillRecipe
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(context_settings=SETTINGS)
 @version_option
 def cli() -> None:
     """Distil a float network into a quantized student, without labels."""
