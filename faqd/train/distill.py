@@ -70,13 +70,13 @@ def distill(
     teacher_graph = graph.capture(teacher.network, example)
     student = new_student(recipe, source, teacher, example)
     pairs = _chosen_taps(recipe, teacher_graph, student, taps)
-    begin(out, record)
     for line in tap_names(teacher_graph, student, pairs):
         say(f"affinity tap: {line}")
     if recipe.affinity != "none" and not pairs:
         say("no affinity: no feature map has one size in both networks; --tap TEACHER=STUDENT says what to compare.")
     student.network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     calibrate(student, _batches(train), "mse", batch_statistics=recipe.init == "scratch")
+    begin(out, record)
     write_tensors(out / TEACHER_WEIGHTS, teacher.network.state_dict())
     job = distill_job(recipe, student, teacher_graph, pairs, train, select, device)
     fit(job, out)
