@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import math
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,7 +57,7 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> None:
 
     0 done; 1 a gate, a verification or a build failed; 2 bad input or usage; 130 interrupted.
     """
-    with ending_in_a_sentence():
+    with ending_in_a_sentence(), _terminated_like_interrupted():
         # Without standalone mode click returns the code of an Exit instead of leaving with it.
         sys.exit(command.main(arguments, standalone_mode=False))
 
@@ -81,6 +83,19 @@ def ending_in_a_sentence() -> Iterator[None]:
             raise
         where = f" ({error.filename})" if error.filename else ""
         _fail(_OF_THE_SYSTEM[error.errno].format(where=where), 2)
+
+
+@contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM, what a batch system or a container sends, cleans up as Ctrl-C does; by default nothing would."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _fail(message: str, code: int) -> None:

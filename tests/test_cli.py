@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from faqd.benchmarks.cli import bench_command
 from faqd.command import ending_in_a_sentence, run
 from faqd.deploy.cli import cli as deploy_cli
 from faqd.errors import UserError
+from faqd.files import written_beside
 from faqd.train.cli import cli as train_cli
 from tests.toy_runs import faqd_train
 
@@ -132,6 +134,20 @@ def test_a_command_that_exits_hands_its_code_on() -> None:
     with pytest.raises(SystemExit) as end:
         run(fails, [])
     assert end.value.code == 1
+
+
+def test_a_terminated_command_leaves_nothing_half_written(tmp_path: Path) -> None:
+    @click.command()
+    def writes() -> None:
+        with written_beside(tmp_path / "file") as temporary:
+            temporary.write_text("half")
+            signal.raise_signal(signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as end:
+        run(writes, [])
+    assert end.value.code == 130 and not list(tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.parametrize("line", [["--help"], ["--version"], ["teacher", "-h"]])
