@@ -92,7 +92,11 @@ def load_bundle(folder: Path) -> Bundle:
     if not (folder / MANIFEST).is_file():
         raise UserError(f"{folder}: not a bundle (no {MANIFEST}). `faqd-deploy export RUN --out {folder}` makes one.")
     manifest = read_json(folder / MANIFEST)
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or not isinstance(manifest["files"], dict):
+    if (
+        not isinstance(manifest, dict)
+        or manifest.get("format") != FORMAT
+        or not isinstance(manifest.get("files"), dict)
+    ):
         raise UserError(f"{folder / MANIFEST}: not the manifest of a bundle; export the run again.")
     if manifest.get("version") != VERSION:
         raise UserError(

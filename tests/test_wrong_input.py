@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -248,7 +249,9 @@ def test_weights_that_are_none(user: User, tmp_path: Path) -> None:
     torch.save(torch.zeros(3), tmp_path / "tensor.pth")
     (tmp_path / "w.safetensors").write_bytes(b"no tensors")
     (tmp_path / "w.onnx").touch()
-    torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "script.pth"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # scripting is old, its files are still about
+        torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "script.pth"))
     state = torch.load(user.folder / "best.pth", weights_only=True)
     torch.save({key: value * torch.nan for key, value in state.items()}, tmp_path / "nan.pth")
     says("empty.pth", "no state dict", "epoch, optimizer")
@@ -276,6 +279,10 @@ def _edited(path: Path, **changes: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def _without(path: Path, key: str) -> None:
+    path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != key}))
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -290,6 +297,7 @@ def _edited(path: Path, **changes: object) -> None:
         (lambda run: (run / "run.json").unlink(), ["not a run folder (no run.json)"]),
         (lambda run: _edited(run / "run.json", version=2), ["version 2", "reads version 1"]),
         (lambda run: _edited(run / "run.json", format="x"), ["run.json: not the record of a run"]),
+        (lambda run: _without(run / "run.json", "data"), ["run.json: has no 'data'"]),
     ],
 )
 def test_a_run_that_is_damaged(runs: Path, damage: Callable[[Path], object], words: list[str], tmp_path: Path) -> None:
@@ -431,6 +439,7 @@ def bundle(tmp_path: Path) -> Path:
         (lambda b: _edited(b / "manifest.json", format="x"), ["manifest.json: not the manifest of a bundle"]),
         (lambda b: _edited(b / "manifest.json", files=["eval.npz"]), ["manifest.json: not the manifest of a bundle"]),
         (lambda b: _edited(b / "manifest.json", files={"../x": {}}), ["'../x' leaves the folder"]),
+        (lambda b: _without(b / "manifest.json", "files"), ["manifest.json: not the manifest of a bundle"]),
         (lambda b: _cut_short(b / "manifest.json"), ["manifest.json: not valid JSON"]),
         (lambda b: (b / "manifest.json").unlink(), ["not a bundle (no manifest.json)", "faqd-deploy export"]),
     ],

@@ -32,6 +32,7 @@ RECORD = "run.json"
 WEIGHTS = "weights.safetensors"
 TEACHER_WEIGHTS = "teacher.safetensors"
 METRICS = "metrics.jsonl"
+_NEEDED = ("version", "kind", "asked", "recipe", "data", "network", "preprocess")
 
 
 def is_done(folder: Path, record: dict[str, Any], resume: bool) -> bool:
@@ -113,6 +114,8 @@ def read_record(folder: Path) -> dict[str, Any]:
             f"{folder}: run version {record.get('version')}, this faqd reads version {VERSION}: install the faqd that "
             "made the run, or train again."
         )
+    if missing := [name for name in _NEEDED if name not in record]:
+        raise UserError(f"{folder / RECORD}: has no '{missing[0]}'; copy the whole folder again, or train again.")
     return record
 
 
