@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 from torch import Tensor, nn
 
-from faqd.deploy.engine import BuildOptions, engine_from_onnx
+from faqd.deploy.build_options import BuildOptions
+from faqd.deploy.engine import engine_from_onnx
 from faqd.deploy.export import OPSET, onnx_from_deployed, save
 from faqd.deploy.float16 import float16_from_float32
 from faqd.deploy.onnx_session import OnnxSession

@@ -151,23 +151,72 @@ def inspect(folder: Path, json_target: str | None) -> None:
 @click.argument("bundle_folder", metavar="BUNDLE", type=_folder)
 @click.option("--all", "build_all", is_flag=True, help="Also build the float student in FP16 and the teacher.")
 @click.option("--force", is_flag=True, help="Build although verify failed or is out of date.")
-@click.option("--min-batch", type=click.IntRange(1), default=1, show_default=True, help="Accept this batch and above.")
-@click.option("--opt-batch", type=click.IntRange(1), default=8, show_default=True, help="Tune for this batch.")
-@click.option("--max-batch", type=click.IntRange(1), default=64, show_default=True, help="Accept no larger batch.")
-@click.option("--opt-level", type=click.IntRange(0, 5), help="Set the builder's effort; TensorRT's default is 3.")
+@click.option("--min-shapes", metavar="SHAPES", help="Accept these and above, as in images:1x3x32x32,other:1x8.")
+@click.option("--opt-shapes", metavar="SHAPES", help="Tune for these.")
+@click.option("--max-shapes", metavar="SHAPES", help="Accept no larger; without shapes a free batch is 1 to 64.")
 @click.option(
     "--workspace", "workspace_mib", type=click.IntRange(1), metavar="MIB", help="Allow so much scratch memory."
 )
+@click.option("--opt-level", type=click.IntRange(0, 5), help="Set the builder's effort; TensorRT's default is 3.")
+@click.option("--timing-cache", type=_folder, metavar="FILE", help="Read kernel timings from FILE, and keep new ones.")
+@click.option("--frozen-timing-cache", is_flag=True, help="Only read them, and fail on one that is missing.")
+@click.option("--version-compatible", is_flag=True, help="Build an engine that newer TensorRT runs too.")
+@click.option(
+    "--hardware-compatibility",
+    type=click.Choice(["none", "ampere+", "same-compute-capability"]),
+    default="none",
+    show_default=True,
+    help="Build an engine that more GPUs run than this one.",
+)
+@click.option(
+    "--profiling-verbosity",
+    type=click.Choice(["layer_names_only", "detailed", "none"]),
+    default="detailed",
+    show_default=True,
+    help="Keep so much about its layers in the engine; only detailed tells their types.",
+)
 @json_option
-def build_engine(bundle_folder: Path, build_all: bool, force: bool, json_target: str | None, **options: Any) -> None:
+def build_engine(
+    bundle_folder: Path,
+    build_all: bool,
+    force: bool,
+    min_shapes: str | None,
+    opt_shapes: str | None,
+    max_shapes: str | None,
+    json_target: str | None,
+    **options: Any,
+) -> None:
     """Build the engine with the TensorRT or TensorRT-RTX installed here."""
     from faqd.bundle import load_bundle
-    from faqd.deploy.engine import BuildOptions, build_bundle
+    from faqd.deploy.build_options import BuildOptions, shapes_from_text
+    from faqd.deploy.bundle_engines import build_bundle
 
-    records = build_bundle(
-        load_bundle(bundle_folder), all=build_all, force=force, options=BuildOptions(**options), say=_say
+    chosen = BuildOptions(
+        min_shapes=shapes_from_text("--min-shapes", min_shapes),
+        opt_shapes=shapes_from_text("--opt-shapes", opt_shapes),
+        max_shapes=shapes_from_text("--max-shapes", max_shapes),
+        **options,
     )
+    records = build_bundle(load_bundle(bundle_folder), all=build_all, force=force, options=chosen, say=_say)
     emit_json(json_target, records)
+
+
+@cli.command()
+@click.argument("engine", required=False, type=_folder)
+@json_option
+def doctor(engine: Path | None, json_target: str | None) -> None:
+    """Say whether this machine can run ENGINE and what to do if not; without ENGINE, what this machine has.
+
+    Exit code 1 if it cannot, 2 if the engine has no record.
+    """
+    from faqd.deploy.doctor import examine, lines
+
+    findings = examine(engine)
+    if json_target is None:
+        click.echo("\n".join(lines(findings)))
+    emit_json(json_target, [finding.to_json() for finding in findings])
+    if failed := [finding.what for finding in findings if finding.status == "fails"]:
+        raise UserError(f"{engine or 'engines'}: cannot run here ({', '.join(failed)}).", exit_code=1)
 
 
 def _conclude(bundle: Any, json_target: str | None) -> None:

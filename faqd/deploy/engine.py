@@ -6,72 +6,48 @@ from stands in the record beside it, NAME.engine.json.
 
 from __future__ import annotations
 
+import hashlib
+import platform
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from faqd import __version__
-from faqd.bundle import FLOAT_STUDENT_FP16, STUDENT_TENSORRT, TEACHER, VERIFY, Bundle
 from faqd.deploy import cuda
+from faqd.deploy.build_options import (
+    BuildOptions,
+    Profile,
+    hardware_level,
+    profiles,
+    refuse_what_is_missing,
+    trtexec_line,
+)
+from faqd.deploy.build_progress import Say, interruptible, watched
 from faqd.deploy.kernels import Kernel, kernels_from_inspector, kernels_from_log, not_int8, products
-from faqd.deploy.record import FORMAT, VERSION, engine_name, record_path
-from faqd.deploy.trt import INSTALL, Messages, TensorRT, heard, installed
+from faqd.deploy.record import FORMAT, VERSION, record_path
+from faqd.deploy.trt import (
+    INSTALL,
+    Builder,
+    IBuilderConfig,
+    ILayer,
+    ILogger,
+    INetworkDefinition,
+    ITensor,
+    Messages,
+    ParserError,
+    Plan,
+    TensorRT,
+    heard,
+    installed,
+)
 from faqd.errors import UserError
-from faqd.files import read_json, sha256, write_json, written_beside
-
-Say = Callable[[str], None]
+from faqd.files import write_json, written_beside
 
 _PRODUCTS = ("CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY")
 _FLOAT_TYPES = {"HALF": "fp16", "BF16": "bf16"}
-
-
-@dataclass(frozen=True)
-class BuildOptions:
-    """What the builder is asked for. The batch sizes count where the network's batch is free.
-
-    opt_level: 0 to 5, effort of the search; workspace_mib: limit of scratch memory. None is the builder's default.
-    """
-
-    min_batch: int = 1
-    opt_batch: int = 8
-    max_batch: int = 64
-    opt_level: int | None = None
-    workspace_mib: int | None = None
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.min_batch <= self.opt_batch <= self.max_batch:
-            raise UserError(
-                f"batch sizes {self.min_batch}, {self.opt_batch}, {self.max_batch}: "
-                "give smallest, typical and largest in this order, at least 1."
-            )
-        if self.opt_level is not None and not 0 <= self.opt_level <= 5:
-            raise UserError(f"optimisation level {self.opt_level}: the builder knows 0 to 5.")
-        if self.workspace_mib is not None and self.workspace_mib < 1:
-            raise UserError(f"workspace of {self.workspace_mib} MiB: give at least 1.")
-
-
-def build_bundle(bundle: Bundle, *, all: bool, force: bool, options: BuildOptions, say: Say) -> list[dict[str, Any]]:
-    """Build the student's engine, with `all` the teacher's and the float student's in FP16 too; returns the records.
-
-    force: build although verify.json says failed or speaks of other files. UserError (exit code 1) otherwise.
-    """
-    if not bundle.has(STUDENT_TENSORRT):
-        raise UserError(
-            f"{bundle.folder}: no {STUDENT_TENSORRT} in this bundle. Its student was trained with "
-            "--target onnxruntime, whose 8-bit activations do not fit TensorRT's INT8; "
-            "train with --target tensorrt to get an engine."
-        )
-    names = [STUDENT_TENSORRT, *(name for name in (FLOAT_STUDENT_FP16, TEACHER) if all and bundle.has(name))]
-    verify = _checked_verify(bundle, names, force, say)
-    records = []
-    for name in names:
-        source = bundle.path(name)
-        expected = _expected_int8(bundle) if name == STUDENT_TENSORRT else None
-        engine = source.with_name(engine_name(name))
-        records.append(engine_from_onnx(source, engine, options, say, verify=verify, expected_int8=expected))
-    return records
 
 
 def engine_from_onnx(
@@ -80,17 +56,18 @@ def engine_from_onnx(
     options: BuildOptions,
     say: Say,
     *,
-    verify: Path | None = None,
+    sha256: str | None = None,
+    verify: dict[str, Any] | None = None,
     expected_int8: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Build `engine` and its record, both whole or absent; returns the record.
 
-    verify: the verify.json that speaks of the ONNX file, bound to the record by its SHA-256. expected_int8: the layers
-    that should run in INT8; fewer of them is said with names. UserError with exit code 1 where the build fails.
+    sha256: what the ONNX file must be. verify: what the record says of the proof of that file. expected_int8: the
+    layers that should run in INT8; fewer of them is said with names. UserError with exit code 1 where the build fails.
     """
-    if not onnx.is_file():
-        raise UserError(f"{onnx}: no such file.")
+    content = _content(onnx, sha256)
     trt = installed()
+    refuse_what_is_missing(trt, options)
     say(f"{engine.name}: building with {trt} from {onnx.name}")
     device, no_device = cuda.device_or_none()
     started = time.perf_counter()
@@ -98,25 +75,30 @@ def engine_from_onnx(
         builder = _builder(trt, log, messages)
         config = builder.create_builder_config()
         network = builder.create_network(_network_flags(trt))
-        _parse(trt, onnx, network, log, messages)
-        _configure(trt, builder, network, config, options, onnx)
-        plan = builder.build_serialized_network(network, config)
-        if plan is None:
-            raise UserError(f"{onnx}: {trt} built no engine: {messages.why()}", exit_code=1)
-        kernels, read_from = _kernels(trt, plan, log, messages, on_gpu=device is not None)
+        _parse(trt, onnx, content, network, log, messages)
+        shapes = profiles(_input_shapes(network), options, onnx)
+        _configure(trt, builder, network, config, options, shapes)
+        line = trtexec_line(trt, onnx, engine, options, shapes, _is_quantized(network))
+        say(f"{engine.name}: the same with NVIDIA's tool: {line}")
+        with _timing_cache(trt, config, options), watched(engine.name, say) as watch:
+            plan = interruptible(trt, config, watch, lambda: builder.build_serialized_network(network, config))
+            if plan is None:
+                raise UserError(f"{onnx}: {trt} built no engine: {messages.why()}", exit_code=1)
+        kernels, read_from = _kernels(trt, plan, log, messages, options, on_gpu=device is not None)
     seconds = time.perf_counter() - started
-    with written_beside(engine) as temporary:
-        temporary.write_bytes(plan)
     record = {
         "format": FORMAT,
         "version": VERSION,
         "faqd": __version__,
-        "engine": {"file": engine.name, "sha256": sha256(engine), "bytes": engine.stat().st_size},
-        "onnx": {"file": onnx.name, "sha256": sha256(onnx)},
+        "engine": {"file": engine.name, "sha256": hashlib.sha256(plan).hexdigest(), "bytes": plan.nbytes},
+        "onnx": {"file": onnx.name, "sha256": hashlib.sha256(content).hexdigest()},
         "builder": {"name": trt.name, "version": trt.version},
+        "platform": {"system": platform.system(), "architecture": platform.machine()},
         "typing": "strong" if trt.strongly_typed else "weak",
         "float_type": _float_type(trt, network),
-        "options": asdict(options),
+        "options": options.to_json(),
+        "shapes": {name: profile.to_json() for name, profile in shapes.items()},
+        "trtexec": line,
         "gpu": None if device is None else asdict(device),
         "no_gpu_because": no_device or None,
         "inputs": [_tensor(network.get_input(i)) for i in range(network.num_inputs)],
@@ -126,15 +108,28 @@ def engine_from_onnx(
         "layers_read_from": read_from,
         "not_int8": not_int8(kernels),
         "warnings": messages.warnings,
-        "verify": None if verify is None else {"file": verify.name, "sha256": sha256(verify)},
+        "verify": verify,
         "build_s": round(seconds, 3),
     }
-    write_json(record_path(engine), record)
+    # The record is put in place first: an engine beside another engine's record is never loaded.
+    with written_beside(engine) as temporary, written_beside(record_path(engine)) as temporary_record:
+        temporary.write_bytes(plan)
+        write_json(temporary_record, record)
     _report(record, say)
     return record
 
 
-def _builder(trt: TensorRT, log: Any, messages: Messages) -> Any:
+def _content(onnx: Path, sha256: str | None) -> bytes:
+    """The bytes that are parsed: what the record says of the ONNX file is said of these."""
+    if not onnx.is_file():
+        raise UserError(f"{onnx}: no such file.")
+    content = onnx.read_bytes()
+    if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+        raise UserError(f"{onnx}: changed since the bundle was read (SHA-256 differs); export the run again.")
+    return content
+
+
+def _builder(trt: TensorRT, log: ILogger, messages: Messages) -> Builder:
     try:
         return trt.module.Builder(log)
     except (TypeError, RuntimeError) as error:
@@ -149,19 +144,25 @@ def _network_flags(trt: TensorRT) -> int:
     return 1 << int(trt.module.NetworkDefinitionCreationFlag.STRONGLY_TYPED) if trt.strongly_typed else 0
 
 
-def _allow_small_types(trt: TensorRT, network: Any, config: Any) -> None:
+def _allow_small_types(trt: TensorRT, network: INetworkDefinition, config: IBuilderConfig) -> None:
     """Before 10.12 the types are the builder's choice: without these flags it ignores Q/DQ and FP16."""
     if trt.strongly_typed:
         return
     flags = trt.module.BuilderFlag
     config.set_flag(flags.FP16)
-    if any(layer.type.name == "QUANTIZE" for layer in _layers(network)):
+    if _is_quantized(network):
         config.set_flag(flags.INT8)
 
 
-def _parse(trt: TensorRT, onnx: Path, network: Any, log: Any, messages: Messages) -> None:
+def _is_quantized(network: INetworkDefinition) -> bool:
+    return any(layer.type.name == "QUANTIZE" for layer in _layers(network))
+
+
+def _parse(
+    trt: TensorRT, onnx: Path, content: bytes, network: INetworkDefinition, log: ILogger, messages: Messages
+) -> None:
     parser = trt.module.OnnxParser(network, log)
-    read = parser.parse_from_file(str(onnx))
+    read = parser.parse(content)
     if parser.num_errors:
         raise UserError(f"{onnx}: {trt} refuses it: {_parser_error(parser.get_error(0))}", exit_code=1)
     # Bytes that are no ONNX at all can count as a network without nodes.
@@ -172,44 +173,69 @@ def _parse(trt: TensorRT, onnx: Path, network: Any, log: Any, messages: Messages
         )
 
 
-def _parser_error(error: Any) -> str:
+def _parser_error(error: ParserError) -> str:
     text = " ".join(str(error.desc()).split())
     if not error.node_operator():
         return f"{text} The file is damaged or cut short; export it again."
     return f"node {error.node_name() or '(without a name)'} ({error.node_operator()}): {text}"
 
 
-def _configure(trt: TensorRT, builder: Any, network: Any, config: Any, options: BuildOptions, onnx: Path) -> None:
-    config.profiling_verbosity = trt.module.ProfilingVerbosity.DETAILED  # The types per kernel are read back.
+def _configure(
+    trt: TensorRT,
+    builder: Builder,
+    network: INetworkDefinition,
+    config: IBuilderConfig,
+    options: BuildOptions,
+    shapes: dict[str, Profile],
+) -> None:
+    config.profiling_verbosity = getattr(trt.module.ProfilingVerbosity, options.profiling_verbosity.upper())
     _allow_small_types(trt, network, config)
     if options.opt_level is not None:
         config.builder_optimization_level = options.opt_level
     if options.workspace_mib is not None:
         config.set_memory_pool_limit(trt.module.MemoryPoolType.WORKSPACE, options.workspace_mib << 20)
-    profile = builder.create_optimization_profile()
-    free = False
-    for index in range(network.num_inputs):
-        tensor = network.get_input(index)
-        shape = tuple(tensor.shape)
-        if -1 in shape[1:]:
-            raise UserError(
-                f"{onnx}: input {tensor.name} has the free axes {list(shape)}; only the batch, the first, may be free: "
-                "export it with a fixed image size."
-            )
-        if shape[:1] == (-1,):
-            free = True
-            sizes = (options.min_batch, options.opt_batch, options.max_batch)
-            profile.set_shape(tensor.name, *((size, *shape[1:]) for size in sizes))
-    if free:
+    if options.version_compatible:
+        config.set_flag(trt.module.BuilderFlag.VERSION_COMPATIBLE)
+    level = hardware_level(trt, options)
+    if level is not None:
+        config.hardware_compatibility_level = level
+    if shapes:
+        profile = builder.create_optimization_profile()
+        for name, found in shapes.items():
+            profile.set_shape(name, found.low, found.opt, found.high)
         config.add_optimization_profile(profile)
 
 
+@contextmanager
+def _timing_cache(trt: TensorRT, config: IBuilderConfig, options: BuildOptions) -> Iterator[None]:
+    """Give the build the timing cache of the options, and write it back after a build that ended well."""
+    path = options.timing_cache
+    if path is None:
+        yield
+        return
+    if options.frozen_timing_cache and not path.is_file():
+        raise UserError(f"{path}: no such file, and a frozen timing cache is only read. Build once without freezing.")
+    cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+    if cache is None or not config.set_timing_cache(cache, False):
+        raise UserError(
+            f"{path}: {trt} does not take this timing cache: it is damaged, or from another version or GPU. "
+            "Name another file."
+        )
+    if options.frozen_timing_cache:
+        config.set_flag(trt.module.BuilderFlag.ERROR_ON_TIMING_CACHE_MISS)
+    yield
+    if not options.frozen_timing_cache:
+        with written_beside(path) as temporary:
+            temporary.write_bytes(config.get_timing_cache().serialize())
+
+
 def _kernels(
-    trt: TensorRT, plan: Any, log: Any, messages: Messages, *, on_gpu: bool
+    trt: TensorRT, plan: Plan, log: ILogger, messages: Messages, options: BuildOptions, *, on_gpu: bool
 ) -> tuple[list[Kernel], str | None]:
     """The kernels and where they were read: from the engine where a GPU can load it, else from the build log."""
     if on_gpu:
         runtime = trt.module.Runtime(log)
+        runtime.engine_host_code_allowed = options.version_compatible  # It was built just now, by us.
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is not None:
             inspector = engine.create_engine_inspector()
@@ -221,7 +247,7 @@ def _kernels(
     return kernels, "build log" if kernels else None
 
 
-def _int8(network: Any, kernels: list[Kernel], expected: Sequence[str] | None) -> dict[str, Any]:
+def _int8(network: INetworkDefinition, kernels: list[Kernel], expected: Sequence[str] | None) -> dict[str, Any]:
     """What became of each convolution and matrix product of the network. `expected` and `missing` are null where
     nobody said which should be INT8."""
     nodes = [(layer.name, layer.type.name.lower()) for layer in _layers(network) if layer.type.name in _PRODUCTS]
@@ -247,10 +273,13 @@ def _missing(expected: Sequence[str], found: list[dict[str, Any]]) -> list[str]:
 
 def _report(record: dict[str, Any], say: Say) -> None:
     name, int8 = record["engine"]["file"], record["int8"]
+    cure = (
+        "" if record["options"]["profiling_verbosity"] == "detailed" else " Build with --profiling-verbosity detailed."
+    )
     for warning in record["warnings"]:
         say(f"{name}: warning: {warning}")
     if record["layers_read_from"] is None:
-        say(f"{name}: warning: the builder names no types, so it is not known which layers run in INT8.")
+        say(f"{name}: warning: the builder names no types, so it is not known which layers run in INT8.{cure}")
         return
     if int8["missing"]:
         say(
@@ -263,7 +292,7 @@ def _report(record: dict[str, Any], say: Say) -> None:
     )
 
 
-def _float_type(trt: TensorRT, network: Any) -> str:
+def _float_type(trt: TensorRT, network: INetworkDefinition) -> str:
     """The type of what is not quantized: the smallest float type that any layer puts out."""
     if not trt.strongly_typed:
         return "fp16 or fp32"  # The builder chooses per layer.
@@ -276,43 +305,14 @@ def _float_type(trt: TensorRT, network: Any) -> str:
     return next((word for name, word in _FLOAT_TYPES.items() if name in types), "fp32")
 
 
-def _layers(network: Any) -> list[Any]:
+def _layers(network: INetworkDefinition) -> list[ILayer]:
     return [network.get_layer(index) for index in range(network.num_layers)]
 
 
-def _tensor(tensor: Any) -> dict[str, Any]:
+def _input_shapes(network: INetworkDefinition) -> dict[str, tuple[int, ...]]:
+    tensors = (network.get_input(index) for index in range(network.num_inputs))
+    return {tensor.name: tuple(tensor.shape) for tensor in tensors}
+
+
+def _tensor(tensor: ITensor) -> dict[str, Any]:
     return {"name": tensor.name, "shape": list(tensor.shape), "dtype": tensor.dtype.name.lower()}
-
-
-def _expected_int8(bundle: Bundle) -> list[str] | None:
-    layers = bundle.manifest.get("layers")
-    known = [layer for layer in layers or [] if isinstance(layer, dict) and "runs_int8" in layer]
-    return [str(layer.get("name")) for layer in known if layer["runs_int8"]] if known else None
-
-
-def _checked_verify(bundle: Bundle, names: list[str], force: bool, say: Say) -> Path | None:
-    path = bundle.folder / VERIFY
-    if not path.is_file():
-        say(f"warning: no {VERIFY} in {bundle.folder}; `faqd-deploy verify {bundle.folder}` proves the files first.")
-        return None
-    complaint = _complaint(path, bundle, names)
-    if complaint is None:
-        return path
-    if not force:
-        raise UserError(f"{path}: {complaint} No engine is built from it without --force.", exit_code=1)
-    say(f"warning: {path}: {complaint} Building all the same (--force).")
-    return path
-
-
-def _complaint(path: Path, bundle: Bundle, names: list[str]) -> str | None:
-    verify = read_json(path)
-    hashes = verify.get("onnx_sha256") if isinstance(verify, dict) else None
-    if not isinstance(hashes, dict):
-        return f"not the result of a verification; run `faqd-deploy verify {bundle.folder}`."
-    if verify.get("passed") is not True:
-        return "the verification failed: export the run again, or see its report."
-    stale = [name for name in names if name in hashes and hashes[name] != sha256(bundle.folder / name)]
-    if stale or STUDENT_TENSORRT not in hashes:
-        which = ", ".join(stale) or STUDENT_TENSORRT
-        return f"it speaks of another {which} than the one here; run `faqd-deploy verify {bundle.folder}`."
-    return None

@@ -8,11 +8,14 @@ import importlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from faqd.errors import UserError
 
-NAMES: tuple[Literal["tensorrt", "tensorrt_rtx"], ...] = ("tensorrt", "tensorrt_rtx")
+Name = Literal["tensorrt", "tensorrt_rtx"]
+NAMES: tuple[Name, ...] = ("tensorrt", "tensorrt_rtx")
+
+TITLES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 
 INSTALL = (
     "On a Jetson TensorRT comes with JetPack (use a virtual environment with system site packages); on x86 with an "
@@ -20,11 +23,25 @@ INSTALL = (
 )
 
 
+# The bindings carry no types. These say to the reader, and to the test that holds every name we use against each
+# version's, of which class a value is.
+Builder: TypeAlias = Any
+IBuilderConfig: TypeAlias = Any
+ICudaEngine: TypeAlias = Any
+ILayer: TypeAlias = Any
+ILogger: TypeAlias = Any
+INetworkDefinition: TypeAlias = Any
+ITensor: TypeAlias = Any
+ParserError: TypeAlias = Any
+Plan: TypeAlias = Any
+"""IHostMemory: an engine's bytes before they are a file."""
+
+
 @dataclass(frozen=True)
 class TensorRT:
     """An imported TensorRT: `module` is what `import tensorrt` gives."""
 
-    name: Literal["tensorrt", "tensorrt_rtx"]
+    name: Name
     module: Any
 
     @property
@@ -50,24 +67,32 @@ class TensorRT:
         return self.is_rtx or self.release >= (10, 12)
 
     def __str__(self) -> str:
-        return f"{'TensorRT-RTX' if self.is_rtx else 'TensorRT'} {self.version}"
+        return f"{TITLES[self.name]} {self.version}"
 
 
 def release(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
 
 
+def installed(name: str | None = None) -> TensorRT:
+    """The TensorRT of this machine, or the one called `name` if it is here; UserError that says what to install where
+    there is none."""
+    found = {one: flavour(one) for one in NAMES}
+    usable = [trt for trt in found.values() if isinstance(trt, TensorRT)]
+    if not usable:
+        reasons = "; ".join(f"{one}: {reason}" for one, reason in found.items())
+        raise UserError(f"this needs TensorRT, which cannot be imported ({reasons}). {INSTALL}")
+    return next((trt for trt in usable if trt.name == name), usable[0])
+
+
 @functools.cache
-def installed() -> TensorRT:
-    """The TensorRT of this machine; UserError that says what to install where there is none."""
-    reasons = []
-    for name in NAMES:
-        try:
-            return TensorRT(name, importlib.import_module(name))
-        except (ImportError, OSError) as error:
-            # The bindings without their libraries fail so as well, with the library's name in the text.
-            reasons.append(f"{name}: {_first_line(error)}")
-    raise UserError(f"this needs TensorRT, which cannot be imported ({'; '.join(reasons)}). {INSTALL}")
+def flavour(name: Name) -> TensorRT | str:
+    """The TensorRT that is imported by this name, or why it cannot be."""
+    try:
+        return TensorRT(name, importlib.import_module(name))
+    except (ImportError, OSError) as error:
+        # The bindings without their libraries fail so as well, with the library's name in the text.
+        return _first_line(error)
 
 
 @dataclass
@@ -84,7 +109,7 @@ class Messages:
 
 
 @contextlib.contextmanager
-def heard(trt: TensorRT) -> Iterator[tuple[Any, Messages]]:
+def heard(trt: TensorRT) -> Iterator[tuple[ILogger, Messages]]:
     """TensorRT's logger, which prints nothing, and what it is told within the block."""
     messages = Messages()
     _listeners.append(messages)
@@ -98,7 +123,7 @@ _listeners: list[Messages] = []
 
 
 @functools.cache
-def _logger(trt: TensorRT) -> Any:
+def _logger(trt: TensorRT) -> ILogger:
     """One for the process: TensorRT keeps to the first logger as long as anything made with it lives, and tells a
     second one nothing."""
     base: Any = trt.module.ILogger

@@ -10,6 +10,7 @@ the bindings state in their docstrings are there as soon as the import succeeds.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import re
@@ -38,11 +39,9 @@ def main() -> None:
     for version in BINDINGS:
         with tempfile.TemporaryDirectory() as folder:
             tables[".".join(version.split(".")[:2])] = names_of(bindings(version, Path(folder)))
-        print(f"TensorRT {version}: {len(tables['.'.join(version.split('.')[:2])])} names", file=sys.stderr)
-    import tensorrt_rtx
-
-    tables["rtx-" + ".".join(tensorrt_rtx.__version__.split(".")[:2])] = names_in(tensorrt_rtx)
-    versions = [*BINDINGS, f"TensorRT-RTX {tensorrt_rtx.__version__}"]
+    rtx = importlib.import_module("tensorrt_rtx")
+    tables["rtx-" + ".".join(rtx.__version__.split(".")[:2])] = names_in(rtx)
+    versions = [*BINDINGS, f"TensorRT-RTX {rtx.__version__}"]
     NAMES.write_text(listing(tables, versions), encoding="utf-8")
 
 
@@ -61,7 +60,9 @@ def bindings(version: str, folder: Path) -> Path:
     symbols = re.findall(r" U (create\w+_INTERNAL|get\w*(?:Plugin|NvOnnx)\w+|init\w+)$", undefined, re.MULTILINE)
     stand_in.write_text("".join(f"void *{symbol}(void) {{ return 0; }}\n" for symbol in symbols))
     for library in re.findall(r"\[(libnv\w+\.so\.\d+)\]", dynamic):
-        subprocess.run(["gcc", "-shared", "-fPIC", f"-Wl,-soname,{library}", "-o", folder / library, stand_in], check=True)
+        subprocess.run(
+            ["gcc", "-shared", "-fPIC", f"-Wl,-soname,{library}", "-o", folder / library, stand_in], check=True
+        )
     return folder
 
 
@@ -96,7 +97,8 @@ def members(of: type) -> Names:
             value = inspect.getattr_static(of, name)
             text = getattr(getattr(value, "fget", None) or getattr(of, name), "__doc__", None) or ""
             returned = re.search(r"-> (?:List\[|Optional\[|list\[)?[\w.]*?(\w+)\]?(?: \| None)?$", text, re.MULTILINE)
-            found[name] = of.__name__ if isinstance(value, of) else returned[1] if returned else ""
+            constant = type(value).__module__.startswith("tensorrt")
+            found[name] = type(value).__name__ if constant else returned[1] if returned else ""
     return found
 
 

@@ -12,7 +12,8 @@ import pytest
 from numpy.typing import NDArray
 
 from faqd.deploy import cuda
-from faqd.deploy.engine import BuildOptions, engine_from_onnx
+from faqd.deploy.build_options import BuildOptions
+from faqd.deploy.engine import engine_from_onnx
 from faqd.deploy.runtime import load_engine
 from faqd.errors import UserError
 
@@ -28,7 +29,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(DEVICE is None, reason=f"no GP
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("engine")
     path = folder / "net.engine"
-    engine_from_onnx(written(residual_network(), folder / "net.onnx"), path, BuildOptions(max_batch=16), print)
+    engine_from_onnx(
+        written(residual_network(), folder / "net.onnx"), path, BuildOptions(max_shapes={"images": (16, *SHAPE)}), print
+    )
     yield path
 
 

@@ -1,0 +1,78 @@
+"""The engines of a bundle: which of its files are built, and only after its proof."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from faqd.bundle import FLOAT_STUDENT_FP16, STUDENT_TENSORRT, TEACHER, VERIFY, Bundle
+from faqd.deploy.build_options import BuildOptions
+from faqd.deploy.build_progress import Say
+from faqd.deploy.engine import engine_from_onnx
+from faqd.deploy.record import engine_name
+from faqd.errors import UserError
+from faqd.files import read_json, sha256
+
+
+def build_bundle(bundle: Bundle, *, all: bool, force: bool, options: BuildOptions, say: Say) -> list[dict[str, Any]]:
+    """Build the student's engine, with `all` the teacher's and the float student's in FP16 too; returns the records.
+
+    force: build although verify.json says failed or speaks of other files. UserError (exit code 1) otherwise.
+    """
+    if not bundle.has(STUDENT_TENSORRT):
+        raise UserError(
+            f"{bundle.folder}: no {STUDENT_TENSORRT} in this bundle. Its student was trained with "
+            "--target onnxruntime, whose 8-bit activations do not fit TensorRT's INT8; "
+            "train with --target tensorrt to get an engine."
+        )
+    names = [STUDENT_TENSORRT, *(name for name in (FLOAT_STUDENT_FP16, TEACHER) if all and bundle.has(name))]
+    verify = _verified(bundle, names, force, say)
+    records = []
+    for name in names:
+        source = bundle.path(name)
+        records.append(
+            engine_from_onnx(
+                source,
+                source.with_name(engine_name(name)),
+                options,
+                say,
+                sha256=bundle.manifest["files"][name]["sha256"],
+                verify=verify,
+                expected_int8=_expected_int8(bundle) if name == STUDENT_TENSORRT else None,
+            )
+        )
+    return records
+
+
+def _expected_int8(bundle: Bundle) -> list[str] | None:
+    layers = bundle.manifest.get("layers")
+    known = [layer for layer in layers or [] if isinstance(layer, dict) and "runs_int8" in layer]
+    return [str(layer.get("name")) for layer in known if layer["runs_int8"]] if known else None
+
+
+def _verified(bundle: Bundle, names: list[str], force: bool, say: Say) -> dict[str, Any] | None:
+    """What the records say of verify.json: None where there is none, `complaint` where --force built all the same."""
+    path = bundle.folder / VERIFY
+    if not path.is_file():
+        say(f"warning: no {VERIFY} in {bundle.folder}; `faqd-deploy verify {bundle.folder}` proves the files first.")
+        return None
+    complaint = _complaint(bundle, names)
+    if complaint is not None:
+        if not force:
+            raise UserError(f"{path}: {complaint} No engine is built from it without --force.", exit_code=1)
+        say(f"warning: {path}: {complaint} Building all the same (--force).")
+    return {"file": VERIFY, "sha256": sha256(path), "passed": complaint is None, "complaint": complaint}
+
+
+def _complaint(bundle: Bundle, names: list[str]) -> str | None:
+    verify = read_json(bundle.folder / VERIFY)
+    hashes = verify.get("onnx_sha256") if isinstance(verify, dict) else None
+    if not isinstance(hashes, dict):
+        return f"not the result of a verification; run `faqd-deploy verify {bundle.folder}`."
+    if verify.get("passed") is not True:
+        return "the verification failed: export the run again, or see its report."
+    files = bundle.manifest["files"]
+    stale = [name for name in names if name in hashes and hashes[name] != files[name]["sha256"]]
+    if stale or STUDENT_TENSORRT not in hashes:
+        which = ", ".join(stale) or STUDENT_TENSORRT
+        return f"it speaks of another {which} than the one here; run `faqd-deploy verify {bundle.folder}`."
+    return None
