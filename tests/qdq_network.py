@@ -42,10 +42,11 @@ class Graph:
         return model
 
 
-def residual_network(without_qdq: str = "", zero: np.generic = ZERO) -> onnx.ModelProto:
+def residual_network(without_qdq: str = "", zero: np.generic = ZERO, further_blocks: int = 0) -> onnx.ModelProto:
     """Stem, a residual block with identity, one with a downsample, pooling, classifier: six layers, all INT8.
 
-    without_qdq: the layer whose input stays float. zero: the zero point of the activations.
+    without_qdq: the layer whose input stays float. zero: the zero point of the activations. further_blocks: so many
+    more of the first kind, two layers each.
     """
     graph = Graph()
 
@@ -81,6 +82,10 @@ def residual_network(without_qdq: str = "", zero: np.generic = ZERO) -> onnx.Mod
         branch = activation(branch, "conv1.out")
     # Only the shortcut of a residual sum is quantized, so that conv, sum, clip and Q make one kernel.
     x = activation(graph.add("Add", [conv(branch, (32, 32, 3), "conv2"), x], "sum1"), "sum1.out")
+    for block in range(further_blocks):
+        name = f"further{block}"
+        branch = conv(activation(conv(x, (32, 32, 3), f"{name}.a"), f"{name}.a.out"), (32, 32, 3), f"{name}.b")
+        x = activation(graph.add("Add", [branch, x], f"{name}.sum"), f"{name}.out")
     shortcut = quantized(conv(x, (64, 32, 1), "down", stride=2), 0.05, "down.out")
     x = activation(graph.add("Add", [conv(x, (64, 32, 3), "conv3", stride=2), shortcut], "sum2"), "sum2.out")
     x = quantized(graph.add("GlobalAveragePool", [x], "pool"), 0.01, "pool.out")

@@ -68,7 +68,7 @@ MEMBERS = {name.partition(".")[2] for name in API.have if "." in name}
 class Reader(ast.NodeVisitor):
     """Walks a module in order and notes `used`, the names of TensorRT in it, and `unclear`, what it could not place.
 
-    A value's kind is a class's name, `class X` for the class itself, `list X`, `module`, or None where unknown.
+    A value's kind is a class's name, `class X` for the class itself, `list X`, `module`, `ours`, or None where unknown.
     """
 
     def __init__(self, returned: dict[str, ast.expr | None]) -> None:
@@ -82,7 +82,7 @@ class Reader(ast.NodeVisitor):
     def kind(self, node: ast.expr | None) -> str | None:
         match node:
             case ast.Name():
-                return self.kinds.get(node.id)
+                return "ours" if node.id == "self" else self.kinds.get(node.id)
             case ast.Attribute():
                 return self._attribute(node)
             case ast.Call():
@@ -99,7 +99,7 @@ class Reader(ast.NodeVisitor):
             return "module" if node.attr == "module" else None
         if owner == "module":
             return f"class {node.attr}" if node.attr in CLASSES else None
-        if owner is None or owner.startswith("list "):
+        if owner is None or owner == "ours" or owner.startswith("list "):
             return None
         return API.held.get(f"{owner.removeprefix('class ')}.{node.attr}") or None
 
@@ -116,7 +116,7 @@ class Reader(ast.NodeVisitor):
         if owner == "module":
             if node.attr != "__version__":
                 self.used.add(node.attr)
-        elif owner is not None and owner != "TensorRT" and not owner.startswith("list ") and node.attr != "__init__":
+        elif owner is not None and not owner.startswith(("TensorRT", "ours", "list ")) and node.attr != "__init__":
             self.used.add(f"{owner.removeprefix('class ')}.{node.attr}")
         elif owner is None and "_" in node.attr.strip("_") and node.attr in MEMBERS:
             self.unclear.add(ast.unparse(node))
@@ -198,7 +198,7 @@ def annotated(annotation: ast.expr | None) -> str | None:
     match annotation:
         case ast.Name():
             name = OUR_WORDS.get(annotation.id, annotation.id)
-            return name if name in CLASSES or name == "TensorRT" else None
+            return name if name in CLASSES or name == "TensorRT" else None if name == "Any" else "ours"
         case ast.Subscript(value=ast.Name(id="list"), slice=ast.Name() as inner):
             return f"list {held}" if (held := annotated(inner)) else None
     return None

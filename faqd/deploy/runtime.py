@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from faqd.deploy.cuda import open_cuda
 from faqd.deploy.cuda_interface import Cuda
 from faqd.deploy.record import check_gpu, check_version, rebuild, record_of
-from faqd.deploy.trt import TensorRT, heard, installed
+from faqd.deploy.trt import ICudaEngine, TensorRT, heard, installed
 from faqd.errors import UserError
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -65,7 +65,7 @@ def load_engine(path: Path, *, trust: bool = False, backend: str | None = None, 
         raise UserError(f"{path}: no such file. {rebuild(path)}")
     plan = path.read_bytes()
     record = record_of(path, plan, trust)
-    trt = installed()
+    trt = installed((record.get("builder") or {}).get("name"))
     check_version(path, record, trt)
     with contextlib.ExitStack() as stack:
         cuda = open_cuda(backend)
@@ -88,6 +88,8 @@ class Engine:
             self._trt = trt
             with heard(trt) as (log, messages):
                 self._runtime = trt.module.Runtime(log)
+                # A version-compatible engine brings host code. What is here is what its record says, or was trusted.
+                self._runtime.engine_host_code_allowed = True
                 self._engine = self._runtime.deserialize_cuda_engine(plan)
                 if self._engine is None:
                     raise UserError(f"{path}: {trt} does not load it: {messages.why()}. {rebuild(path)}", exit_code=1)
@@ -277,7 +279,7 @@ def _buffer(cuda: Cuda, shape: tuple[int, ...], dtype: np.dtype[Any], stack: con
 Tensors = dict[str, tuple[tuple[int, ...], "np.dtype[Any]"]]
 
 
-def _tensors(trt: TensorRT, engine: Any) -> tuple[Tensors, Tensors]:
+def _tensors(trt: TensorRT, engine: ICudaEngine) -> tuple[Tensors, Tensors]:
     inputs: Tensors = {}
     outputs: Tensors = {}
     for index in range(engine.num_io_tensors):
