@@ -42,7 +42,11 @@ FLAGS = {
     ),
     "faqd-deploy verify": "--json",
     "faqd-deploy inspect": "--json",
-    "faqd-deploy build-engine": ("--all --force --min-batch --opt-batch --max-batch --opt-level --workspace --json"),
+    "faqd-deploy build-engine": (
+        "--all --force --min-shapes --opt-shapes --max-shapes --workspace --opt-level --timing-cache "
+        "--frozen-timing-cache --version-compatible --hardware-compatibility --profiling-verbosity --json"
+    ),
+    "faqd-deploy doctor": "--json",
     "faqd-bench": (
         "--batch --threads --duration --rounds --backend --skip-latency --report --min-accuracy-ratio --min-agreement "
         "--json --version"

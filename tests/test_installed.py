@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.resources
+import json
 import subprocess
 import sys
 import sysconfig
@@ -21,7 +23,20 @@ ONNX = ("onnx", "onnx_ir", "onnxruntime", "onnxscript")
 DEVICE = ("cuda", "pycuda", "tensorrt", "tensorrt_rtx")
 
 # On a board: an engine is built, loaded, run and benched with these.
-ON_A_BOARD = ("cli", "cuda", "cuda_interface", "engine", "kernels", "record", "runtime", "trt")
+ON_A_BOARD = (
+    "build_options",
+    "build_progress",
+    "bundle_engines",
+    "cli",
+    "cuda",
+    "cuda_interface",
+    "doctor",
+    "engine",
+    "kernels",
+    "record",
+    "runtime",
+    "trt",
+)
 
 TOOLS: dict[str, click.Command] = {"faqd-train": train_cli, "faqd-deploy": deploy_cli, "faqd-bench": bench_command}
 LINES = [
@@ -121,6 +136,30 @@ def test_a_bundle_is_read_and_a_changed_one_refused(tmp_path: Path) -> None:
     result = python(code, without=TRAINING + ONNX + DEVICE)
     assert result.returncode == 2
     assert "teacher.onnx: changed since the bundle was written" in result.stderr
+
+
+@pytest.mark.parametrize("without", [TRAINING + ONNX, TRAINING + ONNX + DEVICE], ids=["device extra", "base"])
+def test_the_doctor_works_without_anything(without: tuple[str, ...], tmp_path: Path) -> None:
+    code = "from faqd.deploy.cli import main; sys.argv[1:] = {!r}; main()"
+    result = python(code.format(["doctor"]), without=without)
+    assert result.returncode in (0, 1), result.stderr
+    assert "run engines" in result.stdout and "Traceback" not in result.stderr
+    engine = tmp_path / "net.engine"
+    engine.write_bytes(b"plan")
+    record = {
+        "format": "faqd-engine",
+        "version": 1,
+        "engine": {"sha256": hashlib.sha256(b"plan").hexdigest()},
+        "builder": {"name": "tensorrt", "version": "8.5.0"},
+    }
+    engine.with_name("net.engine.json").write_text(json.dumps(record))
+    result = python(code.format(["doctor", str(engine)]), without=without)
+    assert result.returncode == 1, result.stderr
+    assert "8.5.0" in result.stdout and "error: " in result.stderr
+
+
+def test_a_board_gets_its_commands() -> None:
+    assert {"build-engine", "doctor"} <= deploy_cli.commands.keys()
 
 
 def test_what_is_not_python_comes_along() -> None:

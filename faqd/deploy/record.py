@@ -101,7 +101,8 @@ def wrong_version(record: dict[str, Any], trt: TensorRT) -> str | None:
 
 def _newer(built: tuple[int, ...], trt: TensorRT) -> bool:
     """A version-compatible engine runs on what came after its builder: the same major version, and 10 on 11."""
-    return built < trt.release and (built[:1], trt.release[:1]) in (((10,), (11,)), (trt.release[:1],) * 2)
+    majors = built[:1], trt.release[:1]
+    return built < trt.release and (majors[0] == majors[1] or majors == ((10,), (11,)))
 
 
 def wrong_system(record: dict[str, Any]) -> str | None:
