@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from faqd.deploy import cuda
 from faqd.deploy.cuda_interface import INSTALL as INSTALL_CUDA
-from faqd.deploy.cuda_interface import Device, driver_version
+from faqd.deploy.cuda_interface import DRIVER, Device, driver_version
 from faqd.deploy.record import (
     older_driver,
     other_gpu,
@@ -82,7 +82,7 @@ def _machine() -> Iterator[Finding]:
     yield Finding("driver", "note", driver_version() or "no kernel module of NVIDIA is loaded")
     devices = {name: cuda.device_or_none(name) for name in cuda.BACKENDS}
     for name, (device, why) in devices.items():
-        yield Finding(name, "note" if device is None else "good", why if device is None else _told(device))
+        yield Finding(name, "note" if device is None else "good", _reason(why) if device is None else _told(device))
     device = next((device for device, _ in devices.values() if device is not None), None)
     flavours = {name: flavour(name) for name in NAMES}
     for name, found in flavours.items():
@@ -112,6 +112,10 @@ def _can_run(usable: list[TensorRT], device: Device | None) -> Finding:
     if not usable:
         return Finding("run engines", "fails", "no TensorRT", INSTALL_TENSORRT)
     return Finding("run engines", "good", f"{usable[0]} on {device.name}")
+
+
+def _reason(why: str) -> str:
+    return why.removesuffix(DRIVER).strip()
 
 
 def _told(device: Device) -> str:
@@ -147,7 +151,7 @@ def _fit(engine: Path, record: dict[str, Any]) -> Iterator[Finding]:
     yield _tensorrt(record, cure)
     device, why = cuda.device_or_none()
     if device is None:
-        yield Finding("GPU", "fails", why)
+        yield Finding("GPU", "fails", _reason(why), _NO_GPU)
         return
     if (doubt := other_gpu(record, device)) is not None and wrong_gpu(record, device) is None:
         yield Finding("GPU", "doubtful", doubt, cure)
