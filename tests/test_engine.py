@@ -20,7 +20,7 @@ from faqd.deploy.bundle_engines import build_bundle
 from faqd.deploy.engine import engine_from_onnx
 from faqd.deploy.record import read_record
 from faqd.deploy.runtime import load_engine
-from faqd.deploy.trt import Messages, TensorRT
+from faqd.deploy.trt import Messages, TensorRT, installed
 from faqd.errors import UserError
 from faqd.files import sha256, write_json
 from tests.qdq_network import LAYERS, residual_network, unbuildable_network, written
@@ -80,6 +80,60 @@ def test_the_record_says_what_the_engine_is(tmp_path: Path) -> None:
     assert record["options"]["workspace_mib"] == 512 and record["options"]["opt_level"] == 2
     assert record["platform"] == {"system": platform.system(), "architecture": platform.machine()}
     assert files(tmp_path) == {"net.onnx", "net.engine", "net.engine.json"}
+
+
+@needs_rtx
+def test_the_record_speaks_of_the_bytes_that_were_parsed(tmp_path: Path) -> None:
+    onnx = written(residual_network(), tmp_path / "net.onnx")
+    parsed = sha256(onnx)
+
+    def say(line: str) -> None:
+        if "Building engine" in line:  # Somebody exports again while the builder is at work.
+            onnx.write_bytes(b"another network")
+
+    record = engine_from_onnx(onnx, tmp_path / "net.engine", BuildOptions(), say)
+    assert record["onnx"]["sha256"] == parsed != sha256(onnx)
+
+
+def test_a_file_that_changed_since_the_bundle_was_read_is_refused(tmp_path: Path) -> None:
+    onnx = written(residual_network(), tmp_path / "net.onnx")
+    with pytest.raises(UserError, match=r"net\.onnx: changed since the bundle was read"):
+        engine_from_onnx(onnx, tmp_path / "net.engine", BuildOptions(), lambda line: None, sha256="0" * 64)
+    assert files(tmp_path) == {"net.onnx"}
+
+
+@needs_rtx
+@pytest.mark.parametrize(
+    "option",
+    [{"timing_cache": Path("cache")}, {"version_compatible": True}, {"hardware_compatibility": "ampere+"}],
+    ids=str,
+)
+def test_what_tensorrt_rtx_does_not_have_is_refused_before_the_build(tmp_path: Path, option: dict[str, Any]) -> None:
+    onnx = written(residual_network(), tmp_path / "net.onnx")
+    if installed().name != "tensorrt_rtx":
+        pytest.skip("the full TensorRT is installed, which has it")
+    said: list[str] = []
+    with pytest.raises(UserError, match=r"^--.*: TensorRT-RTX \d+\.\d+.* does not have it"):
+        build(onnx, said, **option)
+    assert said == [] and files(tmp_path) == {"net.onnx"}
+
+
+@needs_rtx
+def test_less_verbosity_keeps_the_types_from_us_and_that_is_said(tmp_path: Path) -> None:
+    said: list[str] = []
+    record = build(written(residual_network(), tmp_path / "net.onnx"), said, profiling_verbosity="none")
+    assert record["layers_read_from"] is None and record["options"]["profiling_verbosity"] == "none"
+    assert "--profiling-verbosity detailed" in said[-1]
+
+
+@needs_rtx
+def test_the_equivalent_line_is_said_and_recorded(tmp_path: Path) -> None:
+    said: list[str] = []
+    onnx = written(residual_network(), tmp_path / "net.onnx")
+    record = build(onnx, said, opt_level=1)
+    assert f"--onnx={onnx}" in record["trtexec"] and "--builderOptimizationLevel=1" in record["trtexec"]
+    assert "--maxShapes=images:64x3x16x16" in record["trtexec"]
+    assert any(line.endswith(record["trtexec"]) for line in said)
 
 
 @needs_rtx

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from faqd.deploy import cuda
-from faqd.deploy.cuda_interface import INSTALL as INSTALL_CUDA
 from faqd.deploy.cuda_interface import DRIVER, Device, driver_version
+from faqd.deploy.cuda_interface import INSTALL as INSTALL_CUDA
 from faqd.deploy.record import (
     older_driver,
     other_gpu,
