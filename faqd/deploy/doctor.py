@@ -23,7 +23,7 @@ from faqd.deploy.record import (
     wrong_version,
 )
 from faqd.deploy.trt import INSTALL as INSTALL_TENSORRT
-from faqd.deploy.trt import NAMES, TITLES, TensorRT, flavour
+from faqd.deploy.trt import NAMES, TITLES, TensorRT, by_preference, flavour
 from faqd.errors import UserError
 from faqd.files import sha256
 
@@ -166,17 +166,20 @@ def _fit(engine: Path, record: dict[str, Any]) -> Iterator[Finding]:
 def _tensorrt(record: dict[str, Any], cure: str) -> Finding:
     builder = record["builder"]
     name, version = builder["name"], builder["version"]
-    flavours = [(one, flavour(one)) for one in NAMES]
-    here = [found for _, found in flavours if isinstance(found, TensorRT)]
-    fitting = next((trt for trt in here if wrong_version(record, trt) is None), None)
-    if fitting is not None:
-        return Finding("TensorRT", "good", str(fitting))
+    here: list[TensorRT] = []
+    reasons = []
+    for one in by_preference(name):
+        found = flavour(one)
+        if not isinstance(found, TensorRT):
+            reasons.append(f"{one}: {found}")
+        elif wrong_version(record, found) is None:
+            return Finding("TensorRT", "good", str(found))
+        else:
+            here.append(found)
     if not here:
-        reasons = "; ".join(f"{one}: {found}" for one, found in flavours)
-        needs = f"needs {TITLES.get(name, name)} {version}, and none can be imported ({reasons})"
+        needs = f"needs {TITLES.get(name, name)} {version}, and none can be imported ({'; '.join(reasons)})"
         return Finding("TensorRT", "fails", needs, INSTALL_TENSORRT)
-    same = next((trt for trt in here if trt.name == name), here[0])
-    return Finding("TensorRT", "fails", str(wrong_version(record, same)), _same_version(name, version, cure))
+    return Finding("TensorRT", "fails", str(wrong_version(record, here[0])), _same_version(name, version, cure))
 
 
 def _same_version(name: str, version: str, cure: str) -> str:

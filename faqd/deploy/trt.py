@@ -74,15 +74,22 @@ def release(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
 
 
-def installed(name: str | None = None) -> TensorRT:
-    """The TensorRT of this machine, or the one called `name` if it is here; UserError that says what to install where
+def installed(name: Name | None = None) -> TensorRT:
+    """The TensorRT of this machine, the one called `name` if it is here; UserError that says what to install where
     there is none."""
-    found = {one: flavour(one) for one in NAMES}
-    usable = [trt for trt in found.values() if isinstance(trt, TensorRT)]
-    if not usable:
-        reasons = "; ".join(f"{one}: {reason}" for one, reason in found.items())
-        raise UserError(f"this needs TensorRT, which cannot be imported ({reasons}). {INSTALL}")
-    return next((trt for trt in usable if trt.name == name), usable[0])
+    reasons = []
+    for one in by_preference(name):
+        found = flavour(one)
+        if isinstance(found, TensorRT):
+            return found
+        reasons.append(f"{one}: {found}")
+    raise UserError(f"this needs TensorRT, which cannot be imported ({'; '.join(reasons)}). {INSTALL}")
+
+
+def by_preference(name: str | None) -> list[Name]:
+    """The names in the order in which to import them. The first that works is enough: two in one process share
+    names of symbols and types."""
+    return sorted(NAMES, key=lambda one: one != name)
 
 
 @functools.cache
