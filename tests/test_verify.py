@@ -21,7 +21,7 @@ from faqd.bundle import STUDENT_ONNXRUNTIME, STUDENT_TENSORRT, STUDENT_TENSORRT_
 from faqd.deploy.proof_table import print_verification
 from faqd.deploy.referee import Referee, real
 from faqd.deploy.student import quantize_after_training
-from faqd.deploy.verify import load_model, probe_inputs, verification, verify_file
+from faqd.deploy.verify import CHANCE, EQUAL_CODES, load_model, probe_inputs, tolerated, verification, verify_file
 from faqd.errors import UserError
 from faqd.files import read_json
 from faqd.train.data import DataOptions
@@ -191,6 +191,15 @@ def test_a_missing_rounding_is_named(bundle: Bundle, probes: NDArray[np.float32]
     more = {**digests, "codes": {**digests["codes"], "forgotten": ""}}
     found = verify_file(load_model(bundle.path(STUDENT_TENSORRT_FP32)), probes, more, [False])["failures"]
     assert found == ["forgotten: the file has no codes of this layer"]
+
+
+@pytest.mark.parametrize("codes", [10, 320, 16_384, 500_000])
+def test_a_layer_is_refused_for_a_count_that_chance_does_not_give(codes: int) -> None:
+    counts = np.random.default_rng(0).poisson((1 - EQUAL_CODES) * codes, 1_000_000)
+    limit = tolerated(codes)
+    assert np.count_nonzero(counts > limit) <= 10 * CHANCE * counts.size
+    assert limit < (1 - EQUAL_CODES) * codes + 6 * np.sqrt((1 - EQUAL_CODES) * codes) + 5
+    assert tolerated(0) == 0
 
 
 def test_an_fp16_file_that_computes_something_else_fails(bundle: Bundle, tmp_path: Path) -> None:
