@@ -277,7 +277,7 @@ def test_the_names_that_matter_are_among_them() -> None:
         ("MemoryPoolType.WORKSPACE", "MemoryPoolType.SCRATCH", "MemoryPoolType.SCRATCH"),
         ("layer.num_outputs", "layer.outputs", "ILayer.outputs"),
         ("error.node_operator()", "error.operator()", "ParserError.operator"),
-        ("self._engine.get_tensor_profile_shape(", "self._engine.get_profile_shape(", "ICudaEngine.get_profile_shape"),
+        ("engine.get_tensor_profile_shape(", "engine.get_profile_shape(", "ICudaEngine.get_profile_shape"),
         ("self._context.execute_async_v3(", "self._context.execute_async_v2(", "IExecutionContext.execute_async_v2"),
         ("def step_complete(", "def step_done(", "IProgressMonitor.step_done"),
         ("flags.FP16", "flags.FP12", "BuilderFlag.FP12"),

@@ -368,7 +368,9 @@ else:
     subprocess.run([sys.executable, "-W", "error", "-c", program], check=True, cwd=Path(__file__).parents[1])
 
 
-def test_an_unknown_cuda_back_end_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backend", [None, "auto"])
+def test_an_unknown_cuda_back_end_is_a_sentence(monkeypatch: pytest.MonkeyPatch, backend: str | None) -> None:
     monkeypatch.setenv("FAQD_CUDA_BACKEND", "opencl")
-    with pytest.raises(UserError, match=r"'opencl': choose cuda-bindings or pycuda"):
-        cuda.device_or_none()
+    with pytest.raises(UserError, match=r"'opencl': choose auto, cuda-bindings or pycuda"):
+        cuda.device_or_none(backend)
+    cuda.device_or_none("pycuda")  # What is asked for by name does not look at the variable.

@@ -32,11 +32,15 @@ from faqd.errors import UserError, first_line
 BACKENDS = ("cuda-bindings", "pycuda")
 """In the order in which they are tried."""
 
+AUTO = "auto"
+"""The first of them that is installed."""
+
 VARIABLE = "FAQD_CUDA_BACKEND"
 
 
 def open_cuda(backend: str | None = None) -> Cuda:
-    """The first GPU through `backend`, else through FAQD_CUDA_BACKEND, else through the first binding installed."""
+    """The first GPU through `backend`. Where that is `auto` or None, FAQD_CUDA_BACKEND decides, else the first binding
+    that is installed. UserError where there is none, no driver, or no GPU."""
     missing = []
     for name in _candidates(backend):
         try:
@@ -57,11 +61,11 @@ def device_or_none(backend: str | None = None) -> tuple[Device | None, str]:
 
 
 def _candidates(backend: str | None) -> tuple[str, ...]:
-    wanted = backend or os.environ.get(VARIABLE)
-    if not wanted:
+    wanted = os.environ.get(VARIABLE, AUTO) if backend in (None, AUTO) else backend
+    if wanted in ("", AUTO):
         return BACKENDS
     if wanted not in BACKENDS:
-        raise UserError(f"CUDA back end {wanted!r}: choose {' or '.join(BACKENDS)} (also in {VARIABLE}).")
+        raise UserError(f"CUDA back end {wanted!r}: choose {AUTO}, {' or '.join(BACKENDS)} (also in {VARIABLE}).")
     return (wanted,)
 
 
@@ -76,16 +80,28 @@ class _CudaBindings(Cuda):
     def __init__(self) -> None:
         self._driver = _imported("cuda.bindings.driver")
         try:
-            self._call("cuInit", 0)
-            self._number = self._call("cuDeviceGet", 0)
-            # The primary context is the one that TensorRT's own CUDA runtime uses. Pushed, not set: several may be
-            # open, and closing one must leave it to the others.
-            self._call("cuCtxPushCurrent", self._call("cuDevicePrimaryCtxRetain", self._number))
-        except RuntimeError as error:  # The driver library itself is missing.
+            self._driver.cuInit(0)
+        except RuntimeError as error:
             raise UserError(f"no NVIDIA driver found ({first_line(error)}). {DRIVER}") from error
+        self._call("cuInit", 0)
+        self._number = self._call("cuDeviceGet", 0)
+        # The primary context is the one that TensorRT's own CUDA runtime uses. Pushed, not set: several may be open,
+        # and closing one must leave it to the others.
+        context = self._call("cuDevicePrimaryCtxRetain", self._number)
+        try:
+            self._call("cuCtxPushCurrent", context)
+        except UserError:
+            self._driver.cuDevicePrimaryCtxRelease(self._number)
+            raise
 
     def _call(self, function: str, *arguments: Any) -> Any:
-        status, *values = getattr(self._driver, function)(*arguments)
+        try:
+            status, *values = getattr(self._driver, function)(*arguments)
+        except RuntimeError as error:  # The library of the driver is older than the bindings and lacks the function.
+            raise UserError(
+                f"CUDA: the driver here has no {function} ({first_line(error)}): install the cuda-bindings of its CUDA "
+                "version, 12.x on JetPack 6."
+            ) from error
         if int(status) != 0:
             name, text = (self._text(call, status) for call in ("cuGetErrorName", "cuGetErrorString"))
             raise failure(f"{function} failed: {name}: {text}", name in NO_GPU)
@@ -155,7 +171,7 @@ class _CudaBindings(Cuda):
             work()
         except BaseException:
             with contextlib.suppress(UserError):  # A stream left in capture could do nothing else.
-                self._call("cuStreamEndCapture", stream)
+                self._call("cuGraphDestroy", self._call("cuStreamEndCapture", stream))
             raise
         graph = self._call("cuStreamEndCapture", stream)
         try:
@@ -198,7 +214,7 @@ class _PyCuda(Cuda):
             yield
         except (self._driver.Error, self._driver.MemoryError) as error:
             text = first_line(error)
-            raise failure(text, "no CUDA-capable device" in text) from error
+            raise failure(text, text.startswith("cuInit failed")) from error
 
     def device(self) -> Device:
         attribute = self._driver.device_attribute

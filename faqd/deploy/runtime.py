@@ -10,7 +10,7 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,21 +22,9 @@ from numpy.typing import NDArray
 from faqd.deploy.cuda import open_cuda
 from faqd.deploy.cuda_interface import Cuda
 from faqd.deploy.record import check_gpu, check_version, rebuild, record_of
-from faqd.deploy.trt import ICudaEngine, TensorRT, heard, installed
+from faqd.deploy.signature import Arrays, Shape, Shapes, checked_shapes, signature
+from faqd.deploy.trt import TensorRT, heard, installed
 from faqd.errors import UserError
-
-Arrays = Mapping[str, NDArray[Any]]
-Shapes = tuple[tuple[str, tuple[int, ...]], ...]
-
-_TYPES: dict[str, type[np.generic]] = {
-    "FLOAT": np.float32,
-    "HALF": np.float16,
-    "INT8": np.int8,
-    "UINT8": np.uint8,
-    "INT32": np.int32,
-    "INT64": np.int64,
-    "BOOL": np.bool_,
-}
 
 
 @dataclass(frozen=True)
@@ -58,8 +46,9 @@ def load_engine(path: Path, *, trust: bool = False, backend: str | None = None, 
     """Load an engine for use in a `with` block.
 
     An engine is code: it is loaded only if its SHA-256 is the one in its record, unless `trust`. backend:
-    `cuda-bindings` or `pycuda`. graph: launch the kernels as one CUDA graph, once per shape, where the back end has it.
-    UserError where the engine was changed, does not fit this TensorRT or GPU, or there is no GPU.
+    `cuda-bindings`, `pycuda` or `auto`. graph: launch the kernels as one CUDA graph, captured once per shape; where
+    that fails they are launched one by one, with a warning. UserError where the engine was changed, does not fit this
+    TensorRT or GPU, or there is no GPU.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file. {rebuild(path)}")
@@ -67,7 +56,7 @@ def load_engine(path: Path, *, trust: bool = False, backend: str | None = None, 
     record = record_of(path, plan, trust)
     trt = installed((record.get("builder") or {}).get("name"))
     check_version(path, record, trt)
-    with contextlib.ExitStack() as stack:
+    with giving_back() as stack:
         cuda = open_cuda(backend)
         stack.callback(cuda.close)
         check_gpu(path, record, cuda.device())
@@ -81,8 +70,9 @@ class Engine:
     def __init__(
         self, path: Path, plan: bytes, trt: TensorRT, cuda: Cuda, graph: bool, stack: contextlib.ExitStack
     ) -> None:
-        with stack:  # Whatever was taken so far is given back if the next step fails.
-            stack.callback(self._drop)
+        with giving_back() as taken:
+            taken.callback(stack.close)
+            taken.callback(self._drop)
             self.path = path
             self.cuda = cuda
             self._trt = trt
@@ -96,16 +86,15 @@ class Engine:
                 self._context = self._engine.create_execution_context()
                 if self._context is None:
                     raise UserError(f"{path}: no room to run it: {messages.why()}.", exit_code=1)
-            self.inputs, self.outputs = _tensors(trt, self._engine)
-            self._stream = cuda.stream()
-            stack.callback(cuda.free_stream, self._stream)
-            self._events = [cuda.event() for _ in range(4)]
-            for event in self._events:
-                stack.callback(cuda.free_event, event)
+            self._signature = signature(path, trt, self._engine)
+            self.inputs = {name: (tensor.shape, tensor.dtype) for name, tensor in self._signature.inputs.items()}
+            self.outputs = {name: (tensor.shape, tensor.dtype) for name, tensor in self._signature.outputs.items()}
+            self._stream = _taken(cuda.stream, cuda.free_stream, taken)
+            self._events = [_taken(cuda.event, cuda.free_event, taken) for _ in range(4)]
             self._graph = graph
-            self._binding = _Binding((), {}, contextlib.ExitStack())
-            stack.callback(lambda: self._binding.resources.close())
-            self._stack = stack.pop_all()
+            self._binding = _Binding(None, {}, contextlib.ExitStack())
+            taken.callback(lambda: self._binding.resources.close())
+            self._resources = taken.pop_all()
 
     def __enter__(self) -> Engine:
         return self
@@ -113,11 +102,12 @@ class Engine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        with contextlib.suppress(*([UserError] if error else [])):  # What went wrong first is what must be seen.
+            self.close()
 
     def close(self) -> None:
         """Give all memory back; the engine cannot be used any more."""
-        self._stack.close()
+        self._resources.close()
 
     @property
     def device_memory_bytes(self) -> int:
@@ -155,7 +145,9 @@ class Engine:
 
     def _fed(self, feeds: Arrays) -> _Binding:
         """The binding of the shapes of `feeds`, with the arrays in its page-locked buffers."""
-        shapes = self._checked(feeds)
+        if "_context" not in self.__dict__:
+            raise UserError(f"{self.path.name}: it was closed; load it again to run it.")
+        shapes = checked_shapes(self.path.name, self._signature.inputs, feeds)
         if shapes != self._binding.shapes:
             self._bind(shapes)
         for name in self.inputs:
@@ -164,48 +156,35 @@ class Engine:
             self._capture(self._binding)
         return self._binding
 
-    def _checked(self, feeds: Arrays) -> Shapes:
-        if feeds.keys() != self.inputs.keys():
-            raise UserError(f"{self.path.name}: takes {', '.join(self.inputs)}; it was given {', '.join(feeds)}.")
-        for name, (shape, dtype) in self.inputs.items():
-            found = feeds[name]
-            if found.dtype != dtype:
-                raise UserError(f"{self.path.name}: input {name} is {dtype}; it was given {found.dtype}.")
-            fits = len(shape) == found.ndim and all(a in (-1, b) for a, b in zip(shape, found.shape, strict=True))
-            if not fits or not self._in_profile(name, shape, found.shape):
-                raise UserError(
-                    f"{self.path.name}: input {name} takes {self._allowed(name, shape)}; it was given "
-                    f"{list(found.shape)}. Build the engine again with other batch sizes, or change the batch."
-                )
-        return tuple((name, tuple(feeds[name].shape)) for name in self.inputs)
-
-    def _in_profile(self, name: str, shape: tuple[int, ...], given: tuple[int, ...]) -> bool:
-        if -1 not in shape:
-            return True
-        low, _, high = self._engine.get_tensor_profile_shape(name, 0)
-        return all(a <= b <= c for a, b, c in zip(tuple(low), given, tuple(high), strict=True))
-
-    def _allowed(self, name: str, shape: tuple[int, ...]) -> str:
-        if -1 not in shape:
-            return str(list(shape))
-        low, _, high = self._engine.get_tensor_profile_shape(name, 0)
-        return f"{list(low)} to {list(high)}"
-
     def _bind(self, shapes: Shapes) -> None:
         """Buffers and addresses for these input shapes, in place of the ones before."""
         self._binding.resources.close()
-        self._binding = _Binding((), {}, contextlib.ExitStack())
+        self._binding = _Binding(None, {}, contextlib.ExitStack())
         for name, shape in shapes:
-            self._must(self._context.set_input_shape(name, shape), "set_input_shape")
-        unknown = self._context.infer_shapes()
+            self._must(self._context.set_input_shape(name, shape), f"set_input_shape({name}, {list(shape)})")
+        try:
+            unknown = self._context.infer_shapes()
+        except RuntimeError as error:
+            given = ", ".join(f"{name} {list(shape)}" for name, shape in shapes)
+            raise UserError(
+                f"{self.path.name}: inputs of these shapes do not go together ({given}): {self._messages.why()}."
+            ) from error
         if unknown:
             raise UserError(f"{self.path.name}: the shape of {', '.join(unknown)} stays open.", exit_code=1)
         buffers = {}
-        with contextlib.ExitStack() as stack:
+        with giving_back() as stack:
             for name, (_, dtype) in (self.inputs | self.outputs).items():
                 shape = tuple(self._context.get_tensor_shape(name))
+                if -1 in shape:
+                    raise UserError(
+                        f"{self.path.name}: the shape {list(shape)} of {name} depends on values, not on shapes alone; "
+                        "such outputs are not run here.",
+                        exit_code=1,
+                    )
                 buffers[name] = _buffer(self.cuda, shape, dtype, stack)
-                self._must(self._context.set_tensor_address(name, buffers[name].address), "set_tensor_address")
+                self._must(self._context.set_tensor_address(name, buffers[name].address), f"set_tensor_address({name})")
+            # The first thing to happen when they are given back: a query that was broken off may still use them.
+            stack.callback(self.cuda.synchronize, self._stream)
             self._binding = _Binding(shapes, buffers, stack.pop_all())
 
     def _capture(self, binding: _Binding) -> None:
@@ -248,6 +227,26 @@ class Engine:
             self.__dict__.pop(name, None)
 
 
+@contextlib.contextmanager
+def giving_back() -> Iterator[contextlib.ExitStack]:
+    """A stack that is unwound if the block fails, and whose own failures then do not hide the reason: after a fault
+    CUDA refuses every further call, freeing included."""
+    stack = contextlib.ExitStack()
+    try:
+        yield stack
+    except BaseException:
+        with contextlib.suppress(UserError):
+            stack.close()
+        raise
+
+
+def _taken(take: Callable[[], Any], give_back: Callable[[Any], None], stack: contextlib.ExitStack) -> Any:
+    """What `take` returns; the stack gives it back."""
+    thing = take()
+    stack.callback(give_back, thing)
+    return thing
+
+
 @dataclass(frozen=True)
 class _Buffer:
     """Device memory and its page-locked partner; `array` is that one as the tensor's shape and type."""
@@ -261,32 +260,14 @@ class _Buffer:
 class _Binding:
     """The buffers of every tensor for one set of input shapes, and the CUDA graph captured with their addresses."""
 
-    shapes: Shapes
+    shapes: Shapes | None
     buffers: dict[str, _Buffer]
     resources: contextlib.ExitStack
     graph: Any = None
 
 
-def _buffer(cuda: Cuda, shape: tuple[int, ...], dtype: np.dtype[Any], stack: contextlib.ExitStack) -> _Buffer:
+def _buffer(cuda: Cuda, shape: Shape, dtype: np.dtype[Any], stack: contextlib.ExitStack) -> _Buffer:
     size = max(1, math.prod(shape)) * dtype.itemsize
-    address = cuda.allocate(size)
-    stack.callback(cuda.free, address)
-    pinned = cuda.allocate_pinned(size)
-    stack.callback(cuda.free_pinned, pinned)
+    address = _taken(lambda: cuda.allocate(size), cuda.free, stack)
+    pinned = _taken(lambda: cuda.allocate_pinned(size), cuda.free_pinned, stack)
     return _Buffer(address, pinned, pinned.view(dtype)[: math.prod(shape)].reshape(shape))
-
-
-Tensors = dict[str, tuple[tuple[int, ...], "np.dtype[Any]"]]
-
-
-def _tensors(trt: TensorRT, engine: ICudaEngine) -> tuple[Tensors, Tensors]:
-    inputs: Tensors = {}
-    outputs: Tensors = {}
-    for index in range(engine.num_io_tensors):
-        name = engine.get_tensor_name(index)
-        kind = engine.get_tensor_dtype(name).name
-        if kind not in _TYPES:
-            raise UserError(f"tensor {name} is {kind}, which numpy does not hold: export it with a Cast to float.")
-        is_input = engine.get_tensor_mode(name) == trt.module.TensorIOMode.INPUT
-        (inputs if is_input else outputs)[name] = (tuple(engine.get_tensor_shape(name)), np.dtype(_TYPES[kind]))
-    return inputs, outputs
