@@ -62,9 +62,9 @@ $(INSTALLED): setup.cfg constraints.txt | $(PYTHON)
 	@echo "Installing into $(VENV): about 440 MB of packages, 1.7 GB on disk, with the CPU build of torch."
 	@case "$$(uname -s) $$(uname -m)" in "Linux x86_64") \
 	echo "Where pip takes the CUDA build of torch instead, it is several GB: PIP_FLAGS in the Makefile says how to choose.";; esac
-	$(PIP_INSTALL) --editable '.[train,onnx,rtx,dev]'
+	$(PIP_INSTALL) --editable '.[train,onnx,rtx,device,dev]'
 	@touch $@
 
 $(DEVICE): $(INSTALLED)
-	$(PIP_INSTALL) --editable '.[device]'
+	@.ci/build_pycuda $(PYTHON) build/pycuda || { [ $$? = 3 ] && echo "Tests of pycuda are skipped."; }
 	@touch $@
