@@ -47,6 +47,7 @@ FLAGS = {
         "--frozen-timing-cache --version-compatible --hardware-compatibility --profiling-verbosity --json"
     ),
     "faqd-deploy doctor": "--json",
+    "faqd-deploy selftest": "--cases --cuda --json",
     "faqd-bench": (
         "--batch --threads --duration --rounds --backend --skip-latency --report --min-accuracy-ratio --min-agreement "
         "--json --version"

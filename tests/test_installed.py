@@ -35,6 +35,9 @@ ON_A_BOARD = (
     "kernels",
     "record",
     "runtime",
+    "selftest",
+    "selftest_cases",
+    "signature",
     "trt",
 )
 
@@ -159,11 +162,15 @@ def test_the_doctor_works_without_anything(without: tuple[str, ...], tmp_path: P
 
 
 def test_a_board_gets_its_commands() -> None:
-    assert {"build-engine", "doctor"} <= deploy_cli.commands.keys()
+    assert {"build-engine", "doctor", "selftest"} <= deploy_cli.commands.keys()
 
 
 def test_what_is_not_python_comes_along() -> None:
-    for package, name in (("faqd", "py.typed"), ("faqd.benchmarks", "report.html")):
+    for package, name in (
+        ("faqd", "py.typed"),
+        ("faqd.benchmarks", "report.html"),
+        ("faqd.deploy", "selftest_cases.npz"),
+    ):
         assert importlib.resources.files(package).joinpath(name).is_file()
 
 

@@ -219,6 +219,32 @@ def doctor(engine: Path | None, json_target: str | None) -> None:
         raise UserError(f"{engine or 'engines'}: cannot run here ({', '.join(failed)}).", exit_code=1)
 
 
+@cli.command()
+@click.option("--cases", metavar="REGEX", help="Try only the cases whose name matches.")
+@click.option(
+    "--cuda",
+    "backend",
+    type=click.Choice(["auto", "cuda-bindings", "pycuda"]),
+    default="auto",
+    show_default=True,
+    help="Run engines through this binding.",
+)
+@json_option
+def selftest(cases: str | None, backend: str, json_target: str | None) -> None:
+    """Try tiny networks on this machine: which are legal, run in INT8, and give the right numbers.
+
+    Exit code 1 if one does not hold that faqd relies on. results/boards/README.md says how to send the JSON in.
+    """
+    from faqd.deploy.selftest import conclusion
+    from faqd.deploy.selftest import selftest as selftested
+
+    record = selftested(cases, backend, _say)
+    emit_json(json_target, record)
+    _say(conclusion(record))
+    if record["summary"]["broken"]:
+        raise UserError(f"not as faqd needs it: {', '.join(record['summary']['broken'])}", exit_code=1)
+
+
 def _conclude(bundle: Any, json_target: str | None) -> None:
     from faqd.bundle import VERIFY
     from faqd.files import read_json

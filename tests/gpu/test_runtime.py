@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ from faqd.deploy import cuda
 from faqd.deploy.build_options import BuildOptions
 from faqd.deploy.engine import engine_from_onnx
 from faqd.deploy.runtime import load_engine
+from faqd.deploy.selftest import selftest
 from faqd.errors import UserError
 
 onnx = pytest.importorskip("onnx", reason="the test network is made with onnx (pip install 'faqd[onnx]')")
@@ -46,9 +49,8 @@ def outputs(engine: Path, feeds: NDArray[np.float32], **options: Any) -> NDArray
 
 
 def installed(backend: str) -> str:
-    device, why = cuda.device_or_none(backend)
-    if device is None:
-        pytest.skip(f"{backend}: {why}")
+    if importlib.util.find_spec(backend.removesuffix("-bindings")) is None:
+        pytest.skip(f"{backend} is not installed")
     return backend
 
 
@@ -106,3 +108,63 @@ def test_timing(engine: Path, graph: bool) -> None:
         timing = [loaded.timed({"images": images()}) for _ in range(5)][-1]
     assert min(timing.enqueue_ms, timing.h2d_ms, timing.compute_ms, timing.d2h_ms) > 0
     assert timing.latency_ms == timing.h2d_ms + timing.compute_ms + timing.d2h_ms
+
+
+BACKENDS = ["cuda-bindings", "pycuda"]
+
+
+def free_bytes(backend: str) -> int:
+    with contextlib.closing(cuda.open_cuda(backend)) as gpu:
+        driver: Any = gpu._driver  # type: ignore[attr-defined]
+        return int(driver.cuMemGetInfo()[1] if backend == "cuda-bindings" else driver.mem_get_info()[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_thousand_queries_of_changing_shapes_take_no_memory(engine: Path, backend: str) -> None:
+    x = images(16)
+    with load_engine(engine, backend=installed(backend), graph=backend == "cuda-bindings") as loaded:
+        left = []
+        for i in range(1000):
+            loaded.run({"images": x[: 1 + i % 5]})
+            if i % 5 == 4:
+                left.append(free_bytes(backend))
+        assert min(left[100:]) >= left[10], "bytes free after each round of five shapes"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_loading_again_and_again_takes_no_memory(engine: Path, backend: str) -> None:
+    installed(backend)
+    # Another user keeps the context, which itself takes memory, alive all the time.
+    with contextlib.closing(cuda.open_cuda(backend)):
+        left = []
+        for _ in range(20):
+            outputs(engine, images(), backend=backend)
+            left.append(free_bytes(backend))
+    assert left[-1] >= left[4] - (4 << 20), left
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_failing_query_is_a_sentence_and_the_next_one_runs(engine: Path, backend: str) -> None:
+    x = images()
+    with load_engine(engine, backend=installed(backend)) as loaded:
+        expected = loaded.run({"images": x})["classifier"]
+        with pytest.raises(UserError, match=r"^CUDA: cuMemAlloc failed: .*out of memory.*smaller batch"):
+            loaded.cuda.allocate(1 << 50)
+        with pytest.raises(UserError, match="input images is float32; it was given float64"):
+            loaded.run({"images": x.astype(np.float64)})
+        np.testing.assert_array_equal(loaded.run({"images": x})["classifier"], expected)
+
+
+def test_an_engine_with_damaged_bytes_is_a_sentence(engine: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "net.engine"
+    damaged.write_bytes(engine.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"net\.engine: TensorRT.* does not load it: .+build-engine") as caught:
+        load_engine(damaged, trust=True)
+    assert caught.value.exit_code == 1
+
+
+def test_every_case_that_faqd_relies_on_is_right_here() -> None:
+    lines: list[str] = []
+    record = selftest(None, None, lines.append)
+    assert record["summary"]["run"]
+    assert record["summary"]["broken"] == [], "\n".join(lines)
