@@ -19,20 +19,22 @@ import torch
 
 from faqd.command import run
 from faqd.train import distill, loop
+from faqd.train.batches import Batch
 from faqd.train.cli import cli
+from faqd.train.job import Trainee
 
 Kill = Callable[[], None]
 
 
 def at_iteration(kill: Kill, wanted: int) -> None:
-    plain = loop._step
+    plain = Trainee.step
 
-    def step(job: loop.Job, optimizer: torch.optim.Optimizer, iteration: int, per_epoch: int) -> loop.Losses:
-        if iteration == wanted:
+    def step(trainee: Trainee, batch: Batch, total: int) -> None:
+        if trainee.iteration == wanted:
             kill()
-        return plain(job, optimizer, iteration, per_epoch)
+        plain(trainee, batch, total)
 
-    loop._step = step
+    Trainee.step = step  # type: ignore[method-assign,assignment]
 
 
 def in_a_write(kill: Kill, part: str, times: int) -> None:

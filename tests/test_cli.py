@@ -29,7 +29,8 @@ FLAGS = {
     "faqd-train teacher": f"--recipe --arch {DATA} {SCHEDULE} --json",
     "faqd-train distill": (
         "--recipe --teacher --teacher-weights --arch --init --weight-bits --act-bits --seeds --target --scales --logit "
-        f"--logit-weight --temperature --affinity --affinity-weight --columns --tap {DATA} {SCHEDULE} --json"
+        "--logit-weight --temperature --affinity --affinity-weight --columns --label-weight --tap "
+        f"{DATA} {SCHEDULE} --json"
     ),
     "faqd-train eval": "--data-root --json",
     "faqd-train recipes": "--json",

@@ -13,20 +13,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from faqd.train import distill as distillation
-from faqd.train import loop
 from faqd.train.augment import augment
+from faqd.train.batches import NORMS, Batch, Batches, Images, splits_on, stream
 from faqd.train.data import Augmentation
-from faqd.train.distill import distill_job, load_student, new_student, student_source
+from faqd.train.distill import Plan, distill_job, target_of
 from faqd.train.fuse import fused
 from faqd.train.graph import capture
 from faqd.train.images import upright_rgb
-from faqd.train.loop import Images, Job, fit
+from faqd.train.job import Job
+from faqd.train.loop import fit
 from faqd.train.network import read_tensors
 from faqd.train.prepare import calibrate
 from faqd.train.recipes import DistillRecipe, Training
 from faqd.train.source import Lesson, lesson_from
-from faqd.train.teacher import splits_on
+from faqd.train.student import load_student, new_student, student_source
+from faqd.train.taps import tap_pairs
+from faqd.train.world import World
 from tests.toy_runs import NET, PLAIN, User, faqd_train, new_user, succeeds, write_images, write_net
 
 
@@ -233,23 +235,25 @@ def test_a_trained_student_is_better_than_an_untrained_one(teacher: Path, tmp_pa
 # What training does -------------------------------------------------------------------------------------------------
 
 
-def job_of(user: User) -> tuple[Job, Any]:
-    """A distillation of the user's network, ready to train, and its student."""
+def job_of(user: User, run: Path) -> tuple[Job, Any, Batches]:
+    """A distillation of the user's network, ready to train, its student and its batches."""
     options: dict[str, Any] = dict.fromkeys(("root", "image_size", "resize", "channels", "limit"))
     options |= {"source": user.data[1], "mean": "none", "std": "none", "labels": False, "download": False}
     lesson: Lesson = lesson_from(str(user.teacher[1]), Path(str(user.teacher[3])), options)
     recipe = DistillRecipe("", Training(1, 16, 0.05, steps=10), weight_bits=4, act_bits=4, init="teacher")
     train, select = splits_on(torch.device("cpu"), lesson.dataset)
     example = train.normalised(train.pixels[:2])
-    student = new_student(recipe, student_source(recipe, lesson.teacher), lesson.teacher, example)
+    plan = Plan(recipe, run, student_source(recipe, lesson.teacher), {})
+    student = new_student(recipe, plan.source, lesson.teacher, example)
     calibrate(student, [example], "mse")
     traced = capture(lesson.teacher.network, example)
-    pairs = distillation.tap_pairs(traced, student, None)
-    return distill_job(recipe, student, traced, pairs, train, select, torch.device("cpu")), student
+    pairs = tap_pairs(traced, student, None)
+    target = target_of(traced, [theirs for theirs, _ in pairs], torch.device("cpu"))
+    return distill_job(plan, student, pairs), student, Batches(train, select, 16, 0, target, World())
 
 
-def test_every_parameter_is_in_exactly_one_group(user: User) -> None:
-    job, student = job_of(user)
+def test_every_parameter_is_in_exactly_one_group(user: User, tmp_path: Path) -> None:
+    job, student, _ = job_of(user, tmp_path)
     grouped = Counter(id(parameter) for parameter in [*job.decayed, *job.free])
     assert grouped == {id(parameter): 1 for parameter in student.network.parameters()}
     names = {id(parameter): name for name, parameter in student.network.named_parameters()}
@@ -259,10 +263,10 @@ def test_every_parameter_is_in_exactly_one_group(user: User) -> None:
 
 
 def test_every_activation_scale_gets_a_gradient_and_moves(user: User, tmp_path: Path) -> None:
-    job, student = job_of(user)
+    job, student, batches = job_of(user, tmp_path)
     scales = {name: module.scale for name, module in student.quantizers().items()}
     before = {name: scale.item() for name, scale in scales.items()}
-    fit(job, tmp_path)
+    fit([job], batches)
     assert len(scales) == 4
     for name, scale in scales.items():
         assert scale.grad is not None and scale.grad.item() != 0, name
@@ -273,20 +277,19 @@ def test_batch_norm_stands_still_at_the_end_and_is_estimated_again(tmp_path: Pat
     network = nn.Sequential(nn.Conv2d(1, 3, 1), nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     means: list[Tensor] = []
 
-    def losses(x: Tensor, labels: Tensor | None, generator: torch.Generator) -> dict[str, Tensor]:
-        outputs = network(x)
+    def losses(answer: Tensor, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         if network.training:
             means.append(network[1].running_mean.clone())  # type: ignore[operator]
-        return {"square": outputs.square().mean()}
+        return {"square": answer.square().mean()}
 
     pixels = torch.randint(0, 256, (40, 1, 4, 4), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     images = Images(pixels, None, torch.tensor(1 / 255.0), torch.tensor(0.0), Augmentation(pad=1, flip=True))
-    parameters = list(network.parameters())
-    job = Job("toy", network, parameters, [], losses, lambda: None, images, images, Training(1, 10, 0.1, steps=20))
-    fit(job, tmp_path)
+    training = Training(1, 10, 0.1, steps=20)
+    job = Job("toy", tmp_path, network, list(network.parameters()), [], losses, lambda: None, training)
+    fit([job], Batches(images, images, 10, 0, None, World()))
     moves = [not torch.equal(a, b) for a, b in itertools.pairwise(means)]
     assert len(means) == 20 and all(moves[:17]) and not any(moves[17:])
-    generator = loop.stream(0, 4, 0)
+    generator = stream(0, NORMS, 0)
     batches = [augment(part, images.augmentation, generator) for part in pixels.split(10)]
     expected = network[0](images.normalised(torch.cat(batches))).mean((0, 2, 3))
     torch.testing.assert_close(network[1].running_mean, expected)
@@ -302,7 +305,7 @@ def test_a_student_from_its_teacher_keeps_the_batch_norm_statistics(teacher: Pat
 
 def test_streams_differ_in_seed_use_and_position() -> None:
     drawn = {
-        (seed, use, position): loop.stream(seed, use, position).initial_seed()
+        (seed, use, position): stream(seed, use, position).initial_seed()
         for seed in (0, 1, 2**33)
         for use in (1, 2, 3)
         for position in (0, 1, 2**20)

@@ -26,7 +26,6 @@ from faqd.train import graph
 from faqd.train.convert import Deployed, Flavour, collect_output_scales, convert
 from faqd.train.data import load_dataset
 from faqd.train.deployed import IntegerLayer
-from faqd.train.distill import load_student
 from faqd.train.evaluate import outputs
 from faqd.train.fuse import fused
 from faqd.train.network import NetworkSource
@@ -34,6 +33,7 @@ from faqd.train.placement import Bits
 from faqd.train.prepare import Student, calibrate, prepare, student_table
 from faqd.train.run import WEIGHTS, data_options, finished, load_teacher, network_input, run_preprocess
 from faqd.train.source import lesson_from
+from faqd.train.student import load_student
 
 FloatType = Literal["fp16", "fp32"]
 Say = Callable[[str], None]

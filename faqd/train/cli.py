@@ -60,13 +60,16 @@ def teacher(recipe: str, json_target: str | None, **options: Any) -> None:
     from faqd.train.data import DataOptions
     from faqd.train.recipes import overridden, teacher_recipe
     from faqd.train.teacher import train_teacher
+    from faqd.train.world import joined
 
-    data, place = data_values(options), _place_values(options)
+    data, out, device, resume = data_values(options), *_place_values(options)
     chosen = overridden(teacher_recipe(recipe), {"data": data["source"], **options})
-    record = train_teacher(chosen, DataOptions(**{**data, "source": chosen.data}), **place, say=_say)
-    selected = record["select"]["accuracy"]
-    click.echo(f"{place['out']}: {chosen.arch}, {100 * selected:.2f} % on the select split.", err=True)
-    emit_json(json_target, record)
+    with joined(device) as world:
+        say = _say if world.leads else _silent
+        record = train_teacher(chosen, DataOptions(**{**data, "source": chosen.data}), out, resume, say, world)
+        say(f"{out}: {chosen.arch}, {100 * record['select']['accuracy']:.2f} % on the select split.")
+        if world.leads:
+            emit_json(json_target, record)
 
 
 @cli.command()
@@ -79,7 +82,12 @@ def teacher(recipe: str, json_target: str | None, **options: Any) -> None:
 @click.option("--init", metavar="teacher|scratch|RUN", help="Start the student from these weights.")
 @click.option("--weight-bits", metavar="BITS[,BITS]", help="Use 1 to 8 bits; a list trains each into its own folder.")
 @click.option("--act-bits", metavar="BITS[,BITS]", help="Use 1 to 8 bits, or 32 for float; a list as above.")
-@click.option("--seeds", type=click.IntRange(1), help="Train so many seeds, each into its own folder.")
+@click.option(
+    "--seeds",
+    type=click.IntRange(1),
+    help="Train so many seeds, each into its own folder: of the initial weights, or of order and augmentation where "
+    "the student starts from trained ones.",
+)
 @click.option("--target", type=click.Choice(["tensorrt", "onnxruntime"]), help="Train the 8-bit grid of this runtime.")
 @click.option("--scales", type=click.Choice(["channel", "tensor"]), help="Give each of these a weight scale.")
 @click.option("--logit", type=click.Choice(["mse", "kl"]), help="Measure the distance of the outputs in this way.")
@@ -93,30 +101,42 @@ def teacher(recipe: str, json_target: str | None, **options: Any) -> None:
 @click.option("--affinity-weight", type=Finite(0), help="Weigh that distance, a mean over the batch, with this.")
 @click.option("--columns", type=click.IntRange(1), help="Use so many random projections for --affinity fast.")
 @click.option(
+    "--label-weight",
+    type=Finite(0),
+    help="Weigh the cross-entropy to the labels with this; without it no label is read.",
+)
+@click.option(
     "--tap", "taps", multiple=True, metavar="PLACE[=PLACE]", help="Compare feature maps here (teacher=student)."
 )
 @data_flags
 @_schedule
 @json_option
 def distill(recipe: str, teacher: str, teacher_weights: Path | None, json_target: str | None, **options: Any) -> None:
-    """Distil a quantized student from a teacher, on images without labels."""
+    """Distil quantized students from a teacher, on images without labels."""
     from faqd.train import distill as distillation
     from faqd.train.recipes import distill_recipe, overridden
     from faqd.train.source import lesson_from
+    from faqd.train.world import joined
 
-    data, place = data_values(options), _place_values(options)
+    data, out, device, resume = data_values(options), *_place_values(options)
     taps, seeds = list(options.pop("taps")) or None, options.pop("seeds")
     weight_bits = _bit_list("--weight-bits", options.pop("weight_bits"))
     act_bits = _bit_list("--act-bits", options.pop("act_bits"))
     base = overridden(distill_recipe(recipe), {"data": data["source"], **options})
-    variants = _variants(base, weight_bits, act_bits, seeds, place.pop("out"))
-    lesson = lesson_from(teacher, teacher_weights, {**data, "source": base.data}, say=_say)
-    records = []
-    for variant, out in variants:
-        records.append(distillation.distill(variant, lesson, taps, out, **place, say=_say))
-        losses = ", ".join(f"{name} {value:.4g}" for name, value in records[-1]["select"].items())
-        click.echo(f"{out}: student {variant.weight_bits}/{variant.act_bits}; select losses: {losses}.", err=True)
-    emit_json(json_target, records[0] if len(records) == 1 else records)
+    variants = _variants(base, weight_bits, act_bits)
+    with joined(device) as world:
+        say = _say if world.leads else _silent
+        source = {**data, "source": base.data}
+        lesson = lesson_from(teacher, teacher_weights, source, with_labels=base.label_weight > 0, say=say)
+        seeded = distillation.with_seeds(variants, seeds or 1, lesson.teacher)
+        names = [f"w{each.weight_bits}a{each.act_bits}-s{each.training.seed}" for each in seeded]
+        runs = [out / name for name in names] if len(seeded) > 1 else [out]
+        records = distillation.distill(list(zip(seeded, runs, strict=True)), lesson, taps, resume, say, world)
+        for each, run_folder, record in zip(seeded, runs, records, strict=True):
+            losses = ", ".join(f"{name} {value:.4g}" for name, value in record["select"].items())
+            say(f"{run_folder}: student {each.weight_bits}/{each.act_bits}; select losses: {losses}.")
+        if world.leads:
+            emit_json(json_target, records[0] if len(records) == 1 else records)
 
 
 @cli.command("eval")
@@ -181,18 +201,13 @@ def _say(text: str) -> None:
     click.echo(text, err=True)
 
 
-def _device(name: str) -> Any:
-    import torch
-
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no CUDA GPU here; use --device cpu.")
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+def _silent(text: str) -> None:
+    """What all processes but the first say."""
 
 
-def _place_values(options: dict[str, Any]) -> dict[str, Any]:
-    """Take out of the options of a command what says where to train and not what."""
-    out, device, resume = (options.pop(name) for name in ("out", "device", "resume"))
-    return {"out": out, "device": _device(device), "resume": resume}
+def _place_values(options: dict[str, Any]) -> tuple[Path, str, bool]:
+    """Take out of the options of a command what says where to train and not what: folder, device, whether to resume."""
+    return options.pop("out"), options.pop("device"), options.pop("resume")
 
 
 def _bit_list(option: str, text: str | None) -> list[int | None]:
@@ -203,21 +218,16 @@ def _bit_list(option: str, text: str | None) -> list[int | None]:
     return list(dict.fromkeys(int(part) for part in text.split(",")))
 
 
-def _variants(
-    base: DistillRecipe, weight_bits: list[int | None], act_bits: list[int | None], seeds: int | None, out: Path
-) -> list[tuple[DistillRecipe, Path]]:
-    """The cross product of bits and seeds, each with its folder; a single one is in `out` itself."""
-    from faqd.train.distill import recipe_bits
+def _variants(base: DistillRecipe, weight_bits: list[int | None], act_bits: list[int | None]) -> list[DistillRecipe]:
+    """The cross product of bits; refuses those out of range before anything is read or trained."""
     from faqd.train.recipes import overridden
+    from faqd.train.student import recipe_bits
 
-    made = []
-    for weights, activations, seed in product(weight_bits, act_bits, range(seeds or 1)):
-        training = base.training
-        seeded = {"seed": training.seed + seed, "data_seed": training.data_seed + seed}
-        recipe = overridden(base, {"weight_bits": weights, "act_bits": activations, **seeded})
-        recipe_bits(recipe)  # refuses bits out of range before anything is trained
-        made.append((recipe, out / f"w{recipe.weight_bits}a{recipe.act_bits}-s{recipe.training.seed}"))
-    return made if len(made) > 1 else [(made[0][0], out)]
+    pairs = product(weight_bits, act_bits)
+    made = [overridden(base, {"weight_bits": weights, "act_bits": activations}) for weights, activations in pairs]
+    for recipe in made:
+        recipe_bits(recipe)
+    return made
 
 
 if __name__ == "__main__":

@@ -1,103 +1,224 @@
-"""Distillation: a quantized student learns from the float teacher on images without labels (arXiv 2302.10899).
+"""Distillation: quantized students learn from the float teacher on images without labels (arXiv 2302.10899).
 
-loss = logit_weight * distance of the outputs + affinity_weight * sum over taps of the feature-affinity distance.
+loss = logit_weight * distance of the outputs + affinity_weight * sum over taps of the feature-affinity distance,
+and, only where asked for, label_weight * cross-entropy. A term of weight 0 is not computed.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
+from torch.nn import functional
 
 from faqd.errors import UserError
 from faqd.quant import FLOAT_BITS
 from faqd.train import graph
+from faqd.train.batches import Batch, Batches, Images, Target, splits_on
 from faqd.train.convert import collect_output_scales
 from faqd.train.data import Say
 from faqd.train.fuse import fused
-from faqd.train.loop import NORMS, Images, Job, finish, fit, select_losses
+from faqd.train.job import NORM_LAYERS, Job, select_losses
+from faqd.train.loop import finish, fit
 from faqd.train.losses import affinity_loss, logit_loss
-from faqd.train.network import NetworkSource, read_tensors, write_tensors
-from faqd.train.placement import Bits
-from faqd.train.prepare import Student, calibrate, prepare
-from faqd.train.quantizers import SMALLEST_SCALE, ActivationQuantizer
+from faqd.train.network import NetworkSource, write_tensors
+from faqd.train.prepare import Student, calibrate
+from faqd.train.quantizers import SMALLEST_SCALE
 from faqd.train.recipes import FROM_SCRATCH, FROM_TRAINED, DistillRecipe, recipe_json
 from faqd.train.run import (
     TEACHER_WEIGHTS,
-    WEIGHTS,
     asked_json,
     begin,
     conclude,
     data_json,
-    fill,
-    finished,
     is_done,
-    load_exactly,
     read_record,
 )
 from faqd.train.source import Lesson, Teacher
-from faqd.train.teacher import splits_on
+from faqd.train.student import new_student, start_of, student_source
+from faqd.train.taps import tap_names, tap_pairs
+from faqd.train.world import World
 
 CALIBRATION_IMAGES = 512
-QUANTIZED = "_quant"
-"""What the place of a tensor has at its end where the tensor is rounded."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that is asked for: its recipe with nothing left open, its folder, the student's network, its record."""
+
+    recipe: DistillRecipe
+    out: Path
+    source: NetworkSource
+    record: dict[str, Any]
 
 
 def distill(
-    recipe: DistillRecipe,
+    members: Sequence[tuple[DistillRecipe, Path]],
     lesson: Lesson,
     taps: list[str] | None,
-    out: Path,
-    device: torch.device,
     resume: bool,
     say: Say,
-) -> dict[str, Any]:
-    """Distil a student and write the run. Returns its record, with the losses on the select split."""
-    teacher = lesson.teacher
-    source = student_source(recipe, teacher)
+    world: World,
+) -> list[dict[str, Any]]:
+    """Distil a student for every recipe and write each run into its folder. Returns their records.
+
+    Students with one data seed, batch size and length learn side by side from one pass of the teacher; each ends as
+    it would alone, to the last bit on a CPU. A finished one is left as it is. A loss that is no longer finite ends its
+    own run; the error comes once the others are done.
+    """
+    plans = [_plan(recipe, out, lesson, taps) for recipe, out in members]
+    done = world.first(lambda: [is_done(plan.out, plan.record, resume) for plan in plans])
+    for plan in (plan for plan, is_finished in zip(plans, done, strict=True) if is_finished):
+        say(f"{plan.out}: this run is finished.")
+    waiting = [plan for plan, is_finished in zip(plans, done, strict=True) if not is_finished]
+    failed: dict[Path, UserError] = {}
+    if waiting:
+        train, select = splits_on(world.device, lesson.dataset)
+        for _, together in groupby(sorted(waiting, key=_course), key=_course):
+            failed |= _distill_together(list(together), lesson.teacher, train, select, taps, say, world)
+    if failed:
+        raise _all_of(failed, len(plans))
+    return world.first(lambda: [read_record(plan.out) for plan in plans])
+
+
+def _all_of(failed: dict[Path, UserError], asked: int) -> UserError:
+    if asked == 1:
+        return next(iter(failed.values()))
+    return UserError("\n".join(f"{run}: {error}" for run, error in failed.items()), exit_code=1)
+
+
+def _course(plan: Plan) -> tuple[int, ...]:
+    """What students must have in common to see the same batches to the end."""
+    training = plan.recipe.training
+    return training.data_seed, training.batch_size, training.steps or 0, training.epochs
+
+
+def _plan(recipe: DistillRecipe, out: Path, lesson: Lesson, taps: list[str] | None) -> Plan:
+    source = student_source(recipe, lesson.teacher)
     recipe = _resolved(recipe, lesson, source)
-    record = _record(recipe, lesson, source, taps)
-    if is_done(out, record, resume):
-        say(f"{out}: this run is finished.")
-        return read_record(out)
-    train, select = splits_on(device, lesson.dataset)
+    if not (recipe.logit_weight or recipe.label_weight or _has_affinity(recipe)):
+        raise UserError("--logit-weight 0: nothing is left to learn from; give one of the terms a weight.")
+    if taps and not _has_affinity(recipe):
+        raise UserError(f"--tap {taps[0]}: nothing is compared there without affinity; leave one of them out.")
+    if recipe.label_weight:
+        _refuse_without_labels(lesson)
+    return Plan(recipe, out, source, _record(recipe, lesson, source, taps))
+
+
+def _refuse_without_labels(lesson: Lesson) -> None:
+    dataset = lesson.dataset
+    if dataset.train.labels is None or dataset.classes is None:
+        raise UserError(
+            f"--label-weight: {dataset.source} has no labels here. A folder has them as names of subfolders with "
+            "--labels, an npz file as its array 'labels'."
+        )
+    with torch.no_grad():
+        outputs = lesson.teacher.network(lesson.teacher.source.example())
+    if outputs.shape[1:] != (len(dataset.classes),):
+        raise UserError(
+            f"--label-weight: the teacher has outputs {tuple(outputs.shape[1:])} and {dataset.source} "
+            f"{len(dataset.classes)} classes; learn without labels."
+        )
+
+
+def _has_affinity(recipe: DistillRecipe) -> bool:
+    return recipe.affinity != "none" and recipe.affinity_weight > 0
+
+
+def _distill_together(
+    plans: list[Plan],
+    teacher: Teacher,
+    train: Images,
+    select: Images,
+    taps: list[str] | None,
+    say: Say,
+    world: World,
+) -> dict[Path, UserError]:
     example = train.normalised(train.pixels[:2]).cpu().contiguous()
     teacher_graph = graph.capture(teacher.network, example)
-    student = new_student(recipe, source, teacher, example)
-    pairs = _chosen_taps(recipe, teacher_graph, student, taps)
-    for line in tap_names(teacher_graph, student, pairs):
-        say(f"affinity tap: {line}")
-    if recipe.affinity != "none" and not pairs:
+    students = [new_student(plan.recipe, plan.source, teacher, example) for plan in plans]
+    pairs = [
+        tap_pairs(teacher_graph, student, taps) if _has_affinity(plan.recipe) else []
+        for plan, student in zip(plans, students, strict=True)
+    ]
+    for plan, of_one in zip(plans, pairs, strict=True):
+        if not (of_one or plan.recipe.logit_weight or plan.recipe.label_weight):
+            raise UserError("--logit-weight 0: no feature map has one size in both networks either; see --tap.")
+    names = [tap_names(teacher_graph, *of_one) for of_one in zip(students, pairs, strict=True)]
+    with ExitStack() as locks:
+        if world.leads:
+            for plan in plans:
+                begin(plan.out, plan.record)
+                locks.enter_context(held(plan.out))
+        _say_taps(plans, names, say)
+        for plan, student in zip(plans, students, strict=True):
+            student.network.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            calibrate(student, _batches(train), "mse", batch_statistics=plan.recipe.init == "scratch")
+            if world.leads:
+                write_tensors(plan.out / TEACHER_WEIGHTS, teacher.network.state_dict())
+        training = plans[0].recipe.training
+        shown = target_of(teacher_graph, [theirs for of_one in pairs for theirs, _ in of_one], world.device)
+        batches = Batches(train, select, training.batch_size, training.data_seed, shown, world)
+        jobs = [distill_job(*of_one) for of_one in zip(plans, students, pairs, strict=True)]
+        if len(plans) > 1:
+            jobs = [replace(job, title=job.run.name) for job in jobs]
+        failed = fit(jobs, batches)
+        selection = batches.selection()
+        for plan, student, job, tapped in zip(plans, students, jobs, names, strict=True):
+            if plan.out not in failed:
+                try:
+                    losses = select_losses(job, batches, selection)
+                except UserError as error:
+                    failed[plan.out] = error
+                    continue
+                world.first(partial(_conclude, plan, student, {"taps": tapped, "select": losses}, train))
+    return failed
+
+
+def _say_taps(plans: list[Plan], names: list[list[str]], say: Say) -> None:
+    for name in dict.fromkeys(name for tapped in names for name in tapped):
+        say(f"affinity tap: {name}")
+    if any(_has_affinity(plan.recipe) and not tapped for plan, tapped in zip(plans, names, strict=True)):
         say("no affinity: no feature map has one size in both networks; --tap TEACHER=STUDENT says what to compare.")
-    student.network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    calibrate(student, _batches(train), "mse", batch_statistics=recipe.init == "scratch")
-    begin(out, record)
-    write_tensors(out / TEACHER_WEIGHTS, teacher.network.state_dict())
-    job = distill_job(recipe, student, teacher_graph, pairs, train, select, device)
-    fit(job, out)
-    results: dict[str, Any] = {"taps": tap_names(teacher_graph, student, pairs), "select": select_losses(job)}
-    if recipe.act_bits != FLOAT_BITS:
+
+
+def _conclude(plan: Plan, student: Student, results: dict[str, Any], train: Images) -> None:
+    if plan.recipe.act_bits != FLOAT_BITS:
         results["output_scales"] = collect_output_scales(student, (batch.cpu() for batch in _batches(train)))
-    record = conclude(out, results, student.network)
-    finish(out)
-    return record
+    conclude(plan.out, results, student.network)
+    finish(plan.out)
 
 
 def _resolved(recipe: DistillRecipe, lesson: Lesson, source: NetworkSource) -> DistillRecipe:
     """`recipe` with what the teacher and the data decide: nothing that a reader of the run would have to guess."""
-    same = source == lesson.teacher.source
-    if recipe.init == "teacher" and not same:
-        raise UserError("--init teacher: student and teacher are different networks; use --init scratch.")
-    init = recipe.init or ("teacher" if same else "scratch")
+    init = start_of(recipe, lesson.teacher)
     usual = FROM_SCRATCH if init == "scratch" else FROM_TRAINED
     unset = {name: value for name, value in usual.items() if getattr(recipe.training, name) is None}
     training = replace(recipe.training, **unset)
     return replace(recipe, data=lesson.data.source, arch=source.architecture, init=init, training=training)
+
+
+def with_seeds(recipes: Sequence[DistillRecipe], count: int, teacher: Teacher) -> list[DistillRecipe]:
+    """Every recipe with `count` seeds, counted on from its own.
+
+    From scratch the seeds are those of the initial weights, and all students share one stream of batches. A student
+    that starts from trained weights draws none, so that its data seed counts on as well.
+    """
+    made = []
+    for recipe in recipes:
+        training, fresh = recipe.training, start_of(recipe, teacher) == "scratch"
+        for number in range(count):
+            data_seed = training.data_seed if fresh else training.data_seed + number
+            seeded = replace(training, seed=training.seed + number, data_seed=data_seed)
+            made.append(replace(recipe, training=seeded))
+    return made
 
 
 def _record(recipe: DistillRecipe, lesson: Lesson, source: NetworkSource, taps: list[str] | None) -> dict[str, Any]:
@@ -113,155 +234,48 @@ def _record(recipe: DistillRecipe, lesson: Lesson, source: NetworkSource, taps: 
     }
 
 
-def student_source(recipe: DistillRecipe, teacher: Teacher) -> NetworkSource:
-    """The student's network: the teacher's own, or --arch with the teacher's number of outputs."""
-    if recipe.arch is None or recipe.arch == teacher.source.architecture:
-        return teacher.source
-    with torch.no_grad():
-        outputs = teacher.network(teacher.source.example())
-    if outputs.dim() != 2:
-        raise UserError("--arch: the teacher has no single vector of class scores that the zoo could imitate.")
-    return NetworkSource(teacher.source.channels, teacher.source.pixels, outputs.shape[1], architecture=recipe.arch)
+def target_of(teacher: fx.GraphModule, names: list[str], device: torch.device) -> Callable[[Tensor], Target]:
+    """What the teacher makes of a batch: its outputs, and its maps at the nodes of these names."""
+    names = list(dict.fromkeys(names))
+    tapped = fused(graph.with_taps(teacher, names))
+    tapped.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    @torch.no_grad()
+    def target(x: Tensor) -> Target:
+        outputs, maps = tapped(x)
+        return Target(outputs, dict(zip(names, maps, strict=True)))
+
+    return target
 
 
-def new_student(recipe: DistillRecipe, source: NetworkSource, teacher: Teacher, example: Tensor) -> Student:
-    """The student before training: the teacher's weights, fresh ones, or those of the run `recipe.init` names."""
-    torch.manual_seed(recipe.training.seed)
-    network = source.build()
-    if recipe.init == "teacher":
-        network.load_state_dict(teacher.network.state_dict())
-    elif recipe.init != "scratch":
-        _load_float(network, source, Path(str(recipe.init)))
-    return prepare(graph.capture(network, example), recipe_bits(recipe), example)
-
-
-def _load_float(network: nn.Module, source: NetworkSource, folder: Path) -> None:
-    """Fill `network` with the float weights of a finished run of either kind, whatever its bits were."""
-    if not folder.is_dir():
-        raise UserError(f"--init {folder}: expected teacher, scratch or the folder of a run.")
-    if NetworkSource.from_json(finished(folder)["network"]) != source:
-        raise UserError(f"--init {folder}: that run trained another network than {source.name}.")
-    state = read_tensors(folder / WEIGHTS)
-    latent = {key.replace(".parametrizations.weight.original", ".weight"): value for key, value in state.items()}
-    wanted = network.state_dict()
-    fill(network, {key: value for key, value in latent.items() if key in wanted}, folder / WEIGHTS)
-
-
-def recipe_bits(recipe: DistillRecipe) -> Bits:
-    return Bits(recipe.weight_bits, recipe.act_bits, recipe.target, recipe.scales == "channel")
-
-
-def load_student(folder: Path) -> Student:
-    """The trained student of a finished distillation run, in evaluation mode."""
-    record = read_record(folder)
-    if record["kind"] != "distill":
-        raise UserError(f"{folder}: holds a teacher; distil a student from it first, or use `faqd-deploy ptq`.")
-    source = NetworkSource.from_json(record["network"])
-    asked = record["recipe"]
-    bits = Bits(asked["weight_bits"], asked["act_bits"], asked["target"], asked["scales"] == "channel")
-    student = prepare(graph.capture(source.build(), source.example()), bits, source.example())
-    load_exactly(student.network, folder / WEIGHTS)
-    student.network.eval()
-    return student
-
-
-def _chosen_taps(
-    recipe: DistillRecipe, teacher: fx.GraphModule, student: Student, names: list[str] | None
-) -> list[tuple[str, str]]:
-    if recipe.affinity != "none":
-        return tap_pairs(teacher, student, names)
-    if names:
-        raise UserError(f"--tap {names[0]}: nothing is compared there with --affinity none; leave one of them out.")
-    return []
-
-
-def tap_pairs(teacher: fx.GraphModule, student: Student, names: list[str] | None) -> list[tuple[str, str]]:
-    """Pairs of node names (teacher, student) whose feature maps are compared.
-
-    names None: the last activated map of each size, where both networks have one of that size. Otherwise what --tap
-    gives, each `PLACE` in both networks or `TEACHER_PLACE=STUDENT_PLACE`.
-    """
-    if names is None:
-        ours, theirs = _last_maps(student.network), _last_maps(teacher)
-        return [(theirs[size], ours[size]) for size in theirs if size in ours]
-    pairs = []
-    for name in names:
-        theirs_name, _, ours_name = name.partition("=")
-        pairs.append((_map_at(teacher, theirs_name), _map_at(student.network, ours_name or theirs_name)))
-    return pairs
-
-
-def tap_names(teacher: fx.GraphModule, student: Student, pairs: list[tuple[str, str]]) -> list[str]:
-    """The pairs as --tap takes them: places of the teacher and of the student, `TEACHER=STUDENT` where they differ."""
-    theirs, ours = (
-        {node.name: name.removesuffix(QUANTIZED) for node, name in graph.places(network).items()}
-        for network in (teacher, student.network)
-    )
-    return [theirs[a] if theirs[a] == ours[b] else f"{theirs[a]}={ours[b]}" for a, b in pairs]
-
-
-def _last_maps(network: fx.GraphModule) -> dict[tuple[int, int], str]:
-    """Size (H, W) -> name of the last activated feature map of that size, in graph order; one pixel is no map."""
-    found: dict[tuple[int, int], str] = {}
-    for node in network.graph.nodes:
-        if not graph.is_tensor(node) or len(graph.shape(node)) != 4:
-            continue
-        module = network.get_submodule(str(node.target)) if node.op == "call_module" else None
-        activated = graph.role(network, node) == "rectify"
-        if isinstance(module, ActivationQuantizer):
-            activated = not module.quant.signed
-        size = graph.shape(node)[2:]
-        if activated and size != (1, 1):
-            found.pop((size[0], size[1]), None)
-            found[size[0], size[1]] = node.name
-    return found
-
-
-def _map_at(network: fx.GraphModule, place: str) -> str:
-    maps = {
-        name: node.name
-        for node, name in graph.places(network).items()
-        if graph.is_tensor(node) and len(graph.shape(node)) == 4
-    }
-    for candidate in (place + QUANTIZED, place):
-        if candidate in maps:
-            return maps[candidate]
-    close = difflib.get_close_matches(place, [name.removesuffix(QUANTIZED) for name in maps], n=3, cutoff=0.0)
-    raise UserError(f"--tap {place}: no feature map of that name in the network; the nearest are {', '.join(close)}.")
-
-
-def distill_job(
-    recipe: DistillRecipe,
-    student: Student,
-    teacher: fx.GraphModule,
-    pairs: list[tuple[str, str]],
-    train: Images,
-    select: Images,
-    device: torch.device,
-) -> Job:
+def distill_job(plan: Plan, student: Student, pairs: list[tuple[str, str]]) -> Job:
     """What `fit` trains: the student's parameters in two groups, and the weighted terms of the loss.
 
     Norms, biases and activation scales do not decay. pairs: nodes (teacher, student) whose maps are compared.
     """
-    tapped_student = graph.with_taps(student.network, [ours for _, ours in pairs])
-    tapped_teacher = fused(graph.with_taps(teacher, [theirs for theirs, _ in pairs]))
-    tapped_teacher.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    recipe = plan.recipe
 
-    def losses(x: Tensor, labels: Tensor | None, generator: torch.Generator) -> dict[str, Tensor]:
-        with torch.no_grad():
-            wanted, their_maps = tapped_teacher(x)
-        outputs, our_maps = tapped_student(x)
-        terms = {"logit": recipe.logit_weight * logit_loss(outputs, wanted, recipe.logit, recipe.temperature)}
-        if pairs and recipe.affinity != "none":
+    def losses(answer: Any, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        outputs, maps = answer
+        target = batch.target
+        assert target is not None
+        terms = {}
+        if recipe.logit_weight:
+            distance = logit_loss(outputs, target.outputs, recipe.logit, recipe.temperature)
+            terms["logit"] = recipe.logit_weight * distance
+        if recipe.affinity != "none" and pairs:
             distances = [
-                affinity_loss(ours, theirs, recipe.affinity, columns=recipe.columns, generator=generator)
-                for ours, theirs in zip(our_maps, their_maps, strict=True)
+                affinity_loss(ours, target.maps[name], recipe.affinity, columns=recipe.columns, generator=generator)
+                for ours, (name, _) in zip(maps, pairs, strict=True)
             ]
             terms["affinity"] = recipe.affinity_weight * torch.stack(distances).sum()
+        if recipe.label_weight:
+            assert batch.labels is not None
+            terms["label"] = recipe.label_weight * functional.cross_entropy(outputs, batch.labels)
         return terms
 
     scales = [quantizer.scale for quantizer in student.quantizers().values()]
-    norms = [p for m in student.network.modules() if isinstance(m, NORMS) for p in m.parameters()]
+    norms = [p for m in student.network.modules() if isinstance(m, NORM_LAYERS) for p in m.parameters()]
     free_ids = {id(p) for p in [*scales, *norms]}
     decayed = [p for p in student.network.parameters() if id(p) not in free_ids and p.dim() > 1]
     free = [p for p in student.network.parameters() if id(p) in free_ids or p.dim() <= 1]
@@ -273,14 +287,14 @@ def distill_job(
 
     return Job(
         f"distill {recipe.weight_bits}/{recipe.act_bits}",
-        tapped_student,
+        plan.out,
+        graph.with_taps(student.network, [ours for _, ours in pairs]),
         decayed,
         free,
         losses,
         keep_scales_positive,
-        train,
-        select,
         recipe.training,
+        all_used=bool(recipe.logit_weight or recipe.label_weight),
     )
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from faqd.quant import FLOAT_BITS
 from faqd.train.convert import convert
 from faqd.train.data import load_dataset
-from faqd.train.distill import load_student
 from faqd.train.run import data_options, finished, load_teacher, network_input, run_preprocess
+from faqd.train.student import load_student
 
 BATCH = 250
 

@@ -8,11 +8,11 @@ from typing import Any
 from faqd.command import parse_size
 from faqd.errors import UserError
 from faqd.train import graph
-from faqd.train.distill import tap_names, tap_pairs
 from faqd.train.network import NetworkSource, user_source
 from faqd.train.placement import Bits
 from faqd.train.prepare import prepare, student_table
 from faqd.train.run import read_record
+from faqd.train.taps import tap_names, tap_pairs
 
 
 def inspect_network(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -16,20 +16,20 @@ LINE_EVERY_S = 15.0
 
 
 class Report(Protocol):
-    """Called after every iteration with its number, and with a text where there is news."""
+    """Called after every iteration with its number, and with a text for every title that has news."""
 
-    def __call__(self, iteration: int, text: str | None) -> None: ...
+    def __call__(self, iteration: int, news: Mapping[str, str]) -> None: ...
 
 
 @contextmanager
-def reporting(title: str, total: int, done: int = 0) -> Iterator[Report]:
-    """Report on stderr, so that --json - keeps standard output for itself."""
+def reporting(titles: Sequence[str], total: int, done: int = 0) -> Iterator[Report]:
+    """Report on stderr, so that --json - keeps standard output for itself: a line per title."""
     console = Console(stderr=True)
     if not sys.stderr.isatty():
-        yield _plain(console, title, total, done)
+        yield _plain(console, titles, total, done)
         return
     columns = (
-        TextColumn(title),
+        TextColumn("{task.description}"),
         BarColumn(bar_width=10),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -39,29 +39,32 @@ def reporting(title: str, total: int, done: int = 0) -> Iterator[Report]:
         TextColumn("{task.fields[text]}", table_column=Column(ratio=1, no_wrap=True)),
     )
     with Progress(*columns, console=console, expand=True) as progress:
-        task = progress.add_task(title, total=total, completed=done, text="")
+        tasks = {title: progress.add_task(title, total=total, completed=done, text="") for title in titles}
 
-        def live(iteration: int, text: str | None) -> None:
-            progress.update(task, completed=iteration)
-            if text:
-                progress.update(task, text=text)
+        def live(iteration: int, news: Mapping[str, str]) -> None:
+            for title, task in tasks.items():
+                progress.update(task, completed=iteration)
+                if title in news:
+                    progress.update(task, text=news[title])
 
         yield live
 
 
-def _plain(console: Console, title: str, total: int, done: int) -> Report:
+def _plain(console: Console, titles: Sequence[str], total: int, done: int) -> Report:
     started = time.monotonic()
     last = started
-    news = ""
+    latest: dict[str, str] = {}
 
-    def line(iteration: int, text: str | None) -> None:
-        nonlocal last, news
+    def lines(iteration: int, news: Mapping[str, str]) -> None:
+        nonlocal last
         now = time.monotonic()
-        news = f", {text}" if text else news
+        latest.update(news)
         if iteration != total and now - last < LINE_EVERY_S:
             return
         last = now
         left = (now - started) * (total - iteration) / max(1, iteration - done)
-        console.print(f"{title}: iteration {iteration}/{total}{news}, {left:.0f} s left", soft_wrap=True)
+        for title in titles:
+            text = f", {latest[title]}" if title in latest else ""
+            console.print(f"{title}: iteration {iteration}/{total}{text}, {left:.0f} s left", soft_wrap=True)
 
-    return line
+    return lines

@@ -53,7 +53,7 @@ class TeacherRecipe:
 
 @dataclass(frozen=True)
 class DistillRecipe:
-    """How a student is distilled, without labels.
+    """How a student is distilled, without labels unless label_weight is above 0.
 
     data, arch, init: None for what the command line says, the teacher's own network, and its weights where the
     student is that network. The record of a run has them filled in.
@@ -74,6 +74,7 @@ class DistillRecipe:
     affinity: DistillAffinity = "l2"
     affinity_weight: float = 1.0
     columns: int = 15
+    label_weight: float = 0.0
 
 
 Recipe = TeacherRecipe | DistillRecipe

@@ -76,6 +76,8 @@ def held(folder: Path) -> Iterator[None]:
             fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{folder}: another process trains in it; wait for it, or give another --out.") from None
+        except OSError:
+            pass  # a network file system without locks
         yield
     finally:
         os.close(place)

@@ -2,50 +2,63 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from faqd.errors import UserError
+from faqd.train.batches import Batch, Batches, Images, splits_on
 from faqd.train.data import DataOptions, Dataset, Say, load_dataset
-from faqd.train.loop import Images, Job, finish, fit, images_on, select_losses
+from faqd.train.job import Job, Losses, select_losses
+from faqd.train.loop import finish, fit
 from faqd.train.models import check_architecture
 from faqd.train.network import NetworkSource
 from faqd.train.recipes import TeacherRecipe, recipe_json
-from faqd.train.run import asked_json, begin, conclude, data_json, is_done, read_record
+from faqd.train.run import asked_json, begin, conclude, data_json, held, is_done, read_record
+from faqd.train.world import World
 
 
 def train_teacher(
-    recipe: TeacherRecipe, data: DataOptions, out: Path, device: torch.device, resume: bool, say: Say
+    recipe: TeacherRecipe, data: DataOptions, out: Path, resume: bool, say: Say, world: World
 ) -> dict[str, Any]:
     """Train with cross-entropy and write the run. Returns its record with the accuracy on the select split."""
     check_architecture(recipe.arch)
     dataset = load_dataset(data, with_labels=True, say=say)
     source = _source(recipe, dataset)
     record = _record(recipe, data, dataset, source)
-    if is_done(out, record, resume):
+    if world.first(lambda: is_done(out, record, resume)):
         say(f"{out}: this run is finished.")
         return read_record(out)
-    begin(out, record)
-    torch.manual_seed(recipe.training.seed)
+    training = recipe.training
+    torch.manual_seed(training.seed)
     network = source.build()
-    network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    train, select = splits_on(world.device, dataset)
+    batches = Batches(train, select, training.batch_size, training.data_seed, None, world)
+    job = Job("teacher", out, network, list(network.parameters()), [], _cross_entropy, lambda: None, training)
+    with ExitStack() as locks:
+        if world.leads:
+            begin(out, record)
+            locks.enter_context(held(out))
+        for error in fit([job], batches).values():
+            raise error
+        selected = {**select_losses(job, batches, batches.selection()), "accuracy": _accuracy(network, select)}
+        return world.first(lambda: _conclude(out, selected, network))
 
-    def losses(x: Tensor, labels: Tensor | None, generator: torch.Generator) -> dict[str, Tensor]:
-        assert labels is not None
-        return {"cross-entropy": functional.cross_entropy(network(x), labels)}
 
-    train, select = splits_on(device, dataset)
-    parameters = list(network.parameters())
-    job = Job("teacher", network, parameters, [], losses, lambda: None, train, select, recipe.training)
-    fit(job, out)
-    selected = {**select_losses(job), "accuracy": _accuracy(network, select)}
+def _conclude(out: Path, selected: dict[str, float], network: nn.Module) -> dict[str, Any]:
     record = conclude(out, {"select": selected}, network)
     finish(out)
     return record
+
+
+def _cross_entropy(answer: Tensor, batch: Batch, generator: torch.Generator) -> Losses:
+    assert batch.labels is not None
+    return {"cross-entropy": functional.cross_entropy(answer, batch.labels)}
 
 
 def _source(recipe: TeacherRecipe, dataset: Dataset) -> NetworkSource:
@@ -70,17 +83,8 @@ def _record(recipe: TeacherRecipe, data: DataOptions, dataset: Dataset, source: 
     }
 
 
-def splits_on(device: torch.device, dataset: Dataset) -> tuple[Images, Images]:
-    """The train and select splits on the device."""
-    made = [
-        images_on(device, split.images, split.labels, dataset.preprocess, dataset.augmentation)
-        for split in (dataset.train, dataset.select)
-    ]
-    return made[0], made[1]
-
-
 @torch.no_grad()
-def _accuracy(network: torch.nn.Module, images: Images) -> float:
+def _accuracy(network: nn.Module, images: Images) -> float:
     assert images.labels is not None
     network.eval()
     hits = [

@@ -1,0 +1,218 @@
+"""One run in training: what is trained, how it steps, what it writes. Which batches it sees is not its business."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from faqd.errors import UserError
+from faqd.files import leftovers, remove, written_beside
+from faqd.train.augment import augment
+from faqd.train.batches import FORWARD, NORMS, PROJECTION, SELECTION, Batch, Batches, Images, stream
+from faqd.train.checkpoint import Position, checkpoints, iteration_of, load_checkpoint, save_checkpoint
+from faqd.train.recipes import Training
+from faqd.train.run import METRICS
+from faqd.train.world import World
+
+NORM_IMAGES = 5000
+NORM_LAYERS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
+
+Losses = dict[str, Tensor]
+"""Weighted loss terms by name; their sum is minimised."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one run trains.
+
+    run: its folder. losses: (what the network returns, batch, private generator) -> weighted terms. after_step: what
+    must hold after every step, such as positive scales. decayed, free: parameters with and without weight decay.
+    all_used: whether the losses reach every parameter.
+    """
+
+    title: str
+    run: Path
+    network: nn.Module
+    decayed: list[nn.Parameter]
+    free: list[nn.Parameter]
+    losses: Callable[[Any, Batch, torch.Generator], Losses]
+    after_step: Callable[[], None]
+    training: Training
+    all_used: bool = True
+
+
+class Trainee:
+    """A job at an iteration: its optimizer, and the losses that were not reported yet.
+
+    Starts from the latest checkpoint in the run's folder if there is one. Iteration i is a function of the weights, of
+    the batch and of (seed, i) alone.
+    """
+
+    def __init__(self, job: Job, world: World) -> None:
+        self.job = job
+        self.world = world
+        self.optimizer = _optimizer(job)
+        self.start = _resume(job, self.optimizer, world)
+        self.iteration = self.start.iteration
+        device = job.decayed[0].device
+        self.sums = {name: torch.tensor(value, device=device) for name, value in self.start.sums.items()}
+        self._unseen: dict[int, Losses] = {}
+        self._forward = world.parallel(job.network, job.all_used)
+
+    def step(self, batch: Batch, total: int) -> None:
+        """One iteration of `total`."""
+        job, training = self.job, self.job.training
+        _set_mode(job.network, self.iteration >= total * (1 - resolved(training.frozen_norm)))
+        for group in self.optimizer.param_groups:
+            group["lr"] = _rate(training, self.iteration, total)
+        # What the network itself may draw, as for dropout, is then the same for a run that was resumed or had company.
+        torch.manual_seed(stream(training.seed, FORWARD, self.iteration, self.world.rank).initial_seed())
+        generator = stream(training.seed, PROJECTION, self.iteration, self.world.rank)
+        losses = job.losses(self._forward(batch.x), batch, generator)
+        self.optimizer.zero_grad(set_to_none=True)
+        values = torch.stack(list(losses.values()))
+        values.sum().backward()
+        if training.clip_norm is not None:
+            nn.utils.clip_grad_norm_([*job.decayed, *job.free], training.clip_norm)
+        self.optimizer.step()
+        job.after_step()
+        losses = dict(zip(losses, self.world.mean(values.detach()).unbind(), strict=True))
+        self.sums = {name: value + self.sums[name] if self.sums else value for name, value in losses.items()}
+        self.iteration += 1
+        self._unseen[self.iteration] = losses
+
+    def look(self) -> str:
+        """The latest losses in words. UserError where one since the last look is not finite."""
+        unseen, self._unseen = self._unseen, {}
+        for number, values in unseen.items():
+            _refuse_nan(values, f"in iteration {number}")
+        return "loss " + " + ".join(f"{name} {value.item():.4g}" for name, value in unseen[self.iteration].items())
+
+    def end_epoch(self, batches: Batches, selection: Batch, seconds: float) -> None:
+        """Write the line of an epoch, with the losses on the select split."""
+        count = (self.iteration - 1) % batches.per_epoch + 1
+        line = {
+            "iteration": self.iteration,
+            "epoch": -(-self.iteration // batches.per_epoch),
+            **{f"{name}_loss": value.item() / count for name, value in self.sums.items()},
+            **{f"select_{name}_loss": value for name, value in select_losses(self.job, batches, selection).items()},
+            "seconds": round(self.start.seconds + seconds, 3),
+        }
+        self.sums = {}
+        if self.world.leads:
+            with (self.job.run / METRICS).open("a", encoding="utf-8") as metrics:
+                metrics.write(json.dumps(line, allow_nan=False) + "\n")
+
+    def save(self, seconds: float) -> None:
+        sums = {name: value.item() for name, value in self.sums.items()}
+        position = Position(self.iteration, sums, self.start.seconds + seconds, self.start.threads)
+        save_checkpoint(self.job.run, self.job.network, self.optimizer, position)
+
+
+def _optimizer(job: Job) -> torch.optim.Optimizer:
+    training = job.training
+    return torch.optim.SGD(
+        [
+            {"params": job.decayed, "weight_decay": training.weight_decay},
+            {"params": job.free, "weight_decay": 0.0},
+        ],
+        lr=resolved(training.lr),
+        momentum=training.momentum,
+        nesterov=training.momentum > 0,
+    )
+
+
+def _resume(job: Job, optimizer: torch.optim.Optimizer, world: World) -> Position:
+    world.first(lambda: _clear(job.run))
+    found = checkpoints(job.run)
+    return load_checkpoint(found[-1], job.network, optimizer) if found else Position()
+
+
+def _clear(run: Path) -> None:
+    """Remove what a kill left half-written, and the metrics since the last checkpoint."""
+    for path in leftovers(run):
+        remove(path)
+    found = checkpoints(run)
+    _cut_back(run / METRICS, iteration_of(found[-1]) if found else 0)
+
+
+def _cut_back(metrics: Path, iteration: int) -> None:
+    """Drop the lines that were written after the checkpoint, and a line cut short."""
+    if not metrics.is_file():
+        return
+    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["iteration"] <= iteration]
+    with written_beside(metrics) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8")
+
+
+def _rate(training: Training, iteration: int, total: int) -> float:
+    """A linear rise over the warm-up, then half a cosine to zero."""
+    rising, peak = training.warmup * total, resolved(training.lr)
+    if iteration < rising:
+        return peak * (iteration + 1) / rising
+    return peak * 0.5 * (1 + math.cos(math.pi * (iteration - rising) / max(1.0, total - rising)))
+
+
+def resolved(setting: float | None) -> float:
+    """A setting of the schedule that the recipe left open, filled in by now."""
+    assert setting is not None
+    return setting
+
+
+def _set_mode(network: nn.Module, norms_stand_still: bool) -> None:
+    network.train()
+    if norms_stand_still:
+        for module in network.modules():
+            if isinstance(module, NORM_LAYERS):
+                module.eval()
+
+
+def _refuse_nan(losses: Mapping[str, Tensor | float], where: str) -> None:
+    bad = [name for name, value in losses.items() if not math.isfinite(value)]
+    if bad:
+        raise UserError(
+            f"the {' and the '.join(bad)} loss is not finite {where}: the run stops here. A lower --lr, or a lower "
+            "weight of that term, is the usual cure; give another --out with it.",
+            exit_code=1,
+        )
+
+
+@torch.no_grad()
+def select_losses(job: Job, batches: Batches, selection: Batch) -> dict[str, float]:
+    """The losses on `selection`, the select split."""
+    job.network.eval()
+    losses = job.losses(job.network(selection.x), selection, stream(batches.data_seed, SELECTION, 0))
+    plain = {name: float(value) for name, value in losses.items()}
+    _refuse_nan(plain, "on the select split")
+    return plain
+
+
+@torch.no_grad()
+def settle_norms(network: nn.Module, images: Images, training: Training) -> None:
+    """Re-estimate batch-norm statistics with the final weights on augmented training images.
+
+    Augmented, because that is what the weights were trained on: the black frame of random crops moves the statistics
+    so much that unaugmented images cost accuracy (docs/decisions.md).
+    """
+    norms = [module for module in network.modules() if isinstance(module, NORM_LAYERS)]
+    network.eval()
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain average over the batches
+        norm.train()
+    generator = stream(training.data_seed, NORMS, 0)
+    for pixels in images.pixels[:NORM_IMAGES].split(max(2, training.batch_size)):
+        if len(pixels) > 1:
+            network(images.normalised(augment(pixels, images.augmentation, generator)))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()

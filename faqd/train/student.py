@@ -1,0 +1,77 @@
+"""The student of a recipe: which network it is, what it starts from, and the trained one of a finished run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from faqd.errors import UserError
+from faqd.train import graph
+from faqd.train.network import NetworkSource, read_tensors
+from faqd.train.placement import Bits
+from faqd.train.prepare import Student, prepare
+from faqd.train.recipes import DistillRecipe
+from faqd.train.run import WEIGHTS, fill, finished, load_exactly, read_record
+from faqd.train.source import Teacher
+
+
+def start_of(recipe: DistillRecipe, teacher: Teacher) -> str:
+    """What the student starts from: teacher, scratch, or the folder of a run."""
+    same = student_source(recipe, teacher) == teacher.source
+    if recipe.init == "teacher" and not same:
+        raise UserError("--init teacher: student and teacher are different networks; use --init scratch.")
+    return recipe.init or ("teacher" if same else "scratch")
+
+
+def student_source(recipe: DistillRecipe, teacher: Teacher) -> NetworkSource:
+    """The student's network: the teacher's own, or --arch with the teacher's number of outputs."""
+    if recipe.arch is None or recipe.arch == teacher.source.architecture:
+        return teacher.source
+    with torch.no_grad():
+        outputs = teacher.network(teacher.source.example())
+    if outputs.dim() != 2:
+        raise UserError("--arch: the teacher has no single vector of class scores that the zoo could imitate.")
+    return NetworkSource(teacher.source.channels, teacher.source.pixels, outputs.shape[1], architecture=recipe.arch)
+
+
+def new_student(recipe: DistillRecipe, source: NetworkSource, teacher: Teacher, example: Tensor) -> Student:
+    """The student before training: the teacher's weights, fresh ones, or those of the run `recipe.init` names."""
+    torch.manual_seed(recipe.training.seed)
+    network = source.build()
+    if recipe.init == "teacher":
+        network.load_state_dict(teacher.network.state_dict())
+    elif recipe.init != "scratch":
+        _load_float(network, source, Path(str(recipe.init)))
+    return prepare(graph.capture(network, example), recipe_bits(recipe), example)
+
+
+def _load_float(network: nn.Module, source: NetworkSource, folder: Path) -> None:
+    """Fill `network` with the float weights of a finished run of either kind, whatever its bits were."""
+    if not folder.is_dir():
+        raise UserError(f"--init {folder}: expected teacher, scratch or the folder of a run.")
+    if NetworkSource.from_json(finished(folder)["network"]) != source:
+        raise UserError(f"--init {folder}: that run trained another network than {source.name}.")
+    state = read_tensors(folder / WEIGHTS)
+    latent = {key.replace(".parametrizations.weight.original", ".weight"): value for key, value in state.items()}
+    wanted = network.state_dict()
+    fill(network, {key: value for key, value in latent.items() if key in wanted}, folder / WEIGHTS)
+
+
+def recipe_bits(recipe: DistillRecipe) -> Bits:
+    return Bits(recipe.weight_bits, recipe.act_bits, recipe.target, recipe.scales == "channel")
+
+
+def load_student(folder: Path) -> Student:
+    """The trained student of a finished distillation run, in evaluation mode."""
+    record = read_record(folder)
+    if record["kind"] != "distill":
+        raise UserError(f"{folder}: holds a teacher; distil a student from it first, or use `faqd-deploy ptq`.")
+    source = NetworkSource.from_json(record["network"])
+    asked = record["recipe"]
+    bits = Bits(asked["weight_bits"], asked["act_bits"], asked["target"], asked["scales"] == "channel")
+    student = prepare(graph.capture(source.build(), source.example()), bits, source.example())
+    load_exactly(student.network, folder / WEIGHTS)
+    student.network.eval()
+    return student

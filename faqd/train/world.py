@@ -1,0 +1,102 @@
+"""The processes that train one run together: one where nothing is said, several under `torchrun`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from faqd.errors import UserError
+
+T = TypeVar("T")
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: its number, how many there are, and where it trains. Rank 0 alone writes and speaks.
+
+    together: whether torch's process group is there, which a single process has under torchrun only.
+    """
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = CPU
+    together: bool = False
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    def share(self, values: Tensor) -> Tensor:
+        """The rows of a whole batch that are this process's: every size-th from its rank on."""
+        return values[self.rank :: self.size]
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over all processes, the same to the last bit in each."""
+        if not self.together:
+            return values
+        distributed.all_reduce(values)
+        return values / self.size
+
+    def first(self, function: Callable[[], T]) -> T:
+        """What `function` returns in rank 0, which alone calls it. Its UserError is raised in every process."""
+        if not self.together:
+            return function()
+        box: list[Any] = [None, None]
+        if self.leads:
+            try:
+                box[0] = function()
+            except UserError as error:
+                box[1] = (str(error), error.exit_code)
+        distributed.broadcast_object_list(box, src=0, device=self.device)
+        if box[1] is not None:
+            raise UserError(*box[1])
+        result: T = box[0]
+        return result
+
+    def parallel(self, network: nn.Module, all_used: bool) -> nn.Module:
+        """`network` as its forward pass is to be called, so that gradients are the mean over all processes.
+
+        On GPUs its batch norms are replaced, in place, by those that see the whole batch; parameters and statistics
+        stay the tensors they were. all_used: whether every parameter gets a gradient.
+        """
+        if not self.together:
+            return network
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:
+            nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        return DistributedDataParallel(
+            network, device_ids=[self.device] if on_gpu else None, find_unused_parameters=not all_used
+        )
+
+
+@contextmanager
+def joined(device: str) -> Iterator[World]:
+    """The world of this process; under torchrun that of all the processes it started.
+
+    device: auto, cpu or cuda. UserError for cuda where there is none, or fewer than processes on this machine.
+    """
+    gpus = torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
+    if device == "cuda" and not gpus:
+        raise UserError("--device cuda: torch sees no CUDA GPU here; use --device cpu.")
+    if not distributed.is_torchelastic_launched():
+        yield World(device=torch.device("cuda" if gpus else "cpu"))
+        return
+    number = int(os.environ["LOCAL_RANK"])
+    if gpus and number >= gpus:
+        raise UserError(f"torchrun: more processes than the {gpus} GPUs here; give it --nproc-per-node {gpus}.")
+    here = torch.device("cuda", number) if gpus else torch.device("cpu")
+    if gpus:
+        torch.cuda.set_device(here)
+    distributed.init_process_group("nccl" if gpus else "gloo")
+    yield World(distributed.get_rank(), distributed.get_world_size(), here, together=True)
+    # Not after an error: the others may be waiting, and torchrun ends them.
+    distributed.destroy_process_group()
