@@ -80,8 +80,12 @@ def teacher(recipe: str, json_target: str | None, **options: Any) -> None:
 )
 @click.option("--arch", metavar="NAME", help="Train this network of the zoo instead of the teacher's own.")
 @click.option("--init", metavar="teacher|scratch|RUN", help="Start the student from these weights.")
-@click.option("--weight-bits", metavar="BITS[,BITS]", help="Use 1 to 8 bits; a list trains each into its own folder.")
-@click.option("--act-bits", metavar="BITS[,BITS]", help="Use 1 to 8 bits, or 32 for float; a list as above.")
+@click.option("--weight-bits", metavar="BITS[,BITS]", help="Use 1 to 8 bits; a list trains all side by side.")
+@click.option(
+    "--act-bits",
+    metavar="BITS[,BITS]",
+    help="Use 1 to 8 bits, or 32 for float; a list as above. Weights are float with 32 for both.",
+)
 @click.option(
     "--seeds",
     type=click.IntRange(1),

@@ -152,6 +152,9 @@ def _distill_together(
         if not (of_one or plan.recipe.logit_weight or plan.recipe.label_weight):
             raise UserError("--logit-weight 0: no feature map has one size in both networks either; see --tap.")
     names = [tap_names(teacher_graph, *of_one) for of_one in zip(students, pairs, strict=True)]
+    training = plans[0].recipe.training
+    shown = target_of(teacher_graph, [theirs for of_one in pairs for theirs, _ in of_one], world.device)
+    batches = Batches(train, select, training.batch_size, training.data_seed, shown, world)
     with ExitStack() as locks:
         if world.leads:
             for plan in plans:
@@ -163,9 +166,6 @@ def _distill_together(
             calibrate(student, _batches(train), "mse", batch_statistics=plan.recipe.init == "scratch")
             if world.leads:
                 write_tensors(plan.out / TEACHER_WEIGHTS, teacher.network.state_dict())
-        training = plans[0].recipe.training
-        shown = target_of(teacher_graph, [theirs for of_one in pairs for theirs, _ in of_one], world.device)
-        batches = Batches(train, select, training.batch_size, training.data_seed, shown, world)
         jobs = [distill_job(*of_one) for of_one in zip(plans, students, pairs, strict=True)]
         if len(plans) > 1:
             jobs = [replace(job, title=job.run.name) for job in jobs]

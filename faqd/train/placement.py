@@ -31,7 +31,10 @@ from faqd.train.support import refuse_unknown
 
 @dataclass(frozen=True)
 class Bits:
-    """What a student is quantized to. activations: 1-8, or 32 for float. per_channel: weight scales."""
+    """What a student is quantized to. activations: 1-8, or 32 for float. per_channel: weight scales.
+
+    weights: 1-8, or 32 where the activations are float as well: a student without any quantizer.
+    """
 
     weights: int = 8
     activations: int = 8
@@ -39,7 +42,10 @@ class Bits:
     per_channel: bool = True
 
     def __post_init__(self) -> None:
-        check_bits("--weight-bits", self.weights, 8)
+        if self.weights == FLOAT_BITS and self.activations != FLOAT_BITS:
+            raise UserError("--weight-bits 32: choose 1 to 8; float weights go with --act-bits 32 only.")
+        if self.weights != FLOAT_BITS:
+            check_bits("--weight-bits", self.weights, 8)
         if self.activations != FLOAT_BITS:
             check_bits("--act-bits", self.activations, 8)
 
@@ -93,6 +99,8 @@ def _weight_grids(reader: _Reader, bits: Bits) -> dict[fx.Node, Quant]:
     layers = [node for node in reader.traced.graph.nodes if reader.role(node) == "compute"]
     if not layers:
         raise UserError("the network has no convolution or linear layer: there is nothing to quantize.")
+    if bits.weights == FLOAT_BITS:
+        return {}
     axis = 0 if bits.per_channel else None
     first = {node for node in layers if reader.layers_before(node) == 1}
     last = {node for node in layers if not reader.layer_follows(node)}

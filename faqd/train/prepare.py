@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 
 from faqd.calib.ranges import Method, scale_from
 from faqd.errors import UserError
+from faqd.quant import FLOAT_BITS
 from faqd.train import graph
 from faqd.train.placement import Bits, place
 from faqd.train.quantizers import ActivationQuantizer, WeightQuantizer
@@ -91,15 +92,17 @@ def student_table(student: Student) -> list[dict[str, Any]]:
         if graph.role(network, node) != "compute":
             continue
         layer: Any = network.get_submodule(str(node.target))
-        quant = _weight_quantizer(layer).quant
+        quantized = parametrize.is_parametrized(layer, "weight")
+        quant = _weight_quantizer(layer).quant if quantized else None
+        weight = layer.parametrizations.weight.original if quantized else layer.weight
         read = input_quantizer(network, node)
         rows.append(
             {
                 "name": str(node.target),
                 "operator": type(layer).__name__.removeprefix("Parametrized"),
-                "weight_shape": list(layer.parametrizations.weight.original.shape),
-                "weights": quant.label,
-                "weight_bits": quant.bits,
+                "weight_shape": list(weight.shape),
+                "weights": quant.label if quant else "float",
+                "weight_bits": quant.bits if quant else FLOAT_BITS,
                 "inputs": read.quant.label if read else "float",
             }
         )
