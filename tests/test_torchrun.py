@@ -21,7 +21,7 @@ from tests.toy_runs import User, new_user, succeeds
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
 TOLERANCE = 5e-3
-"""Relative, of every loss. Sums are rounded in another order, and a value on the edge of a code may tip over: measured 2e-3."""
+"""Relative, of every loss: sums are rounded in another order, and a value on the edge of a code may tip over."""
 LINE = ("--batch-size", 16, "--steps", 12, "--lr", 0.01, "--weight-bits", "2,4", "--act-bits", 4)
 KILLED = """
 import os, signal, sys
@@ -79,8 +79,9 @@ def test_two_processes_reproduce_the_losses_of_one(user: User, together: Path, t
         assert [entry["iteration"] for entry in ours] == [5, 10, 12]
         for found, expected in zip(ours, wanted, strict=True):
             assert found == pytest.approx(expected, rel=TOLERANCE, abs=0)
-        # They did learn.
-        assert wanted[-1]["select_affinity_loss"] < 0.99 * wanted[0]["select_affinity_loss"]
+        # More happened than the tolerance forgives.
+        first, last = wanted[0]["select_logit_loss"], wanted[-1]["select_logit_loss"]
+        assert abs(last - first) > 5 * TOLERANCE * first
 
 
 def test_processes_that_were_killed_resume_to_the_same_bits(user: User, together: Path, tmp_path: Path) -> None:
