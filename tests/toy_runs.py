@@ -55,11 +55,11 @@ class Outcome:
 
 
 def faqd_train(*arguments: object) -> Outcome:
-    return _outcome(train_cli, arguments)
+    return outcome_of(train_cli, arguments)
 
 
 def faqd_deploy(*arguments: object) -> Outcome:
-    return _outcome(deploy_cli, arguments)
+    return outcome_of(deploy_cli, arguments)
 
 
 def succeeds(outcome: Outcome) -> Outcome:
@@ -67,7 +67,7 @@ def succeeds(outcome: Outcome) -> Outcome:
     return outcome
 
 
-def _outcome(command: object, arguments: tuple[object, ...]) -> Outcome:
+def outcome_of(command: object, arguments: tuple[object, ...]) -> Outcome:
     out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:

@@ -163,7 +163,7 @@ def _distill_together(
         _say_taps(plans, names, say)
         for plan, student in zip(plans, students, strict=True):
             student.network.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-            calibrate(student, _batches(train), "mse", batch_statistics=plan.recipe.init == "scratch")
+            calibrate(student, calibration_batches(train), "mse", batch_statistics=plan.recipe.init == "scratch")
             if world.leads:
                 write_tensors(plan.out / TEACHER_WEIGHTS, teacher.network.state_dict())
         jobs = [distill_job(*of_one) for of_one in zip(plans, students, pairs, strict=True)]
@@ -191,7 +191,7 @@ def _say_taps(plans: list[Plan], names: list[list[str]], say: Say) -> None:
 
 def _conclude(plan: Plan, student: Student, results: dict[str, Any], train: Images) -> None:
     if plan.recipe.act_bits != FLOAT_BITS:
-        results["output_scales"] = collect_output_scales(student, (batch.cpu() for batch in _batches(train)))
+        results["output_scales"] = collect_output_scales(student, (batch.cpu() for batch in calibration_batches(train)))
     conclude(plan.out, results, student.network)
     finish(plan.out)
 
@@ -298,6 +298,6 @@ def distill_job(plan: Plan, student: Student, pairs: list[tuple[str, str]]) -> J
     )
 
 
-def _batches(images: Images) -> Iterator[Tensor]:
+def calibration_batches(images: Images) -> Iterator[Tensor]:
     for pixels in images.pixels[:CALIBRATION_IMAGES].split(128):
         yield images.normalised(pixels)

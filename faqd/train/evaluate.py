@@ -11,6 +11,7 @@ from torch import Tensor
 from faqd.quant import FLOAT_BITS
 from faqd.train.convert import convert
 from faqd.train.data import load_dataset
+from faqd.train.prepare import Student
 from faqd.train.run import data_options, finished, load_teacher, network_input, run_preprocess
 from faqd.train.student import load_student
 
@@ -21,6 +22,11 @@ BATCH = 250
 def outputs(network: Any, inputs: Tensor) -> Tensor:
     """float32 outputs of `network` for all of `inputs`, in batches."""
     return torch.cat([network(batch).float() for batch in inputs.split(BATCH)])
+
+
+def deployable(student: Student) -> Any:
+    """What a student's accuracy is measured on: its integers, or the network itself where activations are float."""
+    return student.network if student.bits.activations == FLOAT_BITS else convert(student, "tensorrt")
 
 
 def evaluate_run(folder: Path, data_root: Path | None) -> dict[str, Any]:
@@ -37,9 +43,7 @@ def evaluate_run(folder: Path, data_root: Path | None) -> dict[str, Any]:
     result: dict[str, Any] = {"images": len(inputs)}
     measured = {"teacher": wanted}
     if record["kind"] == "distill":
-        student = load_student(folder)
-        deployed = student.network if student.bits.activations == FLOAT_BITS else convert(student, "tensorrt")
-        measured = {"student": outputs(deployed, inputs), "teacher": wanted}
+        measured = {"student": outputs(deployable(load_student(folder)), inputs), "teacher": wanted}
     if split.labels is not None and wanted.shape[1:] != (len(dataset.classes or ()),):
         result["no_accuracy"] = f"outputs {tuple(wanted.shape[1:])}, classes of the data {len(dataset.classes or ())}"
     elif split.labels is not None:
