@@ -1,7 +1,8 @@
 """Run commands of faqd-train that send themselves a signal: `python killed_runs.py < cases.json`.
 
 A case: {when, signal, every_s (seconds between checkpoints), line, said (a file for stderr)}. `when` is
-["iteration", n], ["write", part of a path, how often] or ["conclude"]. Prints the exit codes, negative for a signal.
+["iteration", n], ["write", part of a path, how often], ["removal", part of a path] or ["conclude"]. Prints the exit
+codes, negative for a signal.
 Every command is a process of its own, forked, so that torch is loaded once for all of them.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -51,6 +53,18 @@ def in_a_write(kill: Kill, part: str, times: int) -> None:
     Path.write_bytes = write_bytes  # type: ignore[method-assign,assignment]
 
 
+def in_a_removal(kill: Kill, part: str) -> None:
+    plain = shutil.rmtree
+
+    def rmtree(path: Path) -> None:
+        if part in str(path):
+            next(path.iterdir()).unlink()
+            kill()
+        plain(path)
+
+    vars(shutil)["rmtree"] = rmtree
+
+
 def before_the_results(kill: Kill) -> None:
     vars(distill)["conclude"] = lambda *arguments: kill()
 
@@ -58,6 +72,7 @@ def before_the_results(kill: Kill) -> None:
 WHEN: dict[str, Callable[..., None]] = {
     "iteration": at_iteration,
     "write": in_a_write,
+    "removal": in_a_removal,
     "conclude": before_the_results,
 }
 
