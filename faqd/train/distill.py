@@ -105,8 +105,8 @@ def _plan(recipe: DistillRecipe, out: Path, lesson: Lesson, taps: list[str] | No
     recipe = _resolved(recipe, lesson, source)
     if not (recipe.logit_weight or recipe.label_weight or _has_affinity(recipe)):
         raise UserError("--logit-weight 0: nothing is left to learn from; give one of the terms a weight.")
-    if taps and not _has_affinity(recipe):
-        raise UserError(f"--tap {taps[0]}: nothing is compared there without affinity; leave one of them out.")
+    if taps and recipe.affinity == "none":
+        raise UserError(f"--tap {taps[0]}: nothing is compared there with --affinity none; leave one of them out.")
     if recipe.label_weight:
         _refuse_without_labels(lesson)
     return Plan(recipe, out, source, _record(recipe, lesson, source, taps))

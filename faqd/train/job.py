@@ -140,13 +140,12 @@ def _clear(run: Path) -> None:
     for path in leftovers(run):
         remove(path)
     found = checkpoints(run)
+    (run / METRICS).touch()
     _cut_back(run / METRICS, iteration_of(found[-1]) if found else 0)
 
 
 def _cut_back(metrics: Path, iteration: int) -> None:
     """Drop the lines that were written after the checkpoint, and a line cut short."""
-    if not metrics.is_file():
-        return
     lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["iteration"] <= iteration]
     with written_beside(metrics) as temporary:
