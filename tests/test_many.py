@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from faqd.train import distill as distillation
-from faqd.train import loop
 from faqd.train.batches import Batches
 from faqd.train.job import Job
 from tests.toy_runs import NET, Outcome, User, everything_in, new_user, succeeds, write_net
@@ -179,32 +178,6 @@ def test_one_that_diverges_leaves_the_others_alone(
 
 # One process per folder ---------------------------------------------------------------------------------------------
 
-# As any process would hold it, without the seconds that torch takes to load.
-HOLDER = """
-import fcntl, os, sys, time
-fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX)
-print("held", flush=True)
-time.sleep(600)
-"""
-
-
-def test_a_run_that_another_process_trains_is_refused_until_that_is_gone(user: User, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "settle_norms", _interrupt)
-        assert distilled(user, run, *FROM_SCRATCH).code == 130
-    before = everything_in(run)
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(run)], stdout=subprocess.PIPE)
-    assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
-    try:
-        outcome = distilled(user, run, *FROM_SCRATCH, "--resume")
-        assert outcome.code == 2 and f"{run}: another process is training this run" in outcome.stderr
-        assert everything_in(run) == before
-    finally:
-        holder.kill()
-        holder.communicate()
-    succeeds(distilled(user, run, *FROM_SCRATCH, "--resume"))
-
 
 def test_a_file_system_without_locks_trains_all_the_same(
     user: User, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -214,7 +187,3 @@ def test_a_file_system_without_locks_trains_all_the_same(
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
     succeeds(distilled(user, tmp_path / "run"))
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt

@@ -38,6 +38,7 @@ from faqd.train.run import (
     begin,
     conclude,
     data_json,
+    held,
     is_done,
     read_record,
 )
@@ -155,16 +156,15 @@ def _distill_together(
     training = plans[0].recipe.training
     shown = target_of(teacher_graph, [theirs for of_one in pairs for theirs, _ in of_one], world.device)
     batches = Batches(train, select, training.batch_size, training.data_seed, shown, world)
+    _say_taps(plans, names, say)
+    for plan, student in zip(plans, students, strict=True):
+        student.network.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        calibrate(student, calibration_batches(train), "mse", batch_statistics=plan.recipe.init == "scratch")
     with ExitStack() as locks:
         if world.leads:
             for plan in plans:
                 begin(plan.out, plan.record)
                 locks.enter_context(held(plan.out))
-        _say_taps(plans, names, say)
-        for plan, student in zip(plans, students, strict=True):
-            student.network.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-            calibrate(student, calibration_batches(train), "mse", batch_statistics=plan.recipe.init == "scratch")
-            if world.leads:
                 write_tensors(plan.out / TEACHER_WEIGHTS, teacher.network.state_dict())
         jobs = [distill_job(*of_one) for of_one in zip(plans, students, pairs, strict=True)]
         if len(plans) > 1:
