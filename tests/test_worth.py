@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,14 @@ from tests.toy_runs import Outcome, everything_in, faqd_train, outcome_of, succe
 
 BITS = "4/4"
 METHODS = ["float", "ptq", "qat", "kd-mse", "kd-kl", "kd-fa", "kd-ffa"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_calibration_images() -> Iterator[None]:
+    """Choosing scales is most of what fourteen students cost before they train."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("faqd.train.distill.CALIBRATION_IMAGES", 32)
+        yield
 
 
 @pytest.fixture(scope="module")
