@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from faqd.benchmarks.training import worth
 from faqd.benchmarks.training.worth_table import summary
@@ -23,7 +24,9 @@ def few_calibration_images() -> Iterator[None]:
     """Choosing scales is most of what fourteen students cost before they train."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("faqd.train.distill.CALIBRATION_IMAGES", 32)
+        threads = torch.get_num_threads()
         yield
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

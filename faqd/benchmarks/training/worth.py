@@ -26,7 +26,7 @@ from faqd import __version__
 from faqd.benchmarks.environment import environment
 from faqd.benchmarks.training.worth_table import markdown, summary
 from faqd.command import Finite, emit_json, json_option, run
-from faqd.errors import UserError
+from faqd.errors import INTERRUPTED, UserError
 from faqd.files import read_json, write_json
 from faqd.quant import FLOAT_BITS
 from faqd.train.batches import splits_on
@@ -68,23 +68,28 @@ BASELINE = "kd-mse"
 
 @dataclass(frozen=True)
 class Study:
-    """What is compared on one data set: the teacher, the student's network, how all students are trained."""
+    """What is compared on one data set: the teacher, the student's network, how all students are trained.
+
+    threads: on the CPU; a second one only costs where a layer takes microseconds.
+    """
 
     teacher: TeacherRecipe
     arch: str
     training: Training
     seeds: int
+    threads: int
 
 
 STUDIES = {
     # From scratch under a larger teacher.
-    "digits": Study(digits_teacher(), "resnet8", Training(20, 64, frozen_norm=None, clip_norm=20.0), 5),
+    "digits": Study(digits_teacher(), "resnet8", Training(20, 64, frozen_norm=None, clip_norm=20.0), 5, 1),
     # From the teacher's own weights, in the time that two cores have for it.
     "cifar10": Study(
         replace(cifar10_teacher(), arch="resnet8", training=replace(cifar10_teacher().training, epochs=10)),
         "resnet8",
         Training(1, 100, steps=300, frozen_norm=None, clip_norm=20.0),
         3,
+        2,
     ),
 }
 
@@ -159,7 +164,12 @@ def fill(work: Work, seed: int, world: World) -> None:
         return
     trained = [cell for cell in cells if cell.method != PTQ]
     members = [(recipe_of(cell, work.study), work.run(cell)) for cell in trained]
-    distill(members, work.lesson, None, resume=True, say=_say, world=world)
+    try:
+        distill(members, work.lesson, None, resume=True, say=_say, world=world)
+    except UserError as error:
+        if error.exit_code != INTERRUPTED:
+            raise
+        raise UserError(f"{work.folder}: interrupted; the same command goes on.", exit_code=INTERRUPTED) from None
     for cell in cells:
         if not work.file(cell).is_file():
             write_json(work.file(cell), measured(work, cell, work.run(cells[0])))
@@ -227,6 +237,7 @@ def command(
     training = replace(study.training, steps=steps or study.training.steps, lr=lr or study.training.lr)
     study = replace(study, arch=arch or study.arch, training=training, seeds=seeds or study.seeds)
     check_architecture(study.arch)
+    torch.set_num_threads(study.threads)
     with joined(device) as world:
         if world.size > 1:
             raise UserError("torchrun: this command trains in one process; start it by itself.")
