@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from faqd.train.augment import augment
 from faqd.train.batches import NORMS, Batch, Batches, Images, splits_on, stream
 from faqd.train.data import Augmentation
-from faqd.train.distill import Plan, distill_job, target_of
+from faqd.train.distill import Plan, distill_job
 from faqd.train.fuse import fused
 from faqd.train.graph import capture
 from faqd.train.images import upright_rgb
@@ -28,6 +28,7 @@ from faqd.train.recipes import DistillRecipe, Training
 from faqd.train.source import Lesson, lesson_from
 from faqd.train.student import load_student, new_student, student_source
 from faqd.train.taps import tap_pairs
+from faqd.train.target import target_of
 from faqd.train.world import World
 from tests.toy_runs import NET, PLAIN, User, faqd_train, new_user, succeeds, write_images, write_net
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -86,6 +86,8 @@ class Batches:
     data_seed: int
     teacher: Callable[[Tensor], Target] | None
     world: World
+    _orders: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """The order of the current epoch, drawn once."""
 
     def __post_init__(self) -> None:
         if self.size % self.world.size:
@@ -104,13 +106,19 @@ class Batches:
     def at(self, iteration: int) -> Batch:
         """This process's share of the batch."""
         epoch, position = divmod(iteration, self.per_epoch)
-        order = torch.randperm(len(self.train.pixels), generator=stream(self.data_seed, ORDER, epoch))
-        index = order[position * self.size : (position + 1) * self.size].to(self.train.pixels.device)
+        index = self._order(epoch)[position * self.size : (position + 1) * self.size]
         # The whole batch in every process: an image is augmented as it would be in a single one.
         generator = stream(self.data_seed, AUGMENTATION, iteration)
         pixels = augment(self.train.pixels[index], self.train.augmentation, generator)
         labels = None if self.train.labels is None else self.world.share(self.train.labels[index])
         return self._batch(self.train.normalised(self.world.share(pixels)), labels)
+
+    def _order(self, epoch: int) -> Tensor:
+        if epoch not in self._orders:
+            self._orders.clear()
+            drawn = torch.randperm(len(self.train.pixels), generator=stream(self.data_seed, ORDER, epoch))
+            self._orders[epoch] = drawn.to(self.train.pixels.device)
+        return self._orders[epoch]
 
     def selection(self) -> Batch:
         """Unaugmented images of the select split: what model selection may look at."""

@@ -6,7 +6,7 @@ and, only where asked for, label_weight * cross-entropy. A term of weight 0 is n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,16 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.nn import functional
 
 from faqd.errors import UserError
 from faqd.quant import FLOAT_BITS
 from faqd.train import graph
-from faqd.train.batches import Batch, Batches, Images, Target, splits_on
+from faqd.train.batches import Batch, Batches, Images, splits_on
 from faqd.train.convert import collect_output_scales
 from faqd.train.data import Say
-from faqd.train.fuse import fused
 from faqd.train.job import NORM_LAYERS, Job, select_losses
 from faqd.train.loop import finish, fit
 from faqd.train.losses import affinity_loss, logit_loss
@@ -45,6 +44,7 @@ from faqd.train.run import (
 from faqd.train.source import Lesson, Teacher
 from faqd.train.student import new_student, start_of, student_source
 from faqd.train.taps import tap_names, tap_pairs
+from faqd.train.target import target_of
 from faqd.train.world import World
 
 CALIBRATION_IMAGES = 512
@@ -232,20 +232,6 @@ def _record(recipe: DistillRecipe, lesson: Lesson, source: NetworkSource, taps: 
         **teacher,
         "preprocess": lesson.dataset.preprocess.to_json(),
     }
-
-
-def target_of(teacher: fx.GraphModule, names: list[str], device: torch.device) -> Callable[[Tensor], Target]:
-    """What the teacher makes of a batch: its outputs, and its maps at the nodes of these names."""
-    names = list(dict.fromkeys(names))
-    tapped = fused(graph.with_taps(teacher, names))
-    tapped.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-    @torch.no_grad()
-    def target(x: Tensor) -> Target:
-        outputs, maps = tapped(x)
-        return Target(outputs, dict(zip(names, maps, strict=True)))
-
-    return target
 
 
 def distill_job(plan: Plan, student: Student, pairs: list[tuple[str, str]]) -> Job:
