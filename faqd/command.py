@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from faqd import __version__
-from faqd.errors import INTERRUPTED, UserError
+from faqd.errors import INTERRUPTED, Paused, UserError
 from faqd.files import write_json
 
 EXTRA_OF = {
@@ -55,7 +55,7 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> None:
 
     Bad input ends in a sentence on stderr and the documented exit code.
 
-    0 done; 1 a gate, a verification or a build failed; 2 bad input or usage; 130 interrupted.
+    0 done, or paused as told; 1 a gate, a verification or a build failed; 2 bad input or usage; 130 interrupted.
     """
     with ending_in_a_sentence(), _terminated_like_interrupted():
         # Without standalone mode click returns the code of an Exit instead of leaving with it.
@@ -68,6 +68,9 @@ def ending_in_a_sentence() -> Iterator[None]:
         yield
     except UserError as error:
         _fail(str(error), error.exit_code)
+    except Paused as pause:
+        click.echo(str(pause), err=True)
+        sys.exit(0)
     except (KeyboardInterrupt, click.exceptions.Abort):
         _fail("interrupted.", INTERRUPTED)
     except click.ClickException as error:

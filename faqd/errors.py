@@ -15,6 +15,10 @@ class UserError(ValueError):
         self.exit_code = exit_code
 
 
+class Paused(Exception):
+    """A run that stops where it was told to, before its end: no error, its sentence says how it goes on."""
+
+
 def first_line(error: BaseException) -> str:
     """What a library says of a failure, short enough for a sentence."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:160]

@@ -20,7 +20,7 @@ from faqd.train.cli import cli as train_cli
 from tests.toy_runs import faqd_train
 
 DATA = "--data --data-root --download --image-size --resize --channels --mean --std --labels --limit"
-SCHEDULE = "--epochs --steps --batch-size --lr --seed --data-seed --device --out --resume"
+SCHEDULE = "--epochs --steps --batch-size --lr --seed --data-seed --device --out --resume --time-limit"
 BUNDLE = "--out --eval-samples --float-type"
 
 # Changing a line here changes what people have in their scripts: say so in the changelog.
@@ -29,8 +29,8 @@ FLAGS = {
     "faqd-train teacher": f"--recipe --arch {DATA} {SCHEDULE} --json",
     "faqd-train distill": (
         "--recipe --teacher --teacher-weights --arch --init --weight-bits --act-bits --seeds --target --scales --logit "
-        "--logit-weight --temperature --affinity --affinity-weight --columns --label-weight --tap "
-        f"{DATA} {SCHEDULE} --json"
+        "--logit-weight --temperature --affinity --affinity-weight --columns --teacher-dtype --autocast "
+        f"--label-weight --tap {DATA} {SCHEDULE} --json"
     ),
     "faqd-train eval": "--data-root --json",
     "faqd-train recipes": "--json",

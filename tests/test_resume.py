@@ -169,3 +169,18 @@ def test_an_absent_folder_starts_and_a_taken_one_needs_resume(user: User, whole:
     assert everything_in(tmp_path / "new")["weights.safetensors"] == everything_in(whole)["weights.safetensors"]
     outcome = faqd_train(*command(user, whole))
     assert outcome.code == 2 and "--resume" in outcome.stderr
+
+
+def test_a_time_limit_pauses_with_success_and_the_pieces_make_the_whole(
+    user: User, whole: Path, tmp_path: Path
+) -> None:
+    run, pieces = tmp_path / "run", 0
+    while not (run / "weights.safetensors").is_file():
+        outcome = succeeds(resumed(user, run, "--time-limit", 0.001))
+        pieces += 1
+        if pieces < STEPS:
+            assert f"paused by --time-limit after iteration {pieces} of {STEPS}" in outcome.stderr
+            assert [path.name for path in run.glob("checkpoint-*")] == [f"checkpoint-{pieces:08d}"]
+    assert pieces == STEPS
+    assert everything_in(run)["weights.safetensors"] == everything_in(whole)["weights.safetensors"]
+    assert metrics(run) == metrics(whole)

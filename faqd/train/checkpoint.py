@@ -23,13 +23,14 @@ class Position:
     """How far a run is.
 
     iteration: how many are done. sums: of each loss since the epoch began. seconds: of training. threads: on the CPU;
-    sums of floats depend on their number.
+    sums of floats depend on their number. loss_scale: state of torch's GradScaler, empty where the loss is not scaled.
     """
 
     iteration: int = 0
     sums: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     threads: int = field(default_factory=torch.get_num_threads)
+    loss_scale: dict[str, float] = field(default_factory=dict)
 
 
 def save_checkpoint(run: Path, network: nn.Module, optimizer: torch.optim.Optimizer, position: Position) -> None:

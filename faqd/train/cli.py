@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +45,11 @@ def _schedule(command: Any) -> Any:
             ),
             click.option("--out", type=click.Path(path_type=Path), required=True, help="Write the run to this folder."),
             click.option("--resume", is_flag=True, help="Go on with the run in --out; start it if there is none."),
+            click.option(
+                "--time-limit",
+                type=Finite(0, min_open=True),
+                help="Stop after so many seconds, with a checkpoint; --resume goes on.",
+            ),
         )
     ):
         command = option(command)
@@ -62,11 +69,13 @@ def teacher(recipe: str, json_target: str | None, **options: Any) -> None:
     from faqd.train.teacher import train_teacher
     from faqd.train.world import joined
 
-    data, out, device, resume = data_values(options), *_place_values(options)
+    data, out, device, resume, deadline = data_values(options), *_place_values(options)
     chosen = overridden(teacher_recipe(recipe), {"data": data["source"], **options})
     with joined(device) as world:
         say = _say if world.leads else _silent
-        record = train_teacher(chosen, DataOptions(**{**data, "source": chosen.data}), out, resume, say, world)
+        record = train_teacher(
+            chosen, DataOptions(**{**data, "source": chosen.data}), out, resume, say, world, deadline
+        )
         say(f"{out}: {chosen.arch}, {100 * record['select']['accuracy']:.2f} % on the select split.")
         if world.leads:
             emit_json(json_target, record)
@@ -104,6 +113,12 @@ def teacher(recipe: str, json_target: str | None, **options: Any) -> None:
 )
 @click.option("--affinity-weight", type=Finite(0), help="Weigh that distance, a mean over the batch, with this.")
 @click.option("--columns", type=click.IntRange(1), help="Use so many random projections for --affinity fast.")
+@click.option("--teacher-dtype", type=click.Choice(["fp32", "bf16"]), help="Run the teacher in this.")
+@click.option(
+    "--autocast",
+    type=click.Choice(["none", "bf16", "fp16"]),
+    help="Train with convolutions and matrix products in this; quantizers and losses stay in float32.",
+)
 @click.option(
     "--label-weight",
     type=Finite(0),
@@ -122,7 +137,7 @@ def distill(recipe: str, teacher: str, teacher_weights: Path | None, json_target
     from faqd.train.source import lesson_from
     from faqd.train.world import joined
 
-    data, out, device, resume = data_values(options), *_place_values(options)
+    data, out, device, resume, deadline = data_values(options), *_place_values(options)
     taps, seeds = list(options.pop("taps")) or None, options.pop("seeds")
     weight_bits = _bit_list("--weight-bits", options.pop("weight_bits"))
     act_bits = _bit_list("--act-bits", options.pop("act_bits"))
@@ -135,7 +150,7 @@ def distill(recipe: str, teacher: str, teacher_weights: Path | None, json_target
         seeded = distillation.with_seeds(variants, seeds or 1, lesson.teacher)
         names = [f"w{each.weight_bits}a{each.act_bits}-s{each.training.seed}" for each in seeded]
         runs = [out / name for name in names] if len(seeded) > 1 else [out]
-        records = distillation.distill(list(zip(seeded, runs, strict=True)), lesson, taps, resume, say, world)
+        records = distillation.distill(list(zip(seeded, runs, strict=True)), lesson, taps, resume, say, world, deadline)
         for each, run_folder, record in zip(seeded, runs, records, strict=True):
             losses = ", ".join(f"{name} {value:.4g}" for name, value in record["select"].items())
             say(f"{run_folder}: student {each.weight_bits}/{each.act_bits}; select losses: {losses}.")
@@ -209,9 +224,14 @@ def _silent(text: str) -> None:
     """What all processes but the first say."""
 
 
-def _place_values(options: dict[str, Any]) -> tuple[Path, str, bool]:
-    """Take out of the options of a command what says where to train and not what: folder, device, whether to resume."""
-    return options.pop("out"), options.pop("device"), options.pop("resume")
+def _place_values(options: dict[str, Any]) -> tuple[Path, str, bool, float]:
+    """Take out of the options of a command what says where and how long to train and not what.
+
+    The folder, the device, whether to resume, and the time.monotonic() at which to pause.
+    """
+    limit = options.pop("time_limit")
+    deadline = math.inf if limit is None else time.monotonic() + limit
+    return options.pop("out"), options.pop("device"), options.pop("resume"), deadline
 
 
 def _bit_list(option: str, text: str | None) -> list[int | None]:

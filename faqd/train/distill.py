@@ -6,6 +6,7 @@ and, only where asked for, label_weight * cross-entropy. A term of weight 0 is n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn import functional
 
 from faqd.errors import UserError
@@ -30,7 +31,7 @@ from faqd.train.losses import affinity_loss, logit_loss
 from faqd.train.network import NetworkSource, write_tensors
 from faqd.train.prepare import Student, calibrate
 from faqd.train.quantizers import SMALLEST_SCALE
-from faqd.train.recipes import FROM_SCRATCH, FROM_TRAINED, DistillRecipe, recipe_json
+from faqd.train.recipes import FROM_SCRATCH, FROM_TRAINED, Autocast, DistillRecipe, TeacherDtype, recipe_json
 from faqd.train.run import (
     TEACHER_WEIGHTS,
     asked_json,
@@ -44,10 +45,11 @@ from faqd.train.run import (
 from faqd.train.source import Lesson, Teacher
 from faqd.train.student import new_student, start_of, student_source
 from faqd.train.taps import tap_names, tap_pairs
-from faqd.train.target import target_of
+from faqd.train.target import dtype_effect, target_of
 from faqd.train.world import World
 
 CALIBRATION_IMAGES = 512
+AUTOCAST: dict[Autocast, torch.dtype | None] = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -67,12 +69,13 @@ def distill(
     resume: bool,
     say: Say,
     world: World,
+    deadline: float = math.inf,
 ) -> list[dict[str, Any]]:
     """Distil a student for every recipe and write each run into its folder. Returns their records.
 
     Students with one data seed, batch size and length learn side by side from one pass of the teacher; each ends as
     it would alone, to the last bit on a CPU. A finished one is left as it is. A loss that is no longer finite ends its
-    own run; the error comes once the others are done.
+    own run; the error comes once the others are done. Paused at the deadline: see `fit`.
     """
     plans = [_plan(recipe, out, lesson, taps) for recipe, out in members]
     done = world.first(lambda: [is_done(plan.out, plan.record, resume) for plan in plans])
@@ -83,7 +86,7 @@ def distill(
     if waiting:
         train, select = splits_on(world.device, lesson.dataset)
         for _, together in groupby(sorted(waiting, key=_course), key=_course):
-            failed |= _distill_together(list(together), lesson.teacher, train, select, taps, say, world)
+            failed |= _distill_together(list(together), lesson.teacher, train, select, taps, say, world, deadline)
     if failed:
         raise _all_of(failed, len(plans))
     return world.first(lambda: [read_record(plan.out) for plan in plans])
@@ -95,10 +98,11 @@ def _all_of(failed: dict[Path, UserError], asked: int) -> UserError:
     return UserError("\n".join(f"{run}: {error}" for run, error in failed.items()), exit_code=1)
 
 
-def _course(plan: Plan) -> tuple[int, ...]:
-    """What students must have in common to see the same batches to the end."""
+def _course(plan: Plan) -> tuple[int | str, ...]:
+    """What students must have in common to see the same batches, and the same teacher, to the end."""
     training = plan.recipe.training
-    return training.data_seed, training.batch_size, training.steps or 0, training.epochs
+    schedule = training.data_seed, training.batch_size, training.steps or 0, training.epochs
+    return *schedule, plan.recipe.teacher_dtype
 
 
 def _plan(recipe: DistillRecipe, out: Path, lesson: Lesson, taps: list[str] | None) -> Plan:
@@ -141,6 +145,7 @@ def _distill_together(
     taps: list[str] | None,
     say: Say,
     world: World,
+    deadline: float,
 ) -> dict[Path, UserError]:
     example = train.normalised(train.pixels[:2]).cpu().contiguous()
     teacher_graph = graph.capture(teacher.network, example)
@@ -154,7 +159,10 @@ def _distill_together(
             raise UserError("--logit-weight 0: no feature map has one size in both networks either; see --tap.")
     names = [tap_names(teacher_graph, *of_one) for of_one in zip(students, pairs, strict=True)]
     training = plans[0].recipe.training
-    shown = target_of(teacher_graph, [theirs for of_one in pairs for theirs, _ in of_one], world.device)
+    theirs = [theirs for of_one in pairs for theirs, _ in of_one]
+    dtype = plans[0].recipe.teacher_dtype
+    effect = _dtype_effect(dtype, teacher_graph, theirs, train, say, world)
+    shown = target_of(teacher_graph, theirs, world.device, dtype)
     batches = Batches(train, select, training.batch_size, training.data_seed, shown, world)
     _say_taps(plans, names, say)
     for plan, student in zip(plans, students, strict=True):
@@ -163,13 +171,13 @@ def _distill_together(
     with ExitStack() as locks:
         if world.leads:
             for plan in plans:
-                begin(plan.out, plan.record)
+                begin(plan.out, {**plan.record, **effect})
                 locks.enter_context(held(plan.out))
                 write_tensors(plan.out / TEACHER_WEIGHTS, teacher.network.state_dict())
         jobs = [distill_job(*of_one) for of_one in zip(plans, students, pairs, strict=True)]
         if len(plans) > 1:
             jobs = [replace(job, title=job.run.name) for job in jobs]
-        failed = fit(jobs, batches)
+        failed = fit(jobs, batches, deadline)
         selection = batches.selection()
         for plan, student, job, tapped in zip(plans, students, jobs, names, strict=True):
             if plan.out not in failed:
@@ -180,6 +188,18 @@ def _distill_together(
                     continue
                 world.first(partial(_conclude, plan, student, {"taps": tapped, "select": losses}, train))
     return failed
+
+
+def _dtype_effect(
+    dtype: TeacherDtype, teacher: fx.GraphModule, taps: list[str], train: Images, say: Say, world: World
+) -> dict[str, Any]:
+    """What the teacher loses in its dtype, as the record of a run has it; nothing for float32."""
+    if dtype == "fp32":
+        return {}
+    places = {node.name: place for node, place in graph.places(teacher).items()}
+    effect = dtype_effect(teacher, {name: places[name] for name in taps}, list(calibration_batches(train)), world.device, dtype)
+    say(effect.sentence())
+    return {"teacher_dtype": effect.to_json()}
 
 
 def _say_taps(plans: list[Plan], names: list[list[str]], say: Say) -> None:
@@ -281,6 +301,7 @@ def distill_job(plan: Plan, student: Student, pairs: list[tuple[str, str]]) -> J
         keep_scales_positive,
         recipe.training,
         all_used=bool(recipe.logit_weight or recipe.label_weight),
+        autocast=AUTOCAST[recipe.autocast],
     )
 
 

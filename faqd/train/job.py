@@ -22,6 +22,8 @@ from faqd.train.run import METRICS
 from faqd.train.world import World
 
 NORM_IMAGES = 5000
+LOSS_SCALE = 2.0**12
+"""Where the scale of a float16 loss starts; torch's own 2^16 costs the first iterations, whose gradients overflow."""
 NORM_LAYERS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 
 Losses = dict[str, Tensor]
@@ -34,7 +36,8 @@ class Job:
 
     run: its folder. losses: (what the network returns, batch, private generator) -> weighted terms. after_step: what
     must hold after every step, such as positive scales. decayed, free: parameters with and without weight decay.
-    all_used: whether the losses reach every parameter.
+    all_used: whether the losses reach every parameter. autocast: the dtype of convolutions and matrix products in
+    training, None for float32; what is selected and kept is always computed in float32.
     """
 
     title: str
@@ -46,6 +49,7 @@ class Job:
     after_step: Callable[[], None]
     training: Training
     all_used: bool = True
+    autocast: torch.dtype | None = None
 
 
 class Trainee:
@@ -62,6 +66,10 @@ class Trainee:
         self.start = _resume(job, self.optimizer, world)
         self.iteration = self.start.iteration
         device = job.decayed[0].device
+        # Float16 has few exponents: a scaled loss keeps small gradients from vanishing. Passes through if disabled.
+        self.scaler = torch.amp.GradScaler(device.type, LOSS_SCALE, enabled=job.autocast == torch.float16)
+        if self.start.loss_scale:
+            self.scaler.load_state_dict(self.start.loss_scale)
         self.sums = {name: torch.tensor(value, device=device) for name, value in self.start.sums.items()}
         self._unseen: dict[int, Losses] = {}
         self._forward = world.parallel(job.network, job.all_used)
@@ -75,13 +83,17 @@ class Trainee:
         # What the network itself may draw, as for dropout, is then the same for a run that was resumed or had company.
         torch.manual_seed(stream(training.seed, FORWARD, self.iteration, self.world.rank).initial_seed())
         generator = stream(training.seed, PROJECTION, self.iteration, self.world.rank)
-        losses = job.losses(self._forward(batch.x), batch, generator)
+        with torch.autocast(batch.x.device.type, job.autocast, enabled=job.autocast is not None):
+            answer = self._forward(batch.x)
+        losses = job.losses(answer, batch, generator)
         self.optimizer.zero_grad(set_to_none=True)
         values = torch.stack(list(losses.values()))
-        values.sum().backward()
+        self.scaler.scale(values.sum()).backward()
         if training.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_([*job.decayed, *job.free], training.clip_norm)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         job.after_step()
         losses = dict(zip(losses, self.world.mean(values.detach()).unbind(), strict=True))
         self.sums = {name: value + self.sums[name] if self.sums else value for name, value in losses.items()}
@@ -112,7 +124,8 @@ class Trainee:
 
     def save(self, seconds: float) -> None:
         sums = {name: value.item() for name, value in self.sums.items()}
-        position = Position(self.iteration, sums, self.start.seconds + seconds, self.start.threads)
+        seconds += self.start.seconds
+        position = Position(self.iteration, sums, seconds, self.start.threads, self.scaler.state_dict())
         save_checkpoint(self.job.run, self.job.network, self.optimizer, position)
 
 
@@ -126,6 +139,7 @@ def _optimizer(job: Job) -> torch.optim.Optimizer:
         lr=resolved(training.lr),
         momentum=training.momentum,
         nesterov=training.momentum > 0,
+        fused=job.decayed[0].is_cuda,
     )
 
 

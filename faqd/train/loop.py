@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from faqd.errors import INTERRUPTED, UserError
+from faqd.errors import INTERRUPTED, Paused, UserError
 from faqd.train.batches import Batches
 from faqd.train.checkpoint import checkpoints, drop_checkpoints, iteration_of
 from faqd.train.job import Job, Trainee, resolved, settle_norms
@@ -21,11 +22,12 @@ CHECK_EVERY = 20
 """Iterations between looks at the losses: reading them makes a GPU wait."""
 
 
-def fit(jobs: Sequence[Job], batches: Batches) -> dict[Path, UserError]:
+def fit(jobs: Sequence[Job], batches: Batches, deadline: float = math.inf) -> dict[Path, UserError]:
     """Train every job to its end, each from the latest checkpoint in its folder if there is one.
 
     The jobs have one schedule, up to its rates, and never touch one another: each ends as it would alone. Returns the
-    error of every run whose loss was no longer finite; the others go on. UserError after Ctrl-C, or without memory.
+    error of every run whose loss was no longer finite; the others go on. UserError after Ctrl-C, or without memory;
+    Paused with a checkpoint of every run once time.monotonic() has passed the deadline, after one iteration at least.
     """
     failed: dict[Path, UserError] = {}
     try:
@@ -33,7 +35,7 @@ def fit(jobs: Sequence[Job], batches: Batches) -> dict[Path, UserError]:
         # Sums of floats depend on the number of threads: each goes on with its own.
         for threads in sorted({trainee.start.threads for trainee in trainees}):
             torch.set_num_threads(threads)
-            _iterate([trainee for trainee in trainees if trainee.start.threads == threads], batches, failed)
+            _iterate([trainee for trainee in trainees if trainee.start.threads == threads], batches, failed, deadline)
         for job in jobs:
             if job.run not in failed and resolved(job.training.frozen_norm) < 1:
                 settle_norms(job.network, batches.train, job.training)
@@ -48,7 +50,7 @@ def fit(jobs: Sequence[Job], batches: Batches) -> dict[Path, UserError]:
     return failed
 
 
-def _iterate(trainees: list[Trainee], batches: Batches, failed: dict[Path, UserError]) -> None:
+def _iterate(trainees: list[Trainee], batches: Batches, failed: dict[Path, UserError], deadline: float) -> None:
     total = batches.iterations(trainees[0].job.training)
     first = min(trainee.iteration for trainee in trainees)
     began_at = saved_at = time.monotonic()
@@ -67,8 +69,10 @@ def _iterate(trainees: list[Trainee], batches: Batches, failed: dict[Path, UserE
             ends_epoch = done % batches.per_epoch == 0 or done == total
             looks = ends_epoch or done % CHECK_EVERY == 0
             # Several processes look at the same iterations, so that they give a run up at the same one.
-            saves = done < total and (looks or not batches.world.together) and batches.world.leads
-            saves &= time.monotonic() - saved_at >= CHECKPOINT_EVERY_S
+            may_save = done < total and (looks or not batches.world.together)
+            pauses = may_save and batches.world.first(lambda: time.monotonic() >= deadline)
+            saves = may_save and batches.world.leads and time.monotonic() - saved_at >= CHECKPOINT_EVERY_S
+            saves |= pauses and batches.world.leads
             selection = batches.selection() if ends_epoch else None
             news = {}
             for trainee in due:
@@ -85,13 +89,22 @@ def _iterate(trainees: list[Trainee], batches: Batches, failed: dict[Path, UserE
                         trainee.save(seconds)
                 saved_at = time.monotonic()
             report(done, news)
+            if pauses:
+                runs = _place([trainee.job.run for trainee in trainees])
+                raise Paused(
+                    f"{runs}: paused by --time-limit after iteration {done} of {total}; the same command with --resume "
+                    "goes on."
+                )
 
 
 def _interrupted(runs: list[Path]) -> str:
     found = [iteration_of(there[-1]) if (there := checkpoints(run)) else 0 for run in runs]
     start = f"from iteration {min(found)}" if min(found) else "from the start"
-    place = os.path.commonpath(runs)
-    return f"{place}: interrupted; the same command with --resume goes on {start}."
+    return f"{_place(runs)}: interrupted; the same command with --resume goes on {start}."
+
+
+def _place(runs: list[Path]) -> str:
+    return os.path.commonpath(runs)
 
 
 def finish(run: Path) -> None:

@@ -95,10 +95,9 @@ def _scan(rows: Tensor, high: int) -> tuple[Tensor, Tensor]:
 def _ordinary_where_zero(scale: Tensor) -> Tensor:
     """A slice of zeros takes the layer's median scale: any positive one is exact, a tiny one overflows int32 biases."""
     positive = scale > 0
-    if bool(positive.all()):
-        return scale
-    ordinary = scale[positive].median() if bool(positive.any()) else torch.ones((), dtype=scale.dtype)
-    return torch.where(positive, scale, ordinary.to(scale))
+    # Without a look at the values, for which the host would have to wait; no positive one leaves NaN.
+    ordinary = torch.where(positive, scale, torch.nan).nanmedian().nan_to_num(1.0)
+    return torch.where(positive, scale, ordinary)
 
 
 class WeightQuantizer(nn.Module):

@@ -11,6 +11,8 @@ from faqd.quant import Target
 from faqd.train.losses import AffinityForm, LogitForm
 
 DistillAffinity = AffinityForm | Literal["none"]
+TeacherDtype = Literal["fp32", "bf16"]
+Autocast = Literal["none", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ class DistillRecipe:
     affinity: DistillAffinity = "l2"
     affinity_weight: float = 1.0
     columns: int = 15
+    teacher_dtype: TeacherDtype = "fp32"
+    autocast: Autocast = "none"
     label_weight: float = 0.0
 
 

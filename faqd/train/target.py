@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -13,9 +13,8 @@ from faqd.errors import UserError
 from faqd.train import graph
 from faqd.train.batches import Target
 from faqd.train.fuse import fused, in_place
-from faqd.train.network import first_line
-
-TeacherDtype = Literal["fp32", "bf16"]
+from faqd.errors import first_line
+from faqd.train.recipes import TeacherDtype
 
 
 def target_of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,18 @@ from faqd.train.world import World
 
 
 def train_teacher(
-    recipe: TeacherRecipe, data: DataOptions, out: Path, resume: bool, say: Say, world: World
+    recipe: TeacherRecipe,
+    data: DataOptions,
+    out: Path,
+    resume: bool,
+    say: Say,
+    world: World,
+    deadline: float = math.inf,
 ) -> dict[str, Any]:
-    """Train with cross-entropy and write the run. Returns its record with the accuracy on the select split."""
+    """Train with cross-entropy and write the run. Returns its record with the accuracy on the select split.
+
+    deadline: see `fit`.
+    """
     check_architecture(recipe.arch)
     dataset = load_dataset(data, with_labels=True, say=say)
     source = _source(recipe, dataset)
@@ -44,7 +54,7 @@ def train_teacher(
         if world.leads:
             begin(out, record)
             locks.enter_context(held(out))
-        for error in fit([job], batches).values():
+        for error in fit([job], batches, deadline).values():
             raise error
         selected = {**select_losses(job, batches, batches.selection()), "accuracy": _accuracy(network, select)}
         return world.first(lambda: _conclude(out, selected, network))

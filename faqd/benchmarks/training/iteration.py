@@ -41,9 +41,9 @@ from faqd.train.models import check_architecture
 from faqd.train.network import NetworkSource
 from faqd.train.placement import Bits
 from faqd.train.prepare import calibrate, prepare
-from faqd.train.recipes import DistillRecipe, Training
+from faqd.train.recipes import DistillRecipe, TeacherDtype, Training
 from faqd.train.taps import tap_pairs
-from faqd.train.target import TeacherDtype, target_of
+from faqd.train.target import target_of
 from faqd.train.world import World
 
 VERSION = 1
