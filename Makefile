@@ -5,10 +5,14 @@
 #            the CPU build (0.2 GB) is enough for all but `make test-gpu`. PyTorch's installation page gives the pip
 #            option that selects it.
 # ARGS       goes to pytest:  make test ARGS='-k referee -x'
+# DATA, WORK of results-cifar10: the folder that holds cifar-10-batches-py, and one for runs and checkpoints. It wants
+#            a CUDA GPU, and goes on where the piece before it stopped.
 
 PYTHON3 ?= python3
 PIP_FLAGS ?=
 ARGS ?=
+DATA ?= data
+WORK ?= work
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
@@ -18,8 +22,8 @@ DEVICE := $(VENV)/.installed-device
 
 .PHONY: help
 help: ## Say what each target does
-	@sed -nE 's/^([a-z-]+):.*## (.*)/\1|\2/p' Makefile | while IFS='|' read -r name text; \
-	do printf 'make %-10s %s\n' "$$name" "$$text"; done
+	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/\1|\2/p' Makefile | while IFS='|' read -r name text; \
+	do printf 'make %-15s %s\n' "$$name" "$$text"; done
 
 .PHONY: demo
 demo: $(INSTALLED) ## Train, quantize, distil, export, verify and bench on handwritten digits: see demo/report.html
@@ -32,6 +36,10 @@ test: $(INSTALLED) ## Run the tests; those for a GPU are skipped where there is 
 .PHONY: test-gpu
 test-gpu: $(DEVICE) ## Run the tests that need an NVIDIA GPU; without one they fail
 	FAQD_REQUIRE=gpu $(PYTHON) -m pytest -rs -m gpu $(ARGS)
+
+.PHONY: results-cifar10
+results-cifar10: $(INSTALLED) ## Train CIFAR-10 at full length, a piece of nine minutes; again until it says written
+	$(PYTHON) -m faqd.benchmarks.training.cifar10 --data-root $(DATA) --work $(WORK) $(ARGS)
 
 .PHONY: check
 check: $(INSTALLED) ## Format, lint, types, import contracts

@@ -17,6 +17,8 @@ from faqd.train.recipes import Training
 from faqd.train.world import World
 
 SELECT_IMAGES = 512
+SHARE_OF_FREE = 0.4
+"""Of a GPU's free memory: what the pixels of a split may take at most."""
 
 ORDER, AUGMENTATION, SELECTION, NORMS, PROJECTION, FORWARD = range(1, 7)
 """What a stream of random numbers is for."""
@@ -24,7 +26,10 @@ ORDER, AUGMENTATION, SELECTION, NORMS, PROJECTION, FORWARD = range(1, 7)
 
 @dataclass(frozen=True)
 class Images:
-    """uint8 pixels (N, C, H, W) on the training device, labels (N,) or None, and how they become input."""
+    """uint8 pixels (N, C, H, W), labels (N,) or None, and how they become input.
+
+    All on the training device; pixels in the host's memory where they would take too much of a GPU's.
+    """
 
     pixels: Tensor
     labels: Tensor | None
@@ -33,18 +38,24 @@ class Images:
     augmentation: Augmentation
 
     def normalised(self, pixels: Tensor) -> Tensor:
-        x = pixels.float() * self.scale + self.offset
+        """Network input on the training device."""
+        x = pixels.to(self.scale.device, non_blocking=True).float() * self.scale + self.offset
         return x.contiguous(memory_format=torch.channels_last)
 
 
 def images_on(
     device: torch.device, images_NHWC: object, labels: object, preprocess: Preprocess, augmentation: Augmentation
 ) -> Images:
-    """Put a split on the device whole, as uint8."""
-    pixels = torch.as_tensor(images_NHWC).permute(0, 3, 1, 2).contiguous().to(device)
+    """Put a split on the device whole, as uint8, where that leaves room for the training."""
+    pixels = torch.as_tensor(images_NHWC).permute(0, 3, 1, 2).contiguous()
+    pixels = pixels.to(device) if _fits(pixels, device) else pixels.pin_memory()
     scale, offset = (torch.from_numpy(v).to(device).view(1, -1, 1, 1) for v in preprocess.affine())
     targets = None if labels is None else torch.as_tensor(labels).to(device)
     return Images(pixels, targets, scale, offset, augmentation)
+
+
+def _fits(pixels: Tensor, device: torch.device) -> bool:
+    return device.type != "cuda" or pixels.nbytes <= torch.cuda.mem_get_info(device)[0] * SHARE_OF_FREE
 
 
 def splits_on(device: torch.device, dataset: Dataset) -> tuple[Images, Images]:
@@ -109,7 +120,8 @@ class Batches:
         index = self._order(epoch)[position * self.size : (position + 1) * self.size]
         # The whole batch in every process: an image is augmented as it would be in a single one.
         generator = stream(self.data_seed, AUGMENTATION, iteration)
-        pixels = augment(self.train.pixels[index], self.train.augmentation, generator)
+        pixels = self.train.pixels[index].to(self.train.scale.device, non_blocking=True)
+        pixels = augment(pixels, self.train.augmentation, generator)
         labels = None if self.train.labels is None else self.world.share(self.train.labels[index])
         return self._batch(self.train.normalised(self.world.share(pixels)), labels)
 
