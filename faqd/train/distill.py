@@ -197,7 +197,9 @@ def _dtype_effect(
     if dtype == "fp32":
         return {}
     places = {node.name: place for node, place in graph.places(teacher).items()}
-    effect = dtype_effect(teacher, {name: places[name] for name in taps}, list(calibration_batches(train)), world.device, dtype)
+    effect = dtype_effect(
+        teacher, {name: places[name] for name in taps}, list(calibration_batches(train)), world.device, dtype
+    )
     say(effect.sentence())
     return {"teacher_dtype": effect.to_json()}
 

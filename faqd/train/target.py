@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from faqd.errors import UserError
+from faqd.errors import UserError, first_line
 from faqd.train import graph
 from faqd.train.batches import Target
 from faqd.train.fuse import fused, in_place
-from faqd.errors import first_line
 from faqd.train.recipes import TeacherDtype
 
 
