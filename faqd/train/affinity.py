@@ -90,10 +90,10 @@ def _distance(
 ) -> Tensor:
     """Values (b,) float64 for maps (b, C, N); `share` times their gradient (b, Cs, N) goes to `out`."""
     if form == "l1":
-        return _l1(Pair.of(student, teacher, student.dtype), out, share)
+        return _l1(Pair.of(student, teacher), out, share)
     if form == "fast":
         assert generator is not None
-        return _fast(Pair.of(student, teacher, student.dtype), out, share, columns, generator)
+        return _fast(Pair.of(student, teacher), out, share, columns, generator)
     if student.is_cuda:  # A test per sample would make the host wait for the device.
         return _l2(student, teacher, torch.float64, out, form, share)[0]
     value, sure = _l2(student, teacher, student.dtype, out, form, share)
@@ -110,29 +110,26 @@ def _distance(
 class Pair(NamedTuple):
     """The maps of some samples, or some columns of them, as every form wants them.
 
-    features (b, Cs, N) of the student; norm (b, 1, N) of its columns and weight = 1 / (norm + eps);
-    halves (b, 2C, N): U over M.
+    halves (b, 2C, N): U over M. width: channels of the student. norm (b, 1, N): lengths of its columns.
     """
 
-    features: Tensor
-    norm: Tensor
-    weight: Tensor
     halves: Tensor
+    width: int
+    norm: Tensor
 
     @classmethod
-    def of(cls, student: Tensor, teacher: Tensor, dtype: torch.dtype) -> Pair:
-        student, teacher = student.to(dtype), teacher.to(dtype)
+    def of(cls, student: Tensor, teacher: Tensor) -> Pair:
         samples, width, pixels = student.shape
         channels = max(width, teacher.shape[1])
-        norm, weight = _norm(student)
         make = student.new_empty if width == teacher.shape[1] else student.new_zeros
         halves = make((samples, 2 * channels, pixels))
         u, m = halves[:, :channels], halves[:, channels:]
-        torch.mul(teacher, _norm(teacher)[1], out=u[:, : teacher.shape[1]])
-        torch.mul(student, weight, out=m[:, :width])
+        norm = _norm(student)
+        torch.mul(teacher, _weight(_norm(teacher)), out=u[:, : teacher.shape[1]])
+        torch.mul(student, _weight(norm), out=m[:, :width])
         torch.sub(m, u, out=u)
         m.sub_(u, alpha=0.5)
-        return cls(student, norm, weight, halves)
+        return cls(halves, width, norm)
 
     @property
     def u(self) -> Tensor:
@@ -144,21 +141,28 @@ class Pair(NamedTuple):
 
     @property
     def pixels(self) -> int:
-        return self.features.shape[2]
+        return self.halves.shape[2]
 
     def student(self) -> Tensor:
         """S (b, C, N)."""
         return self.m.add(self.u, alpha=0.5)
 
-    def write_gradient(self, out: Tensor, slope: Tensor, factor: Tensor | float) -> None:
-        """To `out` (b, Cs, N): the gradient of the features where that of S is factor * slope (b, C, N).
+    def write_gradient(self, out: Tensor, student: Tensor, slope: Tensor, factor: Tensor | float) -> None:
+        """To `out` (b, Cs, N): the gradient of the features where that of `student`, S, is factor * slope (b, C, N).
 
         A zero column has the gradient slope / eps: its norm contributes nothing, instead of 0 / 0.
         """
-        slope = slope[:, : self.features.shape[1]]
-        radial = (self.features * slope).sum(1, keepdim=True)
-        radial.mul_(self.weight).div_(self.norm.clamp_min(TINY_NORM))
-        torch.mul(torch.addcmul(slope, self.features, radial, value=-1), self.weight * factor, out=out)
+        student, slope, weight = student[:, : self.width], slope[:, : self.width], _weight(self.norm)
+        radial = (student * slope).sum(1, keepdim=True).div_(self.norm.clamp_min(TINY_NORM).mul_(weight))
+        torch.mul(torch.addcmul(slope, student, radial, value=-1), weight.mul_(factor), out=out)
+
+
+def _norm(features: Tensor) -> Tensor:
+    return (features * features).sum(1, keepdim=True).sqrt_()
+
+
+def _weight(norm: Tensor) -> Tensor:
+    return (norm + EPSILON).reciprocal_()
 
 
 def _l2(
@@ -166,12 +170,13 @@ def _l2(
 ) -> tuple[Tensor, Tensor]:
     """Values (b,), and whether the arithmetic of `dtype` was good enough for them."""
     pixels = student.shape[2]
-    if pixels <= max(student.shape[1], teacher.shape[1]):
-        pairs: Iterable[Pair] = [Pair.of(student, teacher, dtype)]
-        square, scale, slope_of = _direct(*pairs)
-    else:
-        pairs = Tiles(student, teacher, dtype)
-        square, scale, slope_of = _factorised(pairs)
+    student, teacher = student.to(dtype), teacher.to(dtype)
+    channels = max(student.shape[1], teacher.shape[1])
+    direct = pixels <= channels
+    # The factorised form takes the columns in tiles that fit the cache.
+    width = pixels if direct else max(1, _elements(student) // (len(student) * channels))
+    pairs = [Pair.of(*tile) for tile in zip(student.split(width, 2), teacher.split(width, 2), strict=True)]
+    square, scale, slope_of = _direct(*pairs) if direct else _factorised(pairs)
     square = square * (square > RELATIVE_FLOOR * scale)
     sure = (square > CANCELLATION * scale) & (square > (SMALLEST_L2 * pixels) ** 2)
     if form == "l2_squared":
@@ -180,11 +185,9 @@ def _l2(
         root = square.sqrt()
         value, factor = root / pixels, torch.where(root > 0, 2 * share / pixels / root, 0.0)
     if out is not None:
-        start = 0
-        for pair in pairs:
-            target = out[:, :, start : start + pair.pixels]
-            pair.write_gradient(target, slope_of(pair), factor.to(dtype).view(-1, 1, 1))
-            start += pair.pixels
+        factor = factor.to(dtype).view(-1, 1, 1)
+        for pair, target in zip(pairs, out.split(width, 2), strict=True):
+            pair.write_gradient(target, pair.student(), slope_of(pair), factor)
     return value, sure
 
 
@@ -205,24 +208,6 @@ def _factorised(pairs: Iterable[Pair]) -> tuple[Tensor, Tensor, SlopeOf]:
     scale = 4 * (_total(a.square()) * _total(e.square())).sqrt()
     mixing = torch.cat([a.add(p.mT, alpha=0.5), p.add(e, alpha=0.5)], dim=2)
     return square, scale, lambda pair: mixing @ pair.halves
-
-
-class Tiles:
-    """The columns in tiles that fit the cache: one is kept, several are made again on every pass."""
-
-    def __init__(self, student: Tensor, teacher: Tensor, dtype: torch.dtype) -> None:
-        self.student, self.teacher, self.dtype = student, teacher, dtype
-        rows = len(student) * max(student.shape[1], teacher.shape[1])
-        self.width = max(1, _elements(student) // rows)
-        self.kept = Pair.of(student, teacher, dtype) if self.width >= student.shape[2] else None
-
-    def __iter__(self) -> Iterator[Pair]:
-        if self.kept is not None:
-            yield self.kept
-            return
-        for start in range(0, self.student.shape[2], self.width):
-            columns = slice(start, start + self.width)
-            yield Pair.of(self.student[:, :, columns], self.teacher[:, :, columns], self.dtype)
 
 
 def _sum(products: Iterable[Tensor]) -> Tensor:
@@ -249,28 +234,24 @@ def _l1(pair: Pair, out: Tensor | None, share: float) -> Tensor:
             slope[:, :, start:].baddbmm_(student[:, :, rows], sign)
             slope[:, :, rows].baddbmm_(student[:, :, stop:], sign[:, :, stop - start :].mT)
     if out is not None:
-        pair.write_gradient(out, slope, 2 * share / pair.pixels**2)
+        pair.write_gradient(out, student, slope, 2 * share / pair.pixels**2)
     return total / pair.pixels**2
 
 
 def _fast(pair: Pair, out: Tensor | None, share: float, columns: int, generator: torch.Generator) -> Tensor:
     """D Z from right to left: first (C, columns), then (N, columns)."""
     z = torch.randn(
-        (len(pair.features), pair.pixels, columns),
+        (len(pair.halves), pair.pixels, columns),
         generator=generator,
         device=generator.device,
-        dtype=pair.features.dtype,
-    ).to(pair.features.device)
+        dtype=pair.halves.dtype,
+    ).to(pair.halves.device)
     y = pair.u.mT @ (pair.m @ z) + pair.m.mT @ (pair.u @ z)
     if out is not None:
-        slope = (pair.student() @ torch.cat([z, y], dim=2)) @ torch.cat([y, z], dim=2).mT
-        pair.write_gradient(out, slope, 2 * share / (columns * pair.pixels**2))
+        student = pair.student()
+        slope = (student @ torch.cat([z, y], dim=2)) @ torch.cat([y, z], dim=2).mT
+        pair.write_gradient(out, student, slope, 2 * share / (columns * pair.pixels**2))
     return _total(y.square()) / (columns * pair.pixels**2)
-
-
-def _norm(features: Tensor) -> tuple[Tensor, Tensor]:
-    norm = (features * features).sum(1, keepdim=True).sqrt_()
-    return norm, (norm + EPSILON).reciprocal_()
 
 
 def _flattened(student: Tensor, teacher: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
