@@ -1,7 +1,8 @@
 """The quantization scheme: which integer codes a tensor may take, and how that is written for people.
 
 Words: a *scale* is the real size of one code; a *code* is the integer. Whatever is deployed rounds half to
-even and then saturates: code = clip(round_half_even(x / scale), low, high).
+even and then saturates: code = clip(round_half_even(x / scale), low, high). Training that rounds up deploys as the same
+rounding of x + scale * SHIFTS["ceil"], a shift that the bias in front carries.
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ from faqd.errors import UserError
 
 Target = Literal["tensorrt", "onnxruntime"]
 TARGETS: tuple[Target, ...] = ("tensorrt", "onnxruntime")
+Rounding = Literal["nearest", "ceil"]
+SHIFTS: dict[Rounding, float] = {"nearest": 0.0, "ceil": 0.5 - 2.0**-12}
+"""What is added to x / scale before it is rounded half to even. ceil(u) is the rounding of u + 1/2 but where u is an
+integer, and sums of codes are: a little less than 1/2 leaves those where they are, and moves one value in 4096."""
 FLOAT_BITS = 32
 """The bit count that stands for "not quantized", as in the papers' 4W32A."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,9 +29,9 @@ class Grid:
         return self.codes * self.scale
 
 
-def quantize(x: Array, scale: float, low: int, high: int) -> Array:
-    """clip(round_half_even(x / scale), low, high)"""
-    return np.clip(np.rint(x / scale), low, high)
+def quantize(x: NDArray[Any], scale: float, low: int, high: int, shift: float = 0.0) -> NDArray[Any]:
+    """clip(round_half_even(x / scale + shift), low, high); shift: see faqd.quant.SHIFTS."""
+    return np.clip(np.rint(x / scale + shift), low, high)
 
 
 def convolve(

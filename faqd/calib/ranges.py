@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from faqd.quant import Quant
+from faqd.reference import quantize
 
 Values = NDArray[np.float32]
 Method = Literal["mse", "percentile", "max", "entropy"]
@@ -27,9 +28,12 @@ BINS = 2048
 """Histogram bins of the entropy method."""
 
 
-def scale_from(values: Values, quant: Quant, method: Method) -> float:
-    """The scale that `method` chooses for `values` on the grid of `quant`."""
-    return _METHODS[method](values, quant)
+def scale_from(values: Values, quant: Quant, method: Method, shift: float = 0.0) -> float:
+    """The scale that `method` chooses for `values` on the grid of `quant`.
+
+    shift: of the rounding (faqd.quant.SHIFTS); of the methods only mse looks at single roundings.
+    """
+    return scale_mse(values, quant, shift) if method == "mse" else _METHODS[method](values, quant)
 
 
 def scale_max(values: Values, quant: Quant) -> float:
@@ -43,12 +47,12 @@ def scale_percentile(values: Values, quant: Quant, percent: float = 99.99) -> fl
     return _positive(float(np.percentile(magnitudes, percent)) / quant.high if magnitudes.size else 0.0)
 
 
-def scale_mse(values: Values, quant: Quant) -> float:
+def scale_mse(values: Values, quant: Quant, shift: float = 0.0) -> float:
     """Least mean squared difference between the values (rectified, for an unsigned grid) and their rounding."""
     wanted = _rectified(values, quant).ravel()
 
     def error(scale: float) -> float:
-        rounded = np.clip(np.rint(wanted / scale), quant.low, quant.high) * scale
+        rounded = quantize(wanted, scale, quant.low, quant.high, shift) * scale
         return float(np.square(rounded - wanted, dtype=np.float64).mean())
 
     return _least(error, _extent(wanted, quant) / quant.high)

@@ -103,6 +103,12 @@ def teacher(recipe: str, json_target: str | None, **options: Any) -> None:
 )
 @click.option("--target", type=click.Choice(["tensorrt", "onnxruntime"]), help="Train the 8-bit grid of this runtime.")
 @click.option("--scales", type=click.Choice(["channel", "tensor"]), help="Give each of these a weight scale.")
+@click.option("--rounding", type=click.Choice(["nearest", "ceil"]), help="Round activations behind a ReLU like this.")
+@click.option(
+    "--scale-gradient",
+    type=click.Choice(["lsq", "mean", "pact", "min"]),
+    help="Learn their scales by this slope: lsq's, or a coarse one of the paper.",
+)
 @click.option("--logit", type=click.Choice(["mse", "kl"]), help="Measure the distance of the outputs in this way.")
 @click.option("--logit-weight", type=Finite(0), help="Weigh that distance with this.")
 @click.option("--temperature", type=Finite(0, min_open=True), help="Soften the outputs of --logit kl by this.")

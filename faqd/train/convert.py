@@ -24,6 +24,7 @@ from faqd.train import graph
 from faqd.train.deployed import ChannelAffine, IntegerAverage, IntegerLayer, Requantize
 from faqd.train.prepare import Student, input_quantizer
 from faqd.train.quantizers import ActivationQuantizer
+from faqd.train.shifts import place_shifts
 
 Flavour = Literal["tensorrt", "onnxruntime", "float"]
 
@@ -63,17 +64,18 @@ def convert(student: Student, flavour: Flavour, output_scales: dict[str, float] 
     zeroed: dict[str, int] = {}
     _remove_idle(network)
     _unshare(network)
+    shifts = {} if flavour == "float" else place_shifts(network)
     if flavour == "onnxruntime":
         _quantize_outputs(network, output_scales or {})
         _requantize_before_layers(network)
     for node in list(network.graph.nodes):
         kind = graph.role(network, node)
         if kind == "compute":
-            _fold_layer(network, node, flavour, zeroed)
+            _fold_layer(network, node, flavour, zeroed, shifts)
         elif kind == "average" and flavour != "float":
             _replace(network, node, IntegerAverage(_callable(network, node), _quantizer_of(network, node).scale))
     for node in network.graph.nodes:
-        new = _deployed_module(network, node, flavour)
+        new = _deployed_module(network, node, flavour, shifts)
         if new is not None:
             network.set_submodule(str(node.target), new)
     network.delete_all_unused_submodules()
@@ -83,7 +85,9 @@ def convert(student: Student, flavour: Flavour, output_scales: dict[str, float] 
     return Deployed(network.double(), flavour, zeroed)
 
 
-def _deployed_module(network: fx.GraphModule, node: fx.Node, flavour: Flavour) -> nn.Module | None:
+def _deployed_module(
+    network: fx.GraphModule, node: fx.Node, flavour: Flavour, shifts: dict[fx.Node, Tensor]
+) -> nn.Module | None:
     """What stands for a quantizer, or for a batch norm that was not folded; None for any other module."""
     module = _module(network, node)
     if isinstance(module, ActivationQuantizer):
@@ -93,6 +97,7 @@ def _deployed_module(network: fx.GraphModule, node: fx.Node, flavour: Flavour) -
     if isinstance(module, graph.NORM) and flavour != "float":
         per_channel = (-1, *[1] * (len(graph.shape(node)) - 2))
         factor, offset = _affine(module)
+        offset = offset + shifts.get(node, 0.0)
         return ChannelAffine(factor.reshape(per_channel), offset.reshape(per_channel))
     return None
 
@@ -193,11 +198,18 @@ def _insert_after(
         only_for.replace_input_with(node, new)
 
 
-def _fold_layer(network: fx.GraphModule, node: fx.Node, flavour: Flavour, zeroed: dict[str, int]) -> None:
+def _fold_layer(
+    network: fx.GraphModule,
+    node: fx.Node,
+    flavour: Flavour,
+    zeroed: dict[str, int],
+    shifts: dict[fx.Node, Tensor],
+) -> None:
     """Replace a layer and its batch norm: sign into the codes, magnitude into the scale, the rest into the bias."""
     layer: Any = network.get_submodule(str(node.target))
     end = _after_norm(network, node)
     factor, offset = _layer_affine(layer, _module(network, end) if end is not node else None)
+    offset = offset + shifts.get(end, 0.0)
     if flavour == "float":
         network.set_submodule(str(node.target), _float_layer(layer, factor, offset))
     else:

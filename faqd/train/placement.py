@@ -20,12 +20,14 @@ from faqd.quant import (
     POOLED_8,
     SIGNED_8,
     Quant,
+    Rounding,
     Target,
     activation_quant,
     check_bits,
     weight_quant,
 )
 from faqd.train import graph
+from faqd.train.quantizers import ScaleGradient
 from faqd.train.support import refuse_unknown
 
 
@@ -34,12 +36,15 @@ class Bits:
     """What a student is quantized to. activations: 1-8, or 32 for float. per_channel: weight scales.
 
     weights: 1-8, or 32 where the activations are float as well: a student without any quantizer.
+    rounding: of what is behind a ReLU. scale_gradient: by which those scales learn; a lowered file shows none of it.
     """
 
     weights: int = 8
     activations: int = 8
     target: Target = "tensorrt"
     per_channel: bool = True
+    rounding: Rounding = "nearest"
+    scale_gradient: ScaleGradient = "lsq"
 
     def __post_init__(self) -> None:
         if self.weights == FLOAT_BITS and self.activations != FLOAT_BITS:

@@ -68,7 +68,8 @@ def prepare(traced: fx.GraphModule, bits: Bits, example: Tensor) -> Student:
         path = names[node] + _SUFFIX
         # A grid that starts at zero takes the place of the rectifier.
         rectifies = not quant.signed and graph.role(network, node) == "rectify"
-        quantizer = ActivationQuantizer(quant, rectifies)
+        training = (bits.rounding, bits.scale_gradient) if rectifies else ()
+        quantizer = ActivationQuantizer(quant, rectifies, *training)
         network.add_submodule(path, quantizer)
         with network.graph.inserting_after(node):
             rounded = network.graph.call_module(path, (node,))
@@ -148,7 +149,7 @@ def calibrate(student: Student, batches: Iterable[Tensor], method: Method, *, ba
         if not np.isfinite(values).all():
             raise UserError(f"{name}: the float network gives infinite values or NaN here on the calibration images.")
         chosen: Method = "max" if name in inputs else method
-        module.scale.fill_(scale_from(values, module.quant, chosen))
+        module.scale.fill_(scale_from(values, module.quant, chosen, module.shift))
 
 
 def sampled(values: Tensor) -> Any:

@@ -2,20 +2,32 @@
 
 Weights: W stays float; forward and backward use scale * codes(W), and the gradient with respect to that
 product goes to W unchanged (the straight-through rule of arXiv 2302.10899). The scale is recomputed from W.
-Activations: y = scale * clip(round_half_even(x / scale), low, high); the scale is learned by the straight-through
-derivative of that very function (LSQ, arXiv 1902.08153).
+Activations: y = scale * clip(round_half_even(x / scale + shift), low, high), where the shift makes rounding up of
+rounding to nearest (faqd.quant.SHIFTS); the scale is learned, by the straight-through derivative of that very function
+(LSQ, arXiv 1902.08153) or by one of the paper's coarse gradients.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from faqd.quant import Quant
+from faqd.quant import SHIFTS, Quant, Rounding
+
+ScaleGradient = Literal["lsq", "mean", "pact", "min"]
+COARSE: dict[ScaleGradient, Callable[[int], float]] = {
+    "mean": lambda high: (high + 1) / 2,
+    "pact": lambda _: 0.0,
+    "min": lambda _: 1.0,
+}
+"""The paper's slope of y over the scale inside the clip, by the highest code; above the clip it is that code."""
+COARSE_FACTOR, COARSE_LIMIT = 0.01, 1.0
+"""What the released code multiplies the sum of a coarse gradient with, and the magnitude at which it cuts that off."""
 
 SMALLEST_SCALE = 1e-6
 """Activation scales stay above this; TensorRT refuses a zero scale."""
@@ -146,20 +158,26 @@ class _Straight(torch.autograd.Function):
 class ActivationQuantizer(nn.Module):
     """Rounds a tensor onto scale * (low..high) and learns the scale.
 
-    rectifies: whether it stands in the place of a ReLU as well. `enabled` is False only while ranges are collected.
+    rectifies: whether it stands in the place of a ReLU as well. gradient: of the scale; only lsq knows negative codes.
+    `enabled` is False only while ranges are collected.
     """
 
-    def __init__(self, quant: Quant, rectifies: bool) -> None:
+    def __init__(
+        self, quant: Quant, rectifies: bool, rounding: Rounding = "nearest", gradient: ScaleGradient = "lsq"
+    ) -> None:
         super().__init__()
+        assert not quant.signed or (rounding, gradient) == ("nearest", "lsq")
         self.quant = quant
         self.rectifies = rectifies
+        self.shift = SHIFTS[rounding]
+        self.gradient = gradient
         self.scale = nn.Parameter(torch.ones(()))
         self.enabled = True
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
             return x.relu() if self.rectifies else x
-        rounded: Tensor = _LearnedStep.apply(x, self.scale, self.quant.low, self.quant.high)
+        rounded: Tensor = _LearnedStep.apply(x, self.scale, self.quant, self.shift, self.gradient)
         return rounded
 
     def extra_repr(self) -> str:
@@ -167,33 +185,42 @@ class ActivationQuantizer(nn.Module):
 
 
 class _LearnedStep(torch.autograd.Function):
-    """LSQ: d y / d x = 1 inside the clip and 0 outside; d y / d scale = round(u) - u inside, low or high outside.
+    """d y / d x = 1 inside the clip, 0 <= x <= high * scale, and 0 outside; u = x / scale + shift is saved.
 
-    u = x / scale. The scale's gradient is divided by sqrt(high * elements per sample), equation 4 of LSQ, so that
-    one learning rate suits weights and scales.
+    lsq: d y / d scale = round(u) - u inside, low or high outside: the shift in x counts as a constant. The sum is
+    divided by sqrt(high * elements per sample), equation 4 of LSQ, so that one learning rate suits weights and scales.
+    Coarse: COARSE inside, high above, 0 below; the sum as the released code scales and limits it.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, quant: Quant, shift: float, gradient: ScaleGradient) -> Tensor:
         # Divided, as QuantizeLinear does: the product with 1 / scale falls on the other side of some ties.
         u = (x if x.dtype == torch.float64 else x.float()) / scale
+        u = u.add_(shift) if shift else u
         ctx.save_for_backward(u)
-        ctx.low, ctx.high, ctx.dtype = low, high, x.dtype
-        return u.clamp(low, high).round_().mul_(scale)
+        ctx.quant, ctx.shift, ctx.gradient, ctx.dtype = quant, shift, gradient, x.dtype
+        return u.clamp(quant.low, quant.high).round_().mul_(scale)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         (u,) = ctx.saved_tensors
-        passed = _where_inside(gradient, u, ctx.low, ctx.high)
-        slope = u.clamp(ctx.low, ctx.high).round_().sub_(_where_inside(u, u, ctx.low, ctx.high))
-        per_sample = max(1, u.numel() // max(1, u.shape[0]))
-        return passed.to(ctx.dtype), _dot(gradient, slope) / math.sqrt(ctx.high * per_sample), None, None
+        low, high = ctx.quant.low + ctx.shift, ctx.quant.high + ctx.shift
+        passed = _where_inside(gradient, u, low, high)
+        if ctx.gradient == "lsq":
+            slope = u.clamp(ctx.quant.low, ctx.quant.high).round_().sub_(_where_inside(u, u, low, high))
+            per_sample = max(1, u.numel() // max(1, u.shape[0]))
+            total = _dot(gradient, slope) / math.sqrt(ctx.quant.high * per_sample)
+        else:
+            above = _where_inside(gradient, u, float(np.nextafter(np.float32(high), np.float32(math.inf))), math.inf)
+            total = COARSE[ctx.gradient](ctx.quant.high) * passed.sum() + ctx.quant.high * above.sum()
+            total = (COARSE_FACTOR * total).clamp(-COARSE_LIMIT, COARSE_LIMIT)
+        return passed.to(ctx.dtype), total, None, None, None
 
 
-def _where_inside(values: Tensor, u: Tensor, low: int, high: int) -> Tensor:
+def _where_inside(values: Tensor, u: Tensor, low: float, high: float) -> Tensor:
     """`values` where low <= u <= high, else 0, in one pass: masks of booleans cost ten times as much on a CPU."""
     below, above = (
-        float(np.nextafter(np.float32(bound), np.float32(way))) for bound, way in ((low, -1e9), (high, 1e9))
+        float(np.nextafter(np.float32(bound), np.float32(way))) for bound, way in ((low, -math.inf), (high, math.inf))
     )
     inside: Tensor = torch.ops.aten.hardtanh_backward(values, u, below, above)  # its own bounds lie outside
     return inside

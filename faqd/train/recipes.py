@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from faqd.errors import UserError
-from faqd.quant import Target
+from faqd.quant import Rounding, Target
 from faqd.train.losses import AffinityForm, LogitForm
+from faqd.train.quantizers import ScaleGradient
 
 DistillAffinity = AffinityForm | Literal["none"]
 TeacherDtype = Literal["fp32", "bf16"]
@@ -69,6 +70,8 @@ class DistillRecipe:
     act_bits: int = 8
     target: Target = "tensorrt"
     scales: Literal["channel", "tensor"] = "channel"
+    rounding: Rounding = "nearest"
+    scale_gradient: ScaleGradient = "lsq"
     init: str | None = None
     logit: LogitForm = "mse"
     logit_weight: float = 1.0

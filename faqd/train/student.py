@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +62,19 @@ def _load_float(network: nn.Module, source: NetworkSource, folder: Path) -> None
 
 
 def recipe_bits(recipe: DistillRecipe) -> Bits:
-    return Bits(recipe.weight_bits, recipe.act_bits, recipe.target, recipe.scales == "channel")
+    return _bits(asdict(recipe))
+
+
+def _bits(asked: dict[str, Any]) -> Bits:
+    """What a recipe, as a run records it, asks of the quantizers."""
+    return Bits(
+        asked["weight_bits"],
+        asked["act_bits"],
+        asked["target"],
+        asked["scales"] == "channel",
+        asked["rounding"],
+        asked["scale_gradient"],
+    )
 
 
 def load_student(folder: Path) -> Student:
@@ -69,8 +83,7 @@ def load_student(folder: Path) -> Student:
     if record["kind"] != "distill":
         raise UserError(f"{folder}: holds a teacher; distil a student from it first, or use `faqd-deploy ptq`.")
     source = NetworkSource.from_json(record["network"])
-    asked = record["recipe"]
-    bits = Bits(asked["weight_bits"], asked["act_bits"], asked["target"], asked["scales"] == "channel")
+    bits = _bits(record["recipe"])
     student = prepare(graph.capture(source.build(), source.example()), bits, source.example())
     load_exactly(student.network, folder / WEIGHTS)
     student.network.eval()
