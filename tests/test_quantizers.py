@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 from torch.nn.utils import parametrize
@@ -14,7 +17,7 @@ from torch.nn.utils import parametrize
 from faqd.quant import Quant, activation_quant, weight_quant
 from faqd.train.placement import Bits
 from faqd.train.prepare import sampled
-from faqd.train.quantizers import ActivationQuantizer, WeightQuantizer, _alternate, project
+from faqd.train.quantizers import ActivationQuantizer, WeightQuantizer, _alternate, _exact, _scan, project
 from tests.networks import Residual, calibrated, images, lively
 
 EXAMPLE = torch.tensor([[0.9, -0.4, 0.05, 0.3, -1.2, 0.1, 0.6, -0.02]])
@@ -59,15 +62,32 @@ def test_the_error_on_normal_weights_is_that_of_the_best_scale(bits: int, axis: 
     assert error > (0.97 if axis is None else 1 - 0.04 * bits) * NORMAL_ERROR[bits]
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_ternary_is_the_global_optimum(seed: int) -> None:
-    row = torch.randn(12, generator=torch.Generator().manual_seed(seed)).double().pow(3)
-    best = min(
-        float((row - kept * row.abs()[kept].mean() * row.sign()).square().sum())
-        for kept in (row.abs() >= bound for bound in row.abs())
-    )
-    codes, scale = project(row[None], weight_quant(2, 0))
-    assert float((row - codes[0] * scale).square().sum()) == pytest.approx(best)
+@settings(max_examples=60, deadline=None)
+@given(
+    bits=st.sampled_from([1, 2, 3, 4]),
+    values=st.lists(st.floats(-3, 3, width=32).filter(lambda w: w == 0 or abs(w) > 1e-3), min_size=1, max_size=4),
+)
+def test_no_codes_at_all_are_better(bits: int, values: list[float]) -> None:
+    quant, row = weight_quant(bits, 0), np.array(values)
+    levels = [q for q in range(quant.low, quant.high + 1) if q or quant.holds_zero]
+    every = np.array(list(itertools.product(levels, repeat=len(row))))
+    every = every[np.square(every).sum(1) > 0]
+    least = np.square(row).sum() - (np.maximum(every @ row, 0) ** 2 / np.square(every).sum(1)).max()
+    codes, scale = project(torch.from_numpy(row)[None], quant)
+    assert set(codes.flatten().tolist()) <= set(levels) or not row.any()
+    error = float((torch.from_numpy(row) - codes[0] * scale).square().sum())
+    assert error == pytest.approx(least, rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("bits", [3, 4, 5])
+def test_the_scan_of_a_large_tensor_is_close_to_its_global_optimum(bits: int) -> None:
+    high = weight_quant(bits, None).high
+    for rows in (NORMAL.reshape(1, -1), NORMAL.reshape(1, -1).pow(3)):
+        errors = [
+            float((rows - codes * scale[:, None]).square().sum())
+            for codes, scale in (_scan(rows, high), _exact(rows, high))
+        ]
+        assert errors[1] <= errors[0] * (1 + 1e-6) and errors[0] <= 1.03 * errors[1]
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

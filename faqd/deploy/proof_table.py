@@ -8,6 +8,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from faqd.deploy.verify import CEIL_NOTE
+
 WIDTH = 100
 """Columns where standard output is no terminal."""
 
@@ -32,6 +34,8 @@ def print_verification(record: dict[str, Any]) -> None:
             equal = {True: "equal", False: "DIFFERS", None: ""}[row.get("torch_equal")]
             table.add_row(row["layer"], equal, _cell(row.get("plain")), _cell(row.get("optimised")), reached)
         console.print(table)
+    if record.get("rounding") == "ceil":
+        console.print(CEIL_NOTE)
     for name, title in (("between_flavours", "between flavours"), ("as_trained", "as trained = deployed")):
         if record.get(name):
             console.print(f"{title}: {_outputs(record[name])}")

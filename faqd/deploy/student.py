@@ -18,7 +18,7 @@ from faqd.bundle import Bundle, Evaluation, write_manifest
 from faqd.calib.ranges import Method
 from faqd.deploy.export import INPUT, OUTPUT, onnx_from_deployed, onnx_from_network, output_names, save
 from faqd.deploy.float16 import float16_from_float32
-from faqd.deploy.verify import AGREEMENT_IMAGES, compare_outputs, digest, probe_inputs, verify_bundle
+from faqd.deploy.verify import AGREEMENT_IMAGES, CEIL_NOTE, compare_outputs, digest, probe_inputs, verify_bundle
 from faqd.errors import UserError
 from faqd.files import sha256, written_beside
 from faqd.preprocess import Preprocess
@@ -181,6 +181,8 @@ def _write_bundle(parts: _Parts, out: Path, float_type: FloatType, say: Say) -> 
             "float_type": float_type,
         }
         bundle = write_manifest(folder, facts, made_from)
+        if parts.student.bits.rounding == "ceil":
+            say(CEIL_NOTE)
         say("verifying")
         verify_bundle(bundle)
     return Bundle(out, bundle.manifest)
@@ -198,6 +200,7 @@ def _facts(parts: _Parts, deployed: Deployed, teacher_outputs: NDArray[np.float3
         "architecture": parts.source.name,
         "weight_bits": bits.weights,
         "act_bits": bits.activations,
+        "rounding": bits.rounding,
         "target": bits.target,
         "preprocess": parts.preprocess.to_json(),
         "classes": list(parts.classes) if parts.classes else None,

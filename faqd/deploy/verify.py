@@ -34,6 +34,10 @@ EQUAL_CODES_FP16 = 0.999
 """Least share of codes at most one apart between the FP16 and the FP32 file."""
 OUTPUT_ERROR = 1e-4
 """Largest difference of a float output, relative to its root mean square."""
+CEIL_NOTE = (
+    "activations are rounded up: the TensorRT flavour does so exactly, by its biases; the onnxruntime flavour rounds "
+    "sums and convolution outputs in between, so that its agreement is reported and no bound."
+)
 PROBES = 16
 """Evaluation images among the probe inputs; half as many enlarged fourfold and half as many of noise join them."""
 ENLARGED = 4.0
@@ -89,6 +93,7 @@ def verification(bundle: Bundle) -> dict[str, Any]:
         "probe_images": len(inputs),
         "flavours": flavours,
         "as_trained": bundle.manifest.get("as_trained"),
+        "rounding": bundle.manifest.get("rounding"),
     }
     failures = [f"{flavour}: {text}" for flavour, result in flavours.items() for text in result["failures"]]
     if len(outputs) == 2:

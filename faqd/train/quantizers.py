@@ -35,6 +35,8 @@ SMALLEST_SCALE = 1e-6
 SCAN = torch.logspace(math.log10(0.25), math.log10(1.2), 15)
 """Starting points of the least-squares scan, as multiples of 2 max|w| / (2^bits - 1); 1 is added to them."""
 SCAN_PASSES = 4
+EXACT_SIZE = 2**20
+"""Weights times codes up to which the global optimum is searched: about a tenth of a second on a CPU."""
 
 
 # Weights ---------------------------------------------------------------------------------------------------------
@@ -45,16 +47,16 @@ def project(weight: Tensor, quant: Quant, start: Tensor | None = None) -> tuple[
 
     weight: float, output channels first. Returns codes (weight's shape, integer-valued, weight's dtype) and
     scale (output channels, or 1 where quant.axis is None), positive.
-    Binary and ternary are global optima in closed form. Wider grids alternate assignment and scale: once from
-    `start`, or from a scan of starting points without one.
+    Binary and ternary codes are global optima every time. Wider grids alternate assignment and scale once from `start`;
+    without one they are the global optimum of a small tensor, and the best of several starting points for a large one.
     """
     rows = weight.detach().flatten(1) if quant.axis is not None else weight.detach().reshape(1, -1)
     if not quant.holds_zero:
         codes, scale = _binary(rows)
-    elif quant.high == 1:
-        codes, scale = _ternary(rows)
-    elif start is not None:
+    elif start is not None and quant.high > 1:
         codes, scale = _alternate(rows, start.to(rows.dtype), quant.high)
+    elif quant.high == 1 or rows.numel() * quant.high <= EXACT_SIZE:
+        codes, scale = _exact(rows, quant.high)
     else:
         codes, scale = _scan(rows, quant.high)
     return codes.reshape(weight.shape), _ordinary_where_zero(scale)
@@ -67,15 +69,19 @@ def _binary(rows: Tensor) -> tuple[Tensor, Tensor]:
     return signs * (scale > 0)[:, None], scale
 
 
-def _ternary(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Keep the J largest magnitudes, J = argmax c_j^2 / j over the prefix sums c_j: the least-squares optimum."""
-    ranked, order = rows.abs().sort(1, descending=True)
-    sums = ranked.double().cumsum(1)
-    counts = torch.arange(1, rows.shape[1] + 1, device=rows.device)
-    best = (sums.square() / counts).argmax(1, keepdim=True)
-    kept = torch.zeros_like(rows, dtype=torch.bool).scatter(1, order, counts <= best + 1)
-    codes = torch.where(kept, rows.sign(), torch.zeros_like(rows))
-    return codes, (sums.gather(1, best) / (best + 1)).squeeze(1).to(rows.dtype)
+def _exact(rows: Tensor, high: int) -> tuple[Tensor, Tensor]:
+    """The global optimum, for one sort.
+
+    While the scale falls, |w| passes from code k - 1 to k at |w| / (k - 1/2), which adds |w| to <w, q> and 2k - 1 to
+    <q, q>. The error at the best scale is |w|^2 - <w, q>^2 / <q, q>: prefix sums give it for every assignment there is.
+    """
+    magnitudes = rows.abs()
+    codes = torch.arange(1, high + 1, device=rows.device)
+    order = (magnitudes[:, :, None] / (codes - 0.5)).flatten(1).argsort(1, descending=True)
+    product = magnitudes.gather(1, order // high).double().cumsum(1)
+    square = (2 * codes - 1)[order % high].cumsum(1)
+    best = (product.square() / square).argmax(1, keepdim=True)
+    return _alternate(rows, (product / square).gather(1, best).squeeze(1).to(rows.dtype), high)
 
 
 def _alternate(rows: Tensor, scale: Tensor, high: int) -> tuple[Tensor, Tensor]:
