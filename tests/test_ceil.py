@@ -126,7 +126,7 @@ def test_on_a_residual_the_branch_carries_the_shift() -> None:
         quantizer.shift = 0.0
     plain = convert(student, "tensorrt").network
     moved = {
-        name: float((layer.bias - plain.get_submodule(name).bias).mean())  # type: ignore[operator,union-attr]
+        name: float((layer.bias - plain.get_submodule(name).bias).mean())
         for name, layer in shifted.named_modules()
         if hasattr(layer, "weight_scale")
     }

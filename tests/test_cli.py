@@ -28,9 +28,10 @@ FLAGS = {
     "faqd-train": "--version",
     "faqd-train teacher": f"--recipe --arch {DATA} {SCHEDULE} --json",
     "faqd-train distill": (
-        "--recipe --teacher --teacher-weights --arch --init --weight-bits --act-bits --seeds --target --scales --logit "
-        "--logit-weight --temperature --affinity --affinity-weight --columns --teacher-dtype --autocast "
-        f"--label-weight --tap {DATA} {SCHEDULE} --json"
+        "--recipe --teacher --teacher-weights --arch --init --weight-bits --act-bits --seeds --target --scales "
+        "--rounding --scale-gradient --logit --logit-weight --temperature --affinity --adaptors --affinity-weight "
+        "--columns --teacher-dtype --autocast --label-weight --tap "
+        f"{DATA} {SCHEDULE} --json"
     ),
     "faqd-train eval": "--data-root --json",
     "faqd-train recipes": "--json",

@@ -117,6 +117,9 @@ def teacher(recipe: str, json_target: str | None, **options: Any) -> None:
     type=click.Choice(["l1", "l2", "l2_squared", "fast", "none"]),
     help="Measure the distance of the feature affinities in this way.",
 )
+@click.option(
+    "--adaptors/--no-adaptors", default=None, help="Compare the student's maps behind a 1x1 convolution of their own."
+)
 @click.option("--affinity-weight", type=Finite(0), help="Weigh that distance, a mean over the batch, with this.")
 @click.option("--columns", type=click.IntRange(1), help="Use so many random projections for --affinity fast.")
 @click.option("--teacher-dtype", type=click.Choice(["fp32", "bf16"]), help="Run the teacher in this.")

@@ -16,16 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from faqd.errors import UserError
 from faqd.quant import FLOAT_BITS
 from faqd.train import graph
+from faqd.train.adaptors import Adapted
 from faqd.train.batches import Batch, Batches, Images, splits_on
 from faqd.train.convert import collect_output_scales
 from faqd.train.data import Say
-from faqd.train.job import NORM_LAYERS, Job, select_losses
+from faqd.train.job import Job, select_losses
 from faqd.train.loop import finish, fit
 from faqd.train.losses import affinity_loss, logit_loss
 from faqd.train.network import NetworkSource, write_tensors
@@ -259,7 +260,7 @@ def _record(recipe: DistillRecipe, lesson: Lesson, source: NetworkSource, taps: 
 def distill_job(plan: Plan, student: Student, pairs: list[tuple[str, str]]) -> Job:
     """What `fit` trains: the student's parameters in two groups, and the weighted terms of the loss.
 
-    Norms, biases and activation scales do not decay. pairs: nodes (teacher, student) whose maps are compared.
+    pairs: nodes (teacher, student) whose maps are compared.
     """
     recipe = plan.recipe
 
@@ -282,11 +283,13 @@ def distill_job(plan: Plan, student: Student, pairs: list[tuple[str, str]]) -> J
             terms["label"] = recipe.label_weight * functional.cross_entropy(outputs, batch.labels)
         return terms
 
+    network: nn.Module = graph.with_taps(student.network, [ours for _, ours in pairs])
+    if recipe.adaptors and pairs:
+        shapes = {node.name: graph.shape(node) for node in student.network.graph.nodes if graph.is_tensor(node)}
+        device = next(student.network.parameters()).device
+        network = Adapted(network, [shapes[ours][1] for _, ours in pairs], device)
     scales = [quantizer.scale for quantizer in student.quantizers().values()]
-    norms = [p for m in student.network.modules() if isinstance(m, NORM_LAYERS) for p in m.parameters()]
-    free_ids = {id(p) for p in [*scales, *norms]}
-    decayed = [p for p in student.network.parameters() if id(p) not in free_ids and p.dim() > 1]
-    free = [p for p in student.network.parameters() if id(p) in free_ids or p.dim() <= 1]
+    decayed, free = decay_groups(network)
 
     @torch.no_grad()
     def keep_scales_positive() -> None:
@@ -296,7 +299,7 @@ def distill_job(plan: Plan, student: Student, pairs: list[tuple[str, str]]) -> J
     return Job(
         f"distill {recipe.weight_bits}/{recipe.act_bits}",
         plan.out,
-        graph.with_taps(student.network, [ours for _, ours in pairs]),
+        network,
         decayed,
         free,
         losses,
@@ -305,6 +308,18 @@ def distill_job(plan: Plan, student: Student, pairs: list[tuple[str, str]]) -> J
         all_used=bool(recipe.logit_weight or recipe.label_weight),
         autocast=AUTOCAST[recipe.autocast],
     )
+
+
+def decay_groups(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Parameters with and without weight decay: the float weights of layers have it.
+
+    Norms, biases and activation scales do not: none of them has a direction in which smaller is simpler, and a scale
+    that shrinks clips.
+    """
+    groups: tuple[list[nn.Parameter], list[nn.Parameter]] = [], []
+    for parameter in network.parameters():
+        groups[parameter.dim() <= 1].append(parameter)
+    return groups
 
 
 def calibration_batches(images: Images) -> Iterator[Tensor]:

@@ -51,6 +51,10 @@ class Job:
     all_used: bool = True
     autocast: torch.dtype | None = None
 
+    def __post_init__(self) -> None:
+        grouped = sorted(id(p) for p in [*self.decayed, *self.free])
+        assert grouped == sorted(id(p) for p in self.network.parameters() if p.requires_grad), "not in one group each"
+
 
 class Trainee:
     """A job at an iteration: its optimizer, and the losses that were not reported yet.

@@ -73,6 +73,15 @@ def imagenet_resnet(depths: list[int], channels: int, classes: int, pixels: int)
     return ResNet(stem, [64, 128, 256, 512], depths, classes)
 
 
+def reference_resnet(depth: int, channels: int, classes: int) -> ResNet:
+    """The student of the released code of arXiv 2302.10899: a stem of one convolution, without norm and activation,
+    and a norm and activation more in front of the pooling."""
+    stem = nn.Sequential(nn.Conv2d(channels, 16, 3, 1, 1, bias=False))
+    network = ResNet(stem, [16, 32, 64], [(depth - 2) // 6] * 3, classes)
+    network.stages.append(nn.Sequential(nn.BatchNorm2d(64), nn.ReLU()))
+    return network
+
+
 def _stem(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False),
@@ -95,6 +104,7 @@ def _imagenet(depths: list[int]) -> Builder:
 
 ARCHITECTURES: dict[str, Builder] = {
     **{f"resnet{depth}": _cifar(depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
+    "resnet20-reference": lambda channels, classes, pixels: reference_resnet(20, channels, classes),
     "resnet18": _imagenet([2, 2, 2, 2]),
     "resnet34": _imagenet([3, 4, 6, 3]),
 }

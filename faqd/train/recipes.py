@@ -81,6 +81,7 @@ class DistillRecipe:
     columns: int = 15
     teacher_dtype: TeacherDtype = "fp32"
     autocast: Autocast = "none"
+    adaptors: bool = False
     label_weight: float = 0.0
 
 
@@ -134,6 +135,25 @@ def distill_cifar10_w4a4() -> DistillRecipe:
     return replace(distill_cifar10(), about="4W4A ResNet-20 student on CIFAR-10, 200 epochs", weight_bits=4, act_bits=4)
 
 
+def reference_code() -> DistillRecipe:
+    """docs/recipes.md lists it against the released code of arXiv 2302.10899, choice by choice."""
+    return DistillRecipe(
+        "4W4A ResNet-20 on CIFAR-10 with the choices of the paper's released code",
+        Training(epochs=200, batch_size=100, lr=0.01, frozen_norm=0.0, clip_norm=20.0),
+        data="cifar10",
+        arch="resnet20-reference",
+        weight_bits=4,
+        act_bits=4,
+        scales="tensor",
+        rounding="ceil",
+        scale_gradient="mean",
+        init="scratch",
+        affinity="l1",
+        affinity_weight=10.0,
+        adaptors=True,
+    )
+
+
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "digits-teacher": digits_teacher,
     "cifar10-resnet20-teacher": cifar10_teacher,
@@ -141,6 +161,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "digits": distill_digits,
     "cifar10-resnet20": distill_cifar10,
     "cifar10-resnet20-w4a4": distill_cifar10_w4a4,
+    "reference-code": reference_code,
 }
 
 
