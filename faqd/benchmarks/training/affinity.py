@@ -1,7 +1,8 @@
 """What the feature-affinity losses cost beside the direct form of the same loss: time and memory, both exact.
 
 `python -m faqd.benchmarks.training.affinity --json FILE` times forward + backward of every form in one process,
-round by round (all variants, then all again), and takes the peak memory of each in a process of its own.
+round by round (all variants, then all again), and takes the peak memory of each in a process of its own. FILE is
+written after every map; a direct form whose (N, N) matrices cannot be held is left out, which FILE says.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ FORMS: tuple[AffinityForm, ...] = get_args(AffinityForm)
 # What each form is compared with; fast estimates its counterpart, the others are equal to theirs.
 DIRECT = {"l1": "direct l1", "l2": "direct l2", "l2_squared": "direct l2_squared", "fast": "direct l2_squared"}
 COLUMNS = 15
-SLOW_S = 10.0
+SLOW_S = 4.0
 RESNET20 = ("resnet20-1", "resnet20-2", "resnet20-3")
 SIDES = ("side-32", "side-64", "side-128", "side-256")
 MAPS: dict[str, tuple[int, int, int]] = {
@@ -111,9 +112,14 @@ def variants(shape: tuple[int, int, int]) -> dict[str, Variant]:
 
 
 def direct_fits(shape: tuple[int, int, int]) -> bool:
-    """Whether six float32 (N, N) matrices per sample are at most half of the memory that is free."""
+    """Whether the matrices of the direct forms are at most half of the memory that is free."""
+    return direct_gb(shape) <= _kib("/proc/meminfo", "MemAvailable") * 1024 / 2e9
+
+
+def direct_gb(shape: tuple[int, int, int]) -> float:
+    """What the direct forms hold at their peak: six float32 (N, N) matrices per sample."""
     batch, _, side = shape
-    return 6 * 4 * batch * side**4 <= _kib("/proc/meminfo", "MemAvailable") * 1024 / 2
+    return 6 * 4 * batch * side**4 / 1e9
 
 
 def timed(shape: tuple[int, int, int], rounds: int) -> dict[str, Variant]:
@@ -143,7 +149,10 @@ def peak_mb(shape: tuple[int, int, int], name: str, threads: int) -> float:
 
 
 def apart(shape: tuple[int, int, int], name: str, threads: int) -> float:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    # The server imports torch once and has not used it; each child of it starts with the same memory.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["faqd.train.losses"])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(peak_mb, shape, name, threads).result()
 
 
@@ -167,15 +176,18 @@ def record(name: str, found: dict[str, Variant]) -> dict[str, Any]:
             "peak_mb": variant.peak_mb,
         }
         baseline = found.get(DIRECT.get(variant.name, ""))
-        if variant.name in DIRECT and baseline is None:
-            row["against"] = f"{DIRECT[variant.name]}: does not fit"
-        elif baseline is not None:
+        if baseline is not None:
             row["against"] = baseline.name
             row["speed_up"] = speed_up(variant.seconds, baseline.seconds)
             if variant.peak_mb and baseline.peak_mb:
                 row["memory_ratio"] = baseline.peak_mb / variant.peak_mb
         rows.append(row)
-    return {"map": name, "batch": batch, "channels": channels, "side": side, "variants": rows}
+    result: dict[str, Any] = {"map": name, "batch": batch, "channels": channels, "side": side, "variants": rows}
+    if not any(variant.name.startswith("direct") for variant in found.values()):
+        result["left_out"] = (
+            f"direct: its matrices take {direct_gb(MAPS[name]):.3g} GB, more than half of the free memory"
+        )
+    return result
 
 
 def speed_up(seconds: Sequence[float], baseline: Sequence[float]) -> dict[str, Any]:
@@ -226,7 +238,7 @@ def table(maps: list[dict[str, Any]]) -> Table:
         label = f"{entry['map']} {entry['batch']}x{entry['channels']}x{entry['side']}"
         for row in entry["variants"]:
             gain = row.get("speed_up")
-            absent = "does not fit" if "against" in row and gain is None else ""
+            absent = "does not fit" if "left_out" in entry else ""
             result.add_row(
                 label,
                 row["variant"],
@@ -251,14 +263,32 @@ def table(maps: list[dict[str, Any]]) -> Table:
 def command(json_target: str | None, rounds: int, maps: tuple[str, ...], threads: int, memory: bool) -> None:
     torch.set_num_threads(threads)
     console = Console(stderr=json_target == "-", width=None if sys.stdout.isatty() else 100)
+    names = maps or tuple(MAPS)
     found: dict[str, dict[str, Variant]] = {}
-    for name in maps or MAPS:
+    for name in names:
+        click.echo(f"{name} ({len(found) + 1} of {len(names)})", err=True)
         found[name] = timed(MAPS[name], rounds)
         for variant in found[name].values() if memory else ():
             variant.peak_mb = apart(MAPS[name], variant.name, threads)
-    result = {
+        result = summary(found, threads, complete=len(found) == len(names))
+        if json_target != "-":
+            emit_json(json_target, result)
+    console.print(table(result["maps"]))
+    for target in result["targets"]:
+        verdict = "met" if target["met"] else "MISSED"
+        console.print(
+            f"{verdict}: {target['claim']}: {target['found']:.2f} (bound {target['sense']} {target['bound']})"
+        )
+    if json_target == "-":
+        emit_json(json_target, result)
+
+
+def summary(found: dict[str, dict[str, Variant]], threads: int, complete: bool) -> dict[str, Any]:
+    """The JSON of the maps measured so far; complete: whether they are all that was asked for."""
+    return {
         "version": VERSION,
         "what": "feature affinity, forward + backward, float32, unrelated maps after a ReLU",
+        "complete": complete,
         "command": shlex.join(["python", "-m", "faqd.benchmarks.training.affinity", *sys.argv[1:]]),
         "environment": environment(),
         "versions": {"faqd": __version__, "torch": torch.__version__, "python": platform.python_version()},
@@ -267,13 +297,6 @@ def command(json_target: str | None, rounds: int, maps: tuple[str, ...], threads
         "maps": [record(name, measured) for name, measured in found.items()],
         "targets": targets(found),
     }
-    console.print(table(result["maps"]))  # type: ignore[arg-type]
-    for target in result["targets"]:  # type: ignore[attr-defined]
-        verdict = "met" if target["met"] else "MISSED"
-        console.print(
-            f"{verdict}: {target['claim']}: {target['found']:.2f} (bound {target['sense']} {target['bound']})"
-        )
-    emit_json(json_target, result)
 
 
 def main() -> None:
