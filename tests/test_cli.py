@@ -35,7 +35,9 @@ FLAGS = {
     ),
     "faqd-train eval": "--data-root --json",
     "faqd-train recipes": "--json",
-    "faqd-train inspect": "--teacher --weight-bits --act-bits --target --image-size --input-channels --json",
+    "faqd-train inspect": (
+        "--teacher --arch --weight-bits --act-bits --target --scales --image-size --input-channels --json"
+    ),
     "faqd-deploy": "--version",
     "faqd-deploy export": f"--data-root {BUNDLE} --json",
     "faqd-deploy ptq": (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from torch.nn.grad import conv2d_weight
 from torch.nn.utils import parametrize
 
 from faqd.quant import Quant, activation_quant, weight_quant
+from faqd.train.convert import convert
+from faqd.train.deployed import IntegerLayer
 from faqd.train.placement import Bits
 from faqd.train.prepare import sampled
 from faqd.train.quantizers import ActivationQuantizer, WeightQuantizer, _alternate, _exact, _scan, project
@@ -220,3 +223,33 @@ def test_the_sample_of_a_large_map_sees_all_its_columns() -> None:
     drawn = sampled(columns)
     shares = np.bincount(drawn.astype(int)) / len(drawn)
     assert np.allclose(shares, 1 / 8, atol=0.01)
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_what_is_exported_is_what_was_trained_bit_for_bit(bits: int, per_channel: bool) -> None:
+    student = calibrated(lively(Residual(), 1), Bits(bits, 4, per_channel=per_channel))
+    optimizer = torch.optim.SGD(student.network.parameters(), lr=0.05)
+    for step in range(3):
+        student.network.train()
+        optimizer.zero_grad()
+        (student.network(images(step)) - images(9, 64, (10,))).square().mean().backward()
+        optimizer.step()
+    student.network.eval()
+    read_again = calibrated(lively(Residual(), 2), Bits(bits, 4, per_channel=per_channel))
+    read_again.network.load_state_dict(student.network.state_dict())
+    deployed = convert(read_again, "tensorrt").network
+    layers = {name: m for name, m in student.network.named_modules() if parametrize.is_parametrized(m, "weight")}
+    for name, module in layers.items():
+        layer: Any = module
+        exported, quantizer = deployed.get_submodule(name), layer.parametrizations.weight[0]
+        codes, scale = quantizer.codes(layer.parametrizations.weight.original)
+        assert isinstance(exported, IntegerLayer)
+        # A negative batch-norm factor turns the sign of a channel's codes, no more.
+        alike = [torch.equal(a, b) or torch.equal(a, -b) for a, b in zip(exported.codes, codes, strict=True)]
+        assert all(alike), name
+        assert torch.equal(layer.weight, codes * scale.reshape(-1, *[1] * (codes.dim() - 1)))
+        assert len(scale) == (len(codes) if per_channel else 1)
+    assert isinstance(exported, IntegerLayer)
+    assert torch.equal(exported.weight_scale, scale.expand(len(codes)))  # the last layer has no batch norm
+    assert torch.equal(student.network(images(7)), read_again.network.eval()(images(7)))

@@ -155,6 +155,9 @@ def test_inspect_names_layers_and_taps_as_the_options_take_them(user: User, teac
     succeeds(user.distill(tmp_path / "run", "--tap", table["taps"][1], "--tap", "features.4=features.5"))
     assert record_of(tmp_path / "run")["taps"] == ["features.5", "features.4=features.5"]
     assert json_of("inspect", "--teacher", teacher)["network"] == "resnet8"
+    student = json_of("inspect", "--teacher", teacher, "--arch", "resnet20", "--scales", "tensor", "--act-bits", 4)
+    assert (student["network"], student["weight_scales"], len(student["layers"])) == ("resnet20", "tensor", 22)
+    assert len(student["taps"]) == 3
 
 
 # The user's own files -----------------------------------------------------------------------------------------------
@@ -244,7 +247,7 @@ def job_of(user: User, run: Path) -> tuple[Job, Any, Batches]:
     recipe = DistillRecipe("", Training(1, 16, 0.05, steps=10), weight_bits=4, act_bits=4, init="teacher")
     train, select = splits_on(torch.device("cpu"), lesson.dataset)
     example = train.normalised(train.pixels[:2])
-    plan = Plan(recipe, run, student_source(recipe, lesson.teacher), {})
+    plan = Plan(recipe, run, student_source(recipe.arch, lesson.teacher), {})
     student = new_student(recipe, plan.source, lesson.teacher, example)
     calibrate(student, [example], "mse")
     traced = capture(lesson.teacher.network, example)

@@ -197,6 +197,7 @@ def recipes(json_target: str | None) -> None:
 
 @cli.command()
 @click.option("--teacher", required=True, metavar="RUN|FILE.py:callable", help="Look at this network.")
+@click.option("--arch", metavar="NAME", help="Look at this student of it from the zoo instead.")
 @click.option("--weight-bits", type=int, default=8, show_default=True, help="Give weights 1 to 8 bits.")
 @click.option("--act-bits", type=int, default=8, show_default=True, help="Give activations 1 to 8 bits, or 32.")
 @click.option(
@@ -205,6 +206,13 @@ def recipes(json_target: str | None) -> None:
     default="tensorrt",
     show_default=True,
     help="Use the 8-bit grid of this runtime.",
+)
+@click.option(
+    "--scales",
+    type=click.Choice(["channel", "tensor"]),
+    default="channel",
+    show_default=True,
+    help="Give each of these a weight scale.",
 )
 @click.option("--image-size", metavar="H[xW]", help="Feed a FILE.py network this size; a run knows its own.")
 @click.option(
@@ -221,6 +229,7 @@ def inspect(json_target: str | None, **options: Any) -> None:
         for row in table["layers"]:
             shape = "x".join(map(str, row["weight_shape"]))
             click.echo(f"{row['name']:34} {row['operator']:10} {row['weights']:12} {row['inputs']:14} {shape}")
+        click.echo(f"weight scales: one per {table['weight_scales']}")
         click.echo("affinity taps: " + ", ".join(table["taps"]))
     emit_json(json_target, table)
 

@@ -107,7 +107,7 @@ def _course(plan: Plan) -> tuple[int | str, ...]:
 
 
 def _plan(recipe: DistillRecipe, out: Path, lesson: Lesson, taps: list[str] | None) -> Plan:
-    source = student_source(recipe, lesson.teacher)
+    source = student_source(recipe.arch, lesson.teacher)
     recipe = _resolved(recipe, lesson, source)
     if not (recipe.logit_weight or recipe.label_weight or _has_affinity(recipe)):
         raise UserError("--logit-weight 0: nothing is left to learn from; give one of the terms a weight.")

@@ -12,19 +12,31 @@ from faqd.train.network import NetworkSource, user_source
 from faqd.train.placement import Bits
 from faqd.train.prepare import prepare, student_table
 from faqd.train.run import read_record
+from faqd.train.source import Teacher
+from faqd.train.student import student_source
 from faqd.train.taps import tap_names, tap_pairs
 
 
 def inspect_network(
-    teacher: str, weight_bits: int, act_bits: int, target: Any, image_size: str | None, input_channels: int
+    teacher: str,
+    arch: str | None,
+    weight_bits: int,
+    act_bits: int,
+    target: Any,
+    scales: str,
+    image_size: str | None,
+    input_channels: int,
 ) -> dict[str, Any]:
-    """The scheme of each layer and the taps, for the network of a run or FILE.py:callable."""
+    """The scheme of each layer and the taps: of the network of a run or FILE.py:callable, or of its student `arch`."""
     source = _source(teacher, image_size, input_channels)
-    bits = Bits(weight_bits, act_bits, target)
-    traced = graph.capture(source.build(), source.example())
-    student = prepare(traced, bits, source.example())
+    network, example = source.build(), source.example()
+    bits = Bits(weight_bits, act_bits, target, scales == "channel")
+    traced = graph.capture(network, example)
+    source = student_source(arch, Teacher(network, source, ""))
+    student = prepare(traced if arch is None else graph.capture(source.build(), example), bits, example)
     return {
         "network": source.name,
+        "weight_scales": scales,
         "layers": student_table(student),
         "taps": tap_names(traced, student, tap_pairs(traced, student, None)),
     }

@@ -21,21 +21,21 @@ from faqd.train.source import Teacher
 
 def start_of(recipe: DistillRecipe, teacher: Teacher) -> str:
     """What the student starts from: teacher, scratch, or the folder of a run."""
-    same = student_source(recipe, teacher) == teacher.source
+    same = student_source(recipe.arch, teacher) == teacher.source
     if recipe.init == "teacher" and not same:
         raise UserError("--init teacher: student and teacher are different networks; use --init scratch.")
     return recipe.init or ("teacher" if same else "scratch")
 
 
-def student_source(recipe: DistillRecipe, teacher: Teacher) -> NetworkSource:
-    """The student's network: the teacher's own, or --arch with the teacher's number of outputs."""
-    if recipe.arch is None or recipe.arch == teacher.source.architecture:
+def student_source(arch: str | None, teacher: Teacher) -> NetworkSource:
+    """The student's network: the teacher's own, or `arch` with the teacher's number of outputs."""
+    if arch is None or arch == teacher.source.architecture:
         return teacher.source
     with torch.no_grad():
         outputs = teacher.network(teacher.source.example())
     if outputs.dim() != 2:
         raise UserError("--arch: the teacher has no single vector of class scores that the zoo could imitate.")
-    return NetworkSource(teacher.source.channels, teacher.source.pixels, outputs.shape[1], architecture=recipe.arch)
+    return NetworkSource(teacher.source.channels, teacher.source.pixels, outputs.shape[1], architecture=arch)
 
 
 def new_student(recipe: DistillRecipe, source: NetworkSource, teacher: Teacher, example: Tensor) -> Student:
