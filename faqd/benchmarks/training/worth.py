@@ -190,7 +190,7 @@ def quantized_after_training(work: Work, cell: Cell, float_run: Path) -> Any:
     train, _ = splits_on(torch.device("cpu"), work.lesson.dataset)
     example = train.normalised(train.pixels[:2]).contiguous()
     teacher = work.lesson.teacher
-    student = new_student(recipe, student_source(recipe, teacher), teacher, example)
+    student = new_student(recipe, student_source(recipe.arch, teacher), teacher, example)
     calibrate(student, calibration_batches(train), "mse")
     student.network.eval()
     return student
