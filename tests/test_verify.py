@@ -18,10 +18,11 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from faqd.bundle import STUDENT_ONNXRUNTIME, STUDENT_TENSORRT, STUDENT_TENSORRT_FP32, Bundle, load_bundle
+from faqd.deploy.onnx_file import load_model
 from faqd.deploy.proof_table import print_verification
 from faqd.deploy.referee import Referee, real
 from faqd.deploy.student import quantize_after_training
-from faqd.deploy.verify import CHANCE, EQUAL_CODES, load_model, probe_inputs, tolerated, verification, verify_file
+from faqd.deploy.verify import CHANCE, EQUAL_CODES, probe_inputs, tolerated, verification, verify_file
 from faqd.errors import UserError
 from faqd.files import read_json
 from faqd.train.data import DataOptions

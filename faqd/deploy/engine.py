@@ -27,6 +27,7 @@ from faqd.deploy.build_options import (
 )
 from faqd.deploy.build_progress import Say, interruptible, watched
 from faqd.deploy.kernels import Kernel, kernels_from_inspector, kernels_from_log, not_int8, products
+from faqd.deploy.onnx_scan import scan_file
 from faqd.deploy.record import FORMAT, VERSION, record_path
 from faqd.deploy.trt import (
     INSTALL,
@@ -121,8 +122,7 @@ def engine_from_onnx(
 
 def _content(onnx: Path, sha256: str | None) -> bytes:
     """The bytes that are parsed: what the record says of the ONNX file is said of these."""
-    if not onnx.is_file():
-        raise UserError(f"{onnx}: no such file.")
+    scan_file(onnx)
     content = onnx.read_bytes()
     if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
         raise UserError(f"{onnx}: changed since the bundle was read (SHA-256 differs); export the run again.")
@@ -164,13 +164,11 @@ def _parse(
     parser = trt.module.OnnxParser(network, log)
     read = parser.parse(content)
     if parser.num_errors:
-        raise UserError(f"{onnx}: {trt} refuses it: {_parser_error(parser.get_error(0))}", exit_code=1)
+        raise UserError(f"{onnx}: {trt} refuses it: {_parser_error(parser.get_error(0))}")
     # Bytes that are no ONNX at all can count as a network without nodes.
     if not read or network.num_outputs == 0:
         why = f": {messages.why()}" if messages.errors else ""
-        raise UserError(
-            f"{onnx}: {trt} finds no network in it{why}. The file is damaged; export it again.", exit_code=1
-        )
+        raise UserError(f"{onnx}: {trt} finds no network in it{why}. The file is damaged; export it again.")
 
 
 def _parser_error(error: ParserError) -> str:

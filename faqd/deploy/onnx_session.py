@@ -10,6 +10,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as failures
 
+from faqd.deploy.onnx_file import load_bytes
 from faqd.errors import UserError, first_line
 
 _CANNOT_LOAD = (
@@ -32,8 +33,8 @@ version: str = onnxruntime.__version__
 class OnnxSession:
     """A loaded network: arrays by input name in, arrays by output name out.
 
-    source: a path, or the bytes of a model. threads: of one query. optimise: False runs the graph as written,
-    without the fusions that change its arithmetic.
+    source: a path, whose file is checked first, or the bytes of a model that needs no check. threads: of one query.
+    optimise: False runs the graph as written, without the fusions that change its arithmetic.
     """
 
     def __init__(self, source: Path | str | bytes, *, threads: int = 1, optimise: bool = True) -> None:
@@ -46,12 +47,9 @@ class OnnxSession:
         # Idle workers of one session must not spin while another session is being timed.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         where = "the model in memory" if isinstance(source, bytes) else str(source)
-        if not isinstance(source, bytes) and not Path(source).is_file():
-            raise UserError(f"{where}: no such file.")
+        model = source if isinstance(source, bytes) else load_bytes(Path(source))
         try:
-            self._session = onnxruntime.InferenceSession(
-                source if isinstance(source, bytes) else str(source), options, providers=["CPUExecutionProvider"]
-            )
+            self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except _CANNOT_LOAD as error:
             raise UserError(
                 f"{where}: onnxruntime {version} cannot load it ({first_line(error)}); "

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,10 +15,10 @@ from numpy.typing import NDArray
 
 from faqd import bundle as names
 from faqd.bundle import Bundle
+from faqd.deploy.onnx_file import load_model
 from faqd.deploy.onnx_session import OnnxSession
 from faqd.deploy.referee import Referee, Value, real
 from faqd.deploy.segments import segments
-from faqd.errors import UserError
 from faqd.files import sha256, write_json
 
 FORMAT = "faqd-verify"
@@ -152,19 +151,6 @@ def _differing_in_all(layers: list[dict[str, Any]]) -> list[str]:
         if differing > max(1, (1 - EQUAL_CODES) * total):
             failures.append(f"all layers: {differing} of {total} codes differ in {mode} onnxruntime")
     return failures
-
-
-def load_model(path: Path) -> onnx.ModelProto:
-    """Read and fully check an ONNX file; UserError if it is damaged."""
-    try:
-        model = onnx.load(path, load_external_data=False)
-        onnx.checker.check_model(model, full_check=True)
-    except Exception as error:  # protobuf and the checker raise many kinds
-        reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
-        raise UserError(f"{path}: not a valid ONNX file ({reason}).") from error
-    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer):
-        raise UserError(f"{path}: keeps its weights in other files; save it as one file.")
-    return model
 
 
 def centred(model: onnx.ModelProto, name: str, codes: NDArray[Any]) -> NDArray[Any]:

@@ -1,0 +1,159 @@
+"""Every file of the shelf, through every command: one sentence, exit code 2, seconds, bounded memory."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from faqd.benchmarks.cli import bench_command
+from faqd.bundle import (
+    EVAL,
+    FLOAT_STUDENT,
+    STUDENT_ONNXRUNTIME,
+    STUDENT_TENSORRT,
+    STUDENT_TENSORRT_FP32,
+    TEACHER,
+    Evaluation,
+    write_manifest,
+)
+from faqd.deploy.onnx_file import load_bytes, load_model
+from faqd.deploy.onnx_scan import scan, scan_file
+from faqd.errors import UserError
+from tests.hostile_files import SHELF, WORST, good, shelve
+from tests.tiny_bundles import PREPROCESS
+from tests.toy_runs import Outcome, _outcome, faqd_deploy
+
+NETWORKS = (STUDENT_TENSORRT, STUDENT_TENSORRT_FP32, STUDENT_ONNXRUNTIME, FLOAT_STUDENT, TEACHER)
+TENSORRT_TAKES = ("infinite scale", "a tensor that fills memory")
+"""Legal ONNX whose harm shows when it runs: `verify` comes before the board."""
+
+needs_rtx = pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None,
+    reason="tensorrt-rtx is not installed (pip install 'faqd[rtx]'): nothing here can build an engine",
+)
+
+
+def hostile_bundle(folder: Path, name: str) -> Path:
+    """A bundle with a right manifest whose every network is this file of the shelf."""
+    folder.mkdir()
+    for network in NETWORKS:
+        shelve(name, folder / network)
+    images = np.zeros((4, 8, 8, 3), np.uint8)
+    Evaluation(images, None, {"logits": np.zeros((4, 10), np.float32)}).save(folder / EVAL)
+    preprocess = {**PREPROCESS.to_json(), "channels": "rgb", "mean": (0, 0, 0), "std": (1, 1, 1)}
+    digests: dict[str, Any] = {flavour: {"codes": {}, "outputs": {}} for flavour in ("tensorrt", "onnxruntime")}
+    facts = {
+        "name": "hostile",
+        "kind": "ptq",
+        "architecture": "hostile",
+        "weight_bits": 8,
+        "act_bits": 8,
+        "target": "tensorrt",
+        "preprocess": preprocess,
+        "input": {"name": "input", "shape": ["batch", 3, 8, 8]},
+        "outputs": [{"name": "logits", "shape": ["batch", 10]}],
+        "layers": [],
+        "size": {"float32_bytes": 1, "int8_bytes": 1, "packed_bytes": 1, "parameters": 1},
+        "teacher": {"name": "none", "sha256": ""},
+        "torch_digests": digests,
+    }
+    write_manifest(folder, facts, dict.fromkeys((*NETWORKS, EVAL), ""))
+    return folder
+
+
+def is_refused(outcome: Outcome, word: str) -> None:
+    assert outcome.code == 2, outcome.stderr
+    lines = [line for line in outcome.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in outcome.stderr
+    assert word in lines[0] and lines[0].endswith(".") and lines[0].isprintable()
+
+
+def test_the_file_that_all_others_are_made_from_is_fine(tmp_path: Path) -> None:
+    path = tmp_path / "good.onnx"
+    path.write_bytes(good().SerializeToString())
+    assert load_model(path) == good()
+    assert load_bytes(path) == path.read_bytes()
+
+
+@pytest.mark.parametrize("name", SHELF)
+def test_verify_explain_and_bench_refuse_it(name: str, tmp_path: Path) -> None:
+    bundle = hostile_bundle(tmp_path / "bundle", name)
+    word = SHELF[name][1]
+    is_refused(faqd_deploy("verify", bundle), word)
+    is_refused(faqd_deploy("explain", bundle), word)
+    is_refused(faqd_deploy("explain", bundle / TEACHER), word)
+    is_refused(_outcome(bench_command, (bundle, "--backend", "onnxruntime", "--skip-latency")), word)
+
+
+@needs_rtx
+@pytest.mark.parametrize("name", [name for name in SHELF if name not in TENSORRT_TAKES])
+def test_build_engine_refuses_it(name: str, tmp_path: Path) -> None:
+    bundle = hostile_bundle(tmp_path / "bundle", name)
+    is_refused(faqd_deploy("build-engine", bundle), "")
+    assert not list(bundle.glob("*.engine*"))
+
+
+def test_the_worst_take_little_memory_and_time(tmp_path: Path) -> None:
+    """In a process that the system stops at 3 GB of address space or 30 s of processor time."""
+    paths = [str(shelve(name, tmp_path / f"{index}.onnx")) for index, name in enumerate(WORST)]
+    program = """
+import json, resource, sys
+from pathlib import Path
+from faqd.deploy.onnx_file import load_model
+from faqd.errors import UserError
+resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
+resource.setrlimit(resource.RLIMIT_CPU, (30, 30))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+said = []
+for path in sys.argv[1:]:
+    try:
+        load_model(Path(path))
+    except UserError as error:
+        said.append(str(error))
+print(json.dumps([said, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before]))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program, *paths], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+    )
+    assert result.returncode == 0, result.stderr
+    said, kilobytes = json.loads(result.stdout)
+    assert len(said) == len(WORST)
+    assert kilobytes < 300_000
+
+
+def test_the_scan_alone_keeps_a_parser_from_other_files(tmp_path: Path) -> None:
+    """The device part has no onnx: what it hands to TensorRT can name no file, wherever the name stands."""
+    for name in SHELF:
+        if name.startswith("weights"):
+            with pytest.raises(UserError, match="in another file"):
+                scan_file(shelve(name, tmp_path / "x.onnx"))
+
+
+def test_damage_anywhere_ends_in_a_sentence_or_does_no_harm(tmp_path: Path) -> None:
+    whole = good().SerializeToString()
+    generator = np.random.default_rng(0)
+    path = tmp_path / "damaged.onnx"
+    refused = 0
+    for _ in range(400):
+        data = bytearray(whole)
+        for at in generator.integers(0, len(data), generator.integers(1, 4)):
+            data[at] = generator.integers(0, 256)
+        path.write_bytes(data[: generator.integers(len(data) // 2, len(data) + 1)])
+        try:
+            load_model(path)
+        except UserError:
+            refused += 1
+    assert refused > 200
+
+
+def test_the_scan_reads_every_file_that_protobuf_writes() -> None:
+    scan(good().SerializeToString(), "good")
+    with pytest.raises(UserError, match=r"in memory: .*no network"):
+        scan(b"", "in memory")
