@@ -45,6 +45,7 @@ FLAGS = {
         f"{DATA} {BUNDLE} --json"
     ),
     "faqd-deploy verify": "--json",
+    "faqd-deploy explain": "--rules-only --json",
     "faqd-deploy inspect": "--json",
     "faqd-deploy build-engine": (
         "--all --force --min-shapes --opt-shapes --max-shapes --workspace --opt-level --timing-cache "

@@ -135,6 +135,21 @@ def verify(bundle_folder: Path, json_target: str | None) -> None:
 
 
 @cli.command()
+@click.argument("source", metavar="BUNDLE|FILE.onnx", type=_folder)
+@click.option("--rules-only", is_flag=True, help="Judge by the rules alone, without building or reading an engine.")
+@json_option
+def explain(source: Path, rules_only: bool, json_target: str | None) -> None:
+    """Say which layers run in INT8 on TensorRT, how that is known, and what to change where one does not."""
+    from faqd.deploy.explain import explanation
+    from faqd.deploy.explain_table import print_explanation
+
+    record = explanation(source, rules_only=rules_only)
+    if json_target is None:
+        print_explanation(record)
+    emit_json(json_target, record)
+
+
+@cli.command()
 @click.argument("folder", metavar="RUN|BUNDLE", type=_folder)
 @json_option
 def inspect(folder: Path, json_target: str | None) -> None:

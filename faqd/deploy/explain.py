@@ -1,0 +1,220 @@
+"""Which layers of an ONNX file run in INT8 on TensorRT, how that is known, and what to change where one does not.
+
+What decides, best first: the record of an engine built from exactly this file, a build with the TensorRT installed
+here, the rules of `int8_rules`. A verdict names its source and speaks of nothing else: not of another board.
+"""
+
+from __future__ import annotations
+
+import ast
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from faqd.bundle import MANIFEST, STUDENT_TENSORRT, load_bundle
+from faqd.deploy.engine import BuildOptions, engine_from_onnx
+from faqd.deploy.int8_rules import Broken, Layer, Rule, code_type, first_broken, layers_of, refusals
+from faqd.deploy.onnx_file import load_model
+from faqd.deploy.onnx_graph import Graph
+from faqd.deploy.record import engine_name, read_record, record_path
+from faqd.deploy.trt import installed
+from faqd.errors import UserError
+from faqd.files import sha256
+
+FORMAT = "faqd-explain"
+VERSION = 1
+_BITS = {"INT8": 8, "UINT8": 8, "INT16": 16, "UINT16": 16, "INT4": 4, "UINT4": 4, "INT2": 2, "UINT2": 2}
+
+
+def explanation(source: Path, *, rules_only: bool = False) -> dict[str, Any]:
+    """Of a bundle's TensorRT file or of any ONNX file; UserError (exit code 2) where it cannot be read.
+
+    `layers` has one row per convolution and linear layer: `module` (the torch module, None where the file does not
+    say), `node`, `operator`, `weights` and `inputs` (labels), `weight_bits`, `act_bits`, `int8` (None where TensorRT
+    takes no such file), `source` of that verdict, and `rule`: the first that the layer breaks, or None.
+    """
+    path, manifest = _network(source)
+    model = load_model(path)
+    named = _with_unique_names(model)
+    graph = Graph(onnx.shape_inference.infer_shapes(named, strict_mode=True, data_prop=True))
+    labels = _labels(model, manifest)
+    layers = [(layer, first_broken(layer)) for layer in layers_of(graph)]
+    refused = refusals(graph) | {found: rule for _, (rule, found) in _broken(layers) if rule.effect == "refused"}
+    measured, where, note = (None, "rule", None) if rules_only else _measured(path, named)
+    rows = [_row(layer, broken, model, labels, measured, where, bool(refused)) for layer, broken in layers]
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "file": path.name,
+        "sha256": sha256(path),
+        "source": where,
+        "note": note,
+        "refused": [{"found": found, "rule": _rule(rule)} for found, rule in refused.items()],
+        "layers": rows,
+    }
+
+
+def _network(source: Path) -> tuple[Path, dict[str, Any]]:
+    if not source.is_dir():
+        return source, {}
+    if not (source / MANIFEST).is_file():
+        raise UserError(f"{source}: not a bundle (no {MANIFEST}); give a bundle or an ONNX file.")
+    bundle = load_bundle(source)
+    if not bundle.has(STUDENT_TENSORRT):
+        raise UserError(
+            f"{source}: holds no {STUDENT_TENSORRT}: its student was trained with --target onnxruntime, and its 8-bit "
+            "activations have no grid on TensorRT; train with --target tensorrt."
+        )
+    return bundle.path(STUDENT_TENSORRT), bundle.manifest
+
+
+def _broken(layers: list[tuple[Layer, Broken | None]]) -> list[tuple[Layer, Broken]]:
+    return [(layer, broken) for layer, broken in layers if broken is not None]
+
+
+def _row(
+    layer: Layer,
+    broken: Broken | None,
+    model: onnx.ModelProto,
+    labels: dict[str, dict[str, Any]],
+    measured: dict[str, bool | None] | None,
+    where: str,
+    refused: bool,
+) -> dict[str, Any]:
+    node = layer.node
+    by_rule = None if refused else broken is None or broken[0].effect == "inexact"
+    seen = None if measured is None else measured.get(node.name)
+    module = _module(model, layer)
+    row = {
+        "module": module,
+        "node": node.name,
+        "operator": node.op_type,
+        **_types(layer),
+        **labels.get(module or "", {}),
+        "int8": by_rule if seen is None else seen,
+        "source": "rule" if seen is None else where,
+        "rule": None if broken is None else {**_rule(broken[0]), "found": broken[1]},
+    }
+    # A build that contradicts the rules is worth more than they are, and says so.
+    row["contradicts_rules"] = seen is not None and by_rule is not None and seen != by_rule
+    return row
+
+
+def _rule(rule: Rule) -> dict[str, str]:
+    return {"name": rule.name, "effect": rule.effect, "says": rule.says, "cure": rule.cure}
+
+
+def _types(layer: Layer) -> dict[str, Any]:
+    if layer.node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+        return {"weights": "integer", "inputs": "integer", "weight_bits": 8, "act_bits": 8}
+    weight = layer.weight.dequantize
+    weights = "FLOAT" if weight is None else code_type(layer.graph, weight)
+    quantized = layer.input_quantizers
+    complete = len(quantized) == len(layer.inputs)
+    inputs = code_type(layer.graph, quantized[0]) if complete else "FLOAT"
+    return {
+        "weights": weights.lower(),
+        "inputs": inputs.lower(),
+        "weight_bits": _BITS.get(weights, 32),
+        "act_bits": _BITS.get(inputs, 32),
+    }
+
+
+def _labels(model: onnx.ModelProto, manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """By torch module: the grids that the student was trained on, which may be coarser than INT8."""
+    if manifest:
+        keys = ("weights", "inputs", "weight_bits", "act_bits")
+        return {row["name"]: {key: row[key] for key in keys if key in row} for row in manifest["layers"]}
+    entries = {entry.key: entry.value for entry in model.metadata_props}.get("faqd.bits", "")
+    pairs = [entry.partition(": ") for entry in entries.split("; ") if " x " in entry]
+    return {name: dict(zip(("weights", "inputs"), grids.split(" x ", 1), strict=True)) for name, _, grids in pairs}
+
+
+def _with_unique_names(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy in which every node has a name of its own, by which a builder's answer is found again."""
+    named = onnx.ModelProto()
+    named.CopyFrom(model)
+    taken: set[str] = set()
+    for index, node in enumerate(named.graph.node):
+        if not node.name or node.name in taken:
+            node.name = f"{node.name or node.op_type}#{index}"
+        taken.add(node.name)
+    return named
+
+
+# What was seen, not deduced --------------------------------------------------------------------------------------
+
+
+def _measured(path: Path, named: onnx.ModelProto) -> tuple[dict[str, bool | None] | None, str, str | None]:
+    """By node, whether it runs in INT8 (None for the whole where nothing was built); the source; a remark."""
+    record = _record_of(path)
+    if record is not None:
+        return _verdicts(record), _source(record, f"{engine_name(path.name)}: "), None
+    try:
+        installed()
+    except UserError:
+        return (
+            None,
+            "rule",
+            "no TensorRT is installed here, so this is by rule; pip install 'faqd[rtx]' builds and looks",
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, "network.onnx")
+        copy.write_bytes(named.SerializeToString())
+        try:
+            record = engine_from_onnx(copy, copy.with_suffix(".engine"), BuildOptions(), lambda _: None)
+        except UserError as error:
+            return None, "rule", str(error).replace(str(copy), path.name).rstrip(".")
+    return _verdicts(record), _source(record, "built here with "), None
+
+
+def _record_of(path: Path) -> dict[str, Any] | None:
+    """The record of the engine beside the file, if it was built from exactly this file and knows its layers."""
+    engine = path.with_name(engine_name(path.name))
+    if not record_path(engine).is_file():
+        return None
+    record = read_record(engine)
+    fits = record.get("onnx", {}).get("sha256") == sha256(path) and record.get("layers_read_from")
+    return record if fits else None
+
+
+def _verdicts(record: dict[str, Any]) -> dict[str, bool | None]:
+    return {product["node"]: product["int8"] for product in record["int8"]["products"]}
+
+
+def _source(record: dict[str, Any], prefix: str) -> str:
+    builder = record["builder"]
+    name = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}.get(builder["name"], builder["name"])
+    gpu = f" on {record['gpu']['name']}" if record.get("gpu") else ", no GPU"
+    return f"{prefix}{name} {builder['version']}{gpu}, {record['layers_read_from']}"
+
+
+# Torch modules ---------------------------------------------------------------------------------------------------
+
+
+def _module(model: onnx.ModelProto, layer: Layer) -> str | None:
+    """The path of the torch module behind a node, by what its exporter left: faqd and torch's two write it down."""
+    node = layer.node
+    scopes = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), None)
+    if scopes is not None:
+        try:
+            path = ast.literal_eval(scopes)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            path = []
+        if isinstance(path, list) and len(path) > 1 and str(path[-2]).isprintable():
+            return str(path[-2])
+    if model.producer_name == "faqd":
+        return str(node.name).rpartition(".")[0] or None
+    if node.name.startswith("/"):  # torch's older exporter: /layer1/layer1.0/conv1/Conv is layer1.0.conv1
+        place = ""
+        for part in node.name.split("/")[1:-1]:
+            place = part if not place or part.startswith(f"{place}.") else f"{place}.{part}"
+        return place or None
+    for quantizer in (layer.weight.dequantize, node):
+        for name in () if quantizer is None else quantizer.input:
+            stem, dot, last = name.rpartition(".")
+            if dot and last.startswith("weight"):
+                return str(stem)
+    return None

@@ -1,0 +1,57 @@
+"""An explanation, printed for people: one line per layer, then what to change, each rule once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from faqd.deploy.proof_table import WIDTH
+
+_VERDICT = {True: "INT8", False: "float", None: "refused"}
+
+
+def print_explanation(record: dict[str, Any]) -> None:
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH, no_color=True)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in ("layer", "operator", "weights", "inputs", "runs in", "rule"):
+        table.add_column(column, overflow="fold")
+    for row in record["layers"]:
+        rule = row["rule"]
+        cells = (row["module"] or row["node"], row["operator"], row["weights"], row["inputs"])
+        verdict = _VERDICT[row["int8"]] + ("" if row["source"] == record["source"] else " (rule)")
+        if row["contradicts_rules"]:
+            verdict += " (not as the rules say)"
+        table.add_row(*map(Text, (*cells, verdict, "" if rule is None else rule["name"])))
+    console.print(table)
+    lines = [f"{record['file']}: {_summary(record['layers'])}; source: {record['source']}."]
+    lines += [f"{record['note']}."] if record["note"] else []
+    for refusal in record["refused"]:
+        lines.append(f"TensorRT refuses the file: {refusal['found']}. {refusal['rule']['says']}")
+    for rule, found in _broken(record["layers"]).items():
+        says, cure = rule
+        lines += [f"{says} {cure}", *(f"  {text}" for text in found)]
+    for line in lines:
+        console.print(line, markup=False, highlight=False)
+
+
+def _summary(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return "no convolution or linear layer"
+    if all(row["int8"] is None for row in rows):
+        return f"TensorRT takes no such file, so none of its {len(rows)} layers runs"
+    return f"{sum(bool(row['int8']) for row in rows)} of {len(rows)} convolutions and linear layers run in INT8"
+
+
+def _broken(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[str]]:
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row["rule"] is not None:
+            key = (row["rule"]["says"], row["rule"]["cure"])
+            found.setdefault(key, []).append(f"{row['module'] or row['node']}: {row['rule']['found']}")
+    return found

@@ -1,0 +1,366 @@
+"""Why a convolution or linear layer of a Q/DQ file does not run in INT8 on TensorRT: a table of rules.
+
+Each rule is a statement, what to do where it is broken, and a function that says what it found. They were read off
+TensorRT-RTX 1.7, and a test builds each case with the one installed; another TensorRT may differ, so a verdict by rule
+says that it is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import onnx
+
+from faqd.deploy.onnx_graph import Graph, attributes_of, operand, scale_of
+
+PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+INTEGER_OPERATORS = ("QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger")
+_MOVES = (
+    *("MaxPool", "GlobalMaxPool", "Identity", "Dropout", "Transpose", "Flatten", "Reshape", "Squeeze", "Unsqueeze"),
+    *("Slice", "Split", "Pad", "DepthToSpace", "SpaceToDepth", "Cast"),
+)
+"""Operators that TensorRT runs on codes: values move, or one of them is chosen."""
+_FLOATS = ("FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE")
+_AVERAGES = ("AveragePool", "GlobalAveragePool", "ReduceMean")
+
+Effect = Literal["refused", "float", "inexact"]
+"""refused: TensorRT does not take the file; float: it builds, this layer runs in float; inexact: it runs in INT8 and
+computes something else than the file says."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    name: str
+    effect: Effect
+    says: str
+    cure: str
+    found: Callable[[Layer], str | None]
+    """What breaks the rule in a layer, naming the place; None where the rule holds."""
+
+
+@dataclass(frozen=True)
+class Path:
+    """Where a tensor comes from: the DequantizeLinear that it is, behind operators that only move values, or the node
+    in the way (None: an input or a constant)."""
+
+    dequantize: onnx.NodeProto | None
+    blocked_by: onnx.NodeProto | None = None
+    moves: tuple[onnx.NodeProto, ...] = ()
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution or matrix product with its weights."""
+
+    graph: Graph
+    node: onnx.NodeProto
+
+    @cached_property
+    def inputs(self) -> tuple[Path, ...]:
+        """One path, or several where feature maps are concatenated on the way."""
+        return tuple(_paths(self.graph, operand(self.node, 0)))
+
+    @cached_property
+    def weight(self) -> Path:
+        return next(iter(_paths(self.graph, operand(self.node, 1))))
+
+    @cached_property
+    def bias(self) -> Path:
+        name = operand(self.node, 2)
+        return next(iter(_paths(self.graph, name))) if name else Path(None)
+
+    @property
+    def input_quantizers(self) -> list[onnx.NodeProto]:
+        return [path.dequantize for path in self.inputs if path.dequantize is not None]
+
+    @property
+    def channel_axis(self) -> int:
+        """The axis of the stored weight that is the layer's output channel."""
+        rank = len(self.graph.shape(operand(self.node, 1)) or (0, 0))
+        by_operator = {"Conv": 0, "ConvTranspose": 1, "MatMul": rank - 1}
+        axis = by_operator.get(self.node.op_type, 0 if attributes_of(self.node).get("transB") else 1)
+        for move in self.weight.moves:  # From the layer back to the weight.
+            if move.op_type == "Transpose":
+                axis = attributes_of(move).get("perm", range(rank)[::-1])[axis]
+        return axis
+
+
+def layers_of(graph: Graph) -> list[Layer]:
+    """The convolutions and the matrix products with weights, in graph order; products of two activations are none."""
+    return [Layer(graph, node) for node in graph.nodes if _is_layer(graph, node)]
+
+
+Broken = tuple[Rule, str]
+"""A rule, and what was found that breaks it."""
+
+
+def first_broken(layer: Layer) -> Broken | None:
+    """The first rule of the table that the layer breaks."""
+    for rule in RULES:
+        found = rule.found(layer)
+        if found is not None:
+            return rule, found
+    return None
+
+
+def refusals(graph: Graph) -> dict[str, Rule]:
+    """What makes TensorRT refuse the whole file, also where no layer has a part in it: by what was found."""
+    quantizers = [node for node in graph.nodes if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    operators = {found: _OPERATOR for node in graph.nodes if (found := _integer_operator(Layer(graph, node)))}
+    return operators | {found: _ZERO_POINT for node in quantizers if (found := _nonzero(graph, node))}
+
+
+def code_type(graph: Graph, node: onnx.NodeProto) -> str:
+    """The element type of the codes of a QuantizeLinear or DequantizeLinear; ONNX means UINT8 where none is said."""
+    for name in (operand(node, 2), node.input[0]):
+        found = graph.element_type(name) if name else None
+        if found is not None and found not in _FLOATS:
+            return found
+    maker = graph.maker(node.input[0])
+    return code_type(graph, maker) if maker is not None and maker.op_type == "QuantizeLinear" else "UINT8"
+
+
+def name_of(node: onnx.NodeProto) -> str:
+    return node.name or node.output[0]
+
+
+# Looking back from a layer ---------------------------------------------------------------------------------------
+
+
+def _is_layer(graph: Graph, node: onnx.NodeProto) -> bool:
+    if node.op_type in INTEGER_OPERATORS or node.op_type in ("Conv", "ConvTranspose"):
+        return True
+    if node.op_type not in PRODUCTS:
+        return False
+    source = Layer(graph, node).weight
+    at = source.dequantize.input[0] if source.dequantize is not None else operand(node, 1)
+    return all(maker.op_type in (*_MOVES, "QuantizeLinear") for maker in _makers(graph, at))
+
+
+def _makers(graph: Graph, name: str) -> list[onnx.NodeProto]:
+    """The nodes behind a tensor, along their first inputs, until a constant; an input of the network ends in it too."""
+    found = []
+    while (maker := graph.maker(name)) is not None:
+        found.append(maker)
+        name = maker.input[0] if maker.input else ""
+    return found if graph.element_type(name) is not None else [onnx.NodeProto(op_type="input")]
+
+
+def _paths(graph: Graph, name: str) -> list[Path]:
+    moves: list[onnx.NodeProto] = []
+    while (maker := graph.maker(name)) is not None and maker.op_type in _MOVES:
+        moves.append(maker)
+        name = maker.input[0]
+    if maker is not None and maker.op_type == "DequantizeLinear":
+        return [Path(maker, None, tuple(moves))]
+    if maker is not None and maker.op_type == "Concat":
+        return [path for part in maker.input for path in _paths(graph, part)]
+    return [Path(None, maker, tuple(moves))]
+
+
+# What breaks each rule -------------------------------------------------------------------------------------------
+
+
+def _integer_operator(layer: Layer) -> str | None:
+    node = layer.node
+    if node.op_type in INTEGER_OPERATORS or node.domain == "com.microsoft":
+        return f"{name_of(node)} is a {node.op_type}"
+    return None
+
+
+def _zero_point(layer: Layer) -> str | None:
+    nodes = [*layer.input_quantizers, *(node for node in (layer.weight.dequantize,) if node is not None)]
+    return next((text for text in (_nonzero(layer.graph, node) for node in nodes) if text), None)
+
+
+def _nonzero(graph: Graph, node: onnx.NodeProto) -> str | None:
+    zero = graph.constant(operand(node, 2)) if operand(node, 2) else None
+    if zero is None or zero.dtype.kind not in "iu" or not zero.any():
+        return None
+    return f"{name_of(node)} has the zero point {zero.reshape(-1)[zero.reshape(-1).nonzero()[0][0]]}"
+
+
+def _weight_type(layer: Layer) -> str | None:
+    node = layer.weight.dequantize
+    found = code_type(layer.graph, node) if node is not None else "INT8"
+    return None if found == "INT8" or node is None else f"{name_of(node)} has {found} weights"
+
+
+def _input_type(layer: Layer) -> str | None:
+    for node in layer.input_quantizers:
+        if (found := code_type(layer.graph, node)) not in ("INT8", "UINT8"):
+            return f"{name_of(node)} has {found} codes"
+    return None
+
+
+def _integer_bias(layer: Layer) -> str | None:
+    node = layer.bias.dequantize
+    return None if node is None else f"{name_of(node)} makes the bias from {code_type(layer.graph, node)}"
+
+
+def _transposed(layer: Layer) -> str | None:
+    return f"{name_of(layer.node)} is a ConvTranspose" if layer.node.op_type == "ConvTranspose" else None
+
+
+def _float_weight(layer: Layer) -> str | None:
+    if layer.weight.dequantize is not None:
+        return None
+    blocker = layer.weight.blocked_by
+    return "its weights are float" if blocker is None else f"{_between(blocker)} the weights' Q/DQ and the layer"
+
+
+def _weight_axis(layer: Layer) -> str | None:
+    node = layer.weight.dequantize
+    scale = scale_of(layer.graph, node) if node is not None else None
+    if node is None or scale is None or scale.size == 1:
+        return None
+    rank = len(layer.graph.shape(node.input[0]) or ()) or 1
+    axis = attributes_of(node).get("axis", 1) % rank
+    wanted = layer.channel_axis
+    return None if axis == wanted else f"{name_of(node)} has scales along axis {axis}, the output channel is {wanted}"
+
+
+def _averaged(layer: Layer) -> str | None:
+    for path in layer.inputs:
+        if path.blocked_by is not None and path.blocked_by.op_type in _AVERAGES:
+            return f"{_between(path.blocked_by)} Q/DQ and the layer"
+    return None
+
+
+def _float_input(layer: Layer) -> str | None:
+    for path in layer.inputs:
+        if path.dequantize is None and path.blocked_by is None:
+            return "nothing quantizes its input"
+        if path.blocked_by is not None:
+            return f"its input is float: {name_of(path.blocked_by)} ({path.blocked_by.op_type}) makes it"
+    return None
+
+
+def _per_channel_input(layer: Layer) -> str | None:
+    for node in layer.input_quantizers:
+        scale = scale_of(layer.graph, node)
+        if scale is not None and scale.size > 1:
+            return f"{name_of(node)} has {scale.size} scales"
+    return None
+
+
+def _unequal_scales(layer: Layer) -> str | None:
+    scales = [scale_of(layer.graph, node) for node in layer.input_quantizers]
+    values = {float(scale.reshape(-1)[0]) for scale in scales if scale is not None}
+    return (
+        f"the concatenated maps have the scales {', '.join(f'{v:g}' for v in sorted(values))}"
+        if len(values) > 1
+        else None
+    )
+
+
+def _unsigned_input(layer: Layer) -> str | None:
+    for node in layer.input_quantizers:
+        if code_type(layer.graph, node) == "UINT8":
+            return f"{name_of(node)} has UINT8 codes" + ("" if operand(node, 2) else " (no zero point means UINT8)")
+    return None
+
+
+def _between(node: onnx.NodeProto) -> str:
+    return f"{name_of(node)} ({node.op_type}) stands between"
+
+
+_OPERATOR = Rule(
+    "operator",
+    "refused",
+    "TensorRT has no operators on integer tensors; it reads Q/DQ around float ones.",
+    "Write the Q/DQ form (onnxruntime: quant_format=QuantFormat.QDQ).",
+    _integer_operator,
+)
+_ZERO_POINT = Rule(
+    "zero point",
+    "refused",
+    "Every zero point is 0.",
+    "Quantize symmetrically (onnxruntime: QInt8 with ActivationSymmetric and WeightSymmetric).",
+    _zero_point,
+)
+RULES: tuple[Rule, ...] = (
+    _OPERATOR,
+    _ZERO_POINT,
+    Rule(
+        "weight type",
+        "refused",
+        "Weights are INT8: UINT8 is refused, and with 4 bits or fewer no convolution builds.",
+        "Store the codes as INT8, whatever their bits (onnxruntime: weight_type=QuantType.QInt8).",
+        _weight_type,
+    ),
+    Rule(
+        "activation type",
+        "refused",
+        "Activations are INT8.",
+        "Quantize activations to INT8 (onnxruntime: activation_type=QuantType.QInt8).",
+        _input_type,
+    ),
+    Rule(
+        "bias",
+        "refused",
+        "The bias is a float tensor.",
+        "Keep the bias float (onnxruntime: extra_options QuantizeBias=False).",
+        _integer_bias,
+    ),
+    Rule(
+        "transposed convolution",
+        "float",
+        "A transposed convolution runs in float.",
+        "Replace it by Resize and Conv, or leave it without Q/DQ, which costs time and gains nothing.",
+        _transposed,
+    ),
+    Rule(
+        "weight quantized",
+        "float",
+        "The weights come out of a DequantizeLinear.",
+        "Quantize them; if the layer was excluded from quantization, that is why.",
+        _float_weight,
+    ),
+    Rule(
+        "weight axis",
+        "float",
+        "Weight scales run along the output channel.",
+        "Set axis to the output channel: 0 for Conv and Gemm with transB, 1 for Gemm without and MatMul.",
+        _weight_axis,
+    ),
+    Rule(
+        "average",
+        "float",
+        "An average makes values that are no codes.",
+        "Put Q/DQ after the average as well.",
+        _averaged,
+    ),
+    Rule(
+        "input quantized",
+        "float",
+        "The input comes out of a DequantizeLinear; only operators that move values may stand between.",
+        "Put Q/DQ directly before the layer, behind that operator.",
+        _float_input,
+    ),
+    Rule(
+        "activation scale",
+        "float",
+        "An activation has one scale.",
+        "Quantize the activation per tensor.",
+        _per_channel_input,
+    ),
+    Rule(
+        "concatenation",
+        "float",
+        "Concatenated maps share one scale, or are quantized again behind the Concat.",
+        "Give all of them one scale, or put one Q/DQ after the Concat.",
+        _unequal_scales,
+    ),
+    Rule(
+        "unsigned activation",
+        "inexact",
+        "TensorRT reads UINT8 codes as INT8, and those above 127 saturate.",
+        "Quantize activations to INT8; codes up to 127 keep their meaning.",
+        _unsigned_input,
+    ),
+)
+"""In the order in which they decide: what refuses the file first, then what makes the layer float."""

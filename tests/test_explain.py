@@ -1,0 +1,261 @@
+"""Why a layer is not INT8: every rule on the file that breaks it, and against what TensorRT-RTX really builds."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from numpy.typing import NDArray
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from torch import nn
+
+from faqd.bundle import STUDENT_ONNXRUNTIME, STUDENT_TENSORRT, write_manifest
+from faqd.deploy.engine import BuildOptions, engine_from_onnx
+from faqd.deploy.explain import explanation
+from faqd.deploy.int8_rules import RULES
+from faqd.errors import UserError
+from tests.qdq_layers import LAYER, MIDDLES, float_stem, network
+from tests.qdq_network import LAYERS, residual_network, written
+from tests.toy_runs import faqd_deploy, succeeds
+
+RTX = importlib.util.find_spec("tensorrt_rtx") is not None
+needs_rtx = pytest.mark.skipif(
+    not RTX, reason="tensorrt-rtx is not installed (pip install 'faqd[rtx]'): nothing here can build an engine"
+)
+
+BREAKS = {
+    "QLinearConv": "operator",
+    "input uint8 128": "zero point",
+    "input int8 zero point": "zero point",
+    "weight uint8 128": "zero point",
+    "weight int8 zero point": "zero point",
+    "weight uint8": "weight type",
+    "weight int4": "weight type",
+    "weight uint4": "weight type",
+    "input int16": "activation type",
+    "int32 bias": "bias",
+    "transposed": "transposed convolution",
+    "float weight": "weight quantized",
+    "weight on the input channel": "weight axis",
+    "gemm wrong axis": "weight axis",
+    "gemm transB wrong axis": "weight axis",
+    "matmul wrong axis": "weight axis",
+    "average pool between": "average",
+    "global average between": "average",
+    "relu between": "input quantized",
+    "sigmoid between": "input quantized",
+    "leaky between": "input quantized",
+    "resize between": "input quantized",
+    "sum between": "input quantized",
+    "concat with float": "input quantized",
+    "input per channel": "activation scale",
+    "concat of other scale": "concatenation",
+    "input uint8": "unsigned activation",
+    "input without zero point": "unsigned activation",
+}
+"""Which rule each file breaks; the others break none."""
+
+
+def row(record: dict[str, Any], node: str = LAYER) -> dict[str, Any]:
+    found: dict[str, Any] = next(row for row in record["layers"] if row["node"] == node)
+    return found
+
+
+def written_case(case: str, folder: Path) -> Path:
+    return written(network(MIDDLES[case], opset=21 if "int4" in case or "int16" in case else 19), folder / "net.onnx")
+
+
+def test_every_rule_is_broken_by_some_file() -> None:
+    assert {rule.name for rule in RULES} == set(BREAKS.values())
+    assert set(BREAKS) < set(MIDDLES)
+
+
+@pytest.mark.parametrize("case", MIDDLES)
+def test_the_rule_that_a_layer_breaks_is_named(case: str, tmp_path: Path) -> None:
+    record = explanation(written_case(case, tmp_path), rules_only=True)
+    broken = row(record)["rule"]
+    assert (broken and broken["name"]) == BREAKS.get(case)
+    effect = broken and broken["effect"]
+    assert {layer["int8"] for layer in record["layers"] if layer["node"] != LAYER} == {
+        None if effect == "refused" else True
+    }
+    assert row(record)["int8"] is {"refused": None, "float": False}.get(effect, True)
+    assert {layer["source"] for layer in record["layers"]} == {"rule"}
+    assert bool(record["refused"]) == (effect == "refused")
+
+
+@needs_rtx
+@pytest.mark.parametrize("case", MIDDLES)
+def test_the_rules_say_what_tensorrt_builds(case: str, tmp_path: Path) -> None:
+    record = explanation(written_case(case, tmp_path))
+    broken = row(record)["rule"]
+    assert not any(layer["contradicts_rules"] for layer in record["layers"])
+    if broken and broken["effect"] == "refused":
+        assert record["note"] is not None and "TensorRT" in record["note"]
+        return
+    assert record["note"] is None and record["source"].startswith("built here with TensorRT")
+    # Of a matrix product with another axis the builder leaves no kernel by which to tell.
+    unseen = case in ("gemm wrong axis", "gemm transB wrong axis", "matmul wrong axis")
+    assert (row(record)["source"] == "rule") == unseen
+
+
+def test_an_input_that_nothing_quantizes(tmp_path: Path) -> None:
+    path = written(network(MIDDLES["plain"], stem=float_stem), tmp_path / "net.onnx")
+    found = row(explanation(path, rules_only=True))
+    assert found["int8"] is False and found["act_bits"] == 32
+    assert found["rule"]["found"] == "its input is float: stem.relu (Relu) makes it"
+
+
+def test_layers_without_names_and_with_equal_names_stay_apart(tmp_path: Path) -> None:
+    model = network(MIDDLES["average pool between"])
+    for node in model.graph.node:
+        node.name = "same" if node.op_type == "Conv" else ""
+    record = explanation(written(model, tmp_path / "net.onnx"), rules_only=not RTX)
+    assert [layer["int8"] for layer in record["layers"]] == [True, False, True]
+    assert len({layer["node"] for layer in record["layers"]}) == 3
+
+
+# Bundles and engines ---------------------------------------------------------------------------------------------
+
+
+def make_bundle(folder: Path, file: str = STUDENT_TENSORRT) -> Path:
+    folder.mkdir()
+    model = residual_network()
+    model.producer_name = "faqd"
+    for node in model.graph.node:
+        node.name = f"net.{node.name}.conv" if node.name in LAYERS else node.name
+    written(model, folder / file)
+    labels = {"weights": "4", "inputs": "3", "weight_bits": 4, "act_bits": 3}
+    layers = [{"name": f"net.{name}", "operator": "Conv", **labels, "runs_int8": True} for name in LAYERS]
+    write_manifest(folder, {"name": "tiny 4/3", "kind": "ptq", "layers": layers}, {file: ""})
+    return folder
+
+
+def test_a_bundle_is_explained_with_the_names_and_bits_of_the_torch_modules(tmp_path: Path) -> None:
+    record = explanation(make_bundle(tmp_path / "bundle"), rules_only=True)
+    assert [layer["module"] for layer in record["layers"]] == [f"net.{name}" for name in LAYERS]
+    assert {(layer["weight_bits"], layer["act_bits"], layer["int8"]) for layer in record["layers"]} == {(4, 3, True)}
+
+
+@needs_rtx
+def test_the_record_of_an_engine_decides_if_it_is_of_this_file(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "bundle")
+    onnx_file, engine = bundle / STUDENT_TENSORRT, bundle / "student.tensorrt.engine"
+    engine_from_onnx(onnx_file, engine, BuildOptions(), lambda _: None)
+    record_file = bundle / "student.tensorrt.engine.json"
+    engine_record = json.loads(record_file.read_text())
+    engine_record["int8"]["products"][2]["int8"] = False
+    engine_record["gpu"] = {"name": "Orin"}
+    engine_record["layers_read_from"] = "engine inspector"
+    record_file.write_text(json.dumps(engine_record))
+    record = explanation(bundle)
+    assert record["source"].startswith("student.tensorrt.engine: TensorRT")
+    assert record["source"].endswith("on Orin, engine inspector")
+    assert [layer["int8"] for layer in record["layers"]] == [True, True, False, True, True, True]
+    assert [layer["contradicts_rules"] for layer in record["layers"]].index(True) == 2
+    engine_record["onnx"]["sha256"] = "0" * 64
+    record_file.write_text(json.dumps(engine_record))
+    assert explanation(bundle)["source"].startswith("built here with")
+
+
+def test_a_student_for_onnxruntime_has_nothing_to_explain(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--target tensorrt"):
+        explanation(make_bundle(tmp_path / "bundle", STUDENT_ONNXRUNTIME))
+
+
+def test_the_command_prints_a_table_and_writes_json(tmp_path: Path) -> None:
+    path = written_case("average pool between", tmp_path)
+    printed = succeeds(faqd_deploy("explain", path, "--rules-only")).stdout
+    assert "2 of 3 convolutions and linear layers run in INT8; source: rule." in printed
+    assert "Put Q/DQ after the average as well." in printed and f"{LAYER}: block.between (AveragePool)" in printed
+    record = json.loads(succeeds(faqd_deploy("explain", path, "--rules-only", "--json", "-")).stdout)
+    assert record == explanation(path, rules_only=True)
+    for wrong in (tmp_path, tmp_path / "gone.onnx"):
+        assert faqd_deploy("explain", wrong).code == 2
+
+
+# Files of other tools --------------------------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU())
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.head(self.body(x).mean((2, 3)))
+        return result
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What torch's own exporter writes."""
+    path = tmp_path_factory.mktemp("exported") / "net.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's exporter warns of its own deprecations.
+        example = (torch.zeros(1, 3, 16, 16),)
+        program = torch.onnx.export(Net().eval(), example, dynamo=True, opset_version=19, verbose=False)
+    assert program is not None
+    program.save(str(path), external_data=False)
+    return path
+
+
+class Images(CalibrationDataReader):  # type: ignore[misc]
+    def __init__(self, name: str) -> None:
+        generator = np.random.default_rng(0)
+        draws: list[NDArray[np.float32]] = [generator.normal(size=(1, 3, 16, 16)).astype(np.float32) for _ in range(2)]
+        self._feeds: Iterator[dict[str, Any]] = iter([{name: draw} for draw in draws])
+
+    def get_next(self) -> dict[str, Any] | None:
+        return next(self._feeds, None)
+
+
+def by_onnxruntime(path: Path, out: Path, **options: Any) -> Path:
+    name = onnx.load(path).graph.input[0].name
+    quantize_static(path, out, Images(name), per_channel=True, **options)
+    return out
+
+
+def test_a_float_network_is_explained_by_its_modules(exported: Path) -> None:
+    record = explanation(exported, rules_only=True)
+    assert [layer["module"] for layer in record["layers"]] == ["body.0", "body.2", "head"]
+    assert {(layer["int8"], layer["rule"]["name"], layer["weight_bits"]) for layer in record["layers"]} == {
+        (False, "weight quantized", 32)
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "rules"),
+    [
+        ({"activation_type": QuantType.QUInt8}, {"zero point", "bias"}),
+        ({"activation_type": QuantType.QInt8, "extra_options": {"ActivationSymmetric": True}}, {"bias"}),
+        ({"quant_format": QuantFormat.QOperator, "activation_type": QuantType.QUInt8}, {"operator"}),
+    ],
+    ids=["defaults of a CPU user", "symmetric", "operators"],
+)
+def test_files_of_onnxruntime_are_explained(
+    options: dict[str, Any], rules: set[str], exported: Path, tmp_path: Path
+) -> None:
+    record = explanation(by_onnxruntime(exported, tmp_path / "net.onnx", **options))
+    assert {layer["rule"]["name"] for layer in record["layers"]} <= rules
+    assert record["refused"] and {layer["int8"] for layer in record["layers"]} == {None}
+    if RTX:
+        assert "refuses it" in record["note"]
+
+
+@needs_rtx
+def test_the_cures_make_the_file_of_onnxruntime_run_in_int8(exported: Path, tmp_path: Path) -> None:
+    cured = {"ActivationSymmetric": True, "QuantizeBias": False}
+    path = by_onnxruntime(exported, tmp_path / "net.onnx", activation_type=QuantType.QInt8, extra_options=cured)
+    record = explanation(path)
+    assert record["source"].startswith("built here") and not record["refused"]
+    assert [layer["int8"] for layer in record["layers"]][:2] == [True, True]
