@@ -33,6 +33,12 @@ from tests.toy_runs import Outcome, _outcome, faqd_deploy
 NETWORKS = (STUDENT_TENSORRT, STUDENT_TENSORRT_FP32, STUDENT_ONNXRUNTIME, FLOAT_STUDENT, TEACHER)
 TENSORRT_TAKES = ("infinite scale", "a tensor that fills memory")
 """Legal ONNX whose harm shows when it runs: `verify` comes before the board."""
+LEGAL_PROTOBUF = (
+    *("axis beyond the rank", "axis of another size", "scale of zero", "scale below zero", "scale that is no number"),
+    *("infinite scale", "weight scale of zero", "a tensor that fills memory", "a cycle", "one tensor made twice"),
+    *("one constant twice", "unknown operator", "a missing input"),
+)
+"""What the scan lets pass, because it takes a checker to see it; `inspect` reads no further."""
 
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None,
@@ -83,13 +89,18 @@ def test_the_file_that_all_others_are_made_from_is_fine(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", SHELF)
-def test_verify_explain_and_bench_refuse_it(name: str, tmp_path: Path) -> None:
+def test_verify_explain_bench_and_inspect_refuse_it(name: str, tmp_path: Path) -> None:
     bundle = hostile_bundle(tmp_path / "bundle", name)
     word = SHELF[name][1]
     is_refused(faqd_deploy("verify", bundle), word)
     is_refused(faqd_deploy("explain", bundle), word)
     is_refused(faqd_deploy("explain", bundle / TEACHER), word)
     is_refused(_outcome(bench_command, (bundle, "--backend", "onnxruntime", "--skip-latency")), word)
+    inspected = faqd_deploy("inspect", bundle)
+    if name in LEGAL_PROTOBUF:
+        assert inspected.code == 0, inspected.stderr
+    else:
+        is_refused(inspected, word)
 
 
 @needs_rtx

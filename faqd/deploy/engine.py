@@ -175,7 +175,7 @@ def _parser_error(error: ParserError) -> str:
     text = " ".join(str(error.desc()).split())
     if not error.node_operator():
         return f"{text} The file is damaged or cut short; export it again."
-    return f"node {error.node_name() or '(without a name)'} ({error.node_operator()}): {text}"
+    return f"node {error.node_name() or '(without a name)'} ({error.node_operator()}): {text.rstrip('.')}."
 
 
 def _configure(
