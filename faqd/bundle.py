@@ -52,6 +52,18 @@ class Bundle:
     def preprocess(self) -> Preprocess:
         return Preprocess.from_json(self.manifest["preprocess"])
 
+    @property
+    def takes_pixels(self) -> bool:
+        """Whether its networks take uint8 pixels (N, H, W, C) and preprocess them; else float32 (N, C, H, W)."""
+        return bool(self.manifest["input"].get("dtype") == "uint8")
+
+    def network_input(self, images_NHWC: NDArray[np.uint8]) -> NDArray[Any]:
+        """What the networks of this bundle are fed for fitted images such as those of eval.npz."""
+        if not self.takes_pixels:
+            return self.preprocess.normalise(images_NHWC)
+        # RGB goes in; eval.npz has the network's own order.
+        return np.ascontiguousarray(images_NHWC[..., ::-1] if self.preprocess.channels == "bgr" else images_NHWC)
+
     def has(self, name: str) -> bool:
         return name in self.manifest["files"]
 

@@ -159,7 +159,7 @@ def _check_comparable(bundles: Sequence[Bundle]) -> None:
                 f"{pair}: their {EVAL} differ (other images, labels or teacher), so their figures cannot stand "
                 "in one table; bench them apart, or export both from the same data and teacher."
             )
-        if other.preprocess != first.preprocess:
+        if other.preprocess != first.preprocess or other.takes_pixels != first.takes_pixels:
             raise UserError(f"{pair}: they preprocess images differently; bench them apart.")
 
 
@@ -211,14 +211,14 @@ def _entry(role: Role, index: int, name: str, bundle: Bundle, file: str) -> dict
 def _feeds(bundle: Bundle, data: Evaluation, batch: int) -> dict[str, Array]:
     """Real images, repeated where there are fewer than the batch."""
     images = data.images[np.arange(batch) % len(data.images)]
-    return {bundle.manifest["input"]["name"]: bundle.preprocess.normalise(images)}
+    return {bundle.manifest["input"]["name"]: bundle.network_input(images)}
 
 
 def _accuracy(bundle: Bundle, network: Network, data: Evaluation) -> dict[str, Any]:
     parts: dict[str, list[Array]] = {}
     for start in range(0, len(data.images), EVAL_BATCH):
         images = data.images[start : start + EVAL_BATCH]
-        outputs = network.run({bundle.manifest["input"]["name"]: bundle.preprocess.normalise(images)})
+        outputs = network.run({bundle.manifest["input"]["name"]: bundle.network_input(images)})
         for name, values in outputs.items():
             parts.setdefault(name, []).append(values)
     outputs = {name: np.concatenate(values) for name, values in parts.items()}

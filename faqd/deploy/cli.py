@@ -35,6 +35,14 @@ def _bundle_flags(command: Any) -> Any:
                 show_default=True,
                 help="Keep the unquantized rest of the TensorRT file in this type.",
             ),
+            click.option(
+                "--input",
+                "input_form",
+                type=click.Choice(["float32-nchw", "uint8-nhwc"]),
+                default="float32-nchw",
+                show_default=True,
+                help="Take normalised float32 images, or uint8 pixels that the networks normalise themselves.",
+            ),
         )
     ):
         command = option(command)
@@ -47,12 +55,18 @@ def _bundle_flags(command: Any) -> Any:
 @_bundle_flags
 @json_option
 def export(
-    run_folder: Path, data_root: Path | None, out: Path, eval_samples: int | None, float_type: Any, json_target: str
+    run_folder: Path,
+    data_root: Path | None,
+    out: Path,
+    eval_samples: int | None,
+    float_type: Any,
+    input_form: Any,
+    json_target: str | None,
 ) -> None:
     """Write the bundle of a distilled student, and verify it."""
     from faqd.deploy.student import export_run
 
-    bundle = export_run(run_folder, out, data_root, eval_samples, float_type, _say)
+    bundle = export_run(run_folder, out, data_root, eval_samples, float_type, _say, input_form)
     _conclude(bundle, json_target)
 
 
@@ -96,6 +110,7 @@ def ptq(
     out: Path,
     eval_samples: int | None,
     float_type: Any,
+    input_form: Any,
     json_target: str | None,
     **options: Any,
 ) -> None:
@@ -114,6 +129,7 @@ def ptq(
         eval_samples,
         float_type,
         _say,
+        input_form,
     )
     _conclude(bundle, json_target)
 

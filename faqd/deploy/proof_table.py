@@ -39,6 +39,9 @@ def print_verification(record: dict[str, Any]) -> None:
     for name, title in (("between_flavours", "between flavours"), ("as_trained", "as trained = deployed")):
         if record.get(name):
             console.print(f"{title}: {_outputs(record[name])}")
+    if "preprocessing" in record:
+        same = all(compared["equal"] for compared in record["preprocessing"].values())
+        console.print(f"preprocessing in the networks: {'equal' if same else 'DIFFERS'}")
     if "float16" in record:
         worst = min(layer["within_one_code"] for layer in record["float16"]["layers"])
         outputs = _outputs(record["float16"]["outputs"])

@@ -18,6 +18,7 @@ from faqd.bundle import Bundle, Evaluation, write_manifest
 from faqd.calib.ranges import Method
 from faqd.deploy.export import INPUT, OUTPUT, onnx_from_deployed, onnx_from_network, output_names, save
 from faqd.deploy.float16 import float16_from_float32
+from faqd.deploy.uint8_input import with_preprocessing
 from faqd.deploy.verify import AGREEMENT_IMAGES, CEIL_NOTE, compare_outputs, digest, probe_inputs, verify_bundle
 from faqd.errors import UserError
 from faqd.files import sha256, written_beside
@@ -36,6 +37,7 @@ from faqd.train.source import lesson_from
 from faqd.train.student import load_student
 
 FloatType = Literal["fp16", "fp32"]
+InputForm = Literal["float32-nchw", "uint8-nhwc"]
 Say = Callable[[str], None]
 
 
@@ -58,7 +60,13 @@ class _Parts:
 
 
 def export_run(
-    run: Path, out: Path, data_root: Path | None, eval_samples: int | None, float_type: FloatType, say: Say
+    run: Path,
+    out: Path,
+    data_root: Path | None,
+    eval_samples: int | None,
+    float_type: FloatType,
+    say: Say,
+    input_form: InputForm = "float32-nchw",
 ) -> Bundle:
     """Lower the student of a finished distillation run into the bundle `out`, and verify it."""
     _refuse_taken(out)
@@ -82,7 +90,7 @@ def export_run(
         None if dataset.eval.labels is None else dataset.eval.labels[:eval_samples],
         dataset.classes,
     )
-    return _write_bundle(parts, out, float_type, say)
+    return _write_bundle(parts, out, float_type, say, input_form)
 
 
 def quantize_after_training(
@@ -96,6 +104,7 @@ def quantize_after_training(
     eval_samples: int | None,
     float_type: FloatType,
     say: Say,
+    input_form: InputForm = "float32-nchw",
 ) -> Bundle:
     """Post-training quantization: the float network itself, scales from unlabelled images, the same lowering.
 
@@ -124,7 +133,7 @@ def quantize_after_training(
         None if dataset.eval.labels is None else dataset.eval.labels[:eval_samples],
         dataset.classes,
     )
-    return _write_bundle(parts, out, float_type, say)
+    return _write_bundle(parts, out, float_type, say, input_form)
 
 
 def _refuse_taken(out: Path) -> None:
@@ -137,7 +146,7 @@ def _refuse_taken(out: Path) -> None:
         raise UserError(f"{out}: is not empty and is no bundle; give another --out.")
 
 
-def _write_bundle(parts: _Parts, out: Path, float_type: FloatType, say: Say) -> Bundle:
+def _write_bundle(parts: _Parts, out: Path, float_type: FloatType, say: Say, input_form: InputForm) -> Bundle:
     inputs = network_input(parts.evaluation, parts.preprocess)
     metadata = _metadata(parts)
     with written_beside(out) as folder:
@@ -145,7 +154,7 @@ def _write_bundle(parts: _Parts, out: Path, float_type: FloatType, say: Say) -> 
         made_from: dict[str, str] = {}
 
         def put(name: str, proto: Any, source: str) -> None:
-            save(proto, folder / name)
+            save(with_preprocessing(proto, parts.preprocess) if input_form == "uint8-nhwc" else proto, folder / name)
             made_from[name] = source
             say(f"wrote {name}")
 
@@ -179,6 +188,7 @@ def _write_bundle(parts: _Parts, out: Path, float_type: FloatType, say: Say) -> 
             "as_trained": _as_trained(parts.student, first, inputs[:AGREEMENT_IMAGES]),
             "zeroed_channels": {flavour: deployed.zeroed for flavour, deployed in flavours.items() if deployed.zeroed},
             "float_type": float_type,
+            "input": _input(parts, input_form),
         }
         bundle = write_manifest(folder, facts, made_from)
         if parts.student.bits.rounding == "ceil":
@@ -204,12 +214,21 @@ def _facts(parts: _Parts, deployed: Deployed, teacher_outputs: NDArray[np.float3
         "target": bits.target,
         "preprocess": parts.preprocess.to_json(),
         "classes": list(parts.classes) if parts.classes else None,
-        "input": {"name": INPUT, "shape": ["batch", parts.source.channels, *parts.source.pixels]},
         "outputs": [{"name": OUTPUT, "shape": ["batch", *teacher_outputs.shape[1:]]}],
         "layers": [{**row, "runs_int8": True} for row in student_table(parts.student)],
         "size": _size(parts.student, deployed),
         "teacher": {"name": parts.teacher_source.name, "sha256": parts.teacher_sha256},
     }
+
+
+def _input(parts: _Parts, form: InputForm) -> dict[str, Any]:
+    """What the networks of the bundle take: already normalised, or RGB (or grey) pixels that they normalise."""
+    channels, pixels = parts.source.channels, list(parts.source.pixels)
+    if form == "uint8-nhwc":
+        order = "grey" if parts.preprocess.channels == "grey" else "rgb"
+        return {"name": INPUT, "shape": ["batch", *pixels, channels], "dtype": "uint8", "channels": order}
+    order = parts.preprocess.channels
+    return {"name": INPUT, "shape": ["batch", channels, *pixels], "dtype": "float32", "channels": order}
 
 
 def _size(student: Student, deployed: Deployed) -> dict[str, int]:

@@ -19,6 +19,7 @@ from faqd.deploy.onnx_file import load_model
 from faqd.deploy.onnx_session import OnnxSession
 from faqd.deploy.referee import Referee, Value, real
 from faqd.deploy.segments import segments
+from faqd.deploy.uint8_input import compare_preprocessing, without_preprocessing
 from faqd.files import sha256, write_json
 
 FORMAT = "faqd-verify"
@@ -72,13 +73,15 @@ def verify_bundle(bundle: Bundle) -> dict[str, Any]:
 def verification(bundle: Bundle) -> dict[str, Any]:
     evaluation = bundle.evaluation()
     inputs = probe_inputs(evaluation.images, bundle.preprocess.normalise)
-    images = bundle.preprocess.normalise(evaluation.images[:AGREEMENT_IMAGES])
+    images = bundle.network_input(evaluation.images[:AGREEMENT_IMAGES])
     flavours: dict[str, Any] = {}
     outputs: dict[str, NDArray[np.float32]] = {}
     for flavour, file in FLAVOURS.items():
         if not bundle.has(file):
             continue
         model = load_model(bundle.path(file))
+        if bundle.takes_pixels:
+            model = without_preprocessing(model)
         torch_digests = bundle.manifest["torch_digests"][flavour]
         # onnxruntime's optimizer rounds float biases to int32 when it fuses, so that only the flavour which stores
         # int32 biases keeps its arithmetic under optimization.
@@ -95,6 +98,13 @@ def verification(bundle: Bundle) -> dict[str, Any]:
         "rounding": bundle.manifest.get("rounding"),
     }
     failures = [f"{flavour}: {text}" for flavour, result in flavours.items() for text in result["failures"]]
+    if bundle.takes_pixels:
+        record["preprocessing"] = _verify_preprocessing(bundle, evaluation.images[:PROBES])
+        failures += [
+            f"{name}: input: its preprocessing is not the record's"
+            for name, compared in record["preprocessing"].items()
+            if not compared["equal"]
+        ]
     if len(outputs) == 2:
         record["between_flavours"] = compare_outputs(outputs["onnxruntime"], outputs["tensorrt"])
     if bundle.has(names.STUDENT_TENSORRT) and "tensorrt" in flavours:
@@ -103,6 +113,15 @@ def verification(bundle: Bundle) -> dict[str, Any]:
     record["failures"] = failures
     record["passed"] = not failures
     return record
+
+
+def _verify_preprocessing(bundle: Bundle, images: NDArray[np.uint8]) -> dict[str, Any]:
+    """Per ONNX file, its own preprocessing against the record's: bit for bit, on images and on noise."""
+    noise = np.random.default_rng(0).integers(0, 256, images.shape, np.uint8)
+    pixels = np.concatenate([images, noise])
+    wanted, fed = bundle.preprocess.normalise(pixels), bundle.network_input(pixels)
+    files = [name for name in bundle.manifest["files"] if name.endswith(".onnx")]
+    return {name: compare_preprocessing(load_model(bundle.path(name)), fed, wanted) for name in files}
 
 
 def verify_file(
@@ -217,7 +236,7 @@ def _clipping(codes: NDArray[Any]) -> dict[str, float]:
     }
 
 
-def _outputs(session: OnnxSession, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
+def _outputs(session: OnnxSession, inputs: NDArray[Any]) -> NDArray[np.float32]:
     name, output = next(iter(session.inputs)), next(iter(session.outputs))
     parts = [session.run({name: inputs[i : i + BATCH]})[output] for i in range(0, len(inputs), BATCH)]
     return np.concatenate(parts).astype(np.float32)
@@ -237,11 +256,13 @@ def compare_outputs(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> 
 
 
 def _verify_float16(
-    bundle: Bundle, inputs: NDArray[np.float32], images: NDArray[np.float32], wanted: NDArray[np.float32]
+    bundle: Bundle, inputs: NDArray[np.float32], images: NDArray[Any], wanted: NDArray[np.float32]
 ) -> dict[str, Any]:
     """The FP16 file against the FP32 one: whole networks' outputs, and every layer on the referee's inputs."""
     half = load_model(bundle.path(names.STUDENT_TENSORRT))
     full = load_model(bundle.path(names.STUDENT_TENSORRT_FP32))
+    if bundle.takes_pixels:
+        half, full = without_preprocessing(half), without_preprocessing(full)
     values = Referee(full).run({full.graph.input[0].name: inputs})
     layers, failures = [], []
     for segment in segments(half):
