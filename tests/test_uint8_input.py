@@ -22,6 +22,7 @@ from faqd.deploy.engine import BuildOptions, build_bundle
 from faqd.deploy.explain import explanation
 from faqd.deploy.onnx_file import load_model
 from faqd.deploy.onnx_session import OnnxSession
+from faqd.deploy.serving import TRITON_TENSORRT
 from faqd.deploy.student import quantize_after_training
 from faqd.deploy.uint8_input import compare_preprocessing, with_preprocessing, without_preprocessing
 from faqd.deploy.verify import verification
@@ -63,7 +64,18 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     data, bits = asdict(DataOptions("digits")), Bits(4, 4)
     weights, out = folder / "best.pth", folder / "out"
     return quantize_after_training(
-        f"{folder}/net.py:Net", weights, data, bits, "mse", 128, out, 100, "fp16", lambda _: None, "uint8-nhwc"
+        f"{folder}/net.py:Net",
+        weights,
+        data,
+        bits,
+        "mse",
+        128,
+        out,
+        100,
+        "fp16",
+        lambda _: None,
+        "uint8-nhwc",
+        ("triton",),
     )
 
 
@@ -116,6 +128,7 @@ def test_the_bundle_records_it_and_is_verified(bundle: Bundle) -> None:
     assert record["passed"] and bundle.takes_pixels
     shape = ["batch", 8, 8, 1]
     assert bundle.manifest["input"] == {"name": "input", "shape": shape, "dtype": "uint8", "channels": "grey"}
+    assert "data_type: TYPE_UINT8\n    dims: [ 8, 8, 1 ]" in (bundle.folder / TRITON_TENSORRT).read_text()
     assert set(record["preprocessing"]) == {name for name in bundle.manifest["files"] if name.endswith(".onnx")}
 
 

@@ -43,6 +43,13 @@ def _bundle_flags(command: Any) -> Any:
                 show_default=True,
                 help="Take normalised float32 images, or uint8 pixels that the networks normalise themselves.",
             ),
+            click.option(
+                "--for",
+                "servers",
+                type=click.Choice(["triton", "deepstream"]),
+                multiple=True,
+                help="Add the configuration of this server, marked untried; may be given twice.",
+            ),
         )
     ):
         command = option(command)
@@ -61,12 +68,13 @@ def export(
     eval_samples: int | None,
     float_type: Any,
     input_form: Any,
+    servers: Any,
     json_target: str | None,
 ) -> None:
     """Write the bundle of a distilled student, and verify it."""
     from faqd.deploy.student import export_run
 
-    bundle = export_run(run_folder, out, data_root, eval_samples, float_type, _say, input_form)
+    bundle = export_run(run_folder, out, data_root, eval_samples, float_type, _say, input_form, servers)
     _conclude(bundle, json_target)
 
 
@@ -111,6 +119,7 @@ def ptq(
     eval_samples: int | None,
     float_type: Any,
     input_form: Any,
+    servers: Any,
     json_target: str | None,
     **options: Any,
 ) -> None:
@@ -130,6 +139,7 @@ def ptq(
         float_type,
         _say,
         input_form,
+        servers,
     )
     _conclude(bundle, json_target)
 

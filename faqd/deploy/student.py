@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from faqd.bundle import Bundle, Evaluation, write_manifest
 from faqd.calib.ranges import Method
 from faqd.deploy.export import INPUT, OUTPUT, onnx_from_deployed, onnx_from_network, output_names, save
 from faqd.deploy.float16 import float16_from_float32
+from faqd.deploy.serving import Server, check_servers, serving_files
 from faqd.deploy.uint8_input import with_preprocessing
 from faqd.deploy.verify import AGREEMENT_IMAGES, CEIL_NOTE, compare_outputs, digest, probe_inputs, verify_bundle
 from faqd.errors import UserError
@@ -67,9 +68,11 @@ def export_run(
     float_type: FloatType,
     say: Say,
     input_form: InputForm = "float32-nchw",
+    servers: Sequence[Server] = (),
 ) -> Bundle:
     """Lower the student of a finished distillation run into the bundle `out`, and verify it."""
     _refuse_taken(out)
+    check_servers(servers, input_form)
     record = finished(run)
     student = load_student(run)
     teacher, teacher_source, teacher_sha256 = load_teacher(run)
@@ -90,7 +93,7 @@ def export_run(
         None if dataset.eval.labels is None else dataset.eval.labels[:eval_samples],
         dataset.classes,
     )
-    return _write_bundle(parts, out, float_type, say, input_form)
+    return _write_bundle(parts, out, float_type, say, input_form, servers)
 
 
 def quantize_after_training(
@@ -105,12 +108,14 @@ def quantize_after_training(
     float_type: FloatType,
     say: Say,
     input_form: InputForm = "float32-nchw",
+    servers: Sequence[Server] = (),
 ) -> Bundle:
     """Post-training quantization: the float network itself, scales from unlabelled images, the same lowering.
 
     data: fields of DataOptions, None where the command line is silent and the teacher's run knows.
     """
     _refuse_taken(out)
+    check_servers(servers, input_form)
     lesson = lesson_from(teacher, teacher_weights, data, with_labels=True, say=say)
     network, source, weights_sha256 = lesson.teacher.network, lesson.teacher.source, lesson.teacher.sha256
     dataset = lesson.dataset
@@ -133,7 +138,7 @@ def quantize_after_training(
         None if dataset.eval.labels is None else dataset.eval.labels[:eval_samples],
         dataset.classes,
     )
-    return _write_bundle(parts, out, float_type, say, input_form)
+    return _write_bundle(parts, out, float_type, say, input_form, servers)
 
 
 def _refuse_taken(out: Path) -> None:
@@ -146,7 +151,9 @@ def _refuse_taken(out: Path) -> None:
         raise UserError(f"{out}: is not empty and is no bundle; give another --out.")
 
 
-def _write_bundle(parts: _Parts, out: Path, float_type: FloatType, say: Say, input_form: InputForm) -> Bundle:
+def _write_bundle(
+    parts: _Parts, out: Path, float_type: FloatType, say: Say, input_form: InputForm, servers: Sequence[Server]
+) -> Bundle:
     inputs = network_input(parts.evaluation, parts.preprocess)
     metadata = _metadata(parts)
     with written_beside(out) as folder:
@@ -191,6 +198,9 @@ def _write_bundle(parts: _Parts, out: Path, float_type: FloatType, say: Say, inp
             "input": _input(parts, input_form),
         }
         bundle = write_manifest(folder, facts, made_from)
+        for name, text in serving_files(bundle, servers).items():
+            (folder / name).write_text(text, encoding="utf-8")
+            say(f"wrote {name}, untried")
         if parts.student.bits.rounding == "ceil":
             say(CEIL_NOTE)
         say("verifying")
