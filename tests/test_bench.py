@@ -62,8 +62,10 @@ def test_session_runs_a_network_optimised_or_not(folders: dict[str, Path]) -> No
 def test_session_on_a_damaged_file(tmp_path: Path, content: bytes, capfd: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"model\.onnx: onnxruntime .* cannot load it"):
+    with pytest.raises(UserError, match=r"model\.onnx: not a valid ONNX file"):
         OnnxSession(path)
+    with pytest.raises(UserError, match=r"the model in memory: onnxruntime .* cannot load it"):
+        OnnxSession(content)
     with pytest.raises(UserError, match="no such file"):
         OnnxSession(tmp_path / "absent.onnx")
     assert capfd.readouterr() == ("", ""), "what is raised is not printed as well"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,15 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
-from faqd.bundle import STUDENT_ONNXRUNTIME, STUDENT_TENSORRT, STUDENT_TENSORRT_FP32, Bundle, load_bundle
+from faqd.bundle import (
+    STUDENT_ONNXRUNTIME,
+    STUDENT_TENSORRT,
+    STUDENT_TENSORRT_FP32,
+    TEACHER,
+    Bundle,
+    load_bundle,
+    write_manifest,
+)
 from faqd.deploy.onnx_file import load_model
 from faqd.deploy.proof_table import print_verification
 from faqd.deploy.referee import Referee, real
@@ -28,6 +38,7 @@ from faqd.files import read_json
 from faqd.train.data import DataOptions
 from faqd.train.placement import Bits
 from tests.networks import lively
+from tests.toy_runs import faqd_deploy
 
 FLAVOURS = {"tensorrt": STUDENT_TENSORRT_FP32, "onnxruntime": STUDENT_ONNXRUNTIME}
 
@@ -146,6 +157,19 @@ def stretch_an_activation_scale(model: onnx.ModelProto) -> None:
     change(model, "relu_1_quant.scale", lambda scale: np.asarray(scale * np.float32(1.002)))
 
 
+def turn_the_axis(model: onnx.ModelProto) -> None:
+    """Legal: as many input as output channels, so that the scales fit there too."""
+    weight = next(node for node in model.graph.node if node.name == "conv2.real_weight")
+    axis = next(attribute for attribute in weight.attribute if attribute.name == "axis")
+    assert axis.i == 0
+    axis.i = 1
+
+
+def merge_two_biases(model: onnx.ModelProto) -> None:
+    for node in model.graph.node:
+        node.input[:] = ["conv1.bias" if name == "conv2.bias" else name for name in node.input]
+
+
 def merge_two_scales(model: onnx.ModelProto) -> None:
     for node in model.graph.node:
         node.input[:] = ["relu_quant.scale" if name == "relu_1_quant.scale" else name for name in node.input]
@@ -167,11 +191,16 @@ FAULTS: list[tuple[Callable[[onnx.ModelProto], None], str]] = [
     (drop_the_clip, "relu_1"),
     (stretch_an_activation_scale, "relu_1"),
     (merge_two_scales, "relu_1"),
+    (merge_two_biases, "relu_1"),
+    (turn_the_axis, "relu_1"),
     (change_the_classifier, "fc"),
 ]
 
 
-SEEN_BEFORE_THE_SUM = (swap_two_scales, flip_a_weight_code, transpose_the_weights, shift_a_bias_by_one_code)
+SEEN_BEFORE_THE_SUM = (
+    *(swap_two_scales, flip_a_weight_code, transpose_the_weights),
+    *(shift_a_bias_by_one_code, merge_two_biases, turn_the_axis),
+)
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
@@ -185,6 +214,69 @@ def test_a_fault_is_found_at_its_layer(
     # onnxruntime rounds conv2's output before the sum: its own place is the first that can be wrong.
     first = "conv2_out" if flavour == "onnxruntime" and fault in SEEN_BEFORE_THE_SUM else layer
     assert found and found[0].startswith(f"{first}: "), found[:3]
+
+
+@pytest.mark.parametrize("name", ["relu_1_quant.scale", "conv2.weight_scale"])
+def test_a_scale_off_by_so_little_that_few_codes_change_is_found(
+    bundle: Bundle, probes: NDArray[np.float32], name: str
+) -> None:
+    """Grown in float32 steps until the first codes change: those few are enough."""
+    path, digests = bundle.path(STUDENT_TENSORRT_FP32), bundle.manifest["torch_digests"]["tensorrt"]
+    wanted = Referee(load_model(path)).run({"input": probes})["relu_1.codes"]
+    for exponent in range(16):
+        model = load_model(path)
+        grown = np.float32(1 + 2.0 ** (exponent - 23))
+        change(model, name, partial(np.multiply, grown))
+        differing = np.count_nonzero(Referee(model).run({"input": probes})["relu_1.codes"] != wanted)
+        found = verify_file(model, probes, digests, [])["failures"]
+        if differing:
+            break
+        assert found == []
+    assert 0 < differing < 0.001 * wanted.size
+    assert found[0] == "relu_1: the torch student and the referee differ"
+
+
+def test_a_faulty_bundle_fails_by_name_and_no_engine_is_built_from_it(bundle: Bundle, tmp_path: Path) -> None:
+    """As if the exporter had made the fault: the checksums are those of the faulty file."""
+    folder = tmp_path / "faulty"
+    shutil.copytree(bundle.folder, folder)
+    model = load_model(folder / STUDENT_TENSORRT_FP32)
+    drop_the_clip(model)
+    (folder / STUDENT_TENSORRT_FP32).write_bytes(model.SerializeToString())
+    outcome = faqd_deploy("verify", folder)
+    assert outcome.code == 2 and "changed since the bundle was written" in outcome.stderr
+    facts = {key: bundle.manifest[key] for key in bundle.manifest if key != "files"}
+    write_manifest(folder, facts, {name: entry["made_from"] for name, entry in bundle.manifest["files"].items()})
+    outcome = faqd_deploy("verify", folder)
+    assert outcome.code == 1 and "verification failed: tensorrt: relu_1: " in outcome.stderr
+    assert "FAILED: tensorrt: relu_1: " in outcome.stdout
+    refused = faqd_deploy("build-engine", folder)
+    assert refused.code == 1 and "the verification failed" in refused.stderr and "--force" in refused.stderr
+    assert not list(folder.glob("*.engine"))
+
+
+def test_every_file_of_the_bundle_is_standard_onnx_and_says_what_it_is(bundle: Bundle) -> None:
+    for name in bundle.manifest["files"]:
+        if not name.endswith(".onnx"):
+            continue
+        model = load_model(bundle.path(name))
+        assert {entry.domain for entry in model.opset_import} == {""} and not model.functions
+        inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True).graph
+        known = {value.name for value in (*inferred.value_info, *inferred.output)}
+        assert known >= {output for node in inferred.node for output in node.output}
+        for value in (*inferred.input, *inferred.output):
+            assert value.type.tensor_type.shape.dim[0].dim_param == "batch"
+        data = bundle.path(name).read_bytes()
+        for trace in (str(bundle.folder.parent), str(Path.home()), "site-packages", "/net.py"):
+            assert trace.encode() not in data
+        assert model.producer_name == "faqd" and model.producer_version == bundle.manifest["faqd"]
+        metadata = {entry.key: entry.value for entry in model.metadata_props}
+        if name != TEACHER:
+            assert metadata["faqd.weights_sha256"] == bundle.manifest["files"][name]["made_from"]
+            assert json.loads(metadata["faqd.preprocess"]) == json.loads(json.dumps(bundle.preprocess.to_json()))
+            assert metadata["faqd.classes"].split(",") == bundle.manifest["classes"]
+            bits = {row["name"]: f"{row['weights']} x {row['inputs']}" for row in bundle.manifest["layers"]}
+            assert dict(entry.split(": ", 1) for entry in metadata["faqd.bits"].split("; ")) == bits
 
 
 def test_a_missing_rounding_is_named(bundle: Bundle, probes: NDArray[np.float32]) -> None:

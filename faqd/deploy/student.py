@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -263,7 +264,7 @@ def _metadata(parts: _Parts) -> dict[str, str]:
         "faqd.kind": parts.kind,
         "faqd.bits": "; ".join(f"{r['name']}: {r['weights']} x {r['inputs']}" for r in student_table(parts.student)),
         "faqd.weights_sha256": parts.made_from,
-        "faqd.preprocess": str(parts.preprocess.to_json()),
+        "faqd.preprocess": json.dumps(parts.preprocess.to_json()),
         "faqd.classes": ",".join(parts.classes or ()),
     }
 
