@@ -55,7 +55,7 @@ class Bundle:
     @property
     def takes_pixels(self) -> bool:
         """Whether its networks take uint8 pixels (N, H, W, C) and preprocess them; else float32 (N, C, H, W)."""
-        return bool(self.manifest["input"].get("dtype") == "uint8")
+        return bool(self.manifest.get("input", {}).get("dtype") == "uint8")
 
     def network_input(self, images_NHWC: NDArray[np.uint8]) -> NDArray[Any]:
         """What the networks of this bundle are fed for fitted images such as those of eval.npz."""
