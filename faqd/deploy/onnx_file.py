@@ -11,7 +11,7 @@ import onnx
 
 from faqd.deploy.onnx_graph import Graph, attributes_of, scale_of
 from faqd.deploy.onnx_scan import MAX_ELEMENTS, scan_file
-from faqd.errors import UserError
+from faqd.errors import UserError, first_line
 
 
 def load_model(path: Path) -> onnx.ModelProto:
@@ -32,7 +32,7 @@ def _checked(path: Path) -> tuple[onnx.ModelProto, bytes]:
         onnx.checker.check_model(model, full_check=True)
         inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
     except Exception as error:  # protobuf, the checker and shape inference raise many kinds
-        raise UserError(f"{path}: not a valid ONNX file ({_reason(error)}).") from error
+        raise UserError(f"{path}: not a valid ONNX file ({first_line(error)}).") from error
     for complaint in (*_oversized(inferred), *_bad_quantization(inferred)):
         raise UserError(f"{path}: {complaint}.")
     return model, data
@@ -65,7 +65,3 @@ def _bad_quantization(model: onnx.ModelProto) -> Iterator[str]:
             yield f"{what}: axis {axis} of a tensor with {len(shape)} axes"
         elif shape[axis] and shape[axis] != scale.size:
             yield f"{what}: {scale.size} scales for the {shape[axis]} elements of axis {axis}"
-
-
-def _reason(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
