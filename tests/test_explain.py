@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -143,6 +144,22 @@ def test_a_bundle_is_explained_with_the_names_and_bits_of_the_torch_modules(tmp_
     record = explanation(make_bundle(tmp_path / "bundle"), rules_only=True)
     assert [layer["module"] for layer in record["layers"]] == [f"net.{name}" for name in LAYERS]
     assert {(layer["weight_bits"], layer["act_bits"], layer["int8"]) for layer in record["layers"]} == {(4, 3, True)}
+
+
+def test_a_file_out_of_its_bundle_keeps_the_bits_of_its_metadata(tmp_path: Path) -> None:
+    model = onnx.load(make_bundle(tmp_path / "bundle") / STUDENT_TENSORRT)
+    model.metadata_props.add(key="faqd.bits", value="net.stem: 8 (±127) x 8 (-128..127); net.conv1: ternary x 3")
+    layers = explanation(written(model, tmp_path / "alone.onnx"), rules_only=True)["layers"]
+    found = [(layer["weights"], layer["inputs"], layer["weight_bits"], layer["act_bits"]) for layer in layers[:3]]
+    assert found == [("8 (±127)", "8 (-128..127)", 8, 8), ("ternary", "3", 8, 3), ("int8", "int8", 8, 8)]
+
+
+def test_many_places_of_one_rule_are_counted(tmp_path: Path) -> None:
+    path = written(residual_network(zero=np.uint8(128)), tmp_path / "net.onnx")
+    printed = succeeds(faqd_deploy("explain", path, "--rules-only")).stdout
+    assert "none of its 6 layers runs" in printed and printed.count("has the zero point 128") == 8
+    assert re.search(r"and \d+ more places", printed)
+    assert len(explanation(path, rules_only=True)["refused"]) > 8
 
 
 @needs_rtx

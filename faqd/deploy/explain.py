@@ -92,7 +92,7 @@ def _row(
         "node": node.name,
         "operator": node.op_type,
         **_types(layer),
-        **labels.get(module or "", {}),
+        **(labels.get(module or "", {}) if layer.weight.dequantize is not None else {}),
         "int8": by_rule if seen is None else seen,
         "source": "rule" if seen is None else where,
         "rule": None if broken is None else {**_rule(broken[0]), "found": broken[1]},
@@ -123,13 +123,23 @@ def _types(layer: Layer) -> dict[str, Any]:
 
 
 def _labels(model: onnx.ModelProto, manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """By torch module: the grids that the student was trained on, which may be coarser than INT8."""
+    """By torch module: the grids that the student was trained on, which may be coarser than the INT8 of the file."""
     if manifest:
         keys = ("weights", "inputs", "weight_bits", "act_bits")
         return {row["name"]: {key: row[key] for key in keys if key in row} for row in manifest["layers"]}
     entries = {entry.key: entry.value for entry in model.metadata_props}.get("faqd.bits", "")
     pairs = [entry.partition(": ") for entry in entries.split("; ") if " x " in entry]
-    return {name: dict(zip(("weights", "inputs"), grids.split(" x ", 1), strict=True)) for name, _, grids in pairs}
+    return {name: _grids(*grids.split(" x ", 1)) for name, _, grids in pairs}
+
+
+def _grids(weights: str, inputs: str) -> dict[str, Any]:
+    """A label such as `4 (±7)` begins with its bits; one that does not, such as `ternary`, leaves those of the file."""
+    bits = {"weight_bits": weights.split(" ")[0], "act_bits": inputs.split(" ")[0]}
+    return {
+        "weights": weights,
+        "inputs": inputs,
+        **{key: int(label) for key, label in bits.items() if label.isdecimal()},
+    }
 
 
 def _with_unique_names(model: onnx.ModelProto) -> onnx.ModelProto:

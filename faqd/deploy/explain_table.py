@@ -11,6 +11,8 @@ from rich.text import Text
 
 from faqd.deploy.proof_table import WIDTH
 
+PLACES = 8
+"""Lines per rule; JSON has them all."""
 _VERDICT = {True: "INT8", False: "float", None: "refused"}
 
 
@@ -31,11 +33,9 @@ def print_explanation(record: dict[str, Any]) -> None:
     console.print(table)
     lines = [f"{record['file']}: {_summary(record['layers'])}; source: {record['source']}."]
     lines += [f"{record['note']}."] if record["note"] else []
-    for refusal in record["refused"]:
-        lines.append(f"TensorRT refuses the file: {refusal['found']}. {refusal['rule']['says']}")
-    for rule, found in _broken(record["layers"]).items():
-        says, cure = rule
-        lines += [f"{says} {cure}", *(f"  {text}" for text in found)]
+    for (says, cure), found in _broken(record).items():
+        lines += [f"{says} {cure}", *(f"  {text}" for text in found[:PLACES])]
+        lines += [f"  and {len(found) - PLACES} more places"] if len(found) > PLACES else []
     for line in lines:
         console.print(line, markup=False, highlight=False)
 
@@ -48,10 +48,13 @@ def _summary(rows: list[dict[str, Any]]) -> str:
     return f"{sum(bool(row['int8']) for row in rows)} of {len(rows)} convolutions and linear layers run in INT8"
 
 
-def _broken(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[str]]:
-    found: dict[tuple[str, str], list[str]] = {}
-    for row in rows:
-        if row["rule"] is not None:
-            key = (row["rule"]["says"], row["rule"]["cure"])
-            found.setdefault(key, []).append(f"{row['module'] or row['node']}: {row['rule']['found']}")
-    return found
+def _broken(record: dict[str, Any]) -> dict[tuple[str, str], list[str]]:
+    """By what a rule says and how to keep to it: the places that break it, in layers first."""
+    rows = [row for row in record["layers"] if row["rule"] is not None]
+    broken = [(row["rule"], f"{row['module'] or row['node']}: {row['rule']['found']}") for row in rows]
+    in_layers = {row["rule"]["found"] for row in rows}
+    elsewhere = [entry for entry in record["refused"] if entry["found"] not in in_layers]
+    places: dict[tuple[str, str], list[str]] = {}
+    for rule, text in [*broken, *((entry["rule"], entry["found"]) for entry in elsewhere)]:
+        places.setdefault((rule["says"], rule["cure"]), []).append(text)
+    return places
