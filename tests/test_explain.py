@@ -19,7 +19,8 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from torch import nn
 
 from faqd.bundle import STUDENT_ONNXRUNTIME, STUDENT_TENSORRT, write_manifest
-from faqd.deploy.engine import BuildOptions, engine_from_onnx
+from faqd.deploy.build_options import BuildOptions
+from faqd.deploy.engine import engine_from_onnx
 from faqd.deploy.explain import explanation
 from faqd.deploy.int8_rules import RULES
 from faqd.errors import UserError
@@ -170,7 +171,7 @@ def test_the_record_of_an_engine_decides_if_it_is_of_this_file(tmp_path: Path) -
     record_file = bundle / "student.tensorrt.engine.json"
     engine_record = json.loads(record_file.read_text())
     engine_record["int8"]["products"][2]["int8"] = False
-    engine_record["gpu"] = {"name": "Orin"}
+    engine_record["gpu"] = {"name": "Orin", "compute_capability": "8.7", "cuda": "12.6"}
     engine_record["layers_read_from"] = "engine inspector"
     record_file.write_text(json.dumps(engine_record))
     record = explanation(bundle)

@@ -18,7 +18,8 @@ from onnx import TensorProto, numpy_helper
 from faqd.benchmarks.bench import Options, bench
 from faqd.benchmarks.sessions import OnnxruntimeBackend
 from faqd.bundle import FLOAT_STUDENT_FP16, STUDENT_ONNXRUNTIME, STUDENT_TENSORRT, TEACHER, Bundle
-from faqd.deploy.engine import BuildOptions, build_bundle
+from faqd.deploy.build_options import BuildOptions
+from faqd.deploy.bundle_engines import build_bundle
 from faqd.deploy.explain import explanation
 from faqd.deploy.onnx_file import load_model
 from faqd.deploy.onnx_session import OnnxSession

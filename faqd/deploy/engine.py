@@ -27,7 +27,7 @@ from faqd.deploy.build_options import (
 )
 from faqd.deploy.build_progress import Say, interruptible, watched
 from faqd.deploy.kernels import Kernel, kernels_from_inspector, kernels_from_log, not_int8, products
-from faqd.deploy.onnx_scan import scan_file
+from faqd.deploy.onnx_scan import read_scanned
 from faqd.deploy.record import FORMAT, VERSION, record_path
 from faqd.deploy.trt import (
     INSTALL,
@@ -122,8 +122,7 @@ def engine_from_onnx(
 
 def _content(onnx: Path, sha256: str | None) -> bytes:
     """The bytes that are parsed: what the record says of the ONNX file is said of these."""
-    scan_file(onnx)
-    content = onnx.read_bytes()
+    content = read_scanned(onnx)
     if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
         raise UserError(f"{onnx}: changed since the bundle was read (SHA-256 differs); export the run again.")
     return content

@@ -14,7 +14,8 @@ from typing import Any
 import onnx
 
 from faqd.bundle import MANIFEST, STUDENT_TENSORRT, load_bundle
-from faqd.deploy.engine import BuildOptions, engine_from_onnx
+from faqd.deploy.build_options import BuildOptions
+from faqd.deploy.engine import engine_from_onnx
 from faqd.deploy.int8_rules import Broken, Layer, Rule, code_type, first_broken, layers_of, refusals
 from faqd.deploy.onnx_file import load_model
 from faqd.deploy.onnx_graph import Graph
@@ -187,7 +188,7 @@ def _record_of(path: Path) -> dict[str, Any] | None:
         return None
     record = read_record(engine)
     fits = record.get("onnx", {}).get("sha256") == sha256(path) and record.get("layers_read_from")
-    return record if fits else None
+    return record if fits and record.get("int8", {}).get("products") else None
 
 
 def _verdicts(record: dict[str, Any]) -> dict[str, bool | None]:

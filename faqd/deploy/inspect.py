@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from faqd.bundle import MANIFEST, VERIFY, load_bundle
-from faqd.deploy.onnx_scan import scan_file
+from faqd.deploy.onnx_scan import read_scanned
 from faqd.errors import UserError
 from faqd.files import read_json
 
@@ -27,7 +27,7 @@ def _bundle(folder: Path) -> tuple[dict[str, Any], list[str]]:
     bundle = load_bundle(folder)
     for name in bundle.manifest["files"]:
         if name.endswith(".onnx"):
-            scan_file(folder / name)
+            read_scanned(folder / name)
     facts = bundle.manifest
     size = facts["size"]
     lines = [

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 
 from faqd.deploy.onnx_graph import Graph, attributes_of, scale_of
-from faqd.deploy.onnx_scan import MAX_ELEMENTS, scan_file
+from faqd.deploy.onnx_scan import MAX_ELEMENTS, read_scanned
 from faqd.errors import UserError, first_line
 
 
@@ -25,8 +25,7 @@ def load_bytes(path: Path) -> bytes:
 
 
 def _checked(path: Path) -> tuple[onnx.ModelProto, bytes]:
-    scan_file(path)
-    data = path.read_bytes()
+    data = read_scanned(path)
     try:
         model = onnx.ModelProto.FromString(data)
         onnx.checker.check_model(model, full_check=True)

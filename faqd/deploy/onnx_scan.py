@@ -17,7 +17,6 @@ protobuf; here every occurrence is read, so that nothing hides in the one that a
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -35,7 +34,6 @@ OPSETS = range(7, 31)
 DOMAINS = ("", "ai.onnx", "com.microsoft")
 """com.microsoft: the quantized operators that onnxruntime's tools write beside the standard ones."""
 
-Buffer = mmap.mmap | bytes
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _CONTROL = frozenset(chr(code) for code in (*range(32), *range(127, 160)))
 
@@ -45,29 +43,30 @@ _ONE_FILE = (
 )
 
 
-def scan_file(path: Path) -> None:
-    """Refuse, with a UserError (exit code 2), a file that a parser of ONNX should not be given."""
+def read_scanned(path: Path) -> bytes:
+    """The bytes of an ONNX file that a parser may be given; UserError (exit code 2) where it should not be."""
     if not path.is_file():
         raise UserError(f"{path}: no such file.")
     size = path.stat().st_size
     if size > MAX_BYTES:
         raise UserError(f"{path}: {size / 1e9:.1f} GB; an ONNX file has at most 2 GB.")
-    if size == 0:
-        raise UserError(f"{path}: not a valid ONNX file (it is empty): export it again.")
-    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        scan(data, str(path))
+    data = path.read_bytes()
+    scan(data, str(path))
+    return data
 
 
-def scan(data: Buffer, where: str) -> None:
-    """The same for bytes in memory; where: how to call them in messages."""
+def scan(data: bytes, where: str) -> None:
+    """The same for bytes at hand; where: how to call them in messages."""
     scanner = _Scanner(data, where)
+    if not data:
+        raise scanner.damaged("it is empty")
     scanner.message(0, len(data), _MODEL)
     if not scanner.nodes:
         raise scanner.damaged("it holds no network")
 
 
 class _Scanner:
-    def __init__(self, data: Buffer, where: str) -> None:
+    def __init__(self, data: bytes, where: str) -> None:
         self._data = data
         self._where = where
         self.nodes = 0

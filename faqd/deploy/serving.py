@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import onnx
 
 from faqd.bundle import STUDENT_ONNXRUNTIME, STUDENT_TENSORRT, Bundle
-from faqd.deploy.engine import BuildOptions
+from faqd.deploy.build_options import BATCHES
 from faqd.deploy.onnx_file import load_model
 from faqd.deploy.record import engine_name
 from faqd.errors import UserError
@@ -72,7 +72,7 @@ def _config(bundle: Bundle, network: str, config: str) -> str:
     outputs = ",\n".join(_tensor(value, labels=classes and index == 0) for index, value in enumerate(graph.output))
     engine = (
         "\n# The engine must come from the TensorRT version inside Triton, and not from TensorRT-RTX. Its largest batch"
-        "\n# is that of build-engine --max-batch; this file has its default."
+        "\n# is that of build-engine --max-shapes; this file has its default."
     )
     return f"""{_UNTRIED.format("Triton")}
 # In the model repository: {folder}/config.pbtxt (this file) and {folder}/1/{model}{engine if on_gpu else ""}
@@ -80,7 +80,7 @@ def _config(bundle: Bundle, network: str, config: str) -> str:
 name: "{folder}"
 backend: "{"tensorrt" if on_gpu else "onnxruntime"}"
 default_model_filename: "{model}"
-max_batch_size: {BuildOptions().max_batch}
+max_batch_size: {max(BATCHES)}
 input [
 {inputs}
 ]
