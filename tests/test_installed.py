@@ -33,6 +33,7 @@ ON_A_BOARD = (
     "doctor",
     "engine",
     "kernels",
+    "onnx_scan",
     "record",
     "runtime",
     "selftest",
@@ -118,7 +119,7 @@ def test_a_missing_library_is_named_with_its_cure(line: str, extra: str, tmp_pat
 
 
 def test_a_bundle_is_read_and_a_changed_one_refused(tmp_path: Path) -> None:
-    (tmp_path / "teacher.onnx").write_bytes(b"weights")
+    (tmp_path / "teacher.onnx").write_bytes(bytes.fromhex("3a020a00"))  # a graph of one node
     facts = {
         "name": "tiny 8/8",
         "kind": "ptq",
