@@ -28,7 +28,7 @@ from faqd.deploy.onnx_scan import read_scanned, scan
 from faqd.errors import UserError
 from tests.hostile_files import SHELF, WORST, good, shelve
 from tests.tiny_bundles import PREPROCESS
-from tests.toy_runs import Outcome, _outcome, faqd_deploy
+from tests.toy_runs import Outcome, faqd_deploy, outcome_of
 
 NETWORKS = (STUDENT_TENSORRT, STUDENT_TENSORRT_FP32, STUDENT_ONNXRUNTIME, FLOAT_STUDENT, TEACHER)
 TENSORRT_TAKES = ("infinite scale", "a tensor that fills memory")
@@ -95,7 +95,7 @@ def test_verify_explain_bench_and_inspect_refuse_it(name: str, tmp_path: Path) -
     is_refused(faqd_deploy("verify", bundle), word)
     is_refused(faqd_deploy("explain", bundle), word)
     is_refused(faqd_deploy("explain", bundle / TEACHER), word)
-    is_refused(_outcome(bench_command, (bundle, "--backend", "onnxruntime", "--skip-latency")), word)
+    is_refused(outcome_of(bench_command, (bundle, "--backend", "onnxruntime", "--skip-latency")), word)
     inspected = faqd_deploy("inspect", bundle)
     if name in LEGAL_PROTOBUF:
         assert inspected.code == 0, inspected.stderr
