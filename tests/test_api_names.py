@@ -68,7 +68,8 @@ MEMBERS = {name.partition(".")[2] for name in API.have if "." in name}
 class Reader(ast.NodeVisitor):
     """Walks a module in order and notes `used`, the names of TensorRT in it, and `unclear`, what it could not place.
 
-    A value's kind is a class's name, `class X` for the class itself, `list X`, `module`, `ours`, or None where unknown.
+    A value's kind is a class's name, `class X` for the class itself, `list X`, `module`, `ours`, `library` for what
+    other imports hold, or None where unknown.
     """
 
     def __init__(self, returned: dict[str, ast.expr | None]) -> None:
@@ -99,6 +100,8 @@ class Reader(ast.NodeVisitor):
             return "module" if node.attr == "module" else None
         if owner == "module":
             return f"class {node.attr}" if node.attr in CLASSES else None
+        if owner == "library":
+            return owner
         if owner is None or owner == "ours" or owner.startswith("list "):
             return None
         return API.held.get(f"{owner.removeprefix('class ')}.{node.attr}") or None
@@ -116,11 +119,19 @@ class Reader(ast.NodeVisitor):
         if owner == "module":
             if node.attr != "__version__":
                 self.used.add(node.attr)
-        elif owner is not None and not owner.startswith(("TensorRT", "ours", "list ")) and node.attr != "__init__":
+        elif (
+            owner is not None
+            and not owner.startswith(("TensorRT", "ours", "library", "list "))
+            and node.attr != "__init__"
+        ):
             self.used.add(f"{owner.removeprefix('class ')}.{node.attr}")
         elif owner is None and "_" in node.attr.strip("_") and node.attr in MEMBERS:
             self.unclear.add(ast.unparse(node))
         self.generic_visit(node)
+
+    def visit_Import(self, node: ast.Import) -> None:
+        """TensorRT is never imported by name, so that these are other libraries' values."""
+        self.kinds |= {(alias.asname or alias.name).partition(".")[0]: "library" for alias in node.names}
 
     def visit_Call(self, node: ast.Call) -> None:
         if isinstance(node.func, ast.Name) and node.func.id in ("getattr", "hasattr"):

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.skipif(
 # Convolutions and matrix products: the depth in the name, and a 1x1 convolution where a stage changes the shape.
 ZOO = [
     *((f"resnet{depth}", 32, depth + 2) for depth in (8, 14, 20, 32, 44, 56, 110)),
+    ("resnet20-reference", 32, 20 + 2),
     *(("resnet18", pixels, 18 + 3) for pixels in (64, 224)),
     *(("resnet34", pixels, 34 + 3) for pixels in (64, 224)),
 ]
