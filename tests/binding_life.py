@@ -37,12 +37,14 @@ def main(backend: str) -> None:
 def life(cuda: Cuda) -> dict[str, Any]:
     sent = np.arange(256, dtype=np.uint8)
     address, source, target = cuda.allocate(256), cuda.allocate_pinned(256), cuda.allocate_pinned(256)
-    stream, start, end = cuda.stream(), cuda.event(), cuda.event()
+    stream, start, end = cuda.stream(), cuda.event(), cuda.event(blocking=True)
     source[:] = sent
     cuda.record(start, stream)
     cuda.copy_in(address, source, stream)
     cuda.copy_out(target, address, stream)
+    cuda.follow(stream, start)
     cuda.record(end, stream)
+    cuda.wait_for(end)
     cuda.synchronize(stream)
     came_back = bool((target == sent).all())
     result = {"came_back": came_back, "ms": cuda.elapsed_ms(start, end), "stream": cuda.stream_address(stream) > 0}

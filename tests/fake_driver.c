@@ -80,6 +80,7 @@ int cuEventCreate(void **event, unsigned flags) { *event = take(sizeof(int)); re
 int cuEventDestroy_v2(void *event) { return give_back(event); }
 int cuEventRecord(void *event, void *stream) { *(int *)event = clock_ms; return OK; }
 int cuEventSynchronize(void *event) { return OK; }
+int cuStreamWaitEvent(void *stream, void *event, unsigned flags) { return OK; }
 int cuEventElapsedTime_v2(float *ms, void *start, void *end) { *ms = *(int *)end - *(int *)start; return OK; }
 int cuEventElapsedTime(float *ms, void *start, void *end) { return cuEventElapsedTime_v2(ms, start, end); }
 

@@ -111,7 +111,11 @@ class FakeCuda(Cuda):
         self.streams.remove(stream)
         self._did("free_stream")
 
-    def event(self) -> Any:
+    def follow(self, stream: Any, event: Any) -> None:
+        assert stream in self.streams and event in self.events
+        self._did("follow")
+
+    def event(self, *, blocking: bool = False) -> Any:
         self._did("event")
         name = f"event {len(self.log)}"
         self.events[name] = math.nan
@@ -121,6 +125,10 @@ class FakeCuda(Cuda):
         assert stream in self.streams and event in self.events
         self._did("record")
         self.events[event] = float(len(self.log))
+
+    def wait_for(self, event: Any) -> None:
+        assert not math.isnan(self.events[event]), "never recorded"
+        self._did("wait_for")
 
     def elapsed_ms(self, start: Any, end: Any) -> float:
         """As many ms as there were calls between."""
@@ -210,6 +218,7 @@ class FakeNetwork:
 
 class FakeEngine:
     device_memory_size_v2 = 4096
+    num_aux_streams = 0
 
     def __init__(self, network: FakeNetwork, cuda: FakeCuda) -> None:
         self._network, self._cuda = network, cuda
@@ -251,6 +260,7 @@ class FakeContext:
         self._given: dict[str, tuple[int, ...]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
+        self.profiler: FakeTensorRT.IProfiler | None = None
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self._given[name] = shape
@@ -279,6 +289,9 @@ class FakeContext:
         if "execute" in self._network.fails:
             return False
         self._compute()
+        if self.profiler is not None:
+            self.profiler.report_layer_time("reformat", 0.25)
+            self.profiler.report_layer_time("conv", 0.5)
         return True
 
     def _compute(self) -> None:
@@ -298,6 +311,10 @@ class FakeTensorRT:
 
     __version__ = "10.13.3"
     TensorIOMode, TensorFormat, TensorLocation = Mode, Layout, Place
+
+    class IProfiler:
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            raise NotImplementedError
 
     class ILogger:
         INTERNAL_ERROR, ERROR, WARNING = "internal error", "error", "warning"

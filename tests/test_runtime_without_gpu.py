@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from faqd.deploy.runtime import load_engine
+from faqd.deploy.runtime import Engine, load_engine
 from faqd.errors import UserError
 from tests.fake_gpu import (
     TYPES,
@@ -84,18 +84,6 @@ def test_a_query_copies_runs_copies_back_and_waits(path: Path, monkeypatch: pyte
         cuda.log.clear()
         engine.run(feeds())
         assert cuda.log == QUERY, "nothing is allocated when the shapes stay"
-
-
-def test_timing_is_between_events_around_copies_and_kernels(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with fake_gpu(weighted(), monkeypatch) as cuda, load_engine(path, trust=True) as engine:
-        engine.run(feeds())
-        cuda.log.clear()
-        timing = engine.timed(feeds())
-        around = ["record", "copy_in", "copy_in", "record", "execute", "record", "copy_out", "copy_out", "record"]
-        assert cuda.log == [*around, "synchronize"]
-    # The fake clock counts calls: two copies and the event itself, one launch and the event, two copies and the event.
-    assert (timing.h2d_ms, timing.compute_ms, timing.d2h_ms, timing.latency_ms) == (3, 2, 3, 8)
-    assert timing.enqueue_ms > 0
 
 
 def test_a_graph_is_captured_once_per_shape_after_a_plain_launch(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,12 +222,18 @@ def test_an_engine_that_does_not_load_leaves_nothing(path: Path, monkeypatch: py
     assert cuda.held() == {} and cuda.closed
 
 
+def a_timed_query(engine: Engine) -> None:
+    with engine.pipeline(feeds(2), slots=2, graph=True) as pipeline:
+        pipeline.submit()
+        pipeline.collect()
+
+
 def calls_of_a_whole_life(path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every CUDA call that can fail, numbered as FakeCuda numbers them."""
     with fake_gpu(weighted(), monkeypatch) as cuda:
         with load_engine(path, trust=True, graph=True) as engine:
             engine.run(feeds(4))
-            engine.timed(feeds(2))
+            a_timed_query(engine)
         life = [call for call in cuda.log if call != "execute"]
     return [f"{call}#{life[: i + 1].count(call)}" for i, call in enumerate(life)]
 
@@ -257,7 +251,7 @@ def test_nothing_leaks_whichever_call_fails(path: Path, monkeypatch: pytest.Monk
                 try:
                     with load_engine(path, trust=True, graph=True) as engine:
                         engine.run(feeds(4))
-                        engine.timed(feeds(2))
+                        a_timed_query(engine)
                 except UserError as error:
                     assert str(error) == f"CUDA: {call} failed"
                 else:
@@ -290,7 +284,7 @@ def test_a_closed_engine_says_so(path: Path, monkeypatch: pytest.MonkeyPatch) ->
             engine.run(feeds())
         engine.close()
         cuda.log.clear()
-        for use in (engine.run, engine.timed):
+        for use in (engine.run, engine.pipeline):
             with pytest.raises(UserError, match=r"net\.engine: it was closed"):
                 use(feeds())
         assert cuda.log == []

@@ -152,11 +152,18 @@ class _CudaBindings(Cuda):
     def free_stream(self, stream: Any) -> None:
         self._call("cuStreamDestroy", stream)
 
-    def event(self) -> Any:
-        return self._call("cuEventCreate", int(self._driver.CUevent_flags.CU_EVENT_DEFAULT))
+    def follow(self, stream: Any, event: Any) -> None:
+        self._call("cuStreamWaitEvent", stream, event, 0)
+
+    def event(self, *, blocking: bool = False) -> Any:
+        flags = self._driver.CUevent_flags
+        return self._call("cuEventCreate", int(flags.CU_EVENT_BLOCKING_SYNC if blocking else flags.CU_EVENT_DEFAULT))
 
     def record(self, event: Any, stream: Any) -> None:
         self._call("cuEventRecord", event, stream)
+
+    def wait_for(self, event: Any) -> None:
+        self._call("cuEventSynchronize", event)
 
     def elapsed_ms(self, start: Any, end: Any) -> float:
         return float(self._call("cuEventElapsedTime", start, end))
@@ -266,13 +273,22 @@ class _PyCuda(Cuda):
     def free_stream(self, stream: Any) -> None:
         return None  # pycuda gives it back with the object.
 
-    def event(self) -> Any:
+    def follow(self, stream: Any, event: Any) -> None:
         with self._errors():
-            return self._driver.Event()
+            stream.wait_for_event(event)
+
+    def event(self, *, blocking: bool = False) -> Any:
+        flags = self._driver.event_flags
+        with self._errors():
+            return self._driver.Event(flags.BLOCKING_SYNC if blocking else flags.DEFAULT)
 
     def record(self, event: Any, stream: Any) -> None:
         with self._errors():
             event.record(stream)
+
+    def wait_for(self, event: Any) -> None:
+        with self._errors():
+            event.synchronize()
 
     def elapsed_ms(self, start: Any, end: Any) -> float:
         with self._errors():

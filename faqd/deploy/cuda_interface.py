@@ -80,10 +80,19 @@ class Cuda(ABC):
     def free_stream(self, stream: Any) -> None: ...
 
     @abstractmethod
-    def event(self) -> Any: ...
+    def follow(self, stream: Any, event: Any) -> None:
+        """What is put on `stream` from now on waits until `event` has passed."""
+
+    @abstractmethod
+    def event(self, *, blocking: bool = False) -> Any:
+        """blocking: a host that waits for it sleeps; otherwise it spins."""
 
     @abstractmethod
     def record(self, event: Any, stream: Any) -> None: ...
+
+    @abstractmethod
+    def wait_for(self, event: Any) -> None:
+        """Until the event has passed."""
 
     @abstractmethod
     def elapsed_ms(self, start: Any, end: Any) -> float:
