@@ -14,13 +14,15 @@ import pytest
 
 from faqd.benchmarks.bench import Options, bench
 from faqd.benchmarks.cli import main
+from faqd.benchmarks.gates import Gates
+from faqd.benchmarks.latency import Length
 from faqd.benchmarks.sessions import OnnxruntimeBackend
 from faqd.bundle import STUDENT_ONNXRUNTIME, TEACHER, load_bundle
 from faqd.deploy.onnx_session import OnnxSession
 from faqd.errors import UserError
 from tests.tiny_bundles import PREPROCESS, make_bundle, network
 
-QUICK = Options(batch=(1, 4), duration_s=0.02, rounds=2, warm_up_s=0.0)
+QUICK = Options(batch=(1, 4), length=Length(duration_s=0.02, rounds=2, warm_up_ms=0.0))
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
@@ -44,7 +46,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def record(*folders: Path, options: Options = QUICK) -> dict[str, Any]:
-    return bench([load_bundle(folder) for folder in folders], OnnxruntimeBackend(1, "test"), options)
+    return bench([load_bundle(folder) for folder in folders], OnnxruntimeBackend(1, "test"), options).result
 
 
 def test_session_runs_a_network_optimised_or_not(folders: dict[str, Path]) -> None:
@@ -82,7 +84,7 @@ def test_session_on_wrong_feeds(folders: dict[str, Path]) -> None:
 def test_the_record_of_two_bundles(folders: dict[str, Path]) -> None:
     found = record(folders["student"], folders["ptq"])
     assert json.loads(json.dumps(found, allow_nan=False)) == found
-    assert (found["format"], found["version"]) == ("faqd-bench", 1)
+    assert (found["format"], found["version"]) == ("faqd-bench", 2)
     assert [network["id"] for network in found["networks"]] == [
         "teacher",
         "student-0",
@@ -203,9 +205,9 @@ def test_bundles_that_cannot_be_compared(folders: dict[str, Path], tmp_path: Pat
     with pytest.raises(UserError, match=r"their eval\.npz differ"):
         record(folders["student"], tmp_path / "other")
     with pytest.raises(UserError, match="use --min-agreement"):
-        record(folders["labelless"], options=Options(min_accuracy_ratio=0.9))
+        record(folders["labelless"], options=Options(gates=Gates(min_accuracy_ratio=0.9)))
     with pytest.raises(UserError, match="need an output of shape"):
-        record(folders["dense"], options=Options(min_agreement=0.9))
+        record(folders["dense"], options=Options(gates=Gates(min_agreement=0.9)))
 
 
 def test_what_is_no_bundle_ends_in_one_sentence(

@@ -17,7 +17,9 @@ import pytest
 
 from faqd.benchmarks.bench import Options, bench
 from faqd.benchmarks.charts import accuracy_against_latency, latency_distribution
+from faqd.benchmarks.gates import Gates
 from faqd.benchmarks.labels import Box, place
+from faqd.benchmarks.latency import Length
 from faqd.benchmarks.report import page_from_result
 from faqd.benchmarks.sessions import OnnxruntimeBackend
 from faqd.bundle import load_bundle
@@ -63,11 +65,13 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for index, (name, (kind, noise, verify)) in enumerate(students.items()):
         make_bundle(root / str(index), name, kind=kind, noise=noise, verify=verify)
     bundles = [load_bundle(root / str(index)) for index in range(len(students))]
-    options = Options(batch=(1, 4), duration_s=0.2, rounds=2, warm_up_s=0.0, min_agreement=0.5)
+    options = Options(batch=(1, 4), length=Length(0.2, 0.0, rounds=2), gates=Gates(min_agreement=0.5))
     # A clock of its own makes the page the same every time, with all points in one column: the worst case.
     ticks = np.random.default_rng(0).gamma(4.0, 1.25e-4, 200_000).cumsum()
     clock = iter(ticks.tolist()).__next__
-    return bench(bundles, OnnxruntimeBackend(1, "test"), options, command=["faqd-bench", HOSTILE], clock=clock)
+    return bench(
+        bundles, OnnxruntimeBackend(1, "test", clock), options, command=["faqd-bench", HOSTILE], clock=clock
+    ).result
 
 
 def chromium(page: Path, width: int, scheme: int, *options: str, height: int = 2000) -> str:
@@ -186,8 +190,8 @@ def test_the_page_without_latency_labels_or_classes(tmp_path: Path) -> None:
         ("dense", True, "Its outputs are dense"),
         ("labels", False, "images right"),
     ):
-        options = Options(batch=(2,), duration_s=0.01, rounds=1, warm_up_s=0.0, skip_latency=not latency)
-        found = bench([load_bundle(tmp_path / name)], OnnxruntimeBackend(1, "test"), options)
+        options = Options(batch=(2,), length=Length(0.01, 0.0, rounds=1), skip_latency=not latency)
+        found = bench([load_bundle(tmp_path / name)], OnnxruntimeBackend(1, "test"), options).result
         html = page_from_result(found)
         assert said in html
         assert ("Where the queries fall" in html) == latency

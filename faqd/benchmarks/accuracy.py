@@ -20,6 +20,8 @@ Z95 = 1.959963984540054
 """97.5 % quantile of the normal distribution."""
 TOP_5_ABOVE = 5
 """Top-5 says nothing with five classes or fewer."""
+TIERS = (0.99, 0.999)
+"""MLPerf's."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ def judge(
         "top5": None,
         "gap_to_teacher": None,
         "ratio_to_teacher": None,
+        "tiers": None,
         "agreement": None,
         "kl_to_teacher_nats": None,
         "snr_db": {output: snr_db(found[output], reference) for output, reference in teacher.items()},
@@ -135,12 +138,24 @@ def _against_labels(logits_NK: Array, teacher_NK: Array, labels_N: NDArray[np.in
     right, teacher_right = correct(logits_NK, labels_N), correct(teacher_NK, labels_N)
     teacher_top1 = Share(int(teacher_right.sum()), len(labels_N))
     top1 = Share(int(right.sum()), len(labels_N))
+    gap = paired_gap(right, teacher_right)
     return {
         "top1": top1.to_json(),
         "top5": top_k(logits_NK, labels_N, 5).to_json() if classes > TOP_5_ABOVE else None,
-        "gap_to_teacher": paired_gap(right, teacher_right).to_json(),
+        "gap_to_teacher": gap.to_json(),
         "ratio_to_teacher": top1.value / teacher_top1.value if teacher_top1.count else None,
+        "tiers": tiers(gap, teacher_top1.value) if teacher_top1.count else None,
     }
+
+
+def tiers(gap: PairedGap, teacher_top1: float) -> list[dict[str, Any]]:
+    """MLPerf's accuracy targets as shares of the float teacher's. certain: the whole interval of the paired gap lies
+    on the same side of the target as the figure itself."""
+    found = []
+    for ratio in TIERS:
+        reached = [1 + value / teacher_top1 >= ratio for value in (gap.value, *gap.interval)]
+        found.append({"ratio": ratio, "met": reached[0], "certain": len(set(reached)) == 1})
+    return found
 
 
 def classification_output(outputs: Mapping[str, Array]) -> str | None:

@@ -3,72 +3,107 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from faqd import __version__
+from faqd.benchmarks import energy
 from faqd.benchmarks.accuracy import classification_output, judge
+from faqd.benchmarks.clocks import Clocks
 from faqd.benchmarks.environment import environment
+from faqd.benchmarks.exports import profile_json
+from faqd.benchmarks.gates import Gates, judged
 from faqd.benchmarks.latency import (
-    DURATION_S,
-    ROUNDS,
-    WARM_UP_S,
-    Query,
+    AVERAGE_RUNS,
+    CLOSED_LOOP,
+    ONE_AHEAD,
+    PERCENTILES,
+    Clock,
+    Length,
     Times,
     interleaved,
     speed_up,
+    stability_warnings,
     summary,
 )
-from faqd.bundle import EVAL, FLOAT_STUDENT, MANIFEST, TEACHER, VERIFY, Bundle, Evaluation
+from faqd.benchmarks.metric import Metric, images_judged
+from faqd.benchmarks.networks import Array, Backend, Network, bundle_record, check_comparable, entries, feeds_of
+from faqd.benchmarks.remarks import remarks
+from faqd.benchmarks.stored import FORMAT, VERSION
+from faqd.benchmarks.sustained import sustained
+from faqd.benchmarks.sweep import sweep
+from faqd.bundle import EVAL, Bundle, Evaluation
 from faqd.errors import UserError
-from faqd.files import read_json, sha256
 
-FORMAT = "faqd-bench"
-VERSION = 1
 EVAL_BATCH = 64
-
-Array = NDArray[Any]
-Role = Literal["teacher", "student", "float"]
-"""float: the student's graph unquantized, the baseline for speed; its weights are not meant to classify."""
-
-
-class Network(Protocol):
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]: ...
-
-    def query(self, feeds: Mapping[str, Array]) -> Query: ...
-
-
-class Backend(Protocol):
-    """What runs the networks: onnxruntime on the CPU, or engines on a GPU."""
-
-    name: str
-    student: str
-    """The ONNX file that the student is run from, or its engine was built from."""
-    facts: dict[str, Any]
-    """For the record: `device`, `why`, versions."""
-
-    def missing(self, bundle: Bundle, role: Role) -> str | None:
-        """Why this network cannot be run here and what makes it so, or None."""
-
-    def open(self, bundle: Bundle, role: Role) -> AbstractContextManager[Network]: ...
+PROFILE_RUNS = 50
+SWEEP_ROUNDS = 3
 
 
 @dataclass(frozen=True)
 class Options:
-    """The switches of a run. duration_s: per network and batch. Both gates: a share, such as 0.99."""
+    """The switches of a run. batch: sizes; the first one is what tables, energy, profile and gates speak of.
+
+    sustained_minutes, energy_duration_s: 0 leaves it out. power_rail: of a Jetson, instead of the module's.
+    """
 
     batch: tuple[int, ...] = (1, 32)
-    duration_s: float = DURATION_S
-    rounds: int = ROUNDS
-    warm_up_s: float = WARM_UP_S
+    length: Length = field(default_factory=Length)
+    percentiles: tuple[float, ...] = PERCENTILES
+    average_runs: int = AVERAGE_RUNS
     skip_latency: bool = False
-    min_accuracy_ratio: float | None = None
-    min_agreement: float | None = None
+    sweep: bool = False
+    profile: bool = False
+    sustained_minutes: float = 0.0
+    energy_duration_s: float = energy.ENERGY_S
+    power_rail: str | None = None
+    gates: Gates = field(default_factory=Gates)
+
+
+@dataclass
+class Run:
+    """result: the record. times: every query of the first student at the first batch size, as trtexec submits."""
+
+    result: dict[str, Any]
+    times: Times | None = None
+    profile: list[dict[str, Any]] | None = None
+
+
+@dataclass
+class _Bench:
+    """What the steps of a run share. opened: the networks that can be run here, by id."""
+
+    bundles: Sequence[Bundle]
+    backend: Backend
+    options: Options
+    data: Evaluation
+    networks: list[dict[str, Any]]
+    progress: Callable[[str], None]
+    clock: Clock
+    opened: dict[str, Network] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def batch(self) -> int:
+        return self.options.batch[0]
+
+    @property
+    def ahead(self) -> bool:
+        """Whether queries can be in flight at all: onnxruntime's call returns with the result."""
+        return self.backend.gpu is not None
+
+    def students(self) -> list[dict[str, Any]]:
+        return [entry for entry in self.networks if entry["role"] == "student"]
+
+    def measured(self) -> list[dict[str, Any]]:
+        return [entry for entry in self.networks if entry["id"] in self.opened]
+
+    def feeds(self, batch: int) -> dict[str, Array]:
+        return feeds_of(self.bundles[0], self.data, batch)
 
 
 def bench(
@@ -76,225 +111,232 @@ def bench(
     backend: Backend,
     options: Options,
     *,
+    metric: Metric | None = None,
     command: Sequence[str] = (),
     progress: Callable[[str], None] = lambda _: None,
-    clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, Any]:
+    clock: Clock = time.perf_counter,
+) -> Run:
     """Measure every student, its own float graph and the one teacher; the record says what was found.
 
     UserError where the bundles are not comparable or a gate asks for what they cannot tell.
     """
-    _check_comparable(bundles)
+    check_comparable(bundles)
     data = bundles[0].evaluation()
-    _check_gates(data, options)
-    networks = _networks(bundles, backend.student)
-    notes: list[str] = []
+    meter, no_meter = _meter(backend, options)
+    _check_gates(data, options, no_meter)
+    run = _Bench(bundles, backend, options, data, entries(bundles, backend.student), progress, clock)
+    clocks = Clocks(backend.gpu)
+    times = profile = None
     with ExitStack() as stack:
-        opened: dict[str, Network] = {}
-        for entry in networks:
-            bundle = bundles[entry["bundle"]]
-            reason = backend.missing(bundle, entry["role"])
-            if reason and entry["role"] == "student":
-                raise UserError(reason)
-            if reason:
-                notes.append(reason)
-            elif entry["role"] == "student" or not options.skip_latency:
-                opened[entry["id"]] = stack.enter_context(backend.open(bundle, entry["role"]))
-        for entry in networks:
-            if entry["role"] == "student":
-                progress(f"accuracy of {entry['name']} on {len(data.images)} images")
-                entry["accuracy"] = _accuracy(bundles[entry["bundle"]], opened[entry["id"]], data)
-            elif entry["role"] == "teacher":
-                entry["accuracy"] = _teacher_accuracy(data, entry["name"])
+        _open(run, stack)
+        _accuracy(run, metric)
+        before = clocks.read()
         if not options.skip_latency:
-            for batch in options.batch:
-                seconds = len(opened) * (options.duration_s + options.warm_up_s)
-                progress(f"latency of {len(opened)} networks at batch {batch}, about {seconds:.0f} s")
-                queries = {name: network.query(_feeds(bundles[0], data, batch)) for name, network in opened.items()}
-                times = interleaved(
-                    queries,
-                    rounds=options.rounds,
-                    duration_s=options.duration_s,
-                    warm_up_s=options.warm_up_s,
-                    clock=clock,
-                )
-                _record_latency(networks, times, batch)
-    return {
+            times = _latency(run)
+        after = clocks.read()
+        if not options.skip_latency:
+            if options.sweep:
+                _sweep(run)
+            if meter is not None:
+                _energy(run, meter)
+            if options.profile:
+                profile = _profile(run)
+            if options.sustained_minutes:
+                _sustained(run, clocks)
+    result = {
         "format": FORMAT,
         "version": VERSION,
         "faqd": __version__,
         "command": list(command),
-        "switches": {**asdict(options), "batch": list(options.batch), "backend": backend.name},
+        "switches": _switches(options, backend, metric),
         "backend": {"name": backend.name, **backend.facts},
         "environment": environment(),
+        "clocks": {**clocks.to_json(), "before_latency": before, "after_latency": after},
         "evaluation": {
             "images": len(data.images),
             "labels": data.labels is not None,
             "classification": classification_output(data.teacher) is not None,
             "sha256": bundles[0].manifest["files"][EVAL]["sha256"],
         },
-        "bundles": [_bundle_record(bundle, backend.student) for bundle in bundles],
-        "networks": networks,
-        "gates": _gates(networks, options),
-        "notes": [*notes, *_remarks(bundles, networks)],
+        "metric": metric.to_json(images_judged(data)) if metric else None,
+        "energy": energy.meter_json(meter) if meter else energy.not_measured(no_meter),
+        "bundles": [bundle_record(bundle, backend.student) for bundle in bundles],
+        "networks": run.networks,
+        "gates": [],
+        "notes": run.notes,
+    }
+    result["gates"] = judged(result, options.gates)
+    result["notes"] = [*run.notes, *remarks(result)]
+    return Run(result, times, profile)
+
+
+def _switches(options: Options, backend: Backend, metric: Metric | None) -> dict[str, Any]:
+    record = asdict(options)
+    return {
+        "backend": backend.name,
+        **backend.switches,
+        "submissions": [] if options.skip_latency else [CLOSED_LOOP, *([ONE_AHEAD] if backend.gpu else [])],
+        **record.pop("length"),
+        **record.pop("gates"),
+        **record,
+        "batch": list(options.batch),
+        "percentiles": list(options.percentiles),
+        "metric": metric.spec if metric else None,
     }
 
 
-def failed_gates(result: Mapping[str, Any]) -> list[str]:
-    """One sentence per gate that was not met."""
-    return [
-        f"{gate['network']}: {gate['measure'].replace('_', ' ')} {gate['found']:.4f} is below the "
-        f"{gate['wanted']:g} that {gate['option']} asks for."
-        for gate in result["gates"]
-        if not gate["passed"]
-    ]
+def _meter(backend: Backend, options: Options) -> tuple[energy.Meter | None, str]:
+    if options.skip_latency:
+        return None, "--skip-latency leaves it out"
+    if not options.energy_duration_s:
+        return None, "--energy-duration 0 leaves it out"
+    return energy.find_meter(backend.gpu, options.power_rail)
 
 
-def _check_comparable(bundles: Sequence[Bundle]) -> None:
-    first = bundles[0]
-    for other in bundles[1:]:
-        pair = f"{first.folder} and {other.folder}"
-        if other.manifest["files"][EVAL]["sha256"] != first.manifest["files"][EVAL]["sha256"]:
-            raise UserError(
-                f"{pair}: their {EVAL} differ (other images, labels or teacher), so their figures cannot stand "
-                "in one table; bench them apart, or export both from the same data and teacher."
-            )
-        if other.preprocess != first.preprocess or other.takes_pixels != first.takes_pixels:
-            raise UserError(f"{pair}: they preprocess images differently; bench them apart.")
-
-
-def _check_gates(data: Evaluation, options: Options) -> None:
-    if options.min_accuracy_ratio is not None and data.labels is None:
+def _check_gates(data: Evaluation, options: Options, no_meter: str) -> None:
+    """Before anything is measured, what is known to be impossible."""
+    gates = options.gates
+    if gates.min_accuracy_ratio is not None and data.labels is None:
         raise UserError("--min-accuracy-ratio needs labels and these bundles have none: use --min-agreement.")
-    wanted = options.min_accuracy_ratio is not None or options.min_agreement is not None
+    wanted = gates.min_accuracy_ratio is not None or gates.min_agreement is not None
     if wanted and classification_output(data.teacher) is None:
         raise UserError("--min-accuracy-ratio and --min-agreement need an output of shape (images, classes).")
+    if gates.max_p99_ms is not None and options.skip_latency:
+        raise UserError("--max-p99-ms needs latencies, and --skip-latency leaves them out: drop one of the two.")
+    if gates.max_energy_mj is not None and no_meter:
+        raise UserError(f"--max-energy-mj: no energy data on this machine: {no_meter}.")
 
 
-def _networks(bundles: Sequence[Bundle], student_file: str) -> list[dict[str, Any]]:
-    """The teacher once, then every student followed by its own float graph; equal files are one network."""
-    teacher = bundles[0]
-    networks = [_entry("teacher", 0, str(teacher.manifest["teacher"]["name"]), teacher, TEACHER)]
-    float_ids = {teacher.manifest["files"][TEACHER]["sha256"]: "teacher"} if teacher.has(TEACHER) else {}
-    for index, bundle in enumerate(bundles):
-        student = _entry("student", index, bundle.name, bundle, student_file)
-        student |= {"kind": bundle.kind} | {key: bundle.manifest[key] for key in ("weight_bits", "act_bits", "size")}
-        networks.append(student)
-        if not bundle.has(FLOAT_STUDENT):
-            continue
-        content = bundle.manifest["files"][FLOAT_STUDENT]["sha256"]
-        if content not in float_ids:
-            float_ids[content] = f"float-{index}"
-            networks.append(_entry("float", index, f"{bundle.name}, its float graph", bundle, FLOAT_STUDENT))
-        student["own_float"] = float_ids[content]
-    return networks
+def _open(run: _Bench, stack: ExitStack) -> None:
+    for entry in run.networks:
+        bundle = run.bundles[entry["bundle"]]
+        reason = run.backend.missing(bundle, entry["role"])
+        if reason and entry["role"] == "student":
+            raise UserError(reason)
+        if reason:
+            run.notes.append(reason)
+        elif entry["role"] == "student" or not run.options.skip_latency:
+            network = stack.enter_context(run.backend.open(bundle, entry["role"]))
+            start = run.clock()
+            network.run(run.feeds(1 if entry["role"] == "student" else run.batch))
+            entry["loaded"] = {**network.facts, "first_inference_ms": (run.clock() - start) * 1e3}
+            run.opened[entry["id"]] = network
 
 
-def _entry(role: Role, index: int, name: str, bundle: Bundle, file: str) -> dict[str, Any]:
-    return {
-        "id": "teacher" if role == "teacher" else f"{role}-{index}",
-        "role": role,
-        "bundle": index,
-        "name": name,
-        "kind": "float",
-        "weight_bits": 32,
-        "act_bits": 32,
-        "file_bytes": bundle.manifest["files"].get(file, {}).get("bytes"),
-        "size": bundle.manifest["teacher"].get("size") if role == "teacher" else None,
-        "own_float": None,
-        "accuracy": None,
-        "latency": [],
-        "speed_up": [],
-    }
+def _accuracy(run: _Bench, metric: Metric | None) -> None:
+    data = run.data
+    for entry in run.students():
+        run.progress(f"accuracy of {entry['name']} on {len(data.images)} images")
+        bundle = run.bundles[entry["bundle"]]
+        outputs = _outputs(bundle, run.opened[entry["id"]], data)
+        entry["accuracy"] = judge(outputs, data.teacher, data.labels, bundle.name)
+        if metric:
+            entry["metric"] = metric.of(outputs, data, bundle, entry["name"])
+    teacher = run.networks[0]
+    record = judge(data.teacher, data.teacher, data.labels, teacher["name"])
+    teacher["accuracy"] = {key: record[key] if key in ("top1", "top5") else None for key in record}
+    if metric:
+        teacher["metric"] = metric.of(data.teacher, data, run.bundles[0], teacher["name"])
 
 
-def _feeds(bundle: Bundle, data: Evaluation, batch: int) -> dict[str, Array]:
-    """Real images, repeated where there are fewer than the batch."""
-    images = data.images[np.arange(batch) % len(data.images)]
-    return {bundle.manifest["input"]["name"]: bundle.network_input(images)}
-
-
-def _accuracy(bundle: Bundle, network: Network, data: Evaluation) -> dict[str, Any]:
+def _outputs(bundle: Bundle, network: Network, data: Evaluation) -> dict[str, Array]:
     parts: dict[str, list[Array]] = {}
     for start in range(0, len(data.images), EVAL_BATCH):
         images = data.images[start : start + EVAL_BATCH]
         outputs = network.run({bundle.manifest["input"]["name"]: bundle.network_input(images)})
         for name, values in outputs.items():
             parts.setdefault(name, []).append(values)
-    outputs = {name: np.concatenate(values) for name, values in parts.items()}
-    return judge(outputs, data.teacher, data.labels, bundle.name)
+    return {name: np.concatenate(values) for name, values in parts.items()}
 
 
-def _teacher_accuracy(data: Evaluation, name: str) -> dict[str, Any]:
-    record = judge(data.teacher, data.teacher, data.labels, name)
-    return {key: record[key] if key in ("top1", "top5") else None for key in record}
+def _latency(run: _Bench) -> Times | None:
+    """Fills latency and speed-ups in; the times of the first student at the first batch size."""
+    first: Times | None = None
+    options, student = run.options, run.students()[0]["id"]
+    for batch in options.batch:
+        submissions = 2 if run.ahead else 1
+        seconds = submissions * len(run.opened) * (options.length.duration_s + options.length.warm_up_ms / 1e3)
+        run.progress(f"latency of {len(run.opened)} networks at batch {batch}, about {seconds:.0f} s")
+        closed, graphs = _timed(run, batch, slots=1)
+        ahead = _timed(run, batch, slots=2)[0] if run.ahead else {}
+        for entry in run.measured():
+            own = closed[entry["id"]]
+            record = _summary(run, own, batch)
+            record |= {
+                "submission": CLOSED_LOOP,
+                "cuda_graph": graphs[entry["id"]],
+                "warnings": stability_warnings(record),
+                ONE_AHEAD: _summary(run, ahead[entry["id"]], batch) if run.ahead else None,
+            }
+            entry["latency"].append(record)
+            for over, baseline in (("own_float", entry["own_float"]), ("teacher", "teacher")):
+                if baseline in closed and entry["role"] == "student":
+                    ratio = speed_up(own, closed[baseline]).to_json()
+                    entry["speed_up"].append({"batch": batch, "over": over, "baseline": baseline, **ratio})
+        first = first or (ahead or closed)[student]
+    return first
 
 
-def _record_latency(networks: list[dict[str, Any]], times: dict[str, Times], batch: int) -> None:
-    for entry in networks:
-        own = times.get(entry["id"])
-        if own is None:
-            continue
-        entry["latency"].append(summary(own, batch))
-        for over, baseline in (("own_float", entry["own_float"]), ("teacher", "teacher")):
-            if baseline in times and entry["role"] == "student":
-                ratio = speed_up(own, times[baseline]).to_json()
-                entry["speed_up"].append({"batch": batch, "over": over, "baseline": baseline, **ratio})
+def _timed(run: _Bench, batch: int, slots: int) -> tuple[dict[str, Times], dict[str, bool | None]]:
+    """The times of every network, and whether its kernels were launched as a CUDA graph."""
+    feeds = run.feeds(batch)
+    with ExitStack() as stack:
+        opened = {name: stack.enter_context(network.submission(feeds, slots)) for name, network in run.opened.items()}
+        graphs = {name: getattr(submission, "cuda_graph", None) for name, submission in opened.items()}
+        return interleaved(opened, run.options.length, run.clock), graphs
 
 
-def _bundle_record(bundle: Bundle, student_file: str) -> dict[str, Any]:
-    keys = ("name", "kind", "architecture", "weight_bits", "act_bits", "target", "teacher")
-    return {
-        "folder": str(bundle.folder),
-        **{key: bundle.manifest[key] for key in keys},
-        "manifest_sha256": sha256(bundle.folder / MANIFEST),
-        "verify": _verify_status(bundle, student_file),
-    }
+def _summary(run: _Bench, times: Times, batch: int) -> dict[str, Any]:
+    return summary(times, batch, run.options.percentiles, run.options.average_runs, parts=run.ahead)
 
 
-def _verify_status(bundle: Bundle, student_file: str) -> str:
-    """passed, failed, stale (it does not speak of this student file) or missing."""
-    path = bundle.folder / VERIFY
-    if not path.is_file():
-        return "missing"
-    found = read_json(path)
-    if not isinstance(found, dict) or found.get("passed") is not True:
-        return "failed"
-    hashes = found.get("onnx_sha256")
-    here = bundle.manifest["files"].get(student_file, {}).get("sha256")
-    return "passed" if isinstance(hashes, dict) and here and hashes.get(student_file) == here else "stale"
+def _sweep(run: _Bench) -> None:
+    length = run.options.length
+    short = Length(length.duration_s, length.warm_up_ms, length.iterations, min(SWEEP_ROUNDS, length.rounds))
+    image_bytes = sum(values.nbytes for values in run.feeds(1).values())
+    slots = 2 if run.ahead else 1
+    found = sweep(run.opened, run.feeds, image_bytes, slots, short, run.clock, run.progress)
+    for entry in run.measured():
+        entry["sweep"] = {"submission": ONE_AHEAD if run.ahead else CLOSED_LOOP, **found[entry["id"]]}
 
 
-def _gates(networks: list[dict[str, Any]], options: Options) -> list[dict[str, Any]]:
-    gates = []
-    for entry in (entry for entry in networks if entry["role"] == "student"):
-        found = {"accuracy_ratio": entry["accuracy"]["ratio_to_teacher"]}
-        found["agreement"] = (entry["accuracy"]["agreement"] or {}).get("value")
-        for measure, wanted in (
-            ("accuracy_ratio", options.min_accuracy_ratio),
-            ("agreement", options.min_agreement),
-        ):
-            if wanted is not None:
-                value = found[measure] or 0.0
-                option = f"--min-{measure.replace('_', '-')}"
-                record = {"option": option, "measure": measure, "network": entry["name"]}
-                gates.append({**record, "wanted": wanted, "found": value, "passed": value >= wanted})
-    return gates
+def _energy(run: _Bench, meter: energy.Meter) -> None:
+    for entry in run.measured():
+        run.progress(f"energy of {entry['name']}, {run.options.energy_duration_s:g} s")
+        with run.opened[entry["id"]].submission(run.feeds(run.batch)) as submission:
+            entry["energy"] = energy.measure(
+                submission, run.batch, meter, run.options.energy_duration_s, clock=run.clock
+            )
 
 
-def _remarks(bundles: Sequence[Bundle], networks: list[dict[str, Any]]) -> list[str]:
-    remarks = []
-    if all(bundle.kind != "ptq" for bundle in bundles):
-        remarks.append(
-            "No PTQ row: `faqd-deploy ptq ... --out ptq` makes a bundle of the same network without training; "
-            "name it beside this one."
-        )
-    noisy = sorted({entry["name"] for entry in networks for ratio in entry["speed_up"] if ratio["noisy"]})
-    if noisy:
-        remarks.append(
-            f"Noisy: for {', '.join(noisy)} the ratio of the fastest rounds and the paired median differ by more "
-            "than 10 % (marked ~); repeat on a quiet machine."
-        )
-    if any(record["percentiles_ms"]["99"] is None for entry in networks for record in entry["latency"]):
-        remarks.append("A p99 is left out where fewer than 100 queries ran: ask for a longer --duration.")
-    return remarks
+def _profile(run: _Bench) -> list[dict[str, Any]]:
+    for entry in run.measured():
+        run.progress(f"time per layer of {entry['name']}")
+        layers = run.opened[entry["id"]].layer_times(run.feeds(run.batch), PROFILE_RUNS)
+        table = profile_json({name: times for name, _, times in layers})
+        kinds = {name: kind for name, kind, _ in layers}
+        entry["layers"] = {
+            "batch": run.batch,
+            "count": table[0]["count"],
+            "total_ms": sum(layer["averageMs"] for layer in table[1:]),
+            "layers": [
+                {
+                    "name": layer["name"],
+                    "kind": kinds[layer["name"]],
+                    "mean_ms": layer["averageMs"],
+                    "median_ms": layer["medianMs"],
+                    "share": layer["percentage"] / 100,
+                }
+                for layer in table[1:]
+            ],
+        }
+        if entry is run.students()[0]:
+            exported = table
+    return exported
+
+
+def _sustained(run: _Bench, clocks: Clocks) -> None:
+    entry = run.students()[0]
+    run.progress(f"{entry['name']} under load for {run.options.sustained_minutes:g} minutes")
+    with run.opened[entry["id"]].submission(run.feeds(run.batch)) as submission:
+        entry["sustained"] = sustained(submission, run.batch, run.options.sustained_minutes, clocks, run.clock)

@@ -1,47 +1,34 @@
-"""The report's two pictures as inline SVG, coloured by the page's style sheet so that they follow light and dark.
-
-Every picture is drawn for one width in CSS pixels: the page shows a wide and a narrow one, because scaling a wide
-one down to a phone makes its text unreadable. All text goes through Markup.format, which escapes it.
-"""
+"""The report's pictures of accuracy and latency as inline SVG, coloured by the page's style sheet so that they follow
+light and dark."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from faqd.benchmarks.axes import (
+    LOG_ABOVE,
+    Axis,
+    axis_name,
+    colour_class,
+    grid,
+    nice_ticks,
+    px,
+    short,
+    svg,
+    vertical_grid,
+)
 from faqd.benchmarks.figures import Record, compared, first_batch, latency_at, milliseconds, percent
 from faqd.benchmarks.labels import Box, place, text_width
 
-LOG_ABOVE = 8.0
-"""Ratio of medians from which a latency axis is logarithmic; below, it is linear and starts at zero."""
 FAR_BELOW = 0.15
 """A share this far below the median one is drawn on the lower edge, so that it does not flatten the others."""
 BELOW = "↓"
 """Stands before the value of such a network."""
 _LABEL_PX, _SMALL_PX = 13, 12
-
-
-@dataclass(frozen=True)
-class _Axis:
-    """Value to pixel along one axis, with the ticks it shows."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-    ticks: tuple[float, ...]
-    log: bool = False
-
-    def __call__(self, value: float) -> float:
-        warp: Callable[[float], float] = math.log if self.log else float
-        share = (warp(value) - warp(self.low)) / (warp(self.high) - warp(self.low))
-        return self.start + share * (self.end - self.start)
-
-    def clipped(self, value: float) -> float:
-        return self(min(max(value, self.low), self.high))
 
 
 @dataclass(frozen=True)
@@ -82,15 +69,15 @@ def accuracy_against_latency(result: Record, width: int) -> Markup | None:
     boxes = place(anchors, sizes, solid, soft, Box(left + 4, top, right, bottom - 4))
     measure = "top-1 accuracy" if result["evaluation"]["labels"] else "agreement with the teacher"
     parts = [
-        _grid(x, y, left, right, top, bottom),
+        grid(x, y, left, right, top, bottom),
         Markup(
             '<text class="axis-name" x="{}" y="{}" text-anchor="end">median latency in ms, batch {}{}</text>'
-        ).format(_px(right), height - 8, first_batch(result), ", log scale" if x.log else ""),
+        ).format(px(right), height - 8, first_batch(result), ", log scale" if x.log else ""),
         *(_leader(anchor, box) for anchor, box in zip(anchors, boxes, strict=True)),
         *marks,
         *(_label(*each) for each in zip(labels, boxes, anchors, strict=True)),
     ]
-    return _svg(parts, width, height, f"{measure} in percent against median latency in milliseconds")
+    return svg(parts, width, height, f"{measure} in percent against median latency in milliseconds")
 
 
 def latency_distribution(result: Record, batch: int, width: int) -> Markup | None:
@@ -103,18 +90,11 @@ def latency_distribution(result: Record, batch: int, width: int) -> Markup | Non
     left, right, height = 6.0, width - 10.0, step * len(measured) + 44
     x = _latency_axis([record for _, record in measured], left, right)
     bottom = float(step * len(measured) + 6)
-    parts = [_vertical_grid(x, 4.0, bottom)]
+    parts = [vertical_grid(x, 4.0, bottom)]
     for index, (network, record) in enumerate(measured):
         parts.append(_strip(network, record, x, step * index + 18.0, right, width > 600))
-    parts.append(_axis_name(x, "latency in ms", height - 6))
-    return _svg(parts, width, height, f"Distribution of latencies in milliseconds at batch {batch}")
-
-
-def colour_class(network: Record) -> str:
-    """The style sheet's class for a network; an unknown kind is drawn as a student."""
-    if network["role"] != "student":
-        return str(network["role"])
-    return "ptq" if network["kind"] == "ptq" else "distilled"
+    parts.append(axis_name(x, "latency in ms", height - 6))
+    return svg(parts, width, height, f"Distribution of latencies in milliseconds at batch {batch}")
 
 
 def _points(result: Record) -> list[_Point]:
@@ -138,85 +118,49 @@ def _shown(points: Sequence[_Point]) -> list[_Point]:
     return [point for point in points if point.share["value"] >= floor]
 
 
-def _share_axis(points: Sequence[_Point], bottom: float, top: float) -> _Axis:
+def _share_axis(points: Sequence[_Point], bottom: float, top: float) -> Axis:
     low, high = min(p.share["low"] for p in points), max(p.share["high"] for p in points)
     space = max(high - low, 0.004)
     low, high = max(0.0, low - 0.15 * space), min(1.0, high + 0.1 * space)
-    ticks = [tick for tick in _nice_ticks(low, high, 6) if low - 1e-9 <= tick <= high + 1e-9]
-    return _Axis(low, high, bottom, top, tuple(ticks))
+    ticks = [tick for tick in nice_ticks(low, high, 6) if low - 1e-9 <= tick <= high + 1e-9]
+    return Axis(low, high, bottom, top, tuple(ticks))
 
 
-def _latency_axis(records: Iterable[Record], left: float, right: float) -> _Axis:
+def _latency_axis(records: Iterable[Record], left: float, right: float) -> Axis:
     records = list(records)
     medians = [record["median_ms"] for record in records]
     reach = max(max(record["distribution_ms"][95], record["median_ms"] * 1.25) for record in records)
     if max(medians) / min(medians) < LOG_ABOVE:
-        ticks = _nice_ticks(0.0, reach, 6)
-        return _Axis(0.0, max(ticks[-1], reach), left, right, tuple(ticks))
+        ticks = nice_ticks(0.0, reach, 6)
+        return Axis(0.0, max(ticks[-1], reach), left, right, tuple(ticks))
     low = min(record["min_ms"] for record in records) / 1.3
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(reach)) + 1)
     candidates = [digit * 10.0**decade for decade in decades for digit in (1, 2, 5)]
-    return _Axis(low, reach, left, right, tuple(t for t in candidates if low <= t <= reach), log=True)
+    return Axis(low, reach, left, right, tuple(t for t in candidates if low <= t <= reach), log=True)
 
 
-def _nice_ticks(low: float, high: float, about: int) -> list[float]:
-    """Multiples of 1, 2, 2.5 or 5 times a power of ten that cover low..high."""
-    raw = (high - low) / about
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * 0.999)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [index * step for index in range(first, last + 1)]
-
-
-def _grid(x: _Axis, y: _Axis, left: float, right: float, top: float, bottom: float) -> Markup:
-    lines = [_vertical_grid(x, top, bottom)]
-    line = Markup('<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/>')
-    text = Markup('<text class="tick" x="{}" y="{}" text-anchor="end">{}</text>')
-    for tick in y.ticks:
-        lines.append(line.format(_px(left), _px(right), _px(y(tick)), _px(y(tick))))
-        lines.append(text.format(_px(left - 6), _px(y(tick) + 4), f"{100 * tick:.6g} %"))
-    return Markup("").join(lines)
-
-
-def _vertical_grid(x: _Axis, top: float, bottom: float) -> Markup:
-    line = Markup('<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/>')
-    text = Markup('<text class="tick" x="{}" y="{}" text-anchor="{}">{}</text>')
-    parts = []
-    for tick in x.ticks:
-        at = x(tick)
-        anchor = "start" if at < 14 else "end" if at > x.end - 8 else "middle"
-        parts.append(line.format(_px(at), _px(at), _px(top), _px(bottom)))
-        parts.append(text.format(_px(at), _px(bottom + 16), anchor, f"{tick:g}"))
-    return Markup("").join(parts)
-
-
-def _axis_name(x: _Axis, name: str, at: float) -> Markup:
-    text = Markup('<text class="axis-name" x="{}" y="{}" text-anchor="end">{}</text>')
-    return text.format(_px(x.end), _px(at), f"{name}, log scale" if x.log else name)
-
-
-def _mark(point: _Point, at: float, value: float, x: _Axis, y: _Axis, shown: bool) -> Markup:
+def _mark(point: _Point, at: float, value: float, x: Axis, y: Axis, shown: bool) -> Markup:
     kind = colour_class(point.network)
     title = Markup("<title>{}</title>").format(" ".join((point.network["name"], *_label_lines(point)[1:])))
     if not shown:
-        arrow = Markup('<path class="mark" d="M{} {}l7 -11h-14z"/>').format(_px(at), _px(value))
+        arrow = Markup('<path class="mark" d="M{} {}l7 -11h-14z"/>').format(px(at), px(value))
         return Markup('<g class="{}">{}{}</g>').format(kind, title, arrow)
     spread = point.latency["distribution_ms"]
     bar = Markup('<line class="bar" x1="{}" x2="{}" y1="{}" y2="{}"/>')
-    bars = bar.format(_px(at), _px(at), _px(y.clipped(point.share["low"])), _px(y.clipped(point.share["high"])))
-    bars += bar.format(_px(x.clipped(spread[5])), _px(x.clipped(spread[95])), _px(value), _px(value))
+    bars = bar.format(px(at), px(at), px(y.clipped(point.share["low"])), px(y.clipped(point.share["high"])))
+    bars += bar.format(px(x.clipped(spread[5])), px(x.clipped(spread[95])), px(value), px(value))
     shapes = {
         "teacher": '<path class="mark" d="M{0} {1}m0 -8l8 8l-8 8l-8 -8z"/>',
         "ptq": '<path class="mark" d="M{0} {1}m-6 -6h12v12h-12z"/>',
     }
-    shape = Markup(shapes.get(kind, '<circle class="mark" cx="{0}" cy="{1}" r="6.5"/>')).format(_px(at), _px(value))
+    shape = Markup(shapes.get(kind, '<circle class="mark" cx="{0}" cy="{1}" r="6.5"/>')).format(px(at), px(value))
     return Markup('<g class="{}">{}{}{}</g>').format(kind, title, bars, shape)
 
 
 def _label_lines(point: _Point, limit: int = 40, below: bool = False) -> tuple[str, str]:
     arrow = f"{BELOW} " if below else ""
     share = f"{percent(point.share['value'], point.share['n'])} %"
-    return _short(point.network["name"], limit), f"{arrow}{share} · {milliseconds(point.latency['median_ms'])} ms"
+    return short(point.network["name"], limit), f"{arrow}{share} · {milliseconds(point.latency['median_ms'])} ms"
 
 
 def _label(lines: tuple[str, str], box: Box, anchor: tuple[float, float]) -> Markup:
@@ -225,7 +169,7 @@ def _label(lines: tuple[str, str], box: Box, anchor: tuple[float, float]) -> Mar
     return Markup(
         '<text class="label" x="{0}" y="{1}" text-anchor="{2}">{3}'
         '<tspan class="label-note" x="{0}" dy="1.25em">{4}</tspan></text>'
-    ).format(_px(at), _px(box.top + _LABEL_PX), side, *lines)
+    ).format(px(at), px(box.top + _LABEL_PX), side, *lines)
 
 
 def _leader(anchor: tuple[float, float], box: Box) -> Markup:
@@ -234,13 +178,13 @@ def _leader(anchor: tuple[float, float], box: Box) -> Markup:
     if math.hypot(x - anchor[0], y - anchor[1]) < 18:
         return Markup("")
     line = Markup('<line class="leader" x1="{}" y1="{}" x2="{}" y2="{}"/>')
-    return line.format(_px(anchor[0]), _px(anchor[1]), _px(x), _px(y))
+    return line.format(px(anchor[0]), px(anchor[1]), px(x), px(y))
 
 
-def _strip(network: Record, record: Record, x: _Axis, top: float, right: float, wide: bool) -> Markup:
+def _strip(network: Record, record: Record, x: Axis, top: float, right: float, wide: bool) -> Markup:
     spread = record["distribution_ms"]
     middle = top + 20
-    ticks = " ".join(f"M{_px(x(value))} {_px(middle - 7)}v14" for value in spread if x.low <= value <= x.high)
+    ticks = " ".join(f"M{px(x(value))} {px(middle - 7)}v14" for value in spread if x.low <= value <= x.high)
     p99 = record["percentiles_ms"]["99"]
     note = f"p50 {milliseconds(record['median_ms'])} ms"
     if wide:
@@ -255,32 +199,18 @@ def _strip(network: Record, record: Record, x: _Axis, top: float, right: float, 
         '<line class="median" x1="{12}" x2="{12}" y1="{13}" y2="{14}"/></g>'
     ).format(
         colour_class(network),
-        _px(top + 4),
-        _short("its float graph" if network["role"] == "float" else network["name"], max(10, room)),
-        _px(right),
+        px(top + 4),
+        short("its float graph" if network["role"] == "float" else network["name"], max(10, room)),
+        px(right),
         note,
-        _px(x.clipped(spread[0])),
-        _px(x.clipped(spread[99])),
-        _px(middle),
+        px(x.clipped(spread[0])),
+        px(x.clipped(spread[99])),
+        px(middle),
         ticks,
-        _px(x.clipped(spread[25])),
-        _px(middle - 7),
-        _px(max(2.0, x.clipped(spread[75]) - x.clipped(spread[25]))),
-        _px(x.clipped(record["median_ms"])),
-        _px(middle - 10),
-        _px(middle + 10),
+        px(x.clipped(spread[25])),
+        px(middle - 7),
+        px(max(2.0, x.clipped(spread[75]) - x.clipped(spread[25]))),
+        px(x.clipped(record["median_ms"])),
+        px(middle - 10),
+        px(middle + 10),
     )
-
-
-def _short(name: str, limit: int) -> str:
-    return name if len(name) <= limit else f"{name[: limit - 1]}…"
-
-
-def _svg(parts: Iterable[Markup], width: int, height: float, title: str) -> Markup:
-    return Markup('<svg viewBox="0 0 {0} {1}" width="{0}" height="{1}" role="img" aria-label="{2}">{3}</svg>').format(
-        width, _px(height), title, Markup("").join(parts)
-    )
-
-
-def _px(value: float) -> str:
-    return f"{value:.1f}".removesuffix(".0")

@@ -9,129 +9,151 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from faqd.benchmarks.options import bench_flags
 from faqd.bundle import Bundle, load_bundle
 from faqd.command import SETTINGS, emit_json, json_option, run, version_option
 from faqd.errors import UserError
-from faqd.files import written_beside
+from faqd.files import write_json, written_beside
 
 if TYPE_CHECKING:
-    from faqd.benchmarks.bench import Backend
+    from rich.console import Console
+
+    from faqd.benchmarks.bench import Options
+    from faqd.benchmarks.gates import Gates
+    from faqd.benchmarks.networks import Backend
+    from faqd.benchmarks.switches import Asked
 
 STUDENT_ENGINE = "student.tensorrt.engine"
-
-
-class BatchSizes(click.ParamType):  # type: ignore[type-arg,unused-ignore] # Generic from click 8.4 on.
-    name = "sizes"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        parts = str(value).split(",")
-        if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-            self.fail(f"{value!r} is no list of batch sizes such as 1,32.", param, ctx)
-        return tuple(dict.fromkeys(int(part) for part in parts))
+_GATES = ("min_accuracy_ratio", "min_agreement", "max_p99_ms", "max_energy_mj")
 
 
 @click.command(context_settings=SETTINGS)
-@click.argument("bundles", metavar="BUNDLE...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option(
-    "--batch",
-    type=BatchSizes(),
-    default="1,32",
-    show_default=True,
-    help="Batch sizes to time; tables and charts show the first.",
-)
-@click.option(
-    "--threads",
-    type=click.IntRange(1),
-    default=1,
-    show_default=True,
-    help="Threads of one query on the CPU.",
-)
-@click.option(
-    "--duration",
-    type=click.FloatRange(0, min_open=True),
-    default=3.0,
-    show_default=True,
-    help="Seconds of timed queries per network and batch size.",
-)
-@click.option(
-    "--rounds",
-    type=click.IntRange(1),
-    default=10,
-    show_default=True,
-    help="Rounds in which all networks take turns; speed-ups are compared round by round.",
-)
-@click.option(
-    "--backend",
-    type=click.Choice(["auto", "onnxruntime", "engine"]),
-    default="auto",
-    show_default=True,
-    help="What runs the networks: auto takes the engines where there are a GPU and engines.",
-)
-@click.option("--skip-latency", is_flag=True, help="Measure accuracy and sizes alone.")
-@click.option("--report", type=click.Path(path_type=Path, dir_okay=False), help="Write one HTML page to FILE.")
-@click.option(
-    "--min-accuracy-ratio",
-    type=click.FloatRange(0, 2),
-    help="End with exit code 1 if a student's accuracy is below this share of the teacher's, such as 0.99.",
-)
-@click.option(
-    "--min-agreement",
-    type=click.FloatRange(0, 1),
-    help="End with exit code 1 if a student agrees with the teacher on a smaller share of the images.",
-)
+@click.argument("bundles", metavar="BUNDLE...", nargs=-1, type=click.Path(path_type=Path))
+@bench_flags
 @json_option
 @version_option
 def bench_command(
-    bundles: Sequence[Path],
-    threads: int,
-    backend: str,
-    duration: float,
-    report: Path | None,
-    json_target: str | None,
-    **options: Any,
+    bundles: Sequence[Path], stored: Path | None, compare: tuple[Path, Path] | None, **options: Any
 ) -> None:
-    """Measure what each BUNDLE is worth on this machine: accuracy, agreement with the teacher, size, latency.
+    """Measure what each BUNDLE is worth on this machine: accuracy, agreement with the teacher, size, latency, energy.
 
-    Several bundles are compared in one run if they were exported from the same data and teacher.
+    Several bundles are compared in one run if they were exported from the same data and teacher. With --from or
+    --compare nothing is measured: earlier records are read.
     """
-    from faqd.benchmarks.bench import Options, bench, failed_gates
-    from faqd.benchmarks.report import page_from_result
-    from faqd.benchmarks.table import console_for, print_result
+    from faqd.benchmarks.gates import Gates
+    from faqd.benchmarks.table import console_for
 
+    ways = {"BUNDLE": bool(bundles), "--from": stored is not None, "--compare": compare is not None}
+    given = [name for name, there in ways.items() if there]
+    if len(given) != 1:
+        raise UserError(f"give one of {', '.join(ways)}; found {' and '.join(given) or 'none'}.")
+    console = console_for(sys.stderr if options["json_target"] == "-" else sys.stdout)
+    gates = Gates(**{name: options.pop(name) for name in _GATES})
+    if compare is not None:
+        _compare(*compare, console, options["json_target"])
+    elif stored is not None:
+        _judge_stored(stored, gates, console, options)
+    else:
+        _measure(bundles, gates, console, options)
+
+
+def _measure(bundles: Sequence[Path], gates: Gates, console: Console, options: dict[str, Any]) -> None:
+    from faqd.benchmarks.bench import bench
+    from faqd.benchmarks.exports import times_json
+    from faqd.benchmarks.metric import load_metric
+    from faqd.benchmarks.switches import Asked
+
+    if options["skip_latency"] and (options["export_times"] or options["export_profile"]):
+        raise UserError("--export-times and --export-profile need timed queries, and --skip-latency leaves them out.")
+    metric = load_metric(options["metric"]) if options["metric"] else None
     loaded = [load_bundle(folder) for folder in bundles]
-    console = console_for(sys.stderr if json_target == "-" else sys.stdout)
-    chosen = _backend(backend, loaded, threads)
+    asked = Asked(*(options.pop(name) for name in ("preset", "cuda_graph", "spin_wait", "transfers")))
+    chosen = _backend(loaded, asked, options)
     console.print(f"Running on {chosen.name}: {chosen.facts['why']}.", style="dim", markup=False)
-    result = bench(
+    done = bench(
         loaded,
         chosen,
-        Options(duration_s=duration, **options),
+        _options(options, gates),
+        metric=metric,
         command=["faqd-bench", *sys.argv[1:]],
         progress=lambda line: console.print(f"... {line}", style="dim", markup=False),
     )
-    print_result(result, console)
-    emit_json(json_target, result)
+    if options["export_times"] and done.times is not None:
+        write_json(options["export_times"], times_json(done.times))
+    if options["export_profile"] and done.profile is not None:
+        write_json(options["export_profile"], done.profile)
+    _show(done.result, console, options)
+
+
+def _judge_stored(path: Path, gates: Gates, console: Console, options: dict[str, Any]) -> None:
+    from faqd.benchmarks.gates import judged
+    from faqd.benchmarks.stored import read_record
+
+    record = read_record(path)
+    record["gates"] = judged(record, gates)
+    _show(record, console, options)
+
+
+def _show(record: dict[str, Any], console: Console, options: dict[str, Any]) -> None:
+    from faqd.benchmarks.gates import check
+    from faqd.benchmarks.report import page_from_result
+    from faqd.benchmarks.table import print_result
+
+    print_result(record, console)
+    emit_json(options["json_target"], record)
+    report = options["report"]
     if report is not None:
         with written_beside(report) as temporary:
-            temporary.write_text(page_from_result(result), encoding="utf-8")
+            temporary.write_text(page_from_result(record), encoding="utf-8")
         console.print(f"report: {report}", markup=False)
-    if failures := failed_gates(result):
-        raise UserError(" ".join(failures), exit_code=1)
+    check(record["gates"])
 
 
-def _backend(choice: str, bundles: Sequence[Bundle], threads: int) -> Backend:
+def _compare(a: Path, b: Path, console: Console, json_target: str | None) -> None:
+    from faqd.benchmarks.compare import compare, worse
+    from faqd.benchmarks.stored import read_record
+    from faqd.benchmarks.table import print_comparison
+
+    found = compare(read_record(a), read_record(b))
+    print_comparison(found, console)
+    emit_json(json_target, found)
+    if sentences := worse(found):
+        raise UserError(" ".join(sentences), exit_code=1)
+
+
+def _options(options: dict[str, Any], gates: Gates) -> Options:
+    from faqd.benchmarks.bench import Options
+    from faqd.benchmarks.latency import Length
+
+    return Options(
+        batch=options["batch"],
+        length=Length(options["duration"], options["warm_up"], options["iterations"], options["rounds"]),
+        percentiles=tuple(sorted({*options["percentile"], 99.0})),
+        average_runs=options["avg_runs"],
+        skip_latency=options["skip_latency"],
+        sweep=options["sweep"],
+        profile=options["dump_profile"] or options["export_profile"] is not None,
+        sustained_minutes=options["sustained"],
+        energy_duration_s=options["energy_duration"],
+        power_rail=options["power_rail"],
+        gates=gates,
+    )
+
+
+def _backend(bundles: Sequence[Bundle], asked: Asked, options: dict[str, Any]) -> Backend:
     from faqd.deploy.cuda import device_or_none
 
+    choice, cuda = options["backend"], options["cuda"]
     without = [str(bundle.folder) for bundle in bundles if not (bundle.folder / STUDENT_ENGINE).is_file()]
-    device, reason = (None, "") if choice == "onnxruntime" else device_or_none()
+    device, reason = (None, "") if choice == "onnxruntime" else device_or_none(cuda)
     if choice == "engine" and device is None:
         raise UserError(f"--backend engine: {reason}")
     if device is not None and (choice == "engine" or not without):
         from faqd.benchmarks.engines import EngineBackend
 
-        return EngineBackend(device.name, "asked for" if choice == "engine" else "a GPU and engines are here")
+        why = "asked for" if choice == "engine" else "a GPU and engines are here"
+        return EngineBackend(device, why, asked.on_a_gpu(), cuda=cuda, trust=options["trust"])
+    asked.refuse_without_gpu()
     from faqd.benchmarks.sessions import OnnxruntimeBackend
 
     if choice == "onnxruntime":
@@ -140,7 +162,7 @@ def _backend(choice: str, bundles: Sequence[Bundle], threads: int) -> Backend:
         why = f"{without[0]} has no {STUDENT_ENGINE}; `faqd-deploy build-engine {without[0]}` makes it"
     else:
         why = "no GPU that can be used from here"
-    return OnnxruntimeBackend(threads, why)
+    return OnnxruntimeBackend(options["threads"], why)
 
 
 def main() -> None:

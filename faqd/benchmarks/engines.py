@@ -2,31 +2,49 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from faqd.benchmarks.bench import Network, Role
-from faqd.benchmarks.latency import Query
+from faqd.benchmarks.networks import Network, Role
+from faqd.benchmarks.switches import DeviceSwitches
 from faqd.bundle import FLOAT_STUDENT_FP16, STUDENT_TENSORRT, TEACHER, Bundle
-from faqd.deploy.record import engine_name
+from faqd.deploy.cuda_interface import Device
+from faqd.deploy.kernels import layer_kind
+from faqd.deploy.pipeline import Pipeline
+from faqd.deploy.record import engine_name, read_record, record_path
 from faqd.deploy.runtime import Engine, load_engine
+from faqd.deploy.trt import installed
 
 _ONNX: dict[Role, str] = {"teacher": TEACHER, "student": STUDENT_TENSORRT, "float": FLOAT_STUDENT_FP16}
 
 
 class EngineBackend:
-    """device: the GPU's name. why: how this back end came to be chosen."""
+    """why: how this back end came to be chosen. cuda: the binding to use. trust: load engines that do not match their
+    record."""
 
     name = "engine"
     student = STUDENT_TENSORRT
 
-    def __init__(self, device: str, why: str) -> None:
-        self.facts: dict[str, Any] = {"device": device, "why": why}
+    def __init__(
+        self, device: Device, why: str, switches: DeviceSwitches, *, cuda: str | None = None, trust: bool = False
+    ) -> None:
+        self.gpu: str | None = device.name
+        self.switches = switches.to_json()
+        self._switches, self._cuda, self._trust = switches, cuda, trust
+        self.facts: dict[str, Any] = {
+            "device": device.name,
+            "compute_capability": device.compute_capability,
+            "memory_bytes": device.memory_bytes,
+            "driver": device.driver,
+            "cuda": device.cuda,
+            "tensorrt": str(installed()),
+            "why": why,
+        }
 
     def missing(self, bundle: Bundle, role: Role) -> str | None:
         path = _engine(bundle, role)
@@ -37,8 +55,11 @@ class EngineBackend:
 
     @contextmanager
     def open(self, bundle: Bundle, role: Role) -> Iterator[Network]:
-        with load_engine(_engine(bundle, role)) as engine:
-            yield _Network(engine)
+        path = _engine(bundle, role)
+        start = time.perf_counter()
+        with load_engine(path, trust=self._trust, backend=self._cuda) as engine:
+            load_ms = (time.perf_counter() - start) * 1e3
+            yield _Network(path, engine, self._switches, load_ms)
 
 
 def _engine(bundle: Bundle, role: Role) -> Path:
@@ -46,12 +67,27 @@ def _engine(bundle: Bundle, role: Role) -> Path:
 
 
 class _Network:
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, path: Path, engine: Engine, switches: DeviceSwitches, load_ms: float) -> None:
+        self._path, self._engine, self._switches = path, engine, switches
+        self.facts: dict[str, Any] = {
+            "load_ms": load_ms,
+            "file_bytes": path.stat().st_size,
+            "device_memory_bytes": engine.device_memory_bytes,
+            "auxiliary_streams": engine.auxiliary_streams,
+        }
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         return self._engine.run(dict(feeds))
 
-    def query(self, feeds: Mapping[str, NDArray[Any]]) -> Query:
-        ready = {name: np.ascontiguousarray(values) for name, values in feeds.items()}
-        return lambda: self._engine.timed(ready).latency_ms
+    def submission(self, feeds: Mapping[str, NDArray[Any]], slots: int = 1) -> Pipeline:
+        how = self._switches
+        return self._engine.pipeline(
+            feeds, slots=slots, graph=how.cuda_graph, transfers=how.transfers, spin=how.spin_wait
+        )
+
+    def layer_times(self, feeds: Mapping[str, NDArray[Any]], runs: int) -> list[tuple[str, str, list[float]]]:
+        known = {}
+        if record_path(self._path).is_file():
+            known = {layer["name"]: layer_kind(layer) for layer in read_record(self._path).get("layers", [])}
+        times = self._engine.layer_times(feeds, runs)
+        return [(name, known.get(name, "unknown"), values) for name, values in times.items()]

@@ -11,39 +11,78 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from itertools import chain
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
+from faqd.benchmarks.percentiles import band, percentile, spread
+from faqd.deploy.pipeline import QueryTimes
 
 PERCENTILES = (90.0, 95.0, 99.0)
-WARM_UP_S = 0.2
+WARM_UP_MS = 200.0
 DURATION_S = 3.0
-MIN_QUERIES = 10
-"""trtexec's defaults: 200 ms, 3 s, at least 10 queries."""
+ITERATIONS = 10
+AVERAGE_RUNS = 10
+"""trtexec's defaults."""
 ROUNDS = 10
 NOISY_ABOVE = 0.10
 """Relative distance of the two speed-ups from which a comparison is called noisy."""
 
-Query = Callable[[], float | None]
-"""Run one query to its end. Returns its latency in ms as the device saw it, or None: then the host clock counts."""
+UNSTABLE_ABOVE = 0.025
+HOST_BOUND_ABOVE = 0.8
+"""trtexec's limits: coefficient of variation of the compute time; median enqueue over median compute time."""
+
+PARTS = ("enqueue", "h2d", "compute", "d2h")
+CLOSED_LOOP, ONE_AHEAD = "closed_loop", "one_ahead"
+Clock = Callable[[], float]
+
+
+class Submission(Protocol):
+    """Queries of one network at one batch size. slots: how many can be in flight; one is a closed loop."""
+
+    slots: int
+
+    def begin(self) -> None: ...
+
+    def submit(self) -> None: ...
+
+    def collect(self) -> QueryTimes: ...
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long to measure. duration_s: per network; the timed queries go on until both it and `iterations` are
+    reached. rounds: in which all networks take turns."""
+
+    duration_s: float = DURATION_S
+    warm_up_ms: float = WARM_UP_MS
+    iterations: int = ITERATIONS
+    rounds: int = ROUNDS
 
 
 @dataclass(frozen=True)
 class Times:
-    """The latencies of one network in ms, round by round, and the host time in s that its timed queries took."""
+    """The queries of one network, round by round, each round's begin in ms since that of the first, and the host time
+    in s from the first submission of each round to its last completion, summed."""
 
-    rounds: tuple[tuple[float, ...], ...]
+    rounds: tuple[tuple[QueryTimes, ...], ...]
+    begins_ms: tuple[float, ...]
     wall_s: float
 
     @property
+    def queries(self) -> list[QueryTimes]:
+        return list(chain.from_iterable(self.rounds))
+
+    @property
     def all_ms(self) -> list[float]:
-        return sorted(chain.from_iterable(self.rounds))
+        return sorted(query.latency_ms for query in self.queries)
 
     @property
     def round_medians_ms(self) -> list[float]:
-        return [statistics.median(times) for times in self.rounds]
+        return [statistics.median(query.latency_ms for query in queries) for queries in self.rounds]
+
+    @property
+    def queries_per_s(self) -> float:
+        return len(self.queries) / self.wall_s
 
 
 @dataclass(frozen=True)
@@ -63,47 +102,54 @@ class SpeedUp:
 
 
 def interleaved(
-    networks: Mapping[str, Query],
-    *,
-    rounds: int = ROUNDS,
-    duration_s: float = DURATION_S,
-    warm_up_s: float = WARM_UP_S,
-    clock: Callable[[], float] = time.perf_counter,
+    networks: Mapping[str, Submission], length: Length, clock: Clock = time.perf_counter
 ) -> dict[str, Times]:
-    """Time every network for about `duration_s`, in rounds A, B, C, A, B, C, ...
+    """Time every network for about `length.duration_s`, in rounds A, B, C, A, B, C, ...
 
     Each network warms up once; then each of its slices begins with one query that is not counted, because the
     network before it has just emptied the caches. clock: seconds; given by tests.
     """
-    for query in networks.values():
-        end = clock() + warm_up_s
-        query()
+    for submission in networks.values():
+        end = clock() + length.warm_up_ms / 1e3
+        _one(submission)
         while clock() < end:
-            query()
-    slices: dict[str, list[tuple[float, ...]]] = {name: [] for name in networks}
+            _one(submission)
+    slices: dict[str, list[tuple[QueryTimes, ...]]] = {name: [] for name in networks}
+    begins_ms: dict[str, list[float]] = {name: [] for name in networks}
     wall_s = dict.fromkeys(networks, 0.0)
-    at_least = math.ceil(MIN_QUERIES / rounds)
-    for _ in range(rounds):
-        for name, query in networks.items():
-            query()
-            times, took_s = _slice(query, duration_s / rounds, at_least, clock)
+    zero = clock()
+    at_least = math.ceil(length.iterations / length.rounds)
+    for _ in range(length.rounds):
+        for name, submission in networks.items():
+            _one(submission)
+            submission.begin()
+            begins_ms[name].append((clock() - zero) * 1e3)
+            times, took_s = _slice(submission, length.duration_s / length.rounds, at_least, clock)
             slices[name].append(times)
             wall_s[name] += took_s
-    return {name: Times(tuple(slices[name]), wall_s[name]) for name in networks}
+    return {name: Times(tuple(slices[name]), tuple(begins_ms[name]), wall_s[name]) for name in networks}
+
+
+def _one(submission: Submission) -> None:
+    submission.submit()
+    submission.collect()
 
 
 def _slice(
-    query: Query, duration_s: float, at_least: int, clock: Callable[[], float]
-) -> tuple[tuple[float, ...], float]:
-    """Latencies in ms and the host time in s, until both the duration and the number of queries are reached."""
-    times: list[float] = []
-    start = now = clock()
-    while now - start < duration_s or len(times) < at_least:
-        before = now
-        device_ms = query()
-        now = clock()
-        times.append((now - before) * 1e3 if device_ms is None else device_ms)
-    return tuple(times), now - start
+    submission: Submission, duration_s: float, at_least: int, clock: Clock
+) -> tuple[tuple[QueryTimes, ...], float]:
+    """The queries and the host time in s, until both the duration and the number of queries are reached."""
+    times: list[QueryTimes] = []
+    ahead = submission.slots - 1
+    start = clock()
+    for _ in range(ahead):
+        submission.submit()
+    while clock() - start < duration_s or len(times) + ahead < at_least:
+        submission.submit()
+        times.append(submission.collect())
+    for _ in range(ahead):
+        times.append(submission.collect())
+    return tuple(times), clock() - start
 
 
 def speed_up(network: Times, baseline: Times) -> SpeedUp:
@@ -113,41 +159,68 @@ def speed_up(network: Times, baseline: Times) -> SpeedUp:
     return SpeedUp(minima, paired, abs(minima / paired - 1) > NOISY_ABOVE)
 
 
-def percentile(sorted_ms: Sequence[float], p: float) -> float:
-    """trtexec's percentile: no interpolation, index max(n - 1 - floor((1 - p / 100) n), 0).
+def summary(
+    times: Times,
+    batch: int,
+    percentiles: Sequence[float] = PERCENTILES,
+    average_runs: int = AVERAGE_RUNS,
+    *,
+    parts: bool = False,
+) -> dict[str, Any]:
+    """The record of one network at one batch size; a percentile that the samples cannot carry is None.
 
-    trtexec evaluates the index in float32; float64 gives another one at every multiple of 10 for p90 and of 100
-    for p99.
+    parts: whether enqueue, copies and kernels were told apart.
     """
-    excluded = int((np.float32(1) - np.float32(p) / np.float32(100)) * np.float32(len(sorted_ms)))
-    return sorted_ms[max(len(sorted_ms) - 1 - excluded, 0)]
-
-
-def samples_needed(p: float) -> int:
-    """Queries that a percentile needs so that, on average, one lies beyond it: p90 10, p99 100, p99.9 1000."""
-    return math.ceil(100 / (100 - Fraction(str(p))))
-
-
-def summary(times: Times, batch: int) -> dict[str, Any]:
-    """The record of one network at one batch size; a percentile that the samples cannot carry is None."""
     values = times.all_ms
-    mean = statistics.fmean(values)
-    per_s = len(values) / times.wall_s
+    per_s = times.queries_per_s
+    limits = {f"{p:g}": list(band(values, p)) for p in percentiles}
+    found = spread(values, percentiles)
+    for p, value in found["percentiles_ms"].items():
+        limits[p] = limits[p] if value is not None else [None, None]
     return {
         "batch": batch,
         "samples": len(values),
-        "min_ms": values[0],
-        "median_ms": statistics.median(values),
-        "mean_ms": mean,
-        "max_ms": values[-1],
-        "coefficient_of_variation": statistics.pstdev(values, mean) / mean,
-        "percentiles_ms": {f"{p:g}": _carried(values, p) for p in PERCENTILES},
+        **found,
+        "percentile_bands_ms": limits,
+        "averages": _averages(times, average_runs),
         "throughput_queries_per_s": per_s,
         "throughput_images_per_s": per_s * batch,
+        "wall_s": times.wall_s,
         "round_medians_ms": times.round_medians_ms,
         "distribution_ms": [percentile(values, p) for p in range(101)],
+        "parts": {part: _part(times, part, percentiles) for part in PARTS} if parts else None,
     }
 
 
-def _carried(values: Sequence[float], p: float) -> float | None:
-    return percentile(values, p) if len(values) >= samples_needed(p) else None
+def _part(times: Times, part: str, percentiles: Sequence[float]) -> dict[str, Any]:
+    return spread([getattr(query, f"{part}_ms") for query in times.queries], percentiles)
+
+
+def _averages(times: Times, runs: int) -> dict[str, Any]:
+    """trtexec averages so many queries in turn; the least and the largest of those averages."""
+    values = [query.latency_ms for query in times.queries]
+    means = [statistics.fmean(values[i : i + runs]) for i in range(0, len(values) - runs + 1, runs)]
+    return {"runs": runs, "min_ms": min(means, default=None), "max_ms": max(means, default=None)}
+
+
+def stability_warnings(record: Mapping[str, Any]) -> list[str]:
+    """What trtexec warns of, for one record of `summary` whose parts were told apart."""
+    parts = record["parts"]
+    if parts is None:
+        return []
+    compute = parts["compute"]
+    warnings = []
+    if compute["coefficient_of_variation"] > UNSTABLE_ABOVE:
+        warnings.append(
+            f"its GPU compute time is unstable (it varies by {100 * compute['coefficient_of_variation']:.1f} %, above "
+            f"{100 * UNSTABLE_ABOVE:g} %): lock the clocks (jetson_clocks, nvidia-smi -lgc) and repeat."
+        )
+    if parts["enqueue"]["median_ms"] > HOST_BOUND_ABOVE * compute["median_ms"]:
+        warnings.append(
+            "it is bound by the host (the median enqueue time is above 0.8 of the compute time): use a CUDA graph or a "
+            "larger batch."
+        )
+    for part, copies in (("h2d", "into"), ("d2h", "out of")):
+        if parts[part]["median_ms"] >= compute["median_ms"]:
+            warnings.append(f"it is bound by copies {copies} the GPU, which take as long as computing.")
+    return warnings

@@ -9,7 +9,8 @@ from importlib import resources
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from faqd.benchmarks import charts, figures
+from faqd.benchmarks import bars, charts, curves, figures
+from faqd.benchmarks.axes import colour_class
 from faqd.benchmarks.figures import Record, compared, first_batch, latency_at, speed_up_at
 
 WIDE, NARROW = 900, 340
@@ -22,7 +23,7 @@ def page_from_result(result: Record) -> str:
     source = resources.files("faqd.benchmarks").joinpath("report.html").read_text(encoding="utf-8")
     helpers = ("percent", "points", "milliseconds", "significant", "kib", "times", "bits")
     pages.filters |= {name: getattr(figures, name) for name in helpers}
-    pages.filters["colour"] = charts.colour_class
+    pages.filters["colour"] = colour_class
     batch = first_batch(result)
     return pages.from_string(source).render(
         r=result,
@@ -38,6 +39,15 @@ def page_from_result(result: Record) -> str:
         scatter=_both(lambda width: charts.accuracy_against_latency(result, width)),
         distributions=[(size, _both(_distribution(result, size))) for size in result["switches"]["batch"]],
         below=charts.BELOW,
+        throughput=_both(lambda width: curves.throughput_against_batch(result, width)),
+        under_load=_both(lambda width: curves.sustained_throughput(result, width)),
+        layers=[
+            (network, _both(_layers(network, index)), bars.kinds_in(network))
+            for index, network in enumerate(result["networks"])
+            if network["layers"]
+        ],
+        layer_kinds=bars.KINDS,
+        most_layers=bars.MOST,
         raw=_json_for_script(result),
     )
 
@@ -50,6 +60,10 @@ def _lead(result: Record) -> Record:
 
 def _distribution(result: Record, batch: int) -> Callable[[int], Markup | None]:
     return lambda width: charts.latency_distribution(result, batch, width)
+
+
+def _layers(network: Record, index: int) -> Callable[[int], Markup | None]:
+    return lambda width: bars.time_per_layer(network, f"networks/{index}", width)
 
 
 def _both(draw: Callable[[int], Markup | None]) -> tuple[Markup, Markup] | None:

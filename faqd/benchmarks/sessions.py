@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from faqd.benchmarks.bench import Network, Role
-from faqd.benchmarks.latency import Query
+from faqd.benchmarks.latency import Clock
+from faqd.benchmarks.networks import Network, Role
+from faqd.benchmarks.switches import ABSENT
 from faqd.bundle import FLOAT_STUDENT, STUDENT_ONNXRUNTIME, TEACHER, Bundle
-from faqd.deploy.onnx_session import OnnxSession, version
+from faqd.deploy.onnx_session import OnnxSession, layer_times, version
+from faqd.deploy.pipeline import QueryTimes
 
 _FILE: dict[Role, str] = {"teacher": TEACHER, "student": STUDENT_ONNXRUNTIME, "float": FLOAT_STUDENT}
 
+_PRODUCTS = ("Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul")
+_INT8_PRODUCTS = ("QLinearConv", "QLinearMatMul", "QGemm", "ConvInteger", "MatMulInteger", "MatMulIntegerToFloat")
+_CONVERSIONS = ("QuantizeLinear", "DequantizeLinear", "Cast", "ReorderInput", "ReorderOutput", "Transpose")
+
 
 class OnnxruntimeBackend:
-    """threads: of one query. why: how this back end came to be chosen."""
+    """threads: of one query. why: how this back end came to be chosen. clock: seconds; given by tests."""
 
     name = "onnxruntime"
     student = STUDENT_ONNXRUNTIME
+    gpu: str | None = None
+    switches: dict[str, Any] = ABSENT
 
-    def __init__(self, threads: int, why: str) -> None:
+    def __init__(self, threads: int, why: str, clock: Clock = time.perf_counter) -> None:
         self._threads = threads
+        self._clock = clock
         self.facts: dict[str, Any] = {"device": "CPU", "threads": threads, "onnxruntime": version, "why": why}
 
     def missing(self, bundle: Bundle, role: Role) -> str | None:
@@ -33,20 +44,61 @@ class OnnxruntimeBackend:
 
     @contextmanager
     def open(self, bundle: Bundle, role: Role) -> Iterator[Network]:
-        yield _Network(OnnxSession(bundle.path(_FILE[role]), threads=self._threads))
+        yield _Network(bundle.path(_FILE[role]), self._threads, self._clock)
 
 
 class _Network:
-    def __init__(self, session: OnnxSession) -> None:
-        self._session = session
+    def __init__(self, path: Path, threads: int, clock: Clock) -> None:
+        self._path, self._threads, self._clock = path, threads, clock
+        start = clock()
+        self._session = OnnxSession(path, threads=threads)
+        self.facts: dict[str, Any] = {
+            "load_ms": (clock() - start) * 1e3,
+            "file_bytes": path.stat().st_size,
+            "device_memory_bytes": None,
+            "auxiliary_streams": None,
+        }
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         return self._session.run(feeds)
 
-    def query(self, feeds: Mapping[str, NDArray[Any]]) -> Query:
+    @contextmanager
+    def submission(self, feeds: Mapping[str, NDArray[Any]], slots: int = 1) -> Iterator[_ClosedLoop]:
+        assert slots == 1, "onnxruntime's call returns with the result"
         ready = {name: np.ascontiguousarray(values) for name, values in feeds.items()}
+        yield _ClosedLoop(self._session, ready, self._clock)
 
-        def query() -> None:
-            self._session.run(ready)
+    def layer_times(self, feeds: Mapping[str, NDArray[Any]], runs: int) -> list[tuple[str, str, list[float]]]:
+        layers = layer_times(self._path, feeds, threads=self._threads, runs=runs)
+        return [(layer.name, _kind(layer.operator), layer.times_ms) for layer in layers]
 
-        return query
+
+class _ClosedLoop:
+    """One query after the other. The call blocks the host until the result is there, so submitting it and computing
+    are the same span of time, and nothing is copied."""
+
+    slots = 1
+
+    def __init__(self, session: OnnxSession, feeds: Mapping[str, NDArray[Any]], clock: Clock) -> None:
+        self._session, self._feeds, self._clock = session, feeds, clock
+        self.begin()
+
+    def begin(self) -> None:
+        self._zero = self._clock()
+
+    def submit(self) -> None:
+        self._start = self._clock()
+        self._session.run(self._feeds)
+        self._end = self._clock()
+
+    def collect(self) -> QueryTimes:
+        start, took = (self._start - self._zero) * 1e3, (self._end - self._start) * 1e3
+        return QueryTimes(start, took, start, 0.0, start, took, start + took, 0.0)
+
+
+def _kind(operator: str) -> str:
+    if operator in _INT8_PRODUCTS:
+        return "int8"
+    if operator in _PRODUCTS:
+        return "float"
+    return "conversion" if operator in _CONVERSIONS else "other"

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 _FIELDS = re.compile(r"Name: (?P<name>.*?), LayerType: (?P<type>[^,]*), (?P<rest>Inputs: .*)")
 _SECTIONS = ("Inputs", "Constants", "Outputs")
@@ -49,6 +49,18 @@ class Kernel:
             "outputs": list(self.outputs),
             "int8": self.int8,
         }
+
+
+LayerKind = Literal["int8", "float", "conversion", "other"]
+
+
+def layer_kind(layer: Mapping[str, Any]) -> LayerKind:
+    """Of an entry under `layers` in an engine's record: a product in INT8 or in float, a change of type or layout, or
+    something else."""
+    kernel = Kernel(layer["name"], layer["type"], tuple(layer["inputs"]), tuple(layer["outputs"]), "")
+    if kernel.is_product:
+        return "int8" if kernel.int8 else "float"
+    return "conversion" if _NO_PRODUCT.search(kernel.type) else "other"
 
 
 def kernels_from_log(text: str) -> list[Kernel]:

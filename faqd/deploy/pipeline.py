@@ -90,13 +90,13 @@ class Pipeline:
             set_shapes(self._name, context, shapes, self._messages)
             self._in, self._kernels, self._out = (taken(cuda.stream, cuda.free_stream, stack) for _ in range(3))
             # Waiting with a blocking event lets the processor sleep; a spinning one answers sooner.
-            event = lambda: taken(lambda: cuda.event(blocking=not spin), cuda.free_event, stack)  # noqa: E731
+
+            def event() -> Any:
+                return taken(lambda: cuda.event(blocking=not spin), cuda.free_event, stack)
+
             self._origin = event()
             pairs = [[(event(), event()) for _ in range(3)] for _ in range(slots)]
-            self._free = deque(
-                _Slot(buffers_for(self._name, context, types, cuda, stack), *pair)  # type: ignore[misc]
-                for pair in pairs
-            )
+            self._free = deque(_Slot(buffers_for(self._name, context, types, cuda, stack), *pair) for pair in pairs)
             self._in_flight: deque[_Slot] = deque()
             # The first thing to happen when they are given back: queries in flight still use them.
             stack.callback(self._wait_for_all)

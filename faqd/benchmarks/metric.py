@@ -1,0 +1,109 @@
+"""A measure of the user's own: `--metric FILE.py:fn`, for any task that top-1 does not fit.
+
+fn(outputs, eval) -> dict: outputs maps the name of every output to its array; eval maps `images` (N, H, W, C uint8),
+`teacher` (output name to array) and `preprocess` (its record), and `labels` where there are any. What comes back maps
+names to numbers.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from faqd.bundle import Bundle, Evaluation
+from faqd.errors import UserError, first_line
+from faqd.files import sha256
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The user's function, and the SHA-256 of its file."""
+
+    spec: str
+    path: Path
+    sha256: str
+    function: Callable[..., Any]
+
+    def to_json(self, images: int) -> dict[str, Any]:
+        return {"source": self.spec, "sha256": self.sha256, "images": images}
+
+    def of(self, outputs: Mapping[str, Array], data: Evaluation, bundle: Bundle, who: str) -> dict[str, float]:
+        """Its figures for one network; UserError naming the line where it fails, or what it returned instead."""
+        n = images_judged(data)
+        found: dict[str, Any] = {
+            "images": data.images[:n],
+            "teacher": {name: values[:n] for name, values in data.teacher.items()},
+            "preprocess": bundle.preprocess.to_json(),
+        }
+        if data.labels is not None:
+            found["labels"] = data.labels[:n]
+        result = self._run({name: values[:n] for name, values in outputs.items()}, found, who)
+        if not isinstance(result, Mapping) or not result:
+            raise UserError(f"--metric {self.spec}: returned {_kind(result)}; return a dict of names and numbers.")
+        return {str(name): self._number(str(name), value) for name, value in result.items()}
+
+    def _run(self, outputs: dict[str, Array], found: dict[str, Any], who: str) -> Any:
+        try:
+            return self.function(outputs, found)
+        except Exception as error:  # whatever the user's function raises
+            raise UserError(f"--metric {self.spec}: failed on {who}: {_where(error, self.path)}") from error
+
+    def _number(self, name: str, value: Any) -> float:
+        if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
+            raise UserError(f"--metric {self.spec}: {name} is {_kind(value)}; return a plain number, such as float(x).")
+        if not math.isfinite(value):
+            raise UserError(f"--metric {self.spec}: {name} is {value}; return finite numbers.")
+        return float(value)
+
+
+def images_judged(data: Evaluation) -> int:
+    """The images for which every output of the teacher was stored: dense ones may be capped."""
+    return min([len(data.images), *(len(values) for values in data.teacher.values())])
+
+
+def load_metric(spec: str) -> Metric:
+    """Import FILE.py and take the function out of it; the user asked for that file, nothing else is imported."""
+    file, _, name = spec.rpartition(":")
+    path = Path(file)
+    if path.suffix != ".py" or not name.isidentifier():
+        raise UserError(f"--metric {spec}: expected FILE.py:function.")
+    if not path.is_file():
+        raise UserError(f"--metric {spec}: no such file {path}.")
+    module_spec = importlib.util.spec_from_file_location(f"_faqd_metric_{path.stem}", path)
+    assert module_spec is not None and module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # Dataclasses of the file look their module up there.
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's file raises
+        raise UserError(f"--metric {spec}: importing it failed: {_where(error, path)}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        there = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise UserError(f"--metric {spec}: no function {name} there; it has {', '.join(there) or 'none'}.")
+    return Metric(spec, path, sha256(path), function)
+
+
+def _where(error: Exception, path: Path) -> str:
+    """The error with the last line of the user's file that led to it."""
+    text = f"{type(error).__name__}: {first_line(error)}"
+    if isinstance(error, SyntaxError) and error.lineno:
+        return f"line {error.lineno}: {text}"
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename) in (path, path.resolve())]
+    return f"line {lines[-1]}: {text}" if lines else text
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else f"a {type(value).__name__}"

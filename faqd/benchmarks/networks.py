@@ -1,0 +1,138 @@
+"""What a run measures: the teacher once, every student, its own float graph; and what the bundles say of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from faqd.benchmarks.latency import Submission
+from faqd.bundle import EVAL, FLOAT_STUDENT, MANIFEST, TEACHER, VERIFY, Bundle, Evaluation
+from faqd.errors import UserError
+from faqd.files import read_json, sha256
+
+Array = NDArray[Any]
+Role = Literal["teacher", "student", "float"]
+"""float: the student's graph unquantized, the baseline for speed; its weights are not meant to classify."""
+
+
+class Network(Protocol):
+    facts: dict[str, Any]
+    """For the record: `load_ms`, `file_bytes`, `device_memory_bytes`, `auxiliary_streams`; None where unknown."""
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]: ...
+
+    def submission(self, feeds: Mapping[str, Array], slots: int = 1) -> AbstractContextManager[Submission]:
+        """slots: queries in flight at most. UserError where the network does not take such arrays."""
+        ...
+
+    def layer_times(self, feeds: Mapping[str, Array], runs: int) -> list[tuple[str, str, list[float]]]:
+        """Name, kind (int8, float, conversion, other or unknown) and ms in every query of each layer, in order."""
+        ...
+
+
+class Backend(Protocol):
+    """What runs the networks: onnxruntime on the CPU, or engines on a GPU."""
+
+    name: str
+    student: str
+    """The ONNX file that the student is run from, or its engine was built from."""
+    facts: dict[str, Any]
+    """For the record: `device`, `why`, versions."""
+    gpu: str | None
+    """Its name, or None where the CPU computes."""
+    switches: dict[str, Any]
+    """DeviceSwitches, or the same keys with None."""
+
+    def missing(self, bundle: Bundle, role: Role) -> str | None:
+        """Why this network cannot be run here and what makes it so, or None."""
+
+    def open(self, bundle: Bundle, role: Role) -> AbstractContextManager[Network]: ...
+
+
+def check_comparable(bundles: Sequence[Bundle]) -> None:
+    first = bundles[0]
+    for other in bundles[1:]:
+        pair = f"{first.folder} and {other.folder}"
+        if other.manifest["files"][EVAL]["sha256"] != first.manifest["files"][EVAL]["sha256"]:
+            raise UserError(
+                f"{pair}: their {EVAL} differ (other images, labels or teacher), so their figures cannot stand "
+                "in one table; bench them apart, or export both from the same data and teacher."
+            )
+        if other.preprocess != first.preprocess or other.takes_pixels != first.takes_pixels:
+            raise UserError(f"{pair}: they preprocess images differently; bench them apart.")
+
+
+def entries(bundles: Sequence[Bundle], student_file: str) -> list[dict[str, Any]]:
+    """The teacher once, then every student followed by its own float graph; equal files are one network."""
+    teacher = bundles[0]
+    found = [_entry("teacher", 0, str(teacher.manifest["teacher"]["name"]), teacher, TEACHER)]
+    float_ids = {teacher.manifest["files"][TEACHER]["sha256"]: "teacher"} if teacher.has(TEACHER) else {}
+    for index, bundle in enumerate(bundles):
+        student = _entry("student", index, bundle.name, bundle, student_file)
+        student |= {"kind": bundle.kind} | {key: bundle.manifest[key] for key in ("weight_bits", "act_bits", "size")}
+        found.append(student)
+        if not bundle.has(FLOAT_STUDENT):
+            continue
+        content = bundle.manifest["files"][FLOAT_STUDENT]["sha256"]
+        if content not in float_ids:
+            float_ids[content] = f"float-{index}"
+            found.append(_entry("float", index, f"{bundle.name}, its float graph", bundle, FLOAT_STUDENT))
+        student["own_float"] = float_ids[content]
+    return found
+
+
+def _entry(role: Role, index: int, name: str, bundle: Bundle, file: str) -> dict[str, Any]:
+    return {
+        "id": "teacher" if role == "teacher" else f"{role}-{index}",
+        "role": role,
+        "bundle": index,
+        "name": name,
+        "kind": "float",
+        "weight_bits": 32,
+        "act_bits": 32,
+        "file_bytes": bundle.manifest["files"].get(file, {}).get("bytes"),
+        "size": bundle.manifest["teacher"].get("size") if role == "teacher" else None,
+        "own_float": None,
+        "loaded": None,
+        "accuracy": None,
+        "metric": None,
+        "latency": [],
+        "speed_up": [],
+        "layers": None,
+        "energy": None,
+        "sweep": None,
+        "sustained": None,
+    }
+
+
+def feeds_of(bundle: Bundle, data: Evaluation, batch: int) -> dict[str, Array]:
+    """Real images, repeated where there are fewer than the batch."""
+    images = data.images[np.arange(batch) % len(data.images)]
+    return {bundle.manifest["input"]["name"]: bundle.network_input(images)}
+
+
+def bundle_record(bundle: Bundle, student_file: str) -> dict[str, Any]:
+    keys = ("name", "kind", "architecture", "weight_bits", "act_bits", "target", "teacher")
+    return {
+        "folder": str(bundle.folder),
+        **{key: bundle.manifest[key] for key in keys},
+        "manifest_sha256": sha256(bundle.folder / MANIFEST),
+        "verify": _verify_status(bundle, student_file),
+    }
+
+
+def _verify_status(bundle: Bundle, student_file: str) -> str:
+    """passed, failed, stale (it does not speak of this student file) or missing."""
+    path = bundle.folder / VERIFY
+    if not path.is_file():
+        return "missing"
+    found = read_json(path)
+    if not isinstance(found, dict) or found.get("passed") is not True:
+        return "failed"
+    hashes = found.get("onnx_sha256")
+    here = bundle.manifest["files"].get(student_file, {}).get("sha256")
+    return "passed" if isinstance(hashes, dict) and here and hashes.get(student_file) == here else "stale"

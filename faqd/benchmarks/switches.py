@@ -1,0 +1,74 @@
+"""How queries are submitted and for how long: trtexec's switches and its two sets of defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from faqd.errors import UserError
+
+Preset = Literal["trtexec10", "trtexec11"]
+
+
+@dataclass(frozen=True)
+class DeviceSwitches:
+    """What only a GPU has. transfers: copies in and out are part of every query. spin_wait: the host waits actively."""
+
+    preset: Preset
+    cuda_graph: bool
+    spin_wait: bool
+    transfers: bool
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "preset": self.preset,
+            "cuda_graph": self.cuda_graph,
+            "spin_wait": self.spin_wait,
+            "transfers": self.transfers,
+        }
+
+
+ABSENT = dict.fromkeys(("preset", "cuda_graph", "spin_wait", "transfers"))
+"""The same keys where there is no GPU."""
+
+PRESETS = {
+    "trtexec10": DeviceSwitches("trtexec10", cuda_graph=False, spin_wait=False, transfers=True),
+    "trtexec11": DeviceSwitches("trtexec11", cuda_graph=True, spin_wait=True, transfers=False),
+}
+"""trtexec 10 and 11 agree in everything else: 200 ms of warm-up, 3 s, at least 10 queries, averages of 10."""
+
+DEFAULT: Preset = "trtexec11"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command line said; None where it was silent."""
+
+    preset: Preset | None = None
+    cuda_graph: bool | None = None
+    spin_wait: bool | None = None
+    transfers: bool | None = None
+
+    def on_a_gpu(self) -> DeviceSwitches:
+        base = PRESETS[self.preset or DEFAULT]
+        return DeviceSwitches(
+            base.preset,
+            base.cuda_graph if self.cuda_graph is None else self.cuda_graph,
+            base.spin_wait if self.spin_wait is None else self.spin_wait,
+            base.transfers if self.transfers is None else self.transfers,
+        )
+
+    def refuse_without_gpu(self) -> None:
+        """UserError where a switch was given that onnxruntime on the CPU cannot follow."""
+        options = {
+            "--preset": self.preset,
+            "--use-cuda-graph": self.cuda_graph,
+            "--use-spin-wait": self.spin_wait,
+            "--include-data-transfers": self.transfers,
+        }
+        given = [option for option, value in options.items() if value is not None]
+        if given:
+            raise UserError(
+                f"{', '.join(given)} (or its opposite): onnxruntime on the CPU has no CUDA graph, no copies and "
+                "nothing to wait for; leave it out, or bench engines on a GPU."
+            )

@@ -1,0 +1,127 @@
+"""faqd-bench on engines, on a GPU made of Python: switches, parts of a query, exports, profile, memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from faqd.benchmarks.report import page_from_result
+from tests.fake_bundle_engines import MOST, gpu, make_engines
+from tests.test_bench import call
+from tests.test_report import assert_figures_equal
+
+QUICK = ("--duration", "0.02", "--rounds", "2", "--warm-up", "0", "--batch", "2,4")
+ALL = ("student.tensorrt", "student.float.fp16", "teacher")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_engines(tmp_path_factory.mktemp("engines") / "bundle", *ALL)
+
+
+def record(monkeypatch: pytest.MonkeyPatch, folder: Path, target: Path, *options: str) -> dict[str, Any]:
+    with gpu(monkeypatch) as cuda:
+        assert call(monkeypatch, folder, *QUICK, "--json", target, *options) == 0
+        assert cuda.held() == {}
+    found: dict[str, Any] = json.loads(target.read_text())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("options", "preset", "states"),
+    [
+        ((), "trtexec11", (True, True, False)),
+        (("--preset", "trtexec10"), "trtexec10", (False, False, True)),
+        (("--preset", "trtexec10", "--use-cuda-graph", "--use-spin-wait", "--no-data-transfers"), "trtexec10", (True, True, False)),
+        (("--no-cuda-graph", "--no-spin-wait", "--include-data-transfers"), "trtexec11", (False, False, True)),
+    ],
+)  # fmt: skip
+def test_every_switch_is_followed_and_recorded(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: tuple[str, ...],
+    preset: str,
+    states: tuple[bool, bool, bool],
+) -> None:
+    found = record(monkeypatch, folder, tmp_path / "r.json", *options)
+    switches = found["switches"]
+    assert switches["preset"] == preset
+    assert tuple(switches[name] for name in ("cuda_graph", "spin_wait", "transfers")) == states
+    student = found["networks"][1]
+    latency = student["latency"][0]
+    assert latency["cuda_graph"] == states[0]
+    assert (latency["parts"]["h2d"]["median_ms"] > 0) == states[2]
+    assert latency["submission"] == "closed_loop" and latency["one_ahead"]["samples"] >= 10
+    assert latency["median_ms"] == sum(latency["parts"][part]["median_ms"] for part in ("h2d", "compute", "d2h"))
+    assert student["loaded"]["device_memory_bytes"] == 4096 and student["loaded"]["load_ms"] > 0
+    assert student["loaded"]["first_inference_ms"] > 0
+    assert found["backend"]["device"] == "Fake GPU" and found["backend"]["tensorrt"] == "TensorRT 10.13.3"
+    state = "on" if states[0] else "off"
+    printed = capsys.readouterr().out
+    assert f"{preset}: CUDA graph {state}" in " ".join(printed.split()) and "one ahead" in printed
+    assert max(map(len, printed.splitlines())) <= 100
+
+
+def test_exports_are_trtexecs_and_the_profile_knows_its_layers(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exports = ("--export-times", str(tmp_path / "t.json"), "--export-profile", str(tmp_path / "p.json"))
+    found = record(monkeypatch, folder, tmp_path / "r.json", "--no-cuda-graph", "--sweep", *exports)
+    times = json.loads((tmp_path / "t.json").read_text())
+    student = found["networks"][1]
+    assert len(times) == student["latency"][0]["one_ahead"]["samples"], "trtexec keeps one query ahead"
+    assert times[0]["latencyMs"] == times[0]["computeMs"] > 0
+    profile = json.loads((tmp_path / "p.json").read_text())
+    assert profile[0] == {"count": 50}
+    assert [(layer["name"], layer["averageMs"], layer["medianMs"]) for layer in profile[1:]] == [
+        ("reformat", 0.25, 0.25),
+        ("conv", 0.5, 0.5),
+    ]
+    assert [layer["kind"] for layer in student["layers"]["layers"]] == ["conversion", "int8"]
+    assert student["layers"]["total_ms"] == 0.75
+    sweep = student["sweep"]
+    assert sweep["submission"] == "one_ahead" and sweep["points"][-1]["batch"] <= MOST
+    html = page_from_result(found)
+    assert_figures_equal(html, found)
+    assert all(title in html for title in ("Parts of a query", "Throughput against batch", "Time per layer"))
+
+
+def test_a_graph_that_cannot_be_captured_is_said_in_the_record(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with gpu(monkeypatch, fails={"capture"}), pytest.warns(UserWarning, match="no CUDA graph"):
+        assert call(monkeypatch, folder, *QUICK, "--json", tmp_path / "r.json") == 0
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert found["switches"]["cuda_graph"] and found["networks"][1]["latency"][0]["cuda_graph"] is False
+    assert any("No CUDA graph could be captured" in note for note in found["notes"])
+
+
+def test_an_engine_that_is_not_its_records_needs_trust(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_engines(tmp_path / "bundle")
+    (folder / "student.tensorrt.engine").write_bytes(b"other")
+    with gpu(monkeypatch):
+        assert call(monkeypatch, folder, *QUICK, "--skip-latency") == 2
+        assert "--trust" in capsys.readouterr().err
+        assert call(monkeypatch, folder, *QUICK, "--skip-latency", "--trust") == 0
+
+
+def test_what_is_not_built_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_engines(tmp_path / "bundle")
+    found = record(monkeypatch, folder, tmp_path / "r.json")
+    assert sum("build-engine" in note and "--all" in note for note in found["notes"]) == 2
+    assert found["networks"][0]["latency"] == [] and found["networks"][1]["latency"]
+
+
+@pytest.mark.parametrize("option", ["--preset=trtexec10", "--use-cuda-graph", "--no-spin-wait", "--no-data-transfers"])
+def test_switches_of_a_gpu_are_refused_on_the_cpu(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    assert call(monkeypatch, folder, "--backend", "onnxruntime", option) == 2
+    assert "has no CUDA graph, no copies" in capsys.readouterr().err
