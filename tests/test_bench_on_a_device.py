@@ -35,10 +35,10 @@ def record(monkeypatch: pytest.MonkeyPatch, folder: Path, target: Path, *options
     [
         ((), "trtexec11", (True, True, False)),
         (("--preset", "trtexec10"), "trtexec10", (False, False, True)),
-        (("--preset", "trtexec10", "--use-cuda-graph", "--use-spin-wait", "--no-data-transfers"), "trtexec10", (True, True, False)),
+        (("--preset", "trtexec10", "--use-cuda-graph", "--no-data-transfers"), "trtexec10", (True, False, False)),
         (("--no-cuda-graph", "--no-spin-wait", "--include-data-transfers"), "trtexec11", (False, False, True)),
     ],
-)  # fmt: skip
+)
 def test_every_switch_is_followed_and_recorded(
     folder: Path,
     tmp_path: Path,

@@ -20,6 +20,9 @@ UPDATES = 20
 ASSUMED_INTERVAL_S = 0.1
 """Of a sensor that does not tell."""
 
+LEAST_ABOVE_IDLE = 0.01
+"""Share of the power under load: less than that is within the error of such sensors."""
+
 WHOLE = (("VIN",), ("VDD_IN",), ("VDD_GPU_SOC", "VDD_CPU_CV"))
 """Rails that stand for the module, best first: system input of Thor; whole module of Orin Nano and NX; on AGX Orin,
 which has no such rail, the sum of what computes (VIN_SYS_5V0 feeds inputs and outputs)."""
@@ -161,7 +164,7 @@ def measure(
         return record | {"reason": f"{meter.name} gave no value while the network ran"}
     record["total_energy_per_image_mj"] = 1e3 * load.joules / (queries * batch)
     above = load.joules - idle.watts * load.seconds
-    if above <= 0:
+    if above < LEAST_ABOVE_IDLE * load.joules:
         return record | {"reason": f"the power of {meter.name} under load is not above its idle power"}
     return record | {
         "energy_per_query_mj": 1e3 * above / queries,
