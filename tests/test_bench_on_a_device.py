@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 
+from faqd.benchmarks import bench, energy, hwmon
+from faqd.benchmarks.clocks import Clocks
 from faqd.benchmarks.report import page_from_result
+from tests.boards import ORIN_NANO, board
 from tests.fake_bundle_engines import MOST, gpu, make_engines
 from tests.test_bench import call
-from tests.test_report import assert_figures_equal
+from tests.test_report import DARK, LIGHT, assert_figures_equal, needs_chromium, probed, read
 
 QUICK = ("--duration", "0.02", "--rounds", "2", "--warm-up", "0", "--batch", "2,4")
 ALL = ("student.tensorrt", "student.float.fp16", "teacher")
@@ -89,6 +92,39 @@ def test_exports_are_trtexecs_and_the_profile_knows_its_layers(
     html = page_from_result(found)
     assert_figures_equal(html, found)
     assert all(title in html for title in ("Parts of a query", "Throughput against batch", "Time per layer"))
+
+
+@needs_chromium
+@pytest.mark.parametrize(("width", "scheme"), [(1200, LIGHT), (390, DARK)])
+def test_the_page_of_a_device_in_a_browser(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int, scheme: int
+) -> None:
+    """With every section that there is, power and sustained load from a board's /sys among them."""
+    root = board(tmp_path / "root", ORIN_NANO)
+    monkeypatch.setattr(bench, "Clocks", lambda gpu: Clocks(gpu, root))
+    monkeypatch.setattr(hwmon, "HWMON", root / "sys/class/hwmon")
+    monkeypatch.setattr(energy, "UPDATES", 1)
+    monkeypatch.setattr(energy, "IDLE_S", 0.1)
+    more = ("--sweep", "--dump-profile", "--sustained", "0.02", "--energy-duration", "0.1")
+    found = record(monkeypatch, folder, tmp_path / "r.json", *more)
+    student = found["networks"][1]
+    assert found["energy"] == {"status": "measured", "reason": None, "rail": "VDD_IN", "source": "hwmon INA3221"}
+    assert student["energy"]["load_w"] == pytest.approx(6.0) and "not above its idle" in student["energy"]["reason"]
+    student["energy"] |= {"energy_per_image_mj": 1.25, "energy_per_query_mj": 2.5, "reason": None}
+    assert student["sustained"]["windows"][0]["power_mode"] == "MAXN_SUPER"
+    probe = probed(page_from_result(found), tmp_path, width, scheme)
+    assert_figures_equal(probe["dom"], found)
+    places = {path for path, _, _ in read(probe["dom"]).figures}
+    for part in (
+        "latency/0/parts/compute/median_ms",
+        "latency/0/one_ahead/throughput_queries_per_s",
+        "sweep/points/0/throughput_images_per_s",
+        "energy/energy_per_image_mj",
+        "layers/layers/1/mean_ms",
+        "sustained/windows/0/gpu_mhz",
+    ):
+        assert f"networks/1/{part}" in places
+    assert probe["scroll"] <= width and probe["content"] <= width + 0.5 and probe["small"] >= 11
 
 
 def test_a_graph_that_cannot_be_captured_is_said_in_the_record(

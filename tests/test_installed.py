@@ -9,6 +9,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -167,6 +168,103 @@ def test_the_doctor_works_without_anything(without: tuple[str, ...], tmp_path: P
 
 def test_a_board_gets_its_commands() -> None:
     assert {"build-engine", "doctor", "selftest"} <= deploy_cli.commands.keys()
+
+
+def test_a_recorded_run_is_shown_judged_and_compared(tmp_path: Path) -> None:
+    """With neither a GPU nor onnxruntime: the record is all that table, report, gates and comparison need."""
+    run, page = tmp_path / "run.json", tmp_path / "run.html"
+    run.write_text(json.dumps(RECORD))
+    code = "from faqd.benchmarks.cli import main; sys.argv[1:] = {!r}; main()"
+    shown = python(code.format(["--from", str(run), "--report", str(page)]), without=TRAINING + ONNX + DEVICE)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert "student 8/8" in shown.stdout and "0.250" in shown.stdout
+    assert "student 8/8" in page.read_text(encoding="utf-8")
+    for gate, code_wanted in (("0.3", 0), ("0.2", 1)):
+        line = ["--from", str(run), "--max-p99-ms", gate]
+        assert python(code.format(line), without=TRAINING + ONNX + DEVICE).returncode == code_wanted
+    compared = python(code.format(["--compare", str(run), str(run)]), without=TRAINING + ONNX + DEVICE)
+    assert compared.returncode == 0 and "within noise" in compared.stdout
+
+
+def _share(count: int) -> dict[str, Any]:
+    return {
+        "value": count / 100,
+        "low": count / 100 - 0.05,
+        "high": min(1.0, count / 100 + 0.05),
+        "count": count,
+        "n": 100,
+    }
+
+
+def _network(role: str, **changes: Any) -> dict[str, Any]:
+    accuracy: dict[str, Any] = dict.fromkeys(
+        ("top1", "top5", "gap_to_teacher", "ratio_to_teacher", "tiers", "agreement", "kl_to_teacher_nats", "snr_db")
+    )
+    entry: dict[str, Any] = {"id": role, "role": role, "bundle": 0, "name": f"{role} 8/8", "kind": "float"}
+    entry |= {"weight_bits": 8, "act_bits": 8, "file_bytes": 1024, "latency": [], "speed_up": []}
+    empty = ("size", "own_float", "loaded", "metric", "layers", "energy", "sweep", "sustained")
+    return {**entry, **dict.fromkeys(empty), "accuracy": accuracy | {"top1": _share(95)}, **changes}
+
+
+_CLOCKS = dict.fromkeys(("gpu_mhz", "memory_mhz", "cpu_mhz", "power_mode", "power_w", "power_limit_w"))
+_LATENCY = {
+    "batch": 1,
+    "samples": 1000,
+    **dict.fromkeys(("min_ms", "median_ms", "mean_ms", "max_ms"), 0.25),
+    "coefficient_of_variation": 0.01,
+    "percentiles_ms": {"90": 0.25, "95": 0.25, "99": 0.25},
+    "throughput_queries_per_s": 4000.0,
+    "throughput_images_per_s": 4000.0,
+    "round_medians_ms": [0.25] * 10,
+    "distribution_ms": [0.25] * 101,
+    "parts": None,
+    "one_ahead": None,
+    "cuda_graph": None,
+    "warnings": [],
+}
+_STUDENT = _network("student", kind="distilled", latency=[_LATENCY])
+_STUDENT["accuracy"] |= {"agreement": _share(97), "kl_to_teacher_nats": 0.01, "snr_db": {"logits": 30.0}}
+_STUDENT["accuracy"] |= {
+    "gap_to_teacher": {"value": 0.0, "low": -0.01, "high": 0.01, "n": 100},
+    "ratio_to_teacher": 1.0,
+}
+RECORD = {
+    "format": "faqd-bench",
+    "version": 2,
+    "faqd": "0.1.0",
+    "command": ["faqd-bench", "bundle"],
+    "switches": {
+        **dict.fromkeys(("preset", "cuda_graph", "spin_wait", "transfers")),
+        "backend": "onnxruntime",
+        "batch": [1],
+        "percentiles": [90.0, 95.0, 99.0],
+        "duration_s": 3.0,
+        "warm_up_ms": 200.0,
+        "rounds": 10,
+        "skip_latency": False,
+    },
+    "backend": {"name": "onnxruntime", "device": "CPU", "threads": 1, "onnxruntime": "1.32.0", "why": "asked for"},
+    "environment": {
+        **dict.fromkeys(("cpu", "os", "kernel", "machine", "python", "numpy"), "here"),
+        "board": None,
+        "time_utc": "2026-11-01T12:00:00+00:00",
+    },
+    "clocks": {
+        "status": "read",
+        "sources": [],
+        "before_latency": _CLOCKS | {"temperature_c": {}},
+        "after_latency": _CLOCKS | {"temperature_c": {}},
+    },
+    "evaluation": {"images": 100, "labels": True, "classification": True, "sha256": "0" * 64},
+    "metric": None,
+    "energy": {"status": "no energy data", "reason": "no power rail", "rail": None, "source": None},
+    "bundles": [
+        {"name": "student 8/8", "folder": "bundle", "kind": "ptq", "verify": "passed", "manifest_sha256": "0" * 64}
+    ],
+    "networks": [_network("teacher", name="teacher"), _STUDENT],
+    "gates": [],
+    "notes": [],
+}
 
 
 def test_what_is_not_python_comes_along() -> None:

@@ -9,6 +9,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from faqd.benchmarks.compare import compare, rank_test, worse
@@ -299,7 +300,13 @@ class Scaling:
 def test_a_sweep_ends_where_a_larger_batch_no_longer_pays() -> None:
     clock = Clock()
     networks: Any = {"large": Scaling(clock, 1 << 20), "small": Scaling(clock, 8)}
-    found = sweep(networks, lambda n: {"x": [0] * n}, 4, 1, Length(20.0, 0.0, rounds=1), clock, lambda _: None)  # type: ignore[dict-item]
+
+    def swept(names: str, image_bytes: int) -> dict[str, Any]:
+        chosen = {name: networks[name] for name in names.split()}
+        length = Length(20.0, 0.0, rounds=1)
+        return sweep(chosen, lambda n: {"x": np.zeros(n)}, image_bytes, 1, length, clock, lambda _: None)
+
+    found = swept("large small", 4)
     rates = [point["throughput_images_per_s"] for point in found["large"]["points"]]
     assert rates == sorted(rates) and max(rates[-FLAT:]) < 1.05 * max(rates[:-FLAT])
     assert found["large"]["ended"] == "saturated"
@@ -307,7 +314,4 @@ def test_a_sweep_ends_where_a_larger_batch_no_longer_pays() -> None:
     assert saturated / (1 + saturated / 64) >= 0.95 * max(rates) > (saturated / 2) / (1 + saturated / 128)
     assert [point["batch"] for point in found["small"]["points"]] == [1, 2, 4, 8]
     assert found["small"]["saturated_at_batch"] is None and "at batch 16: input x takes" in found["small"]["ended"]
-    heavy = sweep(
-        {"large": networks["large"]}, lambda n: {"x": [0] * n}, 1 << 28, 1, Length(2.0, 0.0, rounds=1), clock, str
-    )  # type: ignore[arg-type,return-value,dict-item]
-    assert "would take more than 512 MiB" in heavy["large"]["ended"]
+    assert "would take more than 512 MiB" in swept("large", 1 << 28)["large"]["ended"]

@@ -23,7 +23,7 @@ def throughput_against_batch(result: Record, width: int) -> Markup | None:
     y = _up_from_zero(most)
     lines = [
         _line(
-            colour_class(network),
+            network,
             [(x(p["batch"]), y(p["throughput_images_per_s"])) for p in network["sweep"]["points"]],
         )
         for network in rows
@@ -43,7 +43,7 @@ def sustained_throughput(result: Record, width: int) -> Markup | None:
     y = _up_from_zero(max(window["throughput_images_per_s"] for window in windows))
     middle = [(x(w["start_s"] + w["duration_s"] / 2), y(w["throughput_images_per_s"])) for w in windows]
     parts = [_frame(x, y, width), axis_name(x, "seconds", HEIGHT - 8), _title("images per second")]
-    return svg([*parts, _line(colour_class(network), middle)], width, HEIGHT, "Images per second over time under load")
+    return svg([*parts, _line(network, middle)], width, HEIGHT, "Images per second over time under load")
 
 
 def _thinned(batches: Sequence[int], width: int) -> list[int]:
@@ -72,8 +72,10 @@ def _title(text: str) -> Markup:
     return Markup('<text class="axis-name" x="6" y="12">{}</text>').format(text)
 
 
-def _line(kind: str, points: Sequence[tuple[float, float]]) -> Markup:
+def _line(network: Record, points: Sequence[tuple[float, float]]) -> Markup:
     path = " ".join(f"{'L' if index else 'M'}{px(x)} {px(y)}" for index, (x, y) in enumerate(points))
     dot = Markup('<circle class="mark" cx="{}" cy="{}" r="3.5"/>')
     dots = Markup("").join(dot.format(px(x), px(y)) for x, y in points) if len(points) <= 20 else Markup("")
-    return Markup('<g class="{}"><path class="curve" d="{}"/>{}</g>').format(kind, path, dots)
+    return Markup('<g class="{}"><title>{}</title><path class="curve" d="{}"/>{}</g>').format(
+        colour_class(network), network["name"], path, dots
+    )

@@ -31,7 +31,7 @@ def milliseconds(value: float | None) -> str:
 
 def significant(value: float) -> str:
     """Three significant digits, never in exponent form; whole numbers grouped from 1,000 on."""
-    if value >= 99.95:
+    if value >= 99.95 or value == 0:
         return f"{value:,.0f}"
     if value >= 9.995:
         return f"{value:.1f}"
