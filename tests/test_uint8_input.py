@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
 from faqd.benchmarks.bench import Options, bench
+from faqd.benchmarks.latency import Length
 from faqd.benchmarks.sessions import OnnxruntimeBackend
 from faqd.bundle import FLOAT_STUDENT_FP16, STUDENT_ONNXRUNTIME, STUDENT_TENSORRT, TEACHER, Bundle
 from faqd.deploy.build_options import BuildOptions
@@ -154,9 +155,9 @@ def test_a_wrong_mean_inside_fails_the_verification(bundle: Bundle, tmp_path: Pa
 
 
 def test_the_bench_feeds_pixels_and_finds_the_same_accuracy(bundle: Bundle, plain: Bundle) -> None:
-    options = Options(batch=(1,), duration_s=0.02, rounds=2, warm_up_s=0.0)
+    options = Options(batch=(1,), length=Length(0.02, 0.0, rounds=2))
     results = [bench([one], OnnxruntimeBackend(1, "test"), options) for one in (plain, bundle)]
-    without, whole = ([entry["accuracy"] for entry in result["networks"]] for result in results)
+    without, whole = ([entry["accuracy"] for entry in result.result["networks"]] for result in results)
     assert without == whole
     with pytest.raises(UserError, match="preprocess images differently"):
         bench([plain, bundle], OnnxruntimeBackend(1, "test"), options)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from faqd.deploy.cuda_interface import Cuda
 from faqd.deploy.signature import Shape, Shapes
-from faqd.deploy.trt import Messages
+from faqd.deploy.trt import IExecutionContext, Messages
 from faqd.errors import UserError
 
 
@@ -61,7 +61,7 @@ def must(done: bool, name: str, call: str, messages: Messages) -> None:
         raise UserError(f"{name}: {call} failed: {messages.why()}.", exit_code=1)
 
 
-def set_shapes(name: str, context: Any, shapes: Shapes, messages: Messages) -> None:
+def set_shapes(name: str, context: IExecutionContext, shapes: Shapes, messages: Messages) -> None:
     """Tell the context the shapes of its inputs; UserError where they do not go together."""
     for tensor, shape in shapes:
         done = context.set_input_shape(tensor, shape)
@@ -76,7 +76,7 @@ def set_shapes(name: str, context: Any, shapes: Shapes, messages: Messages) -> N
 
 
 def buffers_for(
-    name: str, context: Any, types: Mapping[str, np.dtype[Any]], cuda: Cuda, stack: contextlib.ExitStack
+    name: str, context: IExecutionContext, types: Mapping[str, np.dtype[Any]], cuda: Cuda, stack: contextlib.ExitStack
 ) -> dict[str, Buffer]:
     """Buffers for every tensor of a context whose input shapes are set."""
     buffers = {}
@@ -92,7 +92,7 @@ def buffers_for(
     return buffers
 
 
-def set_addresses(name: str, context: Any, buffers: Mapping[str, Buffer], messages: Messages) -> None:
+def set_addresses(name: str, context: IExecutionContext, buffers: Mapping[str, Buffer], messages: Messages) -> None:
     for tensor, buffer in buffers.items():
         done = context.set_tensor_address(tensor, buffer.address)
         must(done, name, f"set_tensor_address({tensor})", messages)

@@ -20,7 +20,7 @@ import numpy as np
 from faqd.deploy.binding import Buffer, buffers_for, giving_back, must, set_addresses, set_shapes, taken
 from faqd.deploy.cuda_interface import Cuda
 from faqd.deploy.signature import Arrays, Signature, checked_shapes
-from faqd.deploy.trt import TensorRT, heard
+from faqd.deploy.trt import IExecutionContext, TensorRT, heard
 from faqd.errors import UserError
 
 
@@ -68,7 +68,7 @@ class Pipeline:
         path: Path,
         trt: TensorRT,
         cuda: Cuda,
-        context: Any,
+        context: IExecutionContext,
         tensors: Signature,
         feeds: Arrays,
         *,
@@ -80,7 +80,8 @@ class Pipeline:
     ) -> None:
         self.slots = slots
         self.cuda_graph = graph
-        self._name, self._trt, self._cuda, self._context = path.name, trt, cuda, context
+        self._name, self._trt, self._cuda = path.name, trt, cuda
+        self._context = context
         self._inputs, self._outputs = list(tensors.inputs), list(tensors.outputs)
         self._transfers, self._clock = transfers, clock
         types = {name: tensor.dtype for name, tensor in (tensors.inputs | tensors.outputs).items()}

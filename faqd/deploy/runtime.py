@@ -22,7 +22,7 @@ from faqd.deploy.pipeline import Pipeline
 from faqd.deploy.profiler import profiler_of
 from faqd.deploy.record import check_gpu, check_version, rebuild, record_of
 from faqd.deploy.signature import Arrays, Shapes, checked_shapes, signature
-from faqd.deploy.trt import Messages, TensorRT, heard, installed
+from faqd.deploy.trt import IExecutionContext, Messages, TensorRT, heard, installed
 from faqd.errors import UserError
 
 
@@ -126,8 +126,10 @@ class Engine:
     def layer_times(self, feeds: Arrays, runs: int) -> dict[str, list[float]]:
         """Time in ms of every kernel in each of `runs` queries, as TensorRT's profiler tells it, in the order of
         execution. The profiler keeps TensorRT from overlapping kernels: the sum is no latency."""
+        times: dict[str, list[float]] = {}
         with heard(self._trt) as (_, messages), giving_back() as stack:
-            context, profiler = self._new_context(messages), profiler_of(self._trt)
+            context = self._new_context(messages)
+            profiler = profiler_of(self._trt, times)
             shapes = checked_shapes(self.path.name, self._signature.inputs, feeds)
             set_shapes(self.path.name, context, shapes, messages)
             stack.callback(self.cuda.synchronize, self._stream)
@@ -145,9 +147,9 @@ class Engine:
                     must(context.execute_async_v3(address), self.path.name, "execute_async_v3", messages)
                     self.cuda.synchronize(self._stream)
             stack.close()
-        return dict(profiler.times)
+        return times
 
-    def _new_context(self, messages: Messages) -> Any:
+    def _new_context(self, messages: Messages) -> IExecutionContext:
         if "_engine" not in self.__dict__:
             raise UserError(f"{self.path.name}: it was closed; load it again to run it.")
         context = self._engine.create_execution_context()
