@@ -36,6 +36,7 @@ def make_engines(folder: Path, *roles: str, **options: Any) -> Path:
             "format": "faqd-engine",
             "version": 1,
             "engine": {"sha256": hashlib.sha256(plan).hexdigest()},
+            "builder": {"name": "tensorrt", "version": "10.13.3"},
             "layers": LAYERS,
         }
         (folder / f"{role}.engine.json").write_text(json.dumps(record))

@@ -109,6 +109,8 @@ class Reader(ast.NodeVisitor):
     def _call(self, node: ast.Call) -> str | None:
         if isinstance(node.func, ast.Name) and node.func.id in self.returned:
             return annotated(self.returned[node.func.id])
+        if isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value) == "self":
+            return annotated(self.returned.get(node.func.attr))
         held = self.kind(node.func)
         return held.removeprefix("class ") if held else None
 
@@ -125,7 +127,7 @@ class Reader(ast.NodeVisitor):
             and node.attr != "__init__"
         ):
             self.used.add(f"{owner.removeprefix('class ')}.{node.attr}")
-        elif owner is None and "_" in node.attr.strip("_") and node.attr in MEMBERS:
+        elif owner is None and "_" in node.attr.strip("_") and node.attr in MEMBERS and not of_onnx(node):
             self.unclear.add(ast.unparse(node))
         self.generic_visit(node)
 
@@ -203,6 +205,11 @@ class Reader(ast.NodeVisitor):
                 self.kinds[target.id] = kind
             case ast.Attribute(value=ast.Name(id="self")):
                 self.kinds[f"self.{target.attr}"] = kind or self.kinds.get(f"self.{target.attr}")
+
+
+def of_onnx(node: ast.Attribute) -> bool:
+    """onnx.shape_inference.infer_shapes has the name of a method of TensorRT's."""
+    return ast.unparse(node).startswith("onnx.")
 
 
 def annotated(annotation: ast.expr | None) -> str | None:
