@@ -123,6 +123,14 @@ json_option = click.option(
 )
 
 
+exclude_option = click.option(
+    "--exclude",
+    multiple=True,
+    metavar="REGEX",
+    help="Keep layers and operators float whose place in the network this fits; may be given several times.",
+)
+
+
 class Finite(click.FloatRange):
     """A number within bounds; nan and inf, which pass click's comparisons, are none."""
 

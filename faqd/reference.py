@@ -7,7 +7,7 @@ H W pixels, O output channels, K kernel.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,19 @@ class Grid:
         return self.codes * self.scale
 
 
+def real(value: Any) -> Array:
+    """The real values of a tensor, a Grid or an array."""
+    found: Array = value.real if isinstance(value, Grid) else value
+    return found
+
+
+def moved(value: Any, move: Callable[[Any], Any]) -> Any:
+    """Apply an operator that only moves values to codes where there are codes."""
+    if isinstance(value, Grid):
+        return Grid(move(value.codes), value.scale if value.scale.ndim == 0 else move(value.scale))
+    return move(value)
+
+
 def quantize(x: NDArray[Any], scale: float, low: int, high: int, shift: float = 0.0) -> NDArray[Any]:
     """clip(round_half_even(x / scale + shift), low, high); shift: see faqd.quant.SHIFTS."""
     return np.clip(np.rint(x / scale + shift), low, high)
@@ -47,6 +60,31 @@ def convolve(
         rows = pixels.reshape(*pixels.shape[: spatial + 1], -1)
         outputs.append(np.moveaxis(rows @ w_group.reshape(len(w_group), -1).T, -1, 1))
     return np.concatenate(outputs, 1)
+
+
+def convolve_transposed(
+    x_NCHW: Array,
+    w_COKK: Array,
+    strides: Sequence[int],
+    pads: Sequence[int],
+    dilations: Sequence[int],
+    groups: int,
+    output_padding: Sequence[int],
+) -> Array:
+    """A transposed convolution: the input spread out by its strides, convolved with the kernel turned around."""
+    spatial = x_NCHW.ndim - 2
+    spread = np.zeros((*x_NCHW.shape[:2], *((n - 1) * s + 1 for n, s in zip(x_NCHW.shape[2:], strides, strict=True))))
+    spread[tuple(slice(None, None, s) for s in (1, 1, *strides))] = x_NCHW
+    reach = [(k - 1) * d for k, d in zip(w_COKK.shape[2:], dilations, strict=True)]
+    begins = [r - p for r, p in zip(reach, pads[:spatial], strict=True)]
+    ends = [r - p + o for r, p, o in zip(reach, pads[spatial:], output_padding, strict=True)]
+    # Padding beyond the kernel's reach cuts the input instead.
+    kept = [slice(max(0, -b), n - max(0, -e)) for b, e, n in zip(begins, ends, spread.shape[2:], strict=True)]
+    spread = spread[tuple([slice(None)] * 2 + kept)]
+    turned = np.flip(w_COKK, tuple(range(2, w_COKK.ndim)))
+    w_OCKK = np.concatenate([np.swapaxes(part, 0, 1) for part in np.split(turned, groups, 0)], 0)
+    padding = [*(max(0, b) for b in begins), *(max(0, e) for e in ends)]
+    return convolve(spread, w_OCKK, [1] * spatial, padding, dilations, groups)
 
 
 def windowed(x: Array, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]) -> Array:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from faqd.train import graph
+from faqd.train.capture import capture
 from faqd.train.placement import Bits
 from faqd.train.prepare import Student, calibrate, prepare
 
@@ -150,7 +151,7 @@ def lively(network: nn.Module, seed: int, zero_gamma: float = 0.0) -> nn.Module:
         return torch.rand(like.shape, generator=generator) * (high - low) + low
 
     for module in network.modules():
-        if isinstance(module, nn.Conv2d | nn.Conv1d | nn.Linear):
+        if isinstance(module, graph.COMPUTE):
             fan_in = module.weight[0].numel()
             module.weight.data = torch.randn(module.weight.shape, generator=generator) * (2 / fan_in) ** 0.5
             if module.bias is not None:
@@ -177,7 +178,7 @@ def undecided(student: Student, x: Tensor) -> Student:
 
 
 def captured(network: nn.Module, shape: tuple[int, ...] = SHAPE) -> fx.GraphModule:
-    return graph.capture(network, torch.zeros(2, *shape))
+    return capture(network, torch.zeros(2, *shape))
 
 
 def calibrated(network: nn.Module, bits: Bits, seed: int = 0, shape: tuple[int, ...] = SHAPE) -> Student:

@@ -29,19 +29,19 @@ FLAGS = {
     "faqd-train teacher": f"--recipe --arch {DATA} {SCHEDULE} --json",
     "faqd-train distill": (
         "--recipe --teacher --teacher-weights --arch --init --weight-bits --act-bits --seeds --target --scales "
-        "--rounding --scale-gradient --logit --logit-weight --temperature --affinity --adaptors --affinity-weight "
-        "--columns --teacher-dtype --autocast --label-weight --tap "
+        "--rounding --scale-gradient --exclude --logit --logit-weight --temperature --affinity --adaptors "
+        "--affinity-weight --columns --teacher-dtype --autocast --label-weight --tap "
         f"{DATA} {SCHEDULE} --json"
     ),
     "faqd-train eval": "--data-root --json",
     "faqd-train recipes": "--json",
     "faqd-train inspect": (
-        "--teacher --arch --weight-bits --act-bits --target --scales --image-size --input-channels --json"
+        "--teacher --arch --weight-bits --act-bits --target --scales --exclude --image-size --input-channels --json"
     ),
     "faqd-deploy": "--version",
     "faqd-deploy export": f"--data-root {BUNDLE} --json",
     "faqd-deploy ptq": (
-        "--teacher --teacher-weights --weight-bits --act-bits --target --calibration --calibration-images "
+        "--teacher --teacher-weights --weight-bits --act-bits --target --calibration --calibration-images --exclude "
         f"{DATA} {BUNDLE} --json"
     ),
     "faqd-deploy verify": "--json",

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from faqd.deploy.export import onnx_from_deployed
-from faqd.deploy.referee import Referee, real
+from faqd.deploy.referee import Referee
 from faqd.deploy.student import _as_trained, _torch_codes, _torch_digests
 from faqd.deploy.verify import verify_file
 from faqd.errors import UserError
 from faqd.quant import FLOAT_BITS
+from faqd.reference import real
 from faqd.train.convert import LARGEST_INT32, Deployed, Flavour, collect_output_scales, convert
 from faqd.train.deployed import IntegerLayer
 from faqd.train.placement import Bits

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from faqd.train import graph
 from faqd.train.batches import Batches, Images
+from faqd.train.capture import capture
 from faqd.train.data import Augmentation
 from faqd.train.distill import AUTOCAST, Plan, distill_job
 from faqd.train.fuse import fused, in_place
@@ -42,8 +43,8 @@ def trainee_of(run: Path, autocast: Autocast = "none", teacher: TeacherDtype = "
     """A ResNet-8 student of a ResNet-8 teacher at 4W4A on random 8-pixel images, with exact L1 affinity."""
     torch.manual_seed(0)
     source = NetworkSource(3, (8, 8), 10, architecture="resnet8")
-    traced = graph.capture(lively(source.build(), 1), EXAMPLE)
-    student = prepare(graph.capture(source.build(), EXAMPLE), Bits(4, 4), EXAMPLE)
+    traced = capture(lively(source.build(), 1), EXAMPLE)
+    student = prepare(capture(source.build(), EXAMPLE), Bits(4, 4), EXAMPLE)
     pixels = torch.randint(0, 256, (64, 3, 8, 8), dtype=torch.uint8)
     seen = Images(pixels, None, torch.tensor(1 / 64), torch.tensor(-2.0), Augmentation(1, True))
     calibrate(student, [seen.normalised(pixels)], "mse", batch_statistics=True)
@@ -67,14 +68,14 @@ def test_the_teacher_in_place_computes_the_same(name: str) -> None:
     for tapped in (names, names[:1], []):
         wanted, maps = graph.with_taps(traced, tapped).eval()(x)
         target = target_of(traced, tapped, CPU)(x)
-        torch.testing.assert_close(target.outputs, wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(target.outputs["logits"], wanted, rtol=1e-4, atol=1e-5)
         assert list(target.maps) == tapped and torch.equal(x, before)
         for key, value in zip(tapped, maps, strict=True):
             torch.testing.assert_close(target.maps[key], value, rtol=1e-4, atol=1e-5)
 
 
 def test_most_of_a_teacher_runs_in_place_without_batch_norm() -> None:
-    traced = graph.capture(build_architecture("resnet20", 3, 10, 8), EXAMPLE)
+    traced = capture(build_architecture("resnet20", 3, 10, 8), EXAMPLE)
     small = in_place(fused(graph.with_taps(traced, [])))
     targets = [node.target for node in small.graph.nodes]
     assert targets.count(torch.relu_) == 19 and targets.count("add_") == 9
@@ -84,9 +85,9 @@ def test_most_of_a_teacher_runs_in_place_without_batch_norm() -> None:
 def test_targets_can_be_learned_from_and_have_no_gradient() -> None:
     traced = captured(lively(NETWORKS["residual"](), 1))
     target = target_of(traced, [], CPU)(images(2, 4))
-    assert not target.outputs.requires_grad
-    outputs = torch.zeros_like(target.outputs, requires_grad=True)
-    nn.functional.mse_loss(outputs, target.outputs).backward()  # saves its target
+    assert not target.outputs["logits"].requires_grad
+    outputs = torch.zeros_like(target.outputs["logits"], requires_grad=True)
+    nn.functional.mse_loss(outputs, target.outputs["logits"]).backward()  # saves its target
     assert outputs.grad is not None and outputs.grad.abs().sum() > 0
 
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from faqd.train.augment import augment
 from faqd.train.batches import NORMS, Batch, Batches, Images, splits_on, stream
+from faqd.train.capture import capture
 from faqd.train.data import Augmentation
 from faqd.train.distill import Plan, distill_job
 from faqd.train.fuse import fused
-from faqd.train.graph import capture
 from faqd.train.images import upright_rgb
 from faqd.train.job import Job
 from faqd.train.loop import fit
@@ -342,4 +342,10 @@ def test_an_npz_teacher_and_its_classes(tmp_path: Path) -> None:
     line = ("--data", f"npz:{tmp_path / 'd.npz'}", *PLAIN, "--arch", "resnet8", "--steps", 2, "--batch-size", 16)
     succeeds(faqd_train("teacher", *line, "--out", tmp_path / "t"))
     succeeds(faqd_train("distill", "--teacher", tmp_path / "t", "--steps", 1, "--out", tmp_path / "s"))
-    assert set(json_of("eval", tmp_path / "s")) == {"images", "student_accuracy", "teacher_accuracy", "agreement"}
+    assert set(json_of("eval", tmp_path / "s")) == {
+        "images",
+        "student_accuracy",
+        "teacher_accuracy",
+        "agreement",
+        "snr_db",
+    }

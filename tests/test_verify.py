@@ -30,11 +30,12 @@ from faqd.bundle import (
 )
 from faqd.deploy.onnx_file import load_model
 from faqd.deploy.proof_table import print_verification
-from faqd.deploy.referee import Referee, real
+from faqd.deploy.referee import Referee
 from faqd.deploy.student import quantize_after_training
 from faqd.deploy.verify import CHANCE, EQUAL_CODES, probe_inputs, tolerated, verification, verify_file
 from faqd.errors import UserError
 from faqd.files import read_json
+from faqd.reference import real
 from faqd.train.data import DataOptions
 from faqd.train.placement import Bits
 from tests.networks import lively

@@ -173,7 +173,7 @@ def test_a_teacher_of_other_classes_has_no_accuracy_on_these(runs: Path, tmp_pat
     line = ("--teacher", runs / "teacher", "--data", f"npz:{tmp_path / 'three.npz'}", "--batch-size", 16)
     succeeds(faqd_train("distill", *line, "--steps", 1, "--out", tmp_path / "run"))
     result = json.loads(succeeds(faqd_train("eval", tmp_path / "run", "--json", "-")).stdout)
-    assert set(result) == {"images", "agreement", "no_accuracy"}
+    assert set(result) == {"images", "agreement", "no_accuracy", "snr_db"}
 
 
 # The user's network and its weights ---------------------------------------------------------------------------------
@@ -190,8 +190,8 @@ def test_a_teacher_of_other_classes_has_no_accuracy_on_these(runs: Path, tmp_pat
         (NET.replace("build()", "build(*, depth)"), ["build needs arguments (depth)"]),
         (NET.replace("return Net()", "return 7"), ["build() returned int", "torch.nn.Module"]),
         (NET.replace("return Net()", "raise OSError('no')"), ["build() failed (line 24)", "OSError: no"]),
-        (NET.replace("return self.head(", "return x, self.head("), ["net.py:build: returns tuple", "one tensor"]),
-        (NET.replace("mean((2, 3)))", "mean((2, 3))).sum(1)"), ["returns a tensor of shape (2,)"]),
+        (NET.replace("return self.head(", "return [0.5], self.head("), ["its output logits_0_0 is float", "of floats"]),
+        (NET.replace("mean((2, 3)))", "mean((2, 3))).sum(1)"), ["its output logits has shape (2,)"]),
         (
             NET.replace("self.head(", "self.head(x if x.sum() > 0 else x) if False else self.tail("),
             ["net.py:build", "tail"],

@@ -241,8 +241,9 @@ def _accuracy(run: _Bench, metric: Metric | None) -> None:
 
 def _outputs(bundle: Bundle, network: Network, data: Evaluation) -> dict[str, Array]:
     parts: dict[str, list[Array]] = {}
-    for start in range(0, len(data.images), EVAL_BATCH):
-        images = data.images[start : start + EVAL_BATCH]
+    count = max(len(values) for values in data.teacher.values())  # dense outputs are stored for some images only
+    for start in range(0, count, EVAL_BATCH):
+        images = data.images[start : min(start + EVAL_BATCH, count)]
         outputs = network.run({bundle.manifest["input"]["name"]: bundle.network_input(images)})
         for name, values in outputs.items():
             parts.setdefault(name, []).append(values)

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from faqd.command import SETTINGS, data_flags, data_values, emit_json, json_option, run, version_option
+from faqd.command import SETTINGS, data_flags, data_values, emit_json, exclude_option, json_option, run, version_option
 from faqd.errors import UserError
 
 _folder = click.Path(path_type=Path)
@@ -104,6 +104,7 @@ def export(
     show_default=True,
     help="Choose them on so many training images.",
 )
+@exclude_option
 @data_flags
 @_bundle_flags
 @json_option
@@ -113,6 +114,7 @@ def ptq(
     weight_bits: int,
     act_bits: int,
     target: Any,
+    exclude: tuple[str, ...],
     calibration: Any,
     calibration_images: int,
     out: Path,
@@ -131,7 +133,7 @@ def ptq(
         teacher,
         teacher_weights,
         data_values(options),
-        Bits(weight_bits, act_bits, target),
+        Bits(weight_bits, act_bits, target, exclude=exclude),
         calibration,
         calibration_images,
         out,

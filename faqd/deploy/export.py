@@ -1,9 +1,6 @@
 """A deployed student to ONNX Q/DQ: torch's exporter translates the network, this file states the quantization.
 
-Each deployed module has a twin that emits standard operators at opset 19:
-tensorrt:     x -> Clip(0, high * scale) or Relu -> QuantizeLinear int8, zero point 0 -> DequantizeLinear
-onnxruntime:  x -> QuantizeLinear uint8 -> Clip(0, high) on the codes where high < 255 -> DequantizeLinear
-Weights are int8 initializers with one scale per output channel; biases are float32, or int32 for onnxruntime.
+faqd/deploy/twins.py says what each deployed module becomes.
 """
 
 from __future__ import annotations
@@ -13,6 +10,7 @@ import copy
 import logging
 import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,30 +20,26 @@ import torch
 from torch import Tensor, fx, nn
 
 from faqd import __version__
-from faqd.errors import UserError
+from faqd.deploy.twins import OPSET, AverageTwin, Flatten, GlobalAverage, Reshape, deployed_twin, plain_twin
 from faqd.files import written_beside
 from faqd.train.convert import Deployed
-from faqd.train.deployed import ChannelAffine, IntegerAverage, IntegerLayer, Requantize
-from faqd.train.graph import operand, places, propagate, role, shape, unused
+from faqd.train.graph import is_tensor, module_of, operand, places, propagate, role, shape, unused
+from faqd.train.outputs import graph_outputs
 
-OPSET = 19
 INPUT = "input"
-OUTPUT = "logits"
 
 
 def onnx_from_deployed(deployed: Deployed, example: Tensor, metadata: dict[str, str]) -> onnx.ModelProto:
     """Export a deployed student of any flavour. example: (N >= 2, C, H, W) float32, for shapes only."""
     network = copy.deepcopy(deployed.network).float()
-    for name, module in list(network.named_modules()):
-        twin = _quantized_twin(module, deployed.flavour)
-        if twin is not None:
-            network.set_submodule(name, twin)
+    _replace_modules(network, lambda module: deployed_twin(module, deployed.flavour))
     return onnx_from_network(network, example, metadata)
 
 
 def onnx_from_network(network: fx.GraphModule, example: Tensor, metadata: dict[str, str]) -> onnx.ModelProto:
     """Export a captured network in evaluation mode: dynamic batch, readable names, no trace of this machine."""
     network = _with_plain_operators(network, example)
+    _replace_modules(network, plain_twin)
     batch = torch.export.Dim("batch")
     with warnings.catch_warnings():
         # torch's exporter warns of its own deprecations; a user can do nothing about them.
@@ -63,7 +57,7 @@ def onnx_from_network(network: fx.GraphModule, example: Tensor, metadata: dict[s
         )
     assert program is not None
     model = program.model
-    _name(model)
+    _name(model, list(graph_outputs(network)))
     _strip(model)
     model.producer_name, model.producer_version = "faqd", __version__
     model.metadata_props.clear()
@@ -73,27 +67,16 @@ def onnx_from_network(network: fx.GraphModule, example: Tensor, metadata: dict[s
     return proto
 
 
-def output_names(count: int) -> list[str]:
-    """The names of a file's outputs, in the order in which the network returns them."""
-    return [OUTPUT] if count == 1 else [f"{OUTPUT}_{index}" for index in range(count)]
+def _replace_modules(network: fx.GraphModule, twin: Callable[[nn.Module], nn.Module | None]) -> None:
+    for node in network.graph.nodes:
+        new = twin(network.get_submodule(str(node.target))) if node.op == "call_module" else None
+        if new is not None:
+            network.set_submodule(str(node.target), new)
 
 
 def save(proto: onnx.ModelProto, path: Path) -> None:
     with written_beside(path) as temporary:
         temporary.write_bytes(proto.SerializeToString(deterministic=True))
-
-
-# Twins -----------------------------------------------------------------------------------------------------------
-
-
-def _quantized_twin(module: nn.Module, flavour: str) -> nn.Module | None:
-    if isinstance(module, IntegerLayer):
-        return _LayerTwin(module)
-    if isinstance(module, Requantize):
-        return _OnnxruntimeTwin(module) if flavour == "onnxruntime" else _TensorrtTwin(module)
-    if isinstance(module, ChannelAffine):
-        return _AffineTwin(module)
-    return _AverageTwin(module.average) if isinstance(module, IntegerAverage) else None
 
 
 def _with_plain_operators(network: fx.GraphModule, example: Tensor) -> fx.GraphModule:
@@ -125,13 +108,17 @@ def _plain_operator(network: fx.GraphModule, node: fx.Node, averages: set[fx.Nod
     """What stands for `node`; None where torch's exporter does well."""
     if node in averages:
         flat = len(shape(node)) == 2
-        return nn.Sequential(_GlobalAverage(), _Flatten()) if flat else _GlobalAverage()
-    if role(network, node) != "reshape":
+        return nn.Sequential(GlobalAverage(), Flatten()) if flat else GlobalAverage()
+    if role(network, node) != "reshape" or not is_tensor(node) or not is_tensor(operand(node)):
         return None
     before, after = shape(operand(node)), shape(node)
-    if after != (before[0], math.prod(before[1:])):
-        return None
-    return _Flatten() if len(before) > 2 else nn.Identity()
+    if after == (before[0], math.prod(before[1:])):
+        return Flatten() if len(before) > 2 else nn.Identity()
+    reshapes = node.target in _RESHAPES or isinstance(module_of(network, node), nn.Unflatten)
+    return Reshape(after[1:]) if reshapes and after[0] == before[0] and math.prod(before) == math.prod(after) else None
+
+
+_RESHAPES = ("view", "reshape", "unflatten", "squeeze", "unsqueeze", torch.reshape, torch.squeeze, torch.unsqueeze)
 
 
 class _AverageFinder(fx.Interpreter):
@@ -143,7 +130,7 @@ class _AverageFinder(fx.Interpreter):
         self.found: set[fx.Node] = set()
 
     def run_node(self, n: fx.Node) -> Any:
-        twin = n.op == "call_module" and isinstance(self.network.get_submodule(str(n.target)), _AverageTwin)
+        twin = n.op == "call_module" and isinstance(self.network.get_submodule(str(n.target)), AverageTwin)
         if (twin or role(self.network, n) == "average") and len(shape(operand(n))) == 4:
             seen = self.env[operand(n)]
             maps = self.env[operand(n)] = torch.arange(seen.numel()).reshape(seen.shape).sin()
@@ -154,145 +141,17 @@ class _AverageFinder(fx.Interpreter):
         return super().run_node(n)
 
 
-def _emit(operator: str, inputs: tuple[Tensor, ...], like: Tensor, dtype: torch.dtype, **attributes: Any) -> Tensor:
-    result: Tensor = torch.onnx.ops.symbolic(operator, inputs, attributes, dtype=dtype, shape=like.shape, version=OPSET)
-    return result
-
-
-class _LayerTwin(nn.Module):
-    codes: Tensor
-    weight_scale: Tensor
-    weight_zero_point: Tensor
-    bias: Tensor
-    bias_scale: Tensor
-    bias_zero_point: Tensor
-
-    def __init__(self, layer: IntegerLayer) -> None:
-        super().__init__()
-        self.operator = layer.operator
-        self._layer = [layer]  # not a submodule: its float64 buffers stay out of the file
-        self.integer_bias = layer.bias_codes is not None
-        self.register_buffer("codes", layer.codes)
-        self.register_buffer("weight_scale", layer.weight_scale.float())
-        self.register_buffer("weight_zero_point", torch.zeros_like(layer.weight_scale, dtype=torch.int8))
-        if layer.bias_codes is not None:
-            self.register_buffer("bias", layer.bias_codes)
-            self.register_buffer("bias_scale", layer.bias_scale.float())
-            self.register_buffer("bias_zero_point", torch.zeros_like(layer.bias_codes))
-        else:
-            self.register_buffer("bias", layer.bias.float())
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = _emit(
-            "DequantizeLinear",
-            (self.codes, self.weight_scale, self.weight_zero_point),
-            self.codes,
-            torch.float32,
-            axis=0,
-        )
-        bias = self.bias
-        if self.integer_bias:
-            inputs = (self.bias, self.bias_scale, self.bias_zero_point)
-            bias = _emit("DequantizeLinear", inputs, self.bias, torch.float32, axis=0)
-        if self.operator == "Linear":
-            return _emit("Gemm", (x, weight, bias), x.new_empty(x.shape[0], bias.shape[0]), torch.float32, transB=1)
-        return self._layer[0].apply_weights(x, weight, bias)
-
-
-class _TensorrtTwin(nn.Module):
-    scale: Tensor
-    zero_point: Tensor
-    bottom: Tensor
-    top: Tensor
-
-    def __init__(self, requantize: Requantize) -> None:
-        super().__init__()
-        quant = requantize.quant
-        if quant.high > 127:
-            raise UserError(
-                "this student has 8-bit activations 0..255, trained with --target onnxruntime; TensorRT has no such "
-                "grid. Train with --target tensorrt for an engine."
-            )
-        self.rectified, self.clipped = requantize.rectifies, quant.high < 127
-        self.register_buffer("scale", requantize.scale.float())
-        self.register_buffer("zero_point", torch.zeros((), dtype=torch.int8))
-        self.register_buffer("bottom", torch.zeros(()))
-        self.register_buffer("top", requantize.scale.float() * quant.high)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.clipped:
-            x = _emit("Clip", (x, self.bottom, self.top), x, torch.float32)
-        elif self.rectified:
-            x = x.relu()
-        codes = _emit("QuantizeLinear", (x, self.scale, self.zero_point), x, torch.int8)
-        return _emit("DequantizeLinear", (codes, self.scale, self.zero_point), x, torch.float32)
-
-
-class _OnnxruntimeTwin(nn.Module):
-    scale: Tensor
-    zero_point: Tensor
-    bottom: Tensor
-    top: Tensor
-
-    def __init__(self, requantize: Requantize) -> None:
-        super().__init__()
-        quant = requantize.quant
-        self.clipped = not quant.signed and quant.high < 255
-        self.register_buffer("scale", requantize.scale.float())
-        self.register_buffer("zero_point", torch.tensor(128 if quant.signed else 0, dtype=torch.uint8))
-        self.register_buffer("bottom", torch.zeros((), dtype=torch.uint8))
-        self.register_buffer("top", torch.tensor(min(quant.high, 255), dtype=torch.uint8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        codes = _emit("QuantizeLinear", (x, self.scale, self.zero_point), x, torch.uint8)
-        if self.clipped:
-            codes = _emit("Clip", (codes, self.bottom, self.top), x, torch.uint8)
-        return _emit("DequantizeLinear", (codes, self.scale, self.zero_point), x, torch.float32)
-
-
-class _AverageTwin(nn.Module):
-    def __init__(self, average: Any) -> None:
-        super().__init__()
-        self.average = average
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return self.average(x, *args, **kwargs)
-
-
-class _AffineTwin(nn.Module):
-    factor: Tensor
-    offset: Tensor
-
-    def __init__(self, affine: ChannelAffine) -> None:
-        super().__init__()
-        self.register_buffer("factor", affine.factor.float())
-        self.register_buffer("offset", affine.offset.float())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _emit("Add", (_emit("Mul", (x, self.factor), x, torch.float32), self.offset), x, torch.float32)
-
-
-class _GlobalAverage(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return _emit("GlobalAveragePool", (x,), x.new_empty(*x.shape[:2], 1, 1), torch.float32)
-
-
-class _Flatten(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return _emit("Flatten", (x,), x.new_empty(x.shape[0], math.prod(x.shape[1:])), torch.float32, axis=1)
-
-
 # Names and metadata ----------------------------------------------------------------------------------------------
 
 _WORDS = {"Clip": "clip", "Relu": "rectified", "QuantizeLinear": "codes", "DequantizeLinear": "real"}
 
 
-def _name(model: ir.Model) -> None:
+def _name(model: ir.Model, outputs: list[str]) -> None:
     """Name nodes and tensors after the torch modules they come from."""
     graph = model.graph
     scopes = {node: _scope(node) for node in graph}
     taken: set[str] = {value.name for value in [*graph.inputs, *graph.initializers.values()] if value.name}
-    for value, name in zip(graph.outputs, output_names(len(graph.outputs)), strict=True):
+    for value, name in zip(graph.outputs, outputs, strict=True):
         value.name = name
         taken.add(name)
     for node in reversed(list(graph)):

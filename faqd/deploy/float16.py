@@ -11,7 +11,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-_SCALES = {"QuantizeLinear", "DequantizeLinear"}
+_FLOAT32_INPUTS = {"QuantizeLinear", "DequantizeLinear", "Resize"}
+"""Operators whose scales stay FP32; Resize knows no others."""
 
 
 def float16_from_float32(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -20,7 +21,7 @@ def float16_from_float32(model: onnx.ModelProto) -> onnx.ModelProto:
     half.CopyFrom(model)
     graph = half.graph
     outputs = {value.name for value in graph.output}
-    scales = {name for node in graph.node if node.op_type in _SCALES for name in node.input[1:]}
+    scales = {name for node in graph.node if node.op_type in _FLOAT32_INPUTS for name in node.input[1:]}
     _convert_constants(graph, scales)
     widened = {value.name for value in graph.input}
     nodes: list[onnx.NodeProto] = []

@@ -106,6 +106,12 @@ def first_broken(layer: Layer) -> Broken | None:
     return None
 
 
+def int8_layers(model: onnx.ModelProto) -> dict[str, bool]:
+    """Whether each layer of a file that faqd wrote runs in INT8 by the rules, by its place in the torch network."""
+    layers = layers_of(Graph(onnx.shape_inference.infer_shapes(model)))
+    return {name_of(layer.node).rpartition(".")[0]: first_broken(layer) is None for layer in layers}
+
+
 def refusals(graph: Graph) -> dict[str, Rule]:
     """What makes TensorRT refuse the whole file, also where no layer has a part in it: by what was found."""
     quantizers = [node for node in graph.nodes if node.op_type in ("QuantizeLinear", "DequantizeLinear")]

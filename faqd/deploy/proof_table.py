@@ -65,6 +65,9 @@ def _cell(compared: dict[str, Any] | None) -> str:
 
 
 def _outputs(compared: dict[str, Any]) -> str:
-    snr = "equal outputs" if compared["snr_db"] is None else f"{compared['snr_db']:.1f} dB"
+    found = compared["snr_db"]
+    parts = [f"{value:.1f} dB" if value is not None else "equal outputs" for value in found.values()]
+    named = [f"{name} {part}" for name, part in zip(found, parts, strict=True)]
+    snr = ", ".join(parts if len(parts) == 1 else named)
     top1 = compared.get("top1_agreement")
     return snr + (f", top-1 agreement {100 * top1:.2f} %" if top1 is not None else "") + f" (n = {compared['images']})"

@@ -16,8 +16,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
+from faqd.deploy.operators import OPERATORS
 from faqd.errors import UserError
-from faqd.reference import Array, Grid, convolve, layer_sum, windowed
+from faqd.reference import Array, Grid, convolve, convolve_transposed, layer_sum, moved, real, windowed
 
 Value = Any
 Attributes = dict[str, Any]
@@ -47,7 +48,9 @@ class Referee:
         for node in self.graph.node:
             operands = [values[name] if name else None for name in node.input]
             try:
-                values[node.output[0]] = _OPERATORS[node.op_type](operands, _attributes(node))
+                result = _OPERATORS[node.op_type](operands, _attributes(node))
+                results = result if isinstance(result, tuple) else (result,)
+                values |= dict(zip(node.output, results, strict=True))
             except (ValueError, IndexError, TypeError) as error:
                 raise UserError(f"{node.name}: the referee cannot run this {node.op_type}: {error}") from error
         return values
@@ -58,11 +61,6 @@ def code_tensors(graph: onnx.GraphProto) -> list[str]:
     constants = {t.name for t in graph.initializer}
     names = [n.input[0] for n in graph.node if n.op_type == "DequantizeLinear" and n.input[0] not in constants]
     return list(dict.fromkeys(names))
-
-
-def real(value: Value) -> Array:
-    """The real values of a tensor."""
-    return value.real if isinstance(value, Grid) else value
 
 
 def _refuse_unknown(model: onnx.ModelProto) -> None:
@@ -78,7 +76,7 @@ def _refuse_unknown(model: onnx.ModelProto) -> None:
         for name, value in _attributes(node).items():
             if value != _NEUTRAL.get(name, value):
                 raise UserError(f"{node.name}: the referee knows {node.op_type} only without {name} = {value!r}.")
-        if len(node.output) > 1:
+        if len(node.output) > 1 and node.op_type != "Split":
             raise UserError(f"{node.name}: the referee knows {node.op_type} only with one output.")
 
 
@@ -128,26 +126,53 @@ def _conv(operands: list[Value], attributes: Attributes) -> Value:
     return _weighted(lambda a, b: convolve(a, b, *geometry), x, weight, bias, 1)
 
 
+def _conv_transpose(operands: list[Value], attributes: Attributes) -> Value:
+    x, weight, bias = [*operands, None][:3]
+    if "output_shape" in attributes:
+        raise ValueError("known only without output_shape")
+    spatial = real(x).ndim - 2
+    groups = attributes.get("group", 1)
+    geometry = (
+        attributes.get("strides", [1] * spatial),
+        attributes.get("pads", [0] * 2 * spatial),
+        attributes.get("dilations", [1] * spatial),
+        groups,
+        attributes.get("output_padding", [0] * spatial),
+    )
+    return _weighted(lambda a, b: convolve_transposed(a, b, *geometry), x, weight, bias, 1, weight_axis=1)
+
+
 def _gemm(operands: list[Value], attributes: Attributes) -> Value:
     x, weight, bias = [*operands, None][:3]
     if attributes.get("transA", 0) or attributes.get("alpha", 1.0) != 1.0 or attributes.get("beta", 1.0) != 1.0:
         raise ValueError("known only with transA = 0 and alpha = beta = 1")
     if not attributes.get("transB", 0):
-        weight = _moved(weight, np.transpose)
+        weight = moved(weight, np.transpose)
     return _weighted(lambda a, b: a @ b.T, x, weight, bias, 1)
 
 
 def _weighted(
-    product: Callable[[Array, Array], Array], x: Value, weight: Value, bias: Value, channel_axis: int
+    product: Callable[[Array, Array], Array],
+    x: Value,
+    weight: Value,
+    bias: Value,
+    channel_axis: int,
+    weight_axis: int = 0,
 ) -> Array:
-    channels = real(weight).shape[0]
-    real_bias = np.broadcast_to(0.0 if bias is None else real(bias).reshape(-1), channels)
+    """Integer sums where input and weight are codes and each output channel has one scale; else sums of floats.
+
+    weight_axis: where the weight has its output channels; with the second axis, groups cannot have scales per channel.
+    """
     if isinstance(x, Grid) and isinstance(weight, Grid) and x.scale.ndim == 0:
-        per_channel = weight.scale.ndim == 0 or weight.scale.size == weight.scale.shape[0]
+        per_channel = weight.scale.ndim == 0 or weight.scale.size == weight.scale.shape[weight_axis]
         if per_channel:
             sums = product(x.codes, weight.codes)
+            channels = sums.shape[channel_axis]
+            real_bias = np.broadcast_to(0.0 if bias is None else real(bias).reshape(-1), channels)
             return layer_sum(sums, x.scale, weight.scale.reshape(-1), real_bias, channel_axis)
-    return layer_sum(product(real(x), real(weight)), np.ones(()), np.ones(()), real_bias, channel_axis)
+    sums = product(real(x), real(weight))
+    real_bias = np.broadcast_to(0.0 if bias is None else real(bias).reshape(-1), sums.shape[channel_axis])
+    return layer_sum(sums, np.ones(()), np.ones(()), real_bias, channel_axis)
 
 
 def _clip(operands: list[Value], attributes: Attributes) -> Value:
@@ -178,7 +203,7 @@ def _max_windows(operands: list[Value], attributes: Attributes) -> Value:
         result: Array = windows.max(axes)
         return result
 
-    return _moved(operands[0], largest)
+    return moved(operands[0], largest)
 
 
 def _pool_windows(x: Array, attributes: Attributes, padding: float, beyond: float) -> tuple[Array, tuple[int, ...]]:
@@ -218,32 +243,25 @@ def _reshape(operands: list[Value], attributes: Attributes) -> Value:
         wanted = [values.shape[i] if int(n) == 0 else int(n) for i, n in enumerate(operands[1])]
         return values.reshape(wanted)
 
-    return _moved(operands[0], reshaped)
+    return moved(operands[0], reshaped)
 
 
 def _flatten(operands: list[Value], attributes: Attributes) -> Value:
     axis = attributes.get("axis", 1)
-    return _moved(operands[0], lambda v: v.reshape(int(np.prod(v.shape[:axis], dtype=int)), -1))
+    return moved(operands[0], lambda v: v.reshape(int(np.prod(v.shape[:axis], dtype=int)), -1))
 
 
 def _concat(operands: list[Value], attributes: Attributes) -> Value:
     return np.concatenate([real(x) for x in operands], attributes["axis"])
 
 
-def _moved(value: Value, move: Callable[[Any], Any]) -> Value:
-    """Apply an operator that only moves values to codes where there are codes."""
-    if isinstance(value, Grid):
-        return Grid(move(value.codes), value.scale if value.scale.ndim == 0 else move(value.scale))
-    return move(value)
-
-
 def _squeeze(operands: list[Value], attributes: Attributes) -> Value:
     axes = tuple(int(a) for a in operands[1]) if len(operands) > 1 else None
-    return _moved(operands[0], lambda v: np.squeeze(v, axes))
+    return moved(operands[0], lambda v: np.squeeze(v, axes))
 
 
 def _unsqueeze(operands: list[Value], attributes: Attributes) -> Value:
-    return _moved(operands[0], lambda v: np.expand_dims(v, tuple(int(a) for a in operands[1])))
+    return moved(operands[0], lambda v: np.expand_dims(v, tuple(int(a) for a in operands[1])))
 
 
 def _batch_norm(operands: list[Value], attributes: Attributes) -> Value:
@@ -279,10 +297,12 @@ _OPERATORS: dict[str, Callable[[list[Value], Attributes], Value]] = {
     "Reshape": _reshape,
     "Squeeze": _squeeze,
     "Unsqueeze": _unsqueeze,
-    "Transpose": lambda operands, a: _moved(operands[0], lambda v: np.transpose(v, a.get("perm"))),
+    "Transpose": lambda operands, a: moved(operands[0], lambda v: np.transpose(v, a.get("perm"))),
     "Concat": _concat,
     "Shape": lambda operands, a: np.array(real(operands[0]).shape[a.get("start", 0) : a.get("end")], np.int64),
     "Identity": lambda operands, _: operands[0],
     "Constant": lambda operands, a: _constant(a),
     "BatchNormalization": _batch_norm,
+    "ConvTranspose": _conv_transpose,
+    **OPERATORS,
 }

@@ -12,26 +12,35 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from faqd import bundle as names
 from faqd.bundle import Bundle, Evaluation, write_manifest
 from faqd.calib.ranges import Method
-from faqd.deploy.export import INPUT, OUTPUT, onnx_from_deployed, onnx_from_network, output_names, save
+from faqd.deploy.export import INPUT, onnx_from_deployed, onnx_from_network, save
 from faqd.deploy.float16 import float16_from_float32
+from faqd.deploy.int8_rules import int8_layers
 from faqd.deploy.serving import Server, check_servers, serving_files
 from faqd.deploy.uint8_input import with_preprocessing
-from faqd.deploy.verify import AGREEMENT_IMAGES, CEIL_NOTE, compare_outputs, digest, probe_inputs, verify_bundle
+from faqd.deploy.verify import (
+    CEIL_NOTE,
+    FLOAT32_BITS,
+    FLOAT_LAYER_BITS,
+    agreement_images,
+    compare_outputs,
+    digest,
+    probe_inputs,
+    verify_bundle,
+)
 from faqd.errors import UserError
 from faqd.files import sha256, written_beside
 from faqd.preprocess import Preprocess
-from faqd.train import graph
+from faqd.train.capture import capture
 from faqd.train.convert import Deployed, Flavour, collect_output_scales, convert
 from faqd.train.data import load_dataset
 from faqd.train.deployed import IntegerLayer
-from faqd.train.evaluate import outputs
 from faqd.train.fuse import fused
 from faqd.train.network import NetworkSource
+from faqd.train.outputs import named_outputs, run_batches
 from faqd.train.placement import Bits
 from faqd.train.prepare import Student, calibrate, prepare, student_table
 from faqd.train.run import WEIGHTS, data_options, finished, load_teacher, network_input, run_preprocess
@@ -41,6 +50,10 @@ from faqd.train.student import load_student
 FloatType = Literal["fp16", "fp32"]
 InputForm = Literal["float32-nchw", "uint8-nhwc"]
 Say = Callable[[str], None]
+
+STORED_VALUES = 2**24
+"""Values of one output kept in eval.npz, 64 MiB: dense outputs are stored for the first images only."""
+BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -121,7 +134,7 @@ def quantize_after_training(
     network, source, weights_sha256 = lesson.teacher.network, lesson.teacher.source, lesson.teacher.sha256
     dataset = lesson.dataset
     example = network_input(dataset.train.images[:2], dataset.preprocess)
-    student = prepare(graph.capture(network, example), bits, example)
+    student = prepare(capture(network, example), bits, example)
     student.network.eval()
     batches = list(network_input(dataset.train.images[:calibration_images], dataset.preprocess).split(128))
     calibrate(student, batches, method)
@@ -167,8 +180,9 @@ def _write_bundle(
             say(f"wrote {name}")
 
         probes = torch.from_numpy(probe_inputs(parts.evaluation, parts.preprocess.normalise))
-        digests: dict[str, dict[str, dict[str, str]]] = {}
+        digests: dict[str, dict[str, Any]] = {}
         flavours: dict[str, Deployed] = {}
+        int8: dict[str, bool] = {}
         for flavour in _flavours(parts.student.bits):
             deployed = convert(parts.student, flavour, parts.output_scales)
             flavours[flavour] = deployed
@@ -177,6 +191,7 @@ def _write_bundle(
             if flavour == "onnxruntime":
                 put(names.STUDENT_ONNXRUNTIME, proto, parts.made_from)
                 continue
+            int8 = int8_layers(proto)
             put(names.STUDENT_TENSORRT_FP32, proto, parts.made_from)
             put(names.STUDENT_TENSORRT, float16_from_float32(proto) if float_type == "fp16" else proto, parts.made_from)
         if "tensorrt" not in flavours:
@@ -184,16 +199,16 @@ def _write_bundle(
         float_student = onnx_from_deployed(convert(parts.student, "float"), inputs, metadata)
         put(names.FLOAT_STUDENT, float_student, parts.made_from)
         put(names.FLOAT_STUDENT_FP16, float16_from_float32(float_student), parts.made_from)
-        teacher_graph = fused(graph.capture(parts.teacher, inputs[:2]))
+        teacher_graph = fused(capture(parts.teacher, inputs[:2]))
         put(names.TEACHER, onnx_from_network(teacher_graph, inputs, {}), parts.teacher_sha256)
-        wanted = outputs(parts.teacher, inputs).numpy()
-        Evaluation(parts.evaluation, parts.labels, {OUTPUT: wanted}).save(folder / names.EVAL)
+        wanted = _stored_outputs(parts.teacher, inputs)
+        Evaluation(parts.evaluation, parts.labels, wanted).save(folder / names.EVAL)
         made_from[names.EVAL] = parts.teacher_sha256
         first = next(iter(flavours.values()))
         facts = {
-            **_facts(parts, first, wanted),
+            **_facts(parts, first, wanted, int8),
             "torch_digests": digests,
-            "as_trained": _as_trained(parts.student, first, inputs[:AGREEMENT_IMAGES]),
+            "as_trained": _as_trained(parts.student, first, inputs[: agreement_images(wanted)]),
             "zeroed_channels": {flavour: deployed.zeroed for flavour, deployed in flavours.items() if deployed.zeroed},
             "float_type": float_type,
             "input": _input(parts, input_form),
@@ -209,11 +224,26 @@ def _write_bundle(
     return Bundle(out, bundle.manifest)
 
 
+def _stored_outputs(teacher: torch.nn.Module, inputs: Tensor) -> dict[str, NDArray[np.float32]]:
+    """The float teacher's outputs, each for as many images as STORED_VALUES allows."""
+    with torch.no_grad():
+        first = named_outputs(teacher(inputs[:2]))
+    rows = {name: max(1, STORED_VALUES // values[0].numel()) for name, values in first.items()}
+    found = _arrays(run_batches(teacher, inputs[: max(rows.values())], BATCH))
+    return {name: values[: rows[name]] for name, values in found.items()}
+
+
+def _arrays(outputs: dict[str, Tensor]) -> dict[str, NDArray[np.float32]]:
+    return {name: values.numpy() for name, values in outputs.items()}
+
+
 def _flavours(bits: Bits) -> list[Flavour]:
     return ["onnxruntime"] if bits.target == "onnxruntime" and bits.activations == 8 else ["tensorrt", "onnxruntime"]
 
 
-def _facts(parts: _Parts, deployed: Deployed, teacher_outputs: NDArray[np.float32]) -> dict[str, Any]:
+def _facts(
+    parts: _Parts, deployed: Deployed, teacher: dict[str, NDArray[np.float32]], int8: dict[str, bool]
+) -> dict[str, Any]:
     bits = parts.student.bits
     return {
         "name": f"{parts.source.name} {bits.label}",
@@ -225,8 +255,8 @@ def _facts(parts: _Parts, deployed: Deployed, teacher_outputs: NDArray[np.float3
         "target": bits.target,
         "preprocess": parts.preprocess.to_json(),
         "classes": list(parts.classes) if parts.classes else None,
-        "outputs": [{"name": OUTPUT, "shape": ["batch", *teacher_outputs.shape[1:]]}],
-        "layers": [{**row, "runs_int8": True} for row in student_table(parts.student)],
+        "outputs": [{"name": name, "shape": ["batch", *values.shape[1:]]} for name, values in teacher.items()],
+        "layers": [{**row, "runs_int8": int8.get(row["name"], False)} for row in student_table(parts.student)],
         "size": _size(parts.student, deployed),
         "teacher": {"name": parts.teacher_source.name, "sha256": parts.teacher_sha256},
     }
@@ -269,12 +299,13 @@ def _metadata(parts: _Parts) -> dict[str, str]:
     }
 
 
-def _torch_digests(deployed: Deployed, inputs: Tensor) -> dict[str, dict[str, str]]:
+def _torch_digests(deployed: Deployed, inputs: Tensor) -> dict[str, Any]:
     """What the exported file must compute for `inputs`, value for value: codes by place, outputs by name."""
-    results = tree_leaves(deployed(inputs))
+    results = named_outputs(deployed(inputs))
+    bits = FLOAT32_BITS if deployed.integers_only else FLOAT_LAYER_BITS
     codes = {place: digest(values) for place, values in _torch_codes(deployed, inputs).items()}
-    outputs = {name: digest(result.numpy()) for name, result in zip(output_names(len(results)), results, strict=True)}
-    return {"codes": codes, "outputs": outputs}
+    outputs = {name: digest(result.numpy(), bits) for name, result in results.items()}
+    return {"codes": codes, "outputs": outputs, "output_bits": bits}
 
 
 def _torch_codes(deployed: Deployed, inputs: Tensor) -> dict[str, NDArray[Any]]:
@@ -312,5 +343,5 @@ def _as_trained(student: Student, deployed: Deployed, inputs: Tensor) -> dict[st
     layers = {
         name: round(float(np.mean(trained[name].numpy() == codes[name])), 6) for name in quantizers if name in codes
     }
-    found, wanted = outputs(deployed, inputs).numpy(), outputs(student.network, inputs).numpy()
+    found, wanted = (_arrays(run_batches(network, inputs, BATCH)) for network in (deployed, student.network))
     return {**compare_outputs(found, wanted), "equal_codes_per_layer": layers}

@@ -69,9 +69,9 @@ def splits_on(device: torch.device, dataset: Dataset) -> tuple[Images, Images]:
 
 @dataclass(frozen=True)
 class Target:
-    """The teacher's outputs for a batch, and its feature maps (B, C, H, W) by node name."""
+    """The teacher's outputs for a batch by name, and its feature maps (B, C, H, W) by node name."""
 
-    outputs: Tensor
+    outputs: dict[str, Tensor]
     maps: dict[str, Tensor]
 
 

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from faqd.command import SETTINGS, Finite, data_flags, data_values, emit_json, json_option, run, version_option
+from faqd.command import (
+    SETTINGS,
+    Finite,
+    data_flags,
+    data_values,
+    emit_json,
+    exclude_option,
+    json_option,
+    run,
+    version_option,
+)
 from faqd.errors import UserError
 
 if TYPE_CHECKING:
@@ -109,6 +119,7 @@ def teacher(recipe: str, json_target: str | None, **options: Any) -> None:
     type=click.Choice(["lsq", "mean", "pact", "min"]),
     help="Learn their scales by this slope: lsq's, or a coarse one of the paper.",
 )
+@exclude_option
 @click.option("--logit", type=click.Choice(["mse", "kl"]), help="Measure the distance of the outputs in this way.")
 @click.option("--logit-weight", type=Finite(0), help="Weigh that distance with this.")
 @click.option("--temperature", type=Finite(0, min_open=True), help="Soften the outputs of --logit kl by this.")
@@ -148,6 +159,7 @@ def distill(recipe: str, teacher: str, teacher_weights: Path | None, json_target
 
     data, out, device, resume, deadline = data_values(options), *_place_values(options)
     taps, seeds = list(options.pop("taps")) or None, options.pop("seeds")
+    options["exclude"] = options["exclude"] or None
     weight_bits = _bit_list("--weight-bits", options.pop("weight_bits"))
     act_bits = _bit_list("--act-bits", options.pop("act_bits"))
     base = overridden(distill_recipe(recipe), {"data": data["source"], **options})
@@ -214,6 +226,7 @@ def recipes(json_target: str | None) -> None:
     show_default=True,
     help="Give each of these a weight scale.",
 )
+@exclude_option
 @click.option("--image-size", metavar="H[xW]", help="Feed a FILE.py network this size; a run knows its own.")
 @click.option(
     "--input-channels", type=click.IntRange(1), default=3, show_default=True, help="Feed it so many channels."

@@ -8,20 +8,23 @@ unquantized, the honest baseline for speed.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.utils import parametrize
 
 from faqd.calib.ranges import scale_max
 from faqd.errors import UserError
 from faqd.quant import FLOAT_BITS, SIGNED_8
 from faqd.train import graph
+from faqd.train.curves import Curve, Interpolate, deployed_clamp
 from faqd.train.deployed import ChannelAffine, IntegerAverage, IntegerLayer, Requantize
+from faqd.train.elementwise import CURVES, Bilinear, Clamp, Nearest, Scaled
+from faqd.train.layers import latent_weight, output_channels, output_first, weight_codes, weight_quantizer
 from faqd.train.prepare import Student, input_quantizer
 from faqd.train.quantizers import ActivationQuantizer
 from faqd.train.shifts import place_shifts
@@ -30,16 +33,20 @@ Flavour = Literal["tensorrt", "onnxruntime", "float"]
 
 LARGEST_INT8 = 127
 LARGEST_INT32 = 2**31 - 1
+HIGHEST_OUTPUT = 126 + (5**0.5 - 1) / 2
+"""What the largest output of a layer is in codes. Outputs of low-bit layers are often simple fractions of the largest:
+at 127, half of it would be 63.5, a tie that float32 and exact arithmetic round differently."""
 
 
 @dataclass(frozen=True)
 class Deployed:
     """network: a graph module over float64 tensors. zeroed: channels per layer whose tiny batch-norm factor would
-    overflow an int32 bias, made exact zeros there."""
+    overflow an int32 bias, made exact zeros there. integers_only: no layer multiplies floats."""
 
     network: fx.GraphModule
     flavour: Flavour
     zeroed: dict[str, int]
+    integers_only: bool
 
     def requantizers(self) -> dict[str, Requantize]:
         """By module path, in graph order."""
@@ -64,16 +71,20 @@ def convert(student: Student, flavour: Flavour, output_scales: dict[str, float] 
     zeroed: dict[str, int] = {}
     _remove_idle(network)
     _unshare(network)
-    shifts = {} if flavour == "float" else place_shifts(network)
+    shifts: dict[fx.Node, Tensor] = {}
+    if flavour != "float":
+        _absorb_clamps(network)
+        shifts = place_shifts(network)
     if flavour == "onnxruntime":
         _quantize_outputs(network, output_scales or {})
-        _requantize_before_layers(network)
+    if flavour != "float":
+        _requantize_before_layers(network, flavour)
     for node in list(network.graph.nodes):
         kind = graph.role(network, node)
         if kind == "compute":
             _fold_layer(network, node, flavour, zeroed, shifts)
         elif kind == "average" and flavour != "float":
-            _replace(network, node, IntegerAverage(_callable(network, node), _quantizer_of(network, node).scale))
+            _replace(network, node, _average(network, node))
     for node in network.graph.nodes:
         new = _deployed_module(network, node, flavour, shifts)
         if new is not None:
@@ -82,14 +93,15 @@ def convert(student: Student, flavour: Flavour, output_scales: dict[str, float] 
     network.graph.eliminate_dead_code()
     network.graph.lint()
     network.recompile()
-    return Deployed(network.double(), flavour, zeroed)
+    integers_only = not any(isinstance(module, graph.COMPUTE) for module in network.modules())
+    return Deployed(network.double(), flavour, zeroed, integers_only)
 
 
 def _deployed_module(
     network: fx.GraphModule, node: fx.Node, flavour: Flavour, shifts: dict[fx.Node, Tensor]
 ) -> nn.Module | None:
     """What stands for a quantizer, or for a batch norm that was not folded; None for any other module."""
-    module = _module(network, node)
+    module = graph.module_of(network, node)
     if isinstance(module, ActivationQuantizer):
         if flavour == "float":
             return nn.ReLU() if module.rectifies else nn.Identity()
@@ -99,13 +111,52 @@ def _deployed_module(
         factor, offset = _affine(module)
         offset = offset + shifts.get(node, 0.0)
         return ChannelAffine(factor.reshape(per_channel), offset.reshape(per_channel))
-    return None
+    if flavour != "float" and isinstance(module, CURVES):
+        return Curve(module)
+    if flavour != "float" and isinstance(module, Scaled):
+        return ChannelAffine(torch.tensor(module.factor), torch.tensor(module.offset))
+    return deployed_clamp(module) if flavour != "float" and isinstance(module, Clamp) else None
+
+
+def _average(network: fx.GraphModule, node: fx.Node) -> nn.Module:
+    module, scale = graph.module_of(network, node), _quantizer_of(network, node).scale
+    if isinstance(module, Bilinear):
+        return Interpolate(module, scale)
+    return IntegerAverage(_callable(network, node), scale)
+
+
+def _absorb_clamps(network: fx.GraphModule) -> None:
+    """Limits that only a rounding reads become limits of its codes: rounding is monotone, so nothing else changes.
+
+    Not where roundings share a scale: what reads their concatenation needs the grid that holds them all.
+    """
+    uses = Counter(id(m.scale) for m in network.modules() if isinstance(m, ActivationQuantizer))
+    for node in network.graph.nodes:
+        clamp = graph.module_of(network, node)
+        if not isinstance(clamp, Clamp) or len(node.users) != 1:
+            continue
+        (reader,) = node.users
+        quantizer = graph.module_of(network, reader)
+        if not isinstance(quantizer, ActivationQuantizer) or uses[id(quantizer.scale)] > 1:
+            continue
+        scale = float(quantizer.scale.detach().float())
+        low, high = (float(np.rint(np.float64(np.float32(limit)) / scale)) for limit in (clamp.low, clamp.high))
+        if not low <= 0 < high:
+            continue  # limits that leave no grid around zero stay an operator of their own
+        limited = copy.deepcopy(quantizer)
+        limited.quant = replace(
+            quantizer.quant, low=int(max(low, quantizer.quant.low)), high=int(min(high, quantizer.quant.high))
+        )
+        limited.rectifies = low == 0
+        network.set_submodule(str(reader.target), limited)
+        node.replace_all_uses_with(graph.operand(node))
+    network.graph.eliminate_dead_code()
 
 
 def _remove_idle(network: fx.GraphModule) -> None:
     """Drop what does nothing outside of training, which backends would run as copies."""
     for node in list(network.graph.nodes):
-        idle = isinstance(_module(network, node), graph.IDLE_MODULES)
+        idle = isinstance(graph.module_of(network, node), graph.IDLE_MODULES)
         if idle or (node.op == "call_function" and node.target in graph.IDLE_FUNCTIONS):
             node.replace_all_uses_with(graph.operand(node))
             network.graph.erase_node(node)
@@ -117,13 +168,15 @@ def _unshare(network: fx.GraphModule) -> None:
         if node.op == "call_module" and place != node.target:
             network.add_submodule(place, copy.deepcopy(network.get_submodule(str(node.target))))
             node.target = place
+            node.meta.pop("nn_module_stack", None)  # names the shared module, and with it nodes of the exported file
 
 
 @torch.no_grad()
 def collect_output_scales(student: Student, batches: Iterable[Tensor]) -> dict[str, float]:
     """Scales for the convolution outputs that training left float, from the deployed student's own values.
 
-    The largest magnitude seen: these roundings were not trained, so nothing of them may be clipped.
+    The largest magnitude seen becomes HIGHEST_OUTPUT: these roundings were not trained, so nothing of them may be
+    clipped.
     """
     deployed = convert(student, "tensorrt").network
     wanted = {str(node.target): node for node in _float_outputs(deployed)}
@@ -137,17 +190,19 @@ def collect_output_scales(student: Student, batches: Iterable[Tensor]) -> dict[s
         deployed(batch.double())
     for hook in hooks:
         hook.remove()
-    return {name: scale_max(np.asarray(values, np.float32), SIGNED_8) for name, values in observed.items()}
+    room = SIGNED_8.high / HIGHEST_OUTPUT
+    return {name: room * scale_max(np.asarray(values, np.float32), SIGNED_8) for name, values in observed.items()}
 
 
 def _float_outputs(network: fx.GraphModule) -> list[fx.Node]:
     """Layers (with their batch norm folded) whose output reaches another operator unrounded."""
     found = []
     for node in network.graph.nodes:
-        if not isinstance(_module(network, node), (*graph.COMPUTE, IntegerLayer)):
+        layer = graph.module_of(network, node)
+        if layer is None or not (isinstance(layer, IntegerLayer) or weight_quantizer(layer)):
             continue
         readers = _after_norm(network, node).users
-        rounded = all(isinstance(_module(network, r), (ActivationQuantizer, Requantize)) for r in readers)
+        rounded = all(isinstance(graph.module_of(network, r), (ActivationQuantizer, Requantize)) for r in readers)
         if not rounded and not all(reader.op == "output" for reader in readers):
             found.append(node)
     return found
@@ -171,19 +226,33 @@ def _quantize_outputs(network: fx.GraphModule, scales: dict[str, float]) -> None
         _insert_after(network, _after_norm(network, node), f"{name}_out", quantizer)
 
 
-def _requantize_before_layers(network: fx.GraphModule) -> None:
-    """onnxruntime fuses a layer only with the rounding right before it: repeat it behind pooling and flatten.
+def _requantize_before_layers(network: fx.GraphModule, flavour: Flavour) -> None:
+    """onnxruntime fuses a layer only with the rounding right before it: repeat it behind whatever moves values.
 
-    Rounding codes again with their own scale changes nothing.
+    TensorRT looks through these operators but for resizing: there the layer would fall to float in silence. Rounding
+    codes again with their own scale changes nothing.
     """
     for node in list(network.graph.nodes):
-        if graph.role(network, node) != "compute":
+        layer = graph.module_of(network, node)
+        if layer is None or weight_quantizer(layer) is None:
             continue
         source = graph.operand(node)
-        if not isinstance(_module(network, source), ActivationQuantizer):
+        far = not isinstance(graph.module_of(network, source), ActivationQuantizer)
+        if far and (flavour == "onnxruntime" or _is_resized(network, source)):
             again = copy.deepcopy(_quantizer_of(network, node))
             again.rectifies = False
             _insert_after(network, source, f"{node.target}_in", again, only_for=node)
+
+
+def _is_resized(network: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether pixels are repeated on the way from the rounding to `node`."""
+    while graph.role(network, node) in ("reshape", "concat"):
+        if isinstance(graph.module_of(network, node), Nearest):
+            return True
+        if graph.role(network, node) == "concat":
+            return any(_is_resized(network, operand) for operand in graph.tensor_inputs(node))
+        node = graph.operand(node)
+    return False
 
 
 def _insert_after(
@@ -208,9 +277,9 @@ def _fold_layer(
     """Replace a layer and its batch norm: sign into the codes, magnitude into the scale, the rest into the bias."""
     layer: Any = network.get_submodule(str(node.target))
     end = _after_norm(network, node)
-    factor, offset = _layer_affine(layer, _module(network, end) if end is not node else None)
+    factor, offset = _layer_affine(layer, graph.module_of(network, end) if end is not node else None)
     offset = offset + shifts.get(end, 0.0)
-    if flavour == "float":
+    if flavour == "float" or weight_quantizer(layer) is None:
         network.set_submodule(str(node.target), _float_layer(layer, factor, offset))
     else:
         new, overflowing = _integer_layer(layer, factor, offset, _quantizer_of(network, node), flavour)
@@ -224,7 +293,7 @@ def _fold_layer(
 
 def _layer_affine(layer: Any, norm: nn.Module | None) -> tuple[Tensor, Tensor]:
     """float64 (channels,) each: bias and batch norm of a layer's sums, as sum * factor + offset."""
-    ones = torch.ones(layer.weight.shape[0], dtype=torch.float64)
+    ones = torch.ones(output_channels(layer), dtype=torch.float64)
     bias = ones * layer.bias.detach() if layer.bias is not None else 0 * ones
     if norm is None:
         return ones, bias
@@ -242,15 +311,18 @@ def _affine(norm: Any) -> tuple[Tensor, Tensor]:
 
 
 def _float_layer(layer: Any, factor: Tensor, offset: Tensor) -> nn.Module:
-    latent = layer.parametrizations.weight.original if parametrize.is_parametrized(layer, "weight") else layer.weight
+    # Built anew: taking the parametrization off a copy would take it off the class that the student's layer shares.
+    folded: Any
     if isinstance(layer, nn.Linear):
-        folded: Any = nn.Linear(layer.in_features, layer.out_features)
+        folded = nn.Linear(layer.in_features, layer.out_features)
     else:
-        kind = nn.Conv1d if isinstance(layer, nn.Conv1d) else nn.Conv2d
-        geometry = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups)
-        folded = kind(layer.in_channels, layer.out_channels, *geometry)
-    folded.weight.data = (latent.detach().double() * _per_channel(factor, latent)).float()
-    folded.bias.data = offset.float()
+        kind = next(kind for kind in graph.COMPUTE if isinstance(layer, kind))
+        names = ["stride", "padding", "dilation", "groups"] + ["output_padding"] * isinstance(layer, graph.TRANSPOSED)
+        geometry = {name: getattr(layer, name) for name in names}
+        folded = kind(layer.in_channels, layer.out_channels, layer.kernel_size, **geometry)
+    weight = output_first(layer, latent_weight(layer).double())
+    folded.weight = nn.Parameter(output_first(layer, weight * _per_channel(factor, weight)).float())
+    folded.bias = nn.Parameter(offset.float())
     return folded  # type: ignore[no-any-return]
 
 
@@ -258,9 +330,9 @@ def _integer_layer(
     layer: Any, factor: Tensor, offset: Tensor, read: ActivationQuantizer, flavour: Flavour
 ) -> tuple[IntegerLayer, int]:
     """The deployed layer, and the number of its channels that became zero because int32 could not hold their bias."""
-    quantizer = layer.parametrizations.weight[0]
-    with torch.no_grad():
-        codes, unfolded = quantizer.codes(layer.parametrizations.weight.original)
+    quantizer = weight_quantizer(layer)
+    assert quantizer is not None
+    codes, unfolded = weight_codes(layer)
     codes = codes.double() * _per_channel(factor.sign(), codes)
     scale = _float32(unfolded.double() * factor.abs())
     input_scale = read.scale.detach().float()
@@ -302,10 +374,6 @@ def _quantizer_of(network: fx.GraphModule, node: fx.Node) -> ActivationQuantizer
     if found is None:
         raise ValueError(f"{node.name} reads a tensor that was not quantized")
     return found
-
-
-def _module(network: fx.GraphModule, node: Any) -> nn.Module | None:
-    return network.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
 def _callable(network: fx.GraphModule, node: fx.Node) -> Any:

@@ -14,17 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from faqd.quant import Quant
+from faqd.train.graph import TRANSPOSED
 
 EXACT_FLOAT32 = 2**24
 """Sums of integers below this are exact in float32, whatever their order."""
 
 
 class IntegerLayer(nn.Module):
-    """A convolution or linear layer with folded batch norm: real = sum(codes * input codes) * scales + bias.
+    """A layer with folded batch norm: real = sum(codes * input codes) * scales + bias.
 
-    codes: int8, output channels first. weight_scale: float32 (channels,). input_scale: float32 scalar.
-    bias: float32 (channels,); or where `bias_codes` int32 (channels,) are given, those times input_scale * weight_scale
-    rounded to float32, which is how the onnxruntime flavour stores it.
+    layer: a convolution, transposed convolution or linear layer. codes: int8, output channels first. weight_scale:
+    float32 (channels,). input_scale: float32 scalar. bias: float32 (channels,); or where `bias_codes` int32 (channels,)
+    are given, those times input_scale * weight_scale rounded to float32: how the onnxruntime flavour stores it.
     """
 
     codes: Tensor
@@ -45,9 +46,13 @@ class IntegerLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.operator = "Linear" if isinstance(layer, nn.Linear) else "Conv"
+        names = ["stride", "padding", "dilation", "groups"]
+        if isinstance(layer, TRANSPOSED):
+            self.operator = "ConvTranspose"
+            names.append("output_padding")
         self.geometry: dict[str, Any] = {}
         if not isinstance(layer, nn.Linear):
-            self.geometry = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
+            self.geometry = {name: getattr(layer, name) for name in names}
         self.register_buffer("codes", codes.to(torch.int8))
         self.register_buffer("weight_scale", weight_scale.float())
         self.register_buffer("input_scale", input_scale.float())
@@ -63,8 +68,9 @@ class IntegerLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q = (x / self.input_scale.double()).round_().to(self._sum_type)
-        sums = self.apply_weights(q, self.codes.to(self._sum_type)).double()
-        per_channel = (-1, *[1] * (sums.dim() - 2)) if self.operator == "Conv" else (-1,)
+        codes = self.codes.to(self._sum_type)
+        sums = self.apply_weights(q, codes.transpose(0, 1) if self.operator == "ConvTranspose" else codes).double()
+        per_channel = (-1,) if self.operator == "Linear" else (-1, *[1] * (sums.dim() - 2))
         scale = self.input_scale.double() * self.weight_scale.double()
         real_bias = self.bias.double()
         if self.bias_codes is not None:
@@ -72,9 +78,12 @@ class IntegerLayer(nn.Module):
         return sums * scale.reshape(per_channel) + real_bias.reshape(per_channel)
 
     def apply_weights(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The plain operator, with this layer's stride, padding, dilation and groups."""
+        """The plain operator, with this layer's stride, padding, dilation and groups; `weight` as torch stores it."""
         if self.operator == "Linear":
             return F.linear(x, weight, bias)
+        if self.operator == "ConvTranspose":
+            transposed = F.conv_transpose1d if weight.dim() == 3 else F.conv_transpose2d
+            return transposed(x, weight, bias, **self.geometry)
         convolve = F.conv1d if weight.dim() == 3 else F.conv2d
         return convolve(x, weight, bias, **self.geometry)
 

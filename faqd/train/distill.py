@@ -24,12 +24,14 @@ from faqd.quant import FLOAT_BITS
 from faqd.train import graph
 from faqd.train.adaptors import Adapted
 from faqd.train.batches import Batch, Batches, Images, splits_on
+from faqd.train.capture import capture
 from faqd.train.convert import collect_output_scales
 from faqd.train.data import Say
 from faqd.train.job import Job, select_losses
 from faqd.train.loop import finish, fit
 from faqd.train.losses import affinity_loss, logit_loss
 from faqd.train.network import NetworkSource, write_tensors
+from faqd.train.outputs import named_outputs
 from faqd.train.prepare import Student, calibrate
 from faqd.train.quantizers import SMALLEST_SCALE
 from faqd.train.recipes import FROM_SCRATCH, FROM_TRAINED, Autocast, DistillRecipe, TeacherDtype, recipe_json
@@ -127,9 +129,10 @@ def _refuse_without_labels(lesson: Lesson) -> None:
         )
     with torch.no_grad():
         outputs = lesson.teacher.network(lesson.teacher.source.example())
-    if outputs.shape[1:] != (len(dataset.classes),):
+    shapes = [tuple(output.shape[1:]) for output in named_outputs(outputs).values()]
+    if not isinstance(outputs, Tensor) or shapes != [(len(dataset.classes),)]:
         raise UserError(
-            f"--label-weight: the teacher has outputs {tuple(outputs.shape[1:])} and {dataset.source} "
+            f"--label-weight: the teacher has outputs {', '.join(map(str, shapes))} and {dataset.source} "
             f"{len(dataset.classes)} classes; learn without labels."
         )
 
@@ -149,7 +152,7 @@ def _distill_together(
     deadline: float,
 ) -> dict[Path, UserError]:
     example = train.normalised(train.pixels[:2]).cpu().contiguous()
-    teacher_graph = graph.capture(teacher.network, example)
+    teacher_graph = capture(teacher.network, example)
     students = [new_student(plan.recipe, plan.source, teacher, example) for plan in plans]
     pairs = [
         tap_pairs(teacher_graph, student, taps) if _has_affinity(plan.recipe) else []
@@ -270,8 +273,9 @@ def distill_job(plan: Plan, student: Student, pairs: list[tuple[str, str]]) -> J
         assert target is not None
         terms = {}
         if recipe.logit_weight:
-            distance = logit_loss(outputs, target.outputs, recipe.logit, recipe.temperature)
-            terms["logit"] = recipe.logit_weight * distance
+            for name, output in named_outputs(outputs).items():
+                distance = logit_loss(output, target.outputs[name], recipe.logit, recipe.temperature)
+                terms["logit" if len(target.outputs) == 1 else f"logit {name}"] = recipe.logit_weight * distance
         if recipe.affinity != "none" and pairs:
             distances = [
                 affinity_loss(ours, target.maps[name], recipe.affinity, columns=recipe.columns, generator=generator)

@@ -11,17 +11,12 @@ from torch import Tensor
 from faqd.quant import FLOAT_BITS
 from faqd.train.convert import convert
 from faqd.train.data import load_dataset
+from faqd.train.outputs import run_batches
 from faqd.train.prepare import Student
 from faqd.train.run import data_options, finished, load_teacher, network_input, run_preprocess
 from faqd.train.student import load_student
 
 BATCH = 250
-
-
-@torch.no_grad()
-def outputs(network: Any, inputs: Tensor) -> Tensor:
-    """float32 outputs of `network` for all of `inputs`, in batches."""
-    return torch.cat([network(batch).float() for batch in inputs.split(BATCH)])
 
 
 def deployable(student: Student) -> Any:
@@ -30,7 +25,7 @@ def deployable(student: Student) -> Any:
 
 
 def evaluate_run(folder: Path, data_root: Path | None) -> dict[str, Any]:
-    """Accuracy and, for a student, agreement with the teacher, on the eval split.
+    """Accuracy and, for a student, agreement with the teacher, on the eval split; for each output its SNR in dB.
 
     Without accuracy where the data has no labels, or other classes than the network has outputs.
     """
@@ -39,18 +34,28 @@ def evaluate_run(folder: Path, data_root: Path | None) -> dict[str, Any]:
     split = dataset.eval
     inputs = network_input(split.images, run_preprocess(record))
     teacher, _, _ = load_teacher(folder)
-    wanted = outputs(teacher, inputs)
+    wanted = run_batches(teacher, inputs, BATCH)
     result: dict[str, Any] = {"images": len(inputs)}
     measured = {"teacher": wanted}
     if record["kind"] == "distill":
-        measured = {"student": outputs(deployable(load_student(folder)), inputs), "teacher": wanted}
-    if split.labels is not None and wanted.shape[1:] != (len(dataset.classes or ()),):
-        result["no_accuracy"] = f"outputs {tuple(wanted.shape[1:])}, classes of the data {len(dataset.classes or ())}"
-    elif split.labels is not None:
+        measured = {"student": run_batches(deployable(load_student(folder)), inputs, BATCH), "teacher": wanted}
+        result["snr_db"] = {name: _snr_db(measured["student"][name], wanted[name]) for name in wanted}
+    scores = next((name for name, values in wanted.items() if values.dim() == 2), None)
+    shapes = {name: tuple(values.shape[1:]) for name, values in wanted.items()}
+    if split.labels is not None and (scores is None or shapes[scores] != (len(dataset.classes or ()),)):
+        listed = ", ".join(map(str, shapes.values()))
+        result["no_accuracy"] = f"outputs {listed}, classes of the data {len(dataset.classes or ())}"
+    elif split.labels is not None and scores is not None:
         labels = torch.from_numpy(split.labels)
         for name, values in measured.items():
-            result[f"{name}_accuracy"] = round(float((values.argmax(1) == labels).float().mean()), 6)
-    if "student" in measured:
-        agreement = (measured["student"].argmax(1) == wanted.argmax(1)).float().mean()
+            result[f"{name}_accuracy"] = round(float((values[scores].argmax(1) == labels).float().mean()), 6)
+    if "student" in measured and scores is not None:
+        agreement = (measured["student"][scores].argmax(1) == wanted[scores].argmax(1)).float().mean()
         result["agreement"] = round(float(agreement), 6)
     return result
+
+
+def _snr_db(found: Tensor, wanted: Tensor) -> float | None:
+    """10 log10 of the power of `wanted` over that of the difference; None where there is no difference or no signal."""
+    noise, signal = ((values.double() ** 2).sum() for values in (found - wanted, wanted))
+    return float(10 * torch.log10(signal / noise)) if noise > 0 and signal > 0 else None

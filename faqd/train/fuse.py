@@ -26,8 +26,11 @@ def fused(traced: fx.GraphModule) -> fx.GraphModule:
             continue
         float_layer: Any = network.get_submodule(str(layer.target))
         norm: Any = network.get_submodule(str(node.target))
-        fuse: Any = fuse_linear_bn_eval if isinstance(float_layer, nn.Linear) else fuse_conv_bn_eval
-        network.set_submodule(str(layer.target), fuse(float_layer, norm))
+        if isinstance(float_layer, nn.Linear):
+            merged = fuse_linear_bn_eval(float_layer, norm)
+        else:
+            merged = fuse_conv_bn_eval(float_layer, norm, isinstance(float_layer, graph.TRANSPOSED))
+        network.set_submodule(str(layer.target), merged)
         node.replace_all_uses_with(layer)
         network.graph.erase_node(node)
     network.delete_all_unused_submodules()

@@ -1,4 +1,4 @@
-"""Capture of a user's network as a torch.fx graph, and what its nodes mean to the quantizer.
+"""What the nodes of a captured network mean to the quantizer: roles, shapes and places.
 
 Every node has a place: the path of its module in the user's network, such as `stages.0.1.relu2`, or the path of
 the enclosing module and the function's name, such as `stages.0.1.add`. Messages, tensor names and tables use it.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import operator
 import re
-import traceback
 import warnings
 from pathlib import Path
 from typing import Any, Literal
@@ -17,101 +16,62 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
-from torch.utils._pytree import tree_leaves
 
-from faqd.errors import UserError
+from faqd.train.elementwise import CURVES, Bilinear, Clamp, Nearest, Part, Scaled
 
-Role = Literal["input", "compute", "norm", "rectify", "average", "add", "concat", "reshape", "output", "other"]
+Role = Literal[
+    "input", "compute", "norm", "rectify", "clamp", "curve", "average", "add", "multiply", "concat", "reshape",
+    "output", "other",
+]  # fmt: skip
 
-COMPUTE = (nn.Conv1d, nn.Conv2d, nn.Linear)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
+COMPUTE = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
 NORM = (nn.BatchNorm1d, nn.BatchNorm2d)
-IDLE_MODULES = (nn.Identity, nn.Dropout, nn.Dropout2d)
-IDLE_FUNCTIONS = (F.dropout, F.dropout2d)
+IDLE_MODULES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)
+IDLE_FUNCTIONS = (F.dropout, F.dropout1d, F.dropout2d)
 """What does nothing in evaluation mode; `capture` refuses dropout that stays on there."""
 _MODULES: dict[Role, tuple[type[nn.Module], ...]] = {
     "compute": COMPUTE,
     "norm": NORM,
     "rectify": (nn.ReLU,),
-    "average": (nn.AvgPool2d, nn.AdaptiveAvgPool2d),
-    # Reshaping operators only move or drop values: codes pass through them unchanged.
-    "reshape": (nn.MaxPool2d, nn.AdaptiveMaxPool2d, nn.Flatten, *IDLE_MODULES),
+    "clamp": (Clamp,),
+    "curve": (*CURVES, Scaled),
+    "average": (nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, Bilinear),
+    # Reshaping operators only move or drop values, or pad with zeros: codes pass through them unchanged.
+    "reshape": (
+        *(nn.MaxPool1d, nn.MaxPool2d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, Nearest, Part),
+        *(nn.Flatten, nn.Unflatten, nn.ChannelShuffle, nn.PixelShuffle, nn.PixelUnshuffle),
+        *(nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d),
+        *IDLE_MODULES,
+    ),
 }
 _FUNCTIONS: dict[Role, tuple[Any, ...]] = {
     "rectify": (F.relu, torch.relu, F.relu_, torch.relu_),
-    "average": (F.avg_pool2d, F.adaptive_avg_pool2d, torch.mean),
-    "add": (operator.add, operator.iadd, torch.add),
+    "average": (F.avg_pool1d, F.avg_pool2d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, torch.mean),
+    "add": (operator.add, operator.iadd, torch.add, operator.sub, torch.sub),
+    "multiply": (operator.mul, operator.imul, torch.mul),
     "concat": (torch.cat, torch.concat),
-    "reshape": (F.max_pool2d, F.adaptive_max_pool2d, torch.flatten, torch.reshape, *IDLE_FUNCTIONS),
+    "reshape": (
+        *(F.max_pool1d, F.max_pool2d, F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.pad),
+        *(torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze, torch.transpose, torch.permute),
+        *(torch.chunk, torch.split, torch.narrow, operator.getitem),
+        *(F.channel_shuffle, F.pixel_shuffle, F.pixel_unshuffle),
+        *IDLE_FUNCTIONS,
+    ),
 }
 _METHODS: dict[Role, tuple[str, ...]] = {
     "rectify": ("relu", "relu_"),
     "average": ("mean",),
-    "add": ("add", "add_"),
-    "reshape": ("flatten", "view", "reshape", "contiguous", "squeeze", "unsqueeze"),
+    "add": ("add", "add_", "sub"),
+    "multiply": ("mul", "mul_"),
+    "reshape": (
+        *("flatten", "unflatten", "view", "reshape", "contiguous", "squeeze", "unsqueeze"),
+        *("transpose", "permute", "chunk", "split", "narrow"),
+    ),
 }
+SUBTRACT = (operator.sub, torch.sub, "sub")
 _TORCH = str(Path(torch.__file__).parent)
-_IN_PLACE_FREE = {operator.iadd: operator.add, F.relu_: F.relu, torch.relu_: torch.relu}
-
-
-def capture(network: nn.Module, example: Tensor) -> fx.GraphModule:
-    """Trace `network` in evaluation mode and propagate shapes with `example` (N, C, H, W).
-
-    The graph has no in-place operators: a quantized tensor has several readers. Raises UserError naming the line of
-    the user's code that cannot be captured, and where the graph computes something else than the network.
-    """
-    network = network.eval()
-    noise = torch.randn(example[:2].shape, generator=torch.Generator().manual_seed(0)).to(example)
-    wanted = _outputs(network, noise)
-    traced = _traced(network)
-    if not all(map(_close, _outputs(traced, noise), wanted)):
-        raise UserError(
-            f"{type(network).__name__}: the captured graph computes something else than its forward. Usual causes: an "
-            "in-place operator whose input is read again (ReLU(inplace=True) in front of a shortcut), or values drawn "
-            "at random in evaluation mode (F.dropout without training=self.training)."
-        )
-    propagate(traced, example)
-    return traced
-
-
-def _traced(network: nn.Module) -> fx.GraphModule:
-    for module in network.modules():
-        if hasattr(module, "inplace"):
-            setattr(module, "inplace", False)  # noqa: B010 - mypy takes every attribute of a module for a tensor
-    tracer = fx.Tracer()
-    tracer.record_stack_traces = True
-    try:
-        traced = fx.GraphModule(network, tracer.trace(network))
-    except Exception as error:  # whatever the user's forward raises under tracing
-        raise UserError(
-            f"{type(network).__name__}: its forward cannot be captured as a graph: "
-            f"{_first_line(error)}{_line_that_raised(error)}. "
-            "Control flow that depends on tensor values is the usual cause; move it out of forward."
-        ) from error
-    for node in traced.graph.nodes:
-        node.target = _IN_PLACE_FREE.get(node.target, node.target)
-        if node.op == "call_method" and node.target in ("add_", "relu_"):
-            node.target = node.target[:-1]
-        if node.target is F.relu:
-            node.args, node.kwargs = (operand(node),), {}  # without inplace=True
-    traced.recompile()
-    return traced
-
-
-def _outputs(network: nn.Module, x: Tensor) -> list[Any]:
-    """What `network` returns for a copy of `x`, tuples and dictionaries taken apart."""
-    with torch.no_grad():
-        try:
-            return tree_leaves(network(x.clone()))
-        except RuntimeError as error:
-            raise UserError(
-                f"the network does not accept an input of shape {tuple(x.shape)}: {_first_line(error)}"
-            ) from error
-
-
-def _close(a: Any, b: Any) -> bool:
-    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
-        return bool(a == b)
-    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-6, equal_nan=True)
 
 
 def propagate(traced: fx.GraphModule, example: Tensor) -> None:
@@ -119,11 +79,6 @@ def propagate(traced: fx.GraphModule, example: Tensor) -> None:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         ShapeProp(traced).propagate(example)
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error.__cause__ or error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
 
 
 def role(traced: fx.GraphModule, node: fx.Node) -> Role:
@@ -149,6 +104,11 @@ def is_tensor(node: fx.Node) -> bool:
 
 def shape(node: fx.Node) -> tuple[int, ...]:
     return tuple(node.meta["tensor_meta"].shape)
+
+
+def module_of(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """The module that `node` calls; None for any other node."""
+    return traced.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
 def tensor_inputs(node: fx.Node) -> list[fx.Node]:
@@ -201,15 +161,10 @@ def unused(name: str, taken: set[str]) -> str:
 def line_of_code(node: fx.Node) -> str:
     """Where the user's code calls this node: ` (file:line)`, or nothing if unknown."""
     frames = re.findall(r'File "([^"]+)", line (\d+)', node.stack_trace or "")
-    return _innermost([(file, int(line)) for file, line in frames])
+    return innermost([(file, int(line)) for file, line in frames])
 
 
-def _line_that_raised(error: BaseException) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
-    return _innermost([(frame.filename, frame.lineno or 0) for frame in frames if frame.filename != __file__])
-
-
-def _innermost(frames: list[tuple[str, int]]) -> str:
+def innermost(frames: list[tuple[str, int]]) -> str:
     """The last frame outside torch, as ` (file:line)`."""
     outside = [f"{file}:{line}" for file, line in frames if not file.startswith(_TORCH)]
     return f" ({outside[-1]})" if outside else ""

@@ -7,7 +7,7 @@ from typing import Any
 
 from faqd.command import parse_size
 from faqd.errors import UserError
-from faqd.train import graph
+from faqd.train.capture import capture
 from faqd.train.network import NetworkSource, user_source
 from faqd.train.placement import Bits
 from faqd.train.prepare import prepare, student_table
@@ -24,16 +24,17 @@ def inspect_network(
     act_bits: int,
     target: Any,
     scales: str,
+    exclude: tuple[str, ...],
     image_size: str | None,
     input_channels: int,
 ) -> dict[str, Any]:
     """The scheme of each layer and the taps: of the network of a run or FILE.py:callable, or of its student `arch`."""
     source = _source(teacher, image_size, input_channels)
     network, example = source.build(), source.example()
-    bits = Bits(weight_bits, act_bits, target, scales == "channel")
-    traced = graph.capture(network, example)
+    bits = Bits(weight_bits, act_bits, target, scales == "channel", exclude=exclude)
+    traced = capture(network, example)
     source = student_source(arch, Teacher(network, source, ""))
-    student = prepare(traced if arch is None else graph.capture(source.build(), example), bits, example)
+    student = prepare(traced if arch is None else capture(source.build(), example), bits, example)
     return {
         "network": source.name,
         "weight_scales": scales,

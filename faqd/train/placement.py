@@ -1,16 +1,22 @@
 """Where quantizers go in a captured network, and which grid each one has: the whole policy in one place.
 
-1. A convolution or linear layer reads codes. So does an average, whose result gets a scale of its own.
+1. A convolution or linear layer reads codes. So does an average, whose result gets a scale of its own, and a product of
+   two tensors, on both sides.
 2. At an addition, one operand may stay float: the output of a convolution that nothing else reads (TensorRT fuses
    convolution, sum, activation and rounding into one kernel only so). All other operands are quantized.
-3. A quantized tensor is quantized for every reader. Operators that only move values pass codes through.
-4. Grids: the network input and whatever can be negative have 8 signed bits; behind a ReLU, the chosen bits;
-   averages of non-negative values, 0..127. Weights have the chosen bits, 8 in the first and the last layer.
+3. A quantized tensor is quantized for every reader. Operators that only move values pass codes through. So does a
+   concatenation: all tensors that it joins have one scale and one grid.
+4. Grids: the network input, activations other than ReLU and its limited kin, and whatever can be negative have 8 signed
+   bits; behind a ReLU, the chosen bits; averages of non-negative values, 0..127. Weights have the chosen bits, 8 in the
+   first and the last layer.
+5. Layers that `Bits.exclude` names stay float, and nothing is rounded on their account.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
@@ -27,6 +33,7 @@ from faqd.quant import (
     weight_quant,
 )
 from faqd.train import graph
+from faqd.train.elementwise import NEVER_NEGATIVE
 from faqd.train.quantizers import ScaleGradient
 from faqd.train.support import refuse_unknown
 
@@ -37,6 +44,7 @@ class Bits:
 
     weights: 1-8, or 32 where the activations are float as well: a student without any quantizer.
     rounding: of what is behind a ReLU. scale_gradient: by which those scales learn; a lowered file shows none of it.
+    exclude: regular expressions; a layer or operator stays float where one is found in its place.
     """
 
     weights: int = 8
@@ -45,6 +53,7 @@ class Bits:
     per_channel: bool = True
     rounding: Rounding = "nearest"
     scale_gradient: ScaleGradient = "lsq"
+    exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.weights == FLOAT_BITS and self.activations != FLOAT_BITS:
@@ -61,41 +70,83 @@ class Bits:
 
 @dataclass(frozen=True)
 class Placement:
-    """activations: the node whose output is rounded -> its grid. weights: the layer node -> its weight grid."""
+    """activations: the node whose output is rounded -> its grid. weights: the layer node -> its weight grid.
+
+    shared: groups of nodes in `activations` that have one scale.
+    """
 
     activations: dict[fx.Node, Quant]
     weights: dict[fx.Node, Quant]
+    shared: list[list[fx.Node]]
 
 
 def place(traced: fx.GraphModule, bits: Bits) -> Placement:
     """Decide every quantizer of `traced` (shapes propagated). UserError for an operator that has no rule."""
-    refuse_unknown(traced)
-    reader = _Reader(traced)
+    excluded = excluded_nodes(traced, bits.exclude)
+    refuse_unknown(traced, excluded)
+    reader = _Reader(traced, excluded)
     weights = _weight_grids(reader, bits)
     if bits.activations == FLOAT_BITS:
-        return Placement({}, weights)
+        return Placement({}, weights, [])
     rounded: set[fx.Node] = set()
     for node in traced.graph.nodes:
-        if reader.role(node) in ("compute", "average"):
-            rounded.add(reader.source(graph.operand(node)))
+        kind = reader.role(node)
+        if kind in ("compute", "average"):
+            rounded |= reader.sources(graph.operand(node))
+        elif kind == "multiply":
+            rounded.update(*(reader.sources(operand) for operand in graph.tensor_inputs(node)))
     for node in traced.graph.nodes:
         if reader.role(node) == "add":
             rounded |= _operands_to_round(reader, node, rounded)
-    grids = {node: _grid(reader, node, bits) for node in traced.graph.nodes if node in rounded}
-    return Placement(grids, weights)
+    groups = _groups(reader, rounded)
+    grids = {node: _grid(reader, groups[node], bits) for node in traced.graph.nodes if node in rounded}
+    shared = {id(group): group for group in groups.values() if len(group) > 1}
+    return Placement(grids, weights, list(shared.values()))
+
+
+def excluded_nodes(traced: fx.GraphModule, patterns: tuple[str, ...]) -> set[fx.Node]:
+    """The nodes in whose place one of the regular expressions is found. UserError for one that fits nothing."""
+    names = graph.places(traced)
+    found: set[fx.Node] = set()
+    for pattern in patterns:
+        try:
+            expression = re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"--exclude {pattern}: not a regular expression ({error}).") from None
+        fits = {node for node, name in names.items() if node.op.startswith("call") and expression.search(name)}
+        if not fits:
+            layers = [names[n] for n in traced.graph.nodes if graph.role(traced, n) == "compute"]
+            raise UserError(f"--exclude {pattern}: fits no place of the network; its layers are {', '.join(layers)}.")
+        found |= fits
+    return found
 
 
 def _operands_to_round(reader: _Reader, addition: fx.Node, rounded: set[fx.Node]) -> set[fx.Node]:
-    sources = [reader.source(operand) for operand in graph.tensor_inputs(addition)]
-    free = [s for s in sources if s not in rounded and reader.ends_a_layer(s) and len(s.users) == 1]
+    sources = [reader.sources(operand) for operand in graph.tensor_inputs(addition)]
+    single = [next(iter(s)) for s in sources if len(s) == 1]
+    free = [s for s in single if s not in rounded and reader.ends_a_layer(s) and len(s.users) == 1]
     kept_float = max(free, key=reader.layers_before, default=None)
-    return {source for source in sources if source is not kept_float}
+    return {node for group in sources for node in group if node is not kept_float}
 
 
-def _grid(reader: _Reader, node: fx.Node, bits: Bits) -> Quant:
-    if reader.can_be_negative(node):
+def _groups(reader: _Reader, rounded: set[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """For each rounded node the nodes that share its scale, itself included, in graph order."""
+    groups = {node: [node] for node in reader.traced.graph.nodes if node in rounded}
+    for node in reader.traced.graph.nodes:
+        if reader.role(node) != "concat":
+            continue
+        joined = reader.sources(node)
+        if joined <= rounded and len(joined) > 1:
+            members = {member for source in joined for member in groups[source]}
+            union = [member for member in groups if member in members]
+            groups |= dict.fromkeys(union, union)
+    return groups
+
+
+def _grid(reader: _Reader, group: list[fx.Node], bits: Bits) -> Quant:
+    if any(reader.can_be_negative(node) or reader.role(node) == "curve" for node in group):
         return SIGNED_8
-    if reader.role(node) == "average":
+    if all(reader.role(node) == "average" for node in group):
         return POOLED_8
     return activation_quant(bits.activations, bits.target)
 
@@ -103,39 +154,48 @@ def _grid(reader: _Reader, node: fx.Node, bits: Bits) -> Quant:
 def _weight_grids(reader: _Reader, bits: Bits) -> dict[fx.Node, Quant]:
     layers = [node for node in reader.traced.graph.nodes if reader.role(node) == "compute"]
     if not layers:
-        raise UserError("the network has no convolution or linear layer: there is nothing to quantize.")
+        raise UserError("the network has no convolution or linear layer to quantize.")
     if bits.weights == FLOAT_BITS:
         return {}
     axis = 0 if bits.per_channel else None
     first = {node for node in layers if reader.layers_before(node) == 1}
     last = {node for node in layers if not reader.layer_follows(node)}
-    return {node: weight_quant(8 if node in first | last else bits.weights, axis) for node in layers}
+    outer = {node.target for node in first | last}
+    return {node: weight_quant(8 if node.target in outer else bits.weights, axis) for node in layers}
 
 
 class _Reader:
     """Questions about one captured network, answered by walking its graph."""
 
-    def __init__(self, traced: fx.GraphModule) -> None:
+    def __init__(self, traced: fx.GraphModule, excluded: set[fx.Node]) -> None:
         self.traced = traced
+        self._excluded = excluded
         self._depth: dict[fx.Node, int] = {}
         for node in traced.graph.nodes:
             before = max((self._depth[n] for n in node.all_input_nodes), default=0)
             self._depth[node] = before + (self.role(node) == "compute")
 
     def role(self, node: fx.Node) -> graph.Role:
-        return graph.role(self.traced, node)
+        return "other" if node in self._excluded else graph.role(self.traced, node)
 
-    def source(self, node: fx.Node) -> fx.Node:
-        """The node that made the values of `node`, behind operators that only move them."""
-        while self.role(node) == "reshape":
-            node = graph.operand(node)
-        return node
+    def sources(self, node: fx.Node) -> set[fx.Node]:
+        """The nodes that made the values of `node`, behind operators that only move or join them."""
+        if self.role(node) == "reshape":
+            return self.sources(graph.operand(node))
+        if self.role(node) == "concat":
+            joined = set().union(*(self.sources(operand) for operand in graph.tensor_inputs(node)))
+            # The input's scale is that of its largest value: nothing else can share it.
+            return {node} if any(source.op == "placeholder" for source in joined) else joined
+        return {node}
 
     def can_be_negative(self, node: fx.Node) -> bool:
         kind = self.role(node)
-        if kind == "rectify":
+        module: Any = self.traced.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if kind == "rectify" or isinstance(module, NEVER_NEGATIVE) or (kind == "clamp" and module.low >= 0):
             return False
-        if kind in ("average", "reshape", "add", "concat"):
+        if kind == "reshape":
+            return self.can_be_negative(graph.operand(node))
+        if kind in ("average", "add", "multiply", "concat") and node.target not in graph.SUBTRACT:
             return any(self.can_be_negative(operand) for operand in graph.tensor_inputs(node))
         return True
 

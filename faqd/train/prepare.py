@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
-from torch.nn.utils import parametrize
+from torch import Tensor, fx
 
 from faqd.calib.ranges import Method, scale_from
 from faqd.errors import UserError
 from faqd.quant import FLOAT_BITS
 from faqd.train import graph
+from faqd.train.layers import latent_weight, operator_name, quantize_weight, weight_quantizer
 from faqd.train.placement import Bits, place
-from faqd.train.quantizers import ActivationQuantizer, WeightQuantizer
+from faqd.train.quantizers import ActivationQuantizer
 
 OBSERVED_VALUES = 65536
 """Values kept per tensor and batch for choosing its scale: an even sample."""
@@ -61,15 +61,17 @@ def prepare(traced: fx.GraphModule, bits: Bits, example: Tensor) -> Student:
     names = graph.places(network)
     taps = {node.name: node.name for node in network.graph.nodes}
     for node, quant in placement.weights.items():
-        layer = network.get_submodule(str(node.target))
-        latent = layer.get_parameter("weight").detach()
-        parametrize.register_parametrization(layer, "weight", WeightQuantizer(quant, latent))
+        quantize_weight(network.get_submodule(str(node.target)), quant)
+    first_of = {node: group[0] for group in placement.shared for node in group}
+    quantizers: dict[fx.Node, ActivationQuantizer] = {}
     for node, quant in placement.activations.items():
         path = names[node] + _SUFFIX
         # A grid that starts at zero takes the place of the rectifier.
         rectifies = not quant.signed and graph.role(network, node) == "rectify"
         training = (bits.rounding, bits.scale_gradient) if rectifies else ()
-        quantizer = ActivationQuantizer(quant, rectifies, *training)
+        quantizer = quantizers[node] = ActivationQuantizer(quant, rectifies, *training)
+        if first_of.get(node, node) is not node:
+            quantizer.scale = quantizers[first_of[node]].scale
         network.add_submodule(path, quantizer)
         with network.graph.inserting_after(node):
             rounded = network.graph.call_module(path, (node,))
@@ -86,24 +88,24 @@ def prepare(traced: fx.GraphModule, bits: Bits, example: Tensor) -> Student:
 
 
 def student_table(student: Student) -> list[dict[str, Any]]:
-    """What every layer has, in graph order: name, operator, weight shape, weight grid and bits, input grid."""
+    """What every layer has, in graph order: name, operator, weight shape, groups, weight grid and bits, input grid."""
     network = student.network
+    names = graph.places(network)
     rows = []
     for node in network.graph.nodes:
         if graph.role(network, node) != "compute":
             continue
-        layer: Any = network.get_submodule(str(node.target))
-        quantized = parametrize.is_parametrized(layer, "weight")
-        quant = _weight_quantizer(layer).quant if quantized else None
-        weight = layer.parametrizations.weight.original if quantized else layer.weight
-        read = input_quantizer(network, node)
+        layer = network.get_submodule(str(node.target))
+        quantizer = weight_quantizer(layer)
+        read = input_quantizer(network, node) if quantizer else None
         rows.append(
             {
-                "name": str(node.target),
-                "operator": type(layer).__name__.removeprefix("Parametrized"),
-                "weight_shape": list(weight.shape),
-                "weights": quant.label if quant else "float",
-                "weight_bits": quant.bits if quant else FLOAT_BITS,
+                "name": names[node],
+                "operator": operator_name(layer),
+                "weight_shape": list(latent_weight(layer).shape),
+                "groups": getattr(layer, "groups", 1),
+                "weights": quantizer.quant.label if quantizer else "float",
+                "weight_bits": quantizer.quant.bits if quantizer else FLOAT_BITS,
                 "inputs": read.quant.label if read else "float",
             }
         )
@@ -111,9 +113,11 @@ def student_table(student: Student) -> list[dict[str, Any]]:
 
 
 def input_quantizer(network: fx.GraphModule, node: fx.Node) -> ActivationQuantizer | None:
-    """The quantizer whose codes `node` reads, behind operators that only move values; None where it reads float."""
+    """The quantizer whose codes `node` reads, behind operators that only move or join values; None where it reads
+    float."""
     source = graph.operand(node)
-    while graph.role(network, source) == "reshape":
+    # What a concatenation joins has one scale.
+    while graph.role(network, source) in ("reshape", "concat"):
         source = graph.operand(source)
     module = network.get_submodule(str(source.target)) if source.op == "call_module" else None
     return module if isinstance(module, ActivationQuantizer) else None
@@ -144,11 +148,16 @@ def calibrate(student: Student, batches: Iterable[Tensor], method: Method, *, ba
         for hook in hooks:
             hook.remove()
     inputs = {node.target for node in student.network.graph.nodes if node.op == "placeholder"}
+    sharing: dict[int, list[str]] = {}
     for name, module in quantizers.items():
-        values = np.concatenate(observed[name])
+        sharing.setdefault(id(module.scale), []).append(name)
+    for names in sharing.values():
+        values = np.concatenate([part for name in names for part in observed[name]])
         if not np.isfinite(values).all():
-            raise UserError(f"{name}: the float network gives infinite values or NaN here on the calibration images.")
-        chosen: Method = "max" if name in inputs else method
+            broken = next(name for name in names if not all(np.isfinite(part).all() for part in observed[name]))
+            raise UserError(f"{broken}: the float network gives infinite values or NaN here on the calibration images.")
+        chosen: Method = "max" if names[0] in inputs else method
+        module = quantizers[names[0]]
         module.scale.fill_(scale_from(values, module.quant, chosen, module.shift))
 
 
@@ -172,21 +181,17 @@ def float_forward(student: Student) -> Iterator[None]:
     """Within the block the student computes in float: activations rectified but not rounded, weights latent."""
     network = student.network
     training = network.training
-    layers = [module for module in network.modules() if parametrize.is_parametrized(module, "weight")]
+    weights = [found for module in network.modules() if (found := weight_quantizer(module)) is not None]
     network.eval()
     for quantizer in student.quantizers().values():
         quantizer.enabled = False
-    for layer in layers:
-        _weight_quantizer(layer).enabled = False
+    for weight in weights:
+        weight.enabled = False
     try:
         yield
     finally:
         for quantizer in student.quantizers().values():
             quantizer.enabled = True
-        for layer in layers:
-            _weight_quantizer(layer).enabled = True
+        for weight in weights:
+            weight.enabled = True
         network.train(training)
-
-
-def _weight_quantizer(layer: nn.Module) -> Any:
-    return layer.parametrizations.weight[0]  # type: ignore[union-attr,index]

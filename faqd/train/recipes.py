@@ -59,7 +59,7 @@ class DistillRecipe:
     """How a student is distilled, without labels unless label_weight is above 0.
 
     data, arch, init: None for what the command line says, the teacher's own network, and its weights where the
-    student is that network. The record of a run has them filled in.
+    student is that network. The record of a run has them filled in. exclude: regular expressions of places kept float.
     """
 
     about: str
@@ -72,6 +72,7 @@ class DistillRecipe:
     scales: Literal["channel", "tensor"] = "channel"
     rounding: Rounding = "nearest"
     scale_gradient: ScaleGradient = "lsq"
+    exclude: tuple[str, ...] = ()
     init: str | None = None
     logit: LogitForm = "mse"
     logit_weight: float = 1.0

@@ -14,6 +14,7 @@ from faqd.files import sha256
 from faqd.preprocess import Preprocess
 from faqd.train.data import DataOptions, Dataset, Say, load_dataset
 from faqd.train.network import NetworkSource, load_weights, user_source
+from faqd.train.outputs import named_outputs
 from faqd.train.run import data_options, finished, load_teacher, run_preprocess
 
 NEUTRAL = {"mean": 0.0, "std": 1.0}
@@ -123,19 +124,21 @@ def _refuse_misfit(teacher: Teacher, dataset: Dataset) -> None:
     source = teacher.source
     shape = f"{source.channels}x{source.pixels[0]}x{source.pixels[1]}"
     try:
-        outputs = teacher.network(source.example())
+        outputs = named_outputs(teacher.network(source.example()))
     except Exception as error:  # whatever the user's forward raises
         raise UserError(
             f"{source.name}: fails on images of {shape} ({dataset.source}): {first_line(error)}. See --image-size and "
             "--channels."
         ) from error
-    if not isinstance(outputs, Tensor):
-        raise UserError(
-            f"{source.name}: returns {type(outputs).__name__}, expected one tensor; give a callable whose network "
-            "returns only the output to imitate."
-        )
-    if outputs.dim() < 2:
-        raise UserError(
-            f"{source.name}: returns a tensor of shape {tuple(outputs.shape)} for 2 images, expected (images, classes, "
-            "...)."
-        )
+    for name, output in outputs.items():
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            kind = str(output.dtype) if isinstance(output, Tensor) else type(output).__name__
+            raise UserError(
+                f"{source.name}: its output {name} is {kind}, expected a tensor of floats; give a callable whose "
+                "network returns only the outputs to imitate."
+            )
+        if output.dim() < 2 or len(output) != len(source.example()):
+            raise UserError(
+                f"{source.name}: its output {name} has shape {tuple(output.shape)} for 2 images, expected (images, "
+                "classes, ...)."
+            )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from faqd.errors import UserError
-from faqd.train import graph
+from faqd.train.capture import capture
 from faqd.train.network import NetworkSource, read_tensors
 from faqd.train.placement import Bits
 from faqd.train.prepare import Student, prepare
@@ -33,7 +33,7 @@ def student_source(arch: str | None, teacher: Teacher) -> NetworkSource:
         return teacher.source
     with torch.no_grad():
         outputs = teacher.network(teacher.source.example())
-    if outputs.dim() != 2:
+    if not isinstance(outputs, Tensor) or outputs.dim() != 2:
         raise UserError("--arch: the teacher has no single vector of class scores that the zoo could imitate.")
     return NetworkSource(teacher.source.channels, teacher.source.pixels, outputs.shape[1], architecture=arch)
 
@@ -46,7 +46,7 @@ def new_student(recipe: DistillRecipe, source: NetworkSource, teacher: Teacher, 
         network.load_state_dict(teacher.network.state_dict())
     elif recipe.init != "scratch":
         _load_float(network, source, Path(str(recipe.init)))
-    return prepare(graph.capture(network, example), recipe_bits(recipe), example)
+    return prepare(capture(network, example), recipe_bits(recipe), example)
 
 
 def _load_float(network: nn.Module, source: NetworkSource, folder: Path) -> None:
@@ -74,6 +74,7 @@ def _bits(asked: dict[str, Any]) -> Bits:
         asked["scales"] == "channel",
         asked["rounding"],
         asked["scale_gradient"],
+        tuple(asked.get("exclude", ())),
     )
 
 
@@ -84,7 +85,7 @@ def load_student(folder: Path) -> Student:
         raise UserError(f"{folder}: holds a teacher; distil a student from it first, or use `faqd-deploy ptq`.")
     source = NetworkSource.from_json(record["network"])
     bits = _bits(record["recipe"])
-    student = prepare(graph.capture(source.build(), source.example()), bits, source.example())
+    student = prepare(capture(source.build(), source.example()), bits, source.example())
     load_exactly(student.network, folder / WEIGHTS)
     student.network.eval()
     return student

@@ -4,39 +4,59 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import fx, nn
 
 from faqd.errors import UserError
 from faqd.train import graph
 
+KNOWN = (
+    "convolution, linear, batch norm, ReLU and its limited kin, LeakyReLU, SiLU, Hardswish, Sigmoid, Hardsigmoid, "
+    "GELU, Tanh, pooling, resizing (nearest, bilinear), sums and products of two tensors or a tensor and a number, "
+    "concatenation, splitting, shuffling, reshaping and dropout"
+)
 
-def refuse_unknown(traced: fx.GraphModule) -> None:
+
+def refuse_unknown(traced: fx.GraphModule, excluded: set[fx.Node]) -> None:
     """UserError for the first node (shapes propagated) that would not be quantized exactly as it is written."""
     where = graph.places(traced)
-    seen: set[str] = set()
     for node in traced.graph.nodes:
-        problem = _problem(traced, node, seen)
+        problem = None if node in excluded else _problem(traced, node)
         if problem:
             raise UserError(f"{where[node]}{graph.line_of_code(node)}: {problem}")
-        seen.add(str(node.target))
 
 
-def _problem(traced: fx.GraphModule, node: fx.Node, seen: set[str]) -> str | None:
+def _problem(traced: fx.GraphModule, node: fx.Node) -> str | None:
     kind = graph.role(traced, node)
     if kind == "other" and graph.is_tensor(node):
         return (
-            f"{_operator(traced, node)} cannot be quantized yet. Known are convolution, linear, batch norm, ReLU, max "
-            "and average pooling, addition of two tensors, concatenation, flatten and dropout."
+            f"{_operator(traced, node)} cannot be quantized yet. Known are {KNOWN}. --exclude with a regular "
+            "expression that fits this place keeps it float."
         )
-    if kind == "add" and (len(_tensor_arguments(node)) != 2 or "alpha" in node.kwargs):
-        return "only the plain sum of two tensors can be quantized yet, not one with a number or a factor."
-    if kind in ("compute", "norm") and str(node.target) in seen:
-        return "its weights are used twice, which cannot be quantized yet; give each use a module of its own."
+    if kind in ("add", "multiply") and (len(_tensor_arguments(node)) != 2 or "alpha" in node.kwargs):
+        return "only the plain sum or product of two tensors can be quantized yet, not one with a factor."
     if kind == "compute":
         return _layer_problem(traced.get_submodule(str(node.target)), node)
     if kind == "norm" and getattr(traced.get_submodule(str(node.target)), "running_mean", None) is None:
         return "batch norm without running statistics (track_running_stats=False) cannot be folded."
+    if kind == "reshape" and _argument(node, "mode", 2) in ("circular",):
+        return "circular padding has no ONNX operator yet; use zeros, reflect or replicate."
+    if kind == "reshape" and node.target is F.pad and _argument(node, "value", 3) not in (None, 0, 0.0):
+        return "padding with another number than zero would not lie on the grid of the padded tensor."
+    if kind == "average" and _divisor(traced, node):
+        return "divisor_override has no ONNX operator; scale the result of a plain average instead."
     return None
+
+
+def _divisor(traced: fx.GraphModule, node: fx.Node) -> Any:
+    module = traced.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return getattr(module, "divisor_override", None) or node.kwargs.get("divisor_override")
+
+
+def _argument(node: fx.Node, name: str, index: int) -> Any:
+    if node.target is not F.pad:
+        return None
+    return node.args[index] if len(node.args) > index else node.kwargs.get(name)
 
 
 def _layer_problem(layer: Any, node: fx.Node) -> str | None:
@@ -47,6 +67,8 @@ def _layer_problem(layer: Any, node: fx.Node) -> str | None:
         return None if dimensions == 2 else f"a linear layer reads vectors (N, C); found {dimensions} dimensions."
     if layer.padding_mode != "zeros":
         return f"padding_mode={layer.padding_mode!r} cannot be quantized yet, only zeros."
+    if isinstance(layer, graph.TRANSPOSED) and layer.groups > 1:
+        return "a transposed convolution with groups cannot be quantized yet; --exclude keeps it float."
     return None
 
 

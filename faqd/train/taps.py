@@ -11,6 +11,8 @@ from faqd.train import graph
 from faqd.train.prepare import Student
 from faqd.train.quantizers import ActivationQuantizer
 
+ACTIVATIONS = ("rectify", "clamp", "curve")
+"""Roles whose results are feature maps behind an activation."""
 QUANTIZED = "_quant"
 """What the place of a tensor has at its end where the tensor is rounded."""
 
@@ -47,9 +49,9 @@ def _last_maps(network: fx.GraphModule) -> dict[tuple[int, int], str]:
         if not graph.is_tensor(node) or len(graph.shape(node)) != 4:
             continue
         module = network.get_submodule(str(node.target)) if node.op == "call_module" else None
-        activated = graph.role(network, node) == "rectify"
+        activated = graph.role(network, node) in ACTIVATIONS
         if isinstance(module, ActivationQuantizer):
-            activated = not module.quant.signed
+            activated = not module.quant.signed or graph.role(network, graph.operand(node)) in ACTIVATIONS
         size = graph.shape(node)[2:]
         if activated and size != (1, 1):
             found.pop((size[0], size[1]), None)

@@ -13,6 +13,7 @@ from faqd.errors import UserError, first_line
 from faqd.train import graph
 from faqd.train.batches import Target
 from faqd.train.fuse import fused, in_place
+from faqd.train.outputs import named_outputs
 from faqd.train.recipes import TeacherDtype
 
 
@@ -30,7 +31,8 @@ def target_of(
         with torch.inference_mode():
             outputs, maps = tapped(x.bfloat16() if dtype == "bf16" else x)
         # A copy made outside can be saved for a backward pass; the maps never are.
-        return Target(outputs.to(x.dtype, copy=True), dict(zip(names, maps, strict=True)))
+        copied = {name: output.to(x.dtype, copy=True) for name, output in named_outputs(outputs).items()}
+        return Target(copied, dict(zip(names, maps, strict=True)))
 
     return target
 
@@ -76,11 +78,14 @@ def dtype_effect(
         except RuntimeError as error:
             raise UserError(f"--teacher-dtype {dtype}: the teacher does not run in it: {first_line(error)}.") from error
         for key, sums in moved.items():
-            a, b = (found.outputs, wanted.outputs) if key is None else (found.maps[key], wanted.maps[key])
-            sums[0] += float((a.double() - b.double()).square().sum())
-            sums[1] += float(b.double().square().sum())
-        same += int((found.outputs.argmax(1) == wanted.outputs.argmax(1)).sum())
-        images += wanted.outputs.argmax(1).numel()
+            ours, theirs = (found.outputs, wanted.outputs) if key is None else (found.maps, wanted.maps)
+            for name in wanted.outputs if key is None else [key]:
+                a, b = ours[name], theirs[name]
+                sums[0] += float((a.double() - b.double()).square().sum())
+                sums[1] += float(b.double().square().sum())
+        for name, output in wanted.outputs.items():
+            same += int((found.outputs[name].argmax(1) == output.argmax(1)).sum())
+            images += output.argmax(1).numel()
     relative = {key: (a / b) ** 0.5 if b else 0.0 for key, (a, b) in moved.items()}
     maps = {name: relative[key] for key, name in names.items()}
     return DtypeEffect(dtype, images, relative[None], maps, same / images)

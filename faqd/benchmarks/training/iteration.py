@@ -32,8 +32,8 @@ from faqd.benchmarks.training.affinity import speed_up
 from faqd.benchmarks.training.straightforward import Mark, Straightforward
 from faqd.command import emit_json, json_option, run
 from faqd.errors import UserError
-from faqd.train import graph
 from faqd.train.batches import Batch, Batches, Images, Target
+from faqd.train.capture import capture
 from faqd.train.data import Augmentation
 from faqd.train.distill import Plan, distill_job
 from faqd.train.job import Losses, Trainee, settle_norms
@@ -98,8 +98,8 @@ def pupil(
     training = Training(1, batch_size, 0.01, clip_norm=20.0, frozen_norm=0.0)
     settle_norms(big, replace(images, scale=scale.float(), offset=offset.float(), pixels=pixels[:200]), training)
     example = torch.zeros(2, 3, PIXELS, PIXELS)
-    traced = graph.capture(big.cpu(), example)
-    learner = prepare(graph.capture(source.build(), example), Bits(BITS, BITS), example)
+    traced = capture(big.cpu(), example)
+    learner = prepare(capture(source.build(), example), Bits(BITS, BITS), example)
     calibrate(learner, [images.normalised(pixels[:128]).cpu().float()], "mse", batch_statistics=True)
     traced.to(device, dtype)
     learner.network.to(device, dtype)

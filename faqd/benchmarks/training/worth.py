@@ -32,8 +32,9 @@ from faqd.quant import FLOAT_BITS
 from faqd.train.batches import splits_on
 from faqd.train.data import DataOptions
 from faqd.train.distill import calibration_batches, distill
-from faqd.train.evaluate import deployable, outputs
+from faqd.train.evaluate import BATCH, deployable
 from faqd.train.models import check_architecture
+from faqd.train.outputs import SINGLE, run_batches
 from faqd.train.placement import Bits
 from faqd.train.prepare import calibrate
 from faqd.train.recipes import (
@@ -143,7 +144,7 @@ class Work:
 
     @cached_property
     def teacher_outputs(self) -> Tensor:
-        return outputs(self.lesson.teacher.network, self.inputs)
+        return run_batches(self.lesson.teacher.network, self.inputs, BATCH)[SINGLE]
 
     def accuracy(self, values: Tensor) -> float:
         return round(float((values.argmax(1) == self.labels).float().mean()), 6)
@@ -179,7 +180,7 @@ def fill(work: Work, seed: int, world: World) -> None:
 def measured(work: Work, cell: Cell, float_run: Path) -> dict[str, Any]:
     """Accuracy of the deployed student on the eval split, and agreement with the teacher."""
     student = quantized_after_training(work, cell, float_run) if cell.method == PTQ else load_student(work.run(cell))
-    values = outputs(deployable(student), work.inputs)
+    values = run_batches(deployable(student), work.inputs, BATCH)[SINGLE]
     agreement = (values.argmax(1) == work.teacher_outputs.argmax(1)).float().mean()
     return {**asdict(cell), "accuracy": work.accuracy(values), "agreement": round(float(agreement), 6)}
 

@@ -1,0 +1,285 @@
+"""Twins of the deployed modules: what they look like in an ONNX file of opset 19.
+
+tensorrt:     x -> Clip(low * scale, high * scale) or Relu -> QuantizeLinear int8, zero point 0 -> DequantizeLinear
+onnxruntime:  x -> QuantizeLinear uint8 -> Clip(low, high) on the codes where narrower -> DequantizeLinear
+Weights are int8 initializers with one scale per output channel; biases are float32, or int32 for onnxruntime.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from faqd.errors import UserError
+from faqd.train.curves import GELU_CUBE, GELU_FACTOR, ROOT_HALF, SIXTH, Curve, Interpolate
+from faqd.train.deployed import ChannelAffine, IntegerAverage, IntegerLayer, Requantize
+from faqd.train.elementwise import CURVES, Bilinear, Clamp, Nearest, Part
+
+OPSET = 19
+
+
+def deployed_twin(module: nn.Module, flavour: str) -> nn.Module | None:
+    """What emits the operators of a deployed module; None where torch's exporter does well."""
+    if isinstance(module, IntegerLayer):
+        return _LayerTwin(module)
+    if isinstance(module, Requantize):
+        return _OnnxruntimeTwin(module) if flavour == "onnxruntime" else _TensorrtTwin(module)
+    if isinstance(module, ChannelAffine):
+        return _AffineTwin(module)
+    if isinstance(module, IntegerAverage):
+        return AverageTwin(module.average)
+    return plain_twin(module)
+
+
+def plain_twin(module: nn.Module) -> nn.Module | None:
+    """What emits a module that is the same in floats."""
+    if isinstance(module, Interpolate | Bilinear):
+        return _ResizeTwin(module.before, module.size, "linear", module.align_corners)
+    if isinstance(module, Nearest):
+        return _ResizeTwin(module.before, module.size, "nearest", False)
+    if isinstance(module, Part):
+        return _SliceTwin(module)
+    if isinstance(module, Clamp):
+        return _ClampTwin(module)
+    if isinstance(module, CURVES):
+        return _CurveTwin(Curve(module))
+    return _CurveTwin(module) if isinstance(module, Curve) else None
+
+
+def emit(
+    operator: str, inputs: tuple[Tensor | None, ...], like: Tensor, dtype: torch.dtype, **attributes: Any
+) -> Tensor:
+    result: Tensor = torch.onnx.ops.symbolic(operator, inputs, attributes, dtype=dtype, shape=like.shape, version=OPSET)
+    return result
+
+
+class _LayerTwin(nn.Module):
+    codes: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor
+    bias: Tensor
+    bias_scale: Tensor
+    bias_zero_point: Tensor
+
+    def __init__(self, layer: IntegerLayer) -> None:
+        super().__init__()
+        self.operator = layer.operator
+        self._layer = [layer]  # not a submodule: its float64 buffers stay out of the file
+        self.integer_bias = layer.bias_codes is not None
+        self.register_buffer("codes", layer.codes)
+        self.register_buffer("weight_scale", layer.weight_scale.float())
+        self.register_buffer("weight_zero_point", torch.zeros_like(layer.weight_scale, dtype=torch.int8))
+        if layer.bias_codes is not None:
+            self.register_buffer("bias", layer.bias_codes)
+            self.register_buffer("bias_scale", layer.bias_scale.float())
+            self.register_buffer("bias_zero_point", torch.zeros_like(layer.bias_codes))
+        else:
+            self.register_buffer("bias", layer.bias.float())
+        self.axis = 0
+        if self.operator == "ConvTranspose":  # whose weight has its outputs on the second axis
+            self.axis, self.codes = 1, self.codes.transpose(0, 1).contiguous()
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = emit(
+            "DequantizeLinear",
+            (self.codes, self.weight_scale, self.weight_zero_point),
+            self.codes,
+            torch.float32,
+            axis=self.axis,
+        )
+        bias = self.bias
+        if self.integer_bias:
+            inputs = (self.bias, self.bias_scale, self.bias_zero_point)
+            bias = emit("DequantizeLinear", inputs, self.bias, torch.float32, axis=0)
+        if self.operator == "Linear":
+            return emit("Gemm", (x, weight, bias), x.new_empty(x.shape[0], bias.shape[0]), torch.float32, transB=1)
+        return self._layer[0].apply_weights(x, weight, bias)
+
+
+class _TensorrtTwin(nn.Module):
+    scale: Tensor
+    zero_point: Tensor
+    bottom: Tensor
+    top: Tensor
+
+    def __init__(self, requantize: Requantize) -> None:
+        super().__init__()
+        quant = requantize.quant
+        if quant.high > 127:
+            raise UserError(
+                "this student has 8-bit activations 0..255, trained with --target onnxruntime; TensorRT has no such "
+                "grid. Train with --target tensorrt for an engine."
+            )
+        # Codes saturate at -128 and 127 by themselves; whatever is narrower needs its limits stated.
+        self.clipped = quant.high < 127 or (quant.signed and quant.low > -128)
+        self.rectified = requantize.rectifies
+        self.register_buffer("scale", requantize.scale.float())
+        self.register_buffer("zero_point", torch.zeros((), dtype=torch.int8))
+        self.register_buffer("bottom", requantize.scale.float() * quant.low)
+        self.register_buffer("top", requantize.scale.float() * quant.high)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.clipped:
+            x = emit("Clip", (x, self.bottom, self.top), x, torch.float32)
+        elif self.rectified:
+            x = x.relu()
+        codes = emit("QuantizeLinear", (x, self.scale, self.zero_point), x, torch.int8)
+        return emit("DequantizeLinear", (codes, self.scale, self.zero_point), x, torch.float32)
+
+
+class _OnnxruntimeTwin(nn.Module):
+    scale: Tensor
+    zero_point: Tensor
+    bottom: Tensor
+    top: Tensor
+
+    def __init__(self, requantize: Requantize) -> None:
+        super().__init__()
+        quant = requantize.quant
+        zero = 128 if quant.signed else 0
+        self.clipped = quant.low + zero > 0 or quant.high + zero < 255
+        self.register_buffer("scale", requantize.scale.float())
+        self.register_buffer("zero_point", torch.tensor(zero, dtype=torch.uint8))
+        self.register_buffer("bottom", torch.tensor(quant.low + zero, dtype=torch.uint8))
+        self.register_buffer("top", torch.tensor(quant.high + zero, dtype=torch.uint8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        codes = emit("QuantizeLinear", (x, self.scale, self.zero_point), x, torch.uint8)
+        if self.clipped:
+            codes = emit("Clip", (codes, self.bottom, self.top), x, torch.uint8)
+        return emit("DequantizeLinear", (codes, self.scale, self.zero_point), x, torch.float32)
+
+
+class AverageTwin(nn.Module):
+    def __init__(self, average: Any) -> None:
+        super().__init__()
+        self.average = average
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.average(x, *args, **kwargs)
+
+
+class _AffineTwin(nn.Module):
+    factor: Tensor
+    offset: Tensor
+
+    def __init__(self, affine: ChannelAffine) -> None:
+        super().__init__()
+        self.register_buffer("factor", affine.factor.float())
+        self.register_buffer("offset", affine.offset.float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return emit("Add", (emit("Mul", (x, self.factor), x, torch.float32), self.offset), x, torch.float32)
+
+
+class _ClampTwin(nn.Module):
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, clamp: Clamp) -> None:
+        super().__init__()
+        self.register_buffer("low", torch.tensor(clamp.low))
+        self.register_buffer("high", torch.tensor(clamp.high))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return emit("Clip", (x, self.low, self.high), x, torch.float32)
+
+
+class _CurveTwin(nn.Module):
+    """An activation in the order of faqd/train/curves.py."""
+
+    def __init__(self, curve: Curve) -> None:
+        super().__init__()
+        self.kind, self.slope = curve.kind, curve.slope
+        for name, value in _CURVE_NUMBERS.get(self.kind, {}).items():
+            self.register_buffer(f"number_{name}", torch.tensor(value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        def on(operator: str, *inputs: Tensor, **attributes: Any) -> Tensor:
+            return emit(operator, inputs, x, torch.float32, **attributes)
+
+        if self.kind == "leakyrelu":
+            return on("LeakyRelu", x, alpha=self.slope)
+        if self.kind == "silu":
+            return on("Mul", x, on("Sigmoid", x))
+        if self.kind == "hardsigmoid":
+            return on("HardSigmoid", x, alpha=SIXTH, beta=0.5)
+        if self.kind in ("sigmoid", "tanh", "hardswish"):
+            return on({"sigmoid": "Sigmoid", "tanh": "Tanh", "hardswish": "HardSwish"}[self.kind], x)
+        numbers = {name.removeprefix("number_"): value for name, value in self.named_buffers()}
+        if self.kind == "gelu":
+            inner = on("Erf", on("Mul", x, numbers["root_half"]))
+        else:
+            cube = on("Mul", on("Mul", on("Mul", x, x), x), numbers["cube"])
+            inner = on("Tanh", on("Mul", on("Add", cube, x), numbers["factor"]))
+        return on("Mul", on("Mul", x, on("Add", inner, numbers["one"])), numbers["half"])
+
+
+_CURVE_NUMBERS = {
+    "gelu": {"root_half": ROOT_HALF, "one": 1.0, "half": 0.5},
+    "gelu-tanh": {"cube": GELU_CUBE, "factor": GELU_FACTOR, "one": 1.0, "half": 0.5},
+}
+
+
+class _SliceTwin(nn.Module):
+    def __init__(self, part: Part) -> None:
+        super().__init__()
+        self.part = part
+        for name, value in {"start": part.start, "end": part.end, "axis": part.axis}.items():
+            self.register_buffer(name, torch.tensor([value]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        borders = (self.get_buffer("start"), self.get_buffer("end"), self.get_buffer("axis"))
+        return emit("Slice", (x, *borders), self.part(x), torch.float32)
+
+
+class _ResizeTwin(nn.Module):
+    """A resize: by its ratios, or by its sizes where float32 cannot hold the ratios."""
+
+    def __init__(self, before: tuple[int, ...], size: tuple[int, ...], mode: str, align_corners: bool) -> None:
+        super().__init__()
+        self.size, self.mode, self.align_corners = size, mode, align_corners
+        ratios = torch.tensor(size, dtype=torch.float64) / torch.tensor(before)
+        self.exact = bool((ratios.float().double() == ratios).all())
+        self.register_buffer("scales", torch.cat([torch.ones(2), ratios.float()]))
+        self.register_buffer("sizes", torch.tensor(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wanted = x.new_empty(*x.shape[:2], *self.size)
+        rule: dict[str, Any] = {"mode": self.mode, "coordinate_transformation_mode": "half_pixel"}
+        if self.align_corners:
+            rule["coordinate_transformation_mode"] = "align_corners"
+        if self.mode == "nearest":
+            rule |= {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+        if not self.exact:
+            sizes = (x, None, None, self.get_buffer("sizes"))
+            return emit("Resize", sizes, wanted, torch.float32, axes=[2, 3], **rule)
+        return emit("Resize", (x, None, self.get_buffer("scales")), wanted, torch.float32, **rule)
+
+
+# Plain operators: what backends run on codes, where torch's exporter would write chains of others ------------------
+
+
+class GlobalAverage(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return emit("GlobalAveragePool", (x,), x.new_empty(*x.shape[:2], 1, 1), torch.float32)
+
+
+class Reshape(nn.Module):
+    """A reshape that keeps the batch. sizes: of the other axes."""
+
+    def __init__(self, sizes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.sizes = sizes
+        self.register_buffer("shape", torch.tensor([0, *sizes]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return emit("Reshape", (x, self.get_buffer("shape")), x.new_empty(x.shape[0], *self.sizes), torch.float32)
+
+
+class Flatten(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return emit("Flatten", (x,), x.new_empty(x.shape[0], math.prod(x.shape[1:])), torch.float32, axis=1)

@@ -1,0 +1,101 @@
+"""Capture of a user's network as a torch.fx graph in standard terms."""
+
+from __future__ import annotations
+
+import operator
+import traceback
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from faqd.errors import UserError
+from faqd.train.graph import innermost, operand, propagate
+from faqd.train.standard import standardise
+
+_IN_PLACE_FREE = {
+    operator.iadd: operator.add,
+    operator.imul: operator.mul,
+    F.relu_: F.relu,
+    torch.relu_: torch.relu,
+}
+
+
+def capture(network: nn.Module, example: Tensor) -> fx.GraphModule:
+    """Trace `network` in evaluation mode and propagate shapes with `example` (N, C, H, W).
+
+    The graph has no in-place operators: a quantized tensor has several readers. Raises UserError naming the line of
+    the user's code that cannot be captured, and where the graph computes something else than the network.
+    """
+    network = network.eval()
+    noise = torch.randn(example[:2].shape, generator=torch.Generator().manual_seed(0)).to(example)
+    wanted = _outputs(network, noise)
+    traced = _traced(network)
+    propagate(traced, example)
+    standardise(traced)
+    propagate(traced, example)
+    if not _same(traced, noise, wanted):
+        raise UserError(
+            f"{type(network).__name__}: the captured graph computes something else than its forward. Usual causes: an "
+            "in-place operator whose input is read again (ReLU(inplace=True) in front of a shortcut), or values drawn "
+            "at random in evaluation mode (F.dropout without training=self.training)."
+        )
+    return traced
+
+
+def _same(traced: fx.GraphModule, x: Tensor, wanted: list[Any]) -> bool:
+    found = _outputs(traced, x)
+    return len(found) == len(wanted) and all(map(_close, found, wanted))
+
+
+def _traced(network: nn.Module) -> fx.GraphModule:
+    for module in network.modules():
+        if hasattr(module, "inplace"):
+            setattr(module, "inplace", False)  # noqa: B010 - mypy takes every attribute of a module for a tensor
+    tracer = fx.Tracer()
+    tracer.record_stack_traces = True
+    try:
+        traced = fx.GraphModule(network, tracer.trace(network))
+    except Exception as error:  # whatever the user's forward raises under tracing
+        raise UserError(
+            f"{type(network).__name__}: its forward cannot be captured as a graph: "
+            f"{_first_line(error)}{_line_that_raised(error)}. "
+            "Control flow that depends on tensor values is the usual cause; move it out of forward."
+        ) from error
+    for node in traced.graph.nodes:
+        node.target = _IN_PLACE_FREE.get(node.target, node.target)
+        if node.op == "call_method" and node.target in ("add_", "mul_", "relu_", "clamp_"):
+            node.target = node.target[:-1]
+        if node.target is F.relu:
+            node.args, node.kwargs = (operand(node),), {}  # without inplace=True
+    traced.recompile()
+    return traced
+
+
+def _outputs(network: nn.Module, x: Tensor) -> list[Any]:
+    """What `network` returns for a copy of `x`, tuples and dictionaries taken apart."""
+    with torch.no_grad():
+        try:
+            return tree_leaves(network(x.clone()))
+        except RuntimeError as error:
+            raise UserError(
+                f"the network does not accept an input of shape {tuple(x.shape)}: {_first_line(error)}"
+            ) from error
+
+
+def _close(a: Any, b: Any) -> bool:
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return bool(a == b)
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error.__cause__ or error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _line_that_raised(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    return innermost([(frame.filename, frame.lineno or 0) for frame in frames if frame.filename != __file__])

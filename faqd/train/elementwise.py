@@ -1,0 +1,98 @@
+"""The operators of one tensor that every way of writing them becomes, and what each computes in a network of floats.
+
+`faqd/train/standard.py` rewrites a captured network in these terms; `faqd/train/curves.py` has their exact forms.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CURVES: tuple[type[nn.Module], ...] = (
+    nn.LeakyReLU,
+    nn.SiLU,
+    nn.Hardswish,
+    nn.Sigmoid,
+    nn.Hardsigmoid,
+    nn.GELU,
+    nn.Tanh,
+)
+"""Activations whose result has a signed 8-bit grid."""
+NEVER_NEGATIVE = (nn.Sigmoid, nn.Hardsigmoid)
+
+
+class Clamp(nn.Module):
+    """Limits, as ReLU6 and hardtanh have them: min(max(x, low), high)."""
+
+    def __init__(self, low: float, high: float) -> None:
+        super().__init__()
+        self.low, self.high = low, high
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clamp(self.low, self.high)
+
+    def extra_repr(self) -> str:
+        return f"{self.low:g}, {self.high:g}"
+
+
+class Scaled(nn.Module):
+    """Plain numbers: x * factor + offset."""
+
+    def __init__(self, factor: float, offset: float) -> None:
+        super().__init__()
+        self.factor, self.offset = factor, offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor + self.offset
+
+    def extra_repr(self) -> str:
+        return f"{self.factor:g}, {self.offset:g}"
+
+
+class Part(nn.Module):
+    """One piece of what chunk or split returns: `start` up to `end` of `axis`."""
+
+    def __init__(self, axis: int, start: int, end: int) -> None:
+        super().__init__()
+        self.axis, self.start, self.end = axis, start, end
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.narrow(self.axis, self.start, self.end - self.start)
+
+
+class Nearest(nn.Module):
+    """Pixels repeated a whole number of times. before, size: spatial sizes of input and result."""
+
+    def __init__(self, before: tuple[int, ...], size: tuple[int, ...]) -> None:
+        super().__init__()
+        self.before, self.size = before, size
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.interpolate(x, self.size, mode="nearest")
+
+
+class Bilinear(nn.Module):
+    """Bilinear interpolation, a weighted average of up to four pixels. before, size: (H, W) of input and result."""
+
+    def __init__(self, before: tuple[int, ...], size: tuple[int, ...], align_corners: bool) -> None:
+        super().__init__()
+        self.before, self.size, self.align_corners = before, size, align_corners
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.interpolate(x, self.size, mode="bilinear", align_corners=self.align_corners)
+
+
+def lines(inputs: int, outputs: int, align_corners: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Linear interpolation along one axis: for each output the two input pixels (int64) and the second one's weight.
+
+    weight: float64. The position of output i is (i + 1/2) * inputs / outputs - 1/2, or i * (inputs - 1) /
+    (outputs - 1) with aligned corners, at least 0.
+    """
+    index = torch.arange(outputs, dtype=torch.float64)
+    if align_corners:
+        position = index * (inputs - 1) / max(1, outputs - 1)
+    else:
+        position = ((index + 0.5) * inputs / outputs - 0.5).clamp_min(0)
+    low = position.floor().clamp_max(inputs - 1)
+    return low.long(), (low + 1).clamp_max(inputs - 1).long(), position - low
