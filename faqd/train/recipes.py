@@ -152,6 +152,7 @@ def reference_code() -> DistillRecipe:
         affinity="l1",
         affinity_weight=10.0,
         adaptors=True,
+        exclude=(r"^stem\.", r"\bshortcut\b", r"^classifier$"),
     )
 
 
