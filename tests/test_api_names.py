@@ -127,7 +127,7 @@ class Reader(ast.NodeVisitor):
             and node.attr != "__init__"
         ):
             self.used.add(f"{owner.removeprefix('class ')}.{node.attr}")
-        elif owner is None and "_" in node.attr.strip("_") and node.attr in MEMBERS and not of_onnx(node):
+        elif owner is None and "_" in node.attr.strip("_") and node.attr in MEMBERS:
             self.unclear.add(ast.unparse(node))
         self.generic_visit(node)
 
@@ -205,11 +205,6 @@ class Reader(ast.NodeVisitor):
                 self.kinds[target.id] = kind
             case ast.Attribute(value=ast.Name(id="self")):
                 self.kinds[f"self.{target.attr}"] = kind or self.kinds.get(f"self.{target.attr}")
-
-
-def of_onnx(node: ast.Attribute) -> bool:
-    """onnx.shape_inference.infer_shapes has the name of a method of TensorRT's."""
-    return ast.unparse(node).startswith("onnx.")
 
 
 def annotated(annotation: ast.expr | None) -> str | None:
