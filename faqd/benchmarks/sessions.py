@@ -63,17 +63,17 @@ class _Network:
         return self._session.run(feeds)
 
     @contextmanager
-    def submission(self, feeds: Mapping[str, NDArray[Any]], slots: int = 1) -> Iterator[_ClosedLoop]:
+    def submission(self, feeds: Mapping[str, NDArray[Any]], slots: int = 1) -> Iterator[ClosedLoop]:
         assert slots == 1, "onnxruntime's call returns with the result"
         ready = {name: np.ascontiguousarray(values) for name, values in feeds.items()}
-        yield _ClosedLoop(self._session, ready, self._clock)
+        yield ClosedLoop(self._session, ready, self._clock)
 
     def layer_times(self, feeds: Mapping[str, NDArray[Any]], runs: int) -> list[tuple[str, str, list[float]]]:
         layers = layer_times(self._path, feeds, threads=self._threads, runs=runs)
         return [(layer.name, _kind(layer.operator), layer.times_ms) for layer in layers]
 
 
-class _ClosedLoop:
+class ClosedLoop:
     """One query after the other. The call blocks the host until the result is there, so submitting it and computing
     are the same span of time, and nothing is copied."""
 

@@ -1,0 +1,201 @@
+"""How much faster the lowered students run on onnxruntime's CPU kernels than the same graphs in FP32.
+
+`python -m faqd.benchmarks.lowering.onnxruntime_cpu --json FILE` times, on one thread and in turn in one process: the
+float graph, what onnxruntime's own `quantize_static` makes of it at its best setting (uint8 activations, int8 weights
+per channel, minimum and maximum), and our students at 8/8 and 4/4 bits. Weights and images are random: speed does not
+depend on them.
+"""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization.shape_inference import quant_pre_process
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from faqd import __version__
+from faqd.benchmarks.environment import environment
+from faqd.benchmarks.latency import Length, Submission, Times, interleaved, speed_up
+from faqd.benchmarks.sessions import ClosedLoop
+from faqd.command import Finite, emit_json, json_option, run
+from faqd.deploy.export import INPUT, onnx_from_deployed, save
+from faqd.deploy.onnx_session import OnnxSession, version
+from faqd.train.capture import capture
+from faqd.train.convert import collect_output_scales, convert
+from faqd.train.network import NetworkSource
+from faqd.train.placement import Bits
+from faqd.train.prepare import calibrate, prepare
+
+VERSION = 1
+SIDES = {"resnet20": 32, "resnet18": 224}
+"""Network of the zoo -> pixels per side."""
+FLOAT, STATIC = "float", "quantize_static"
+STUDENTS = {"8/8": 8, "4/4": 4}
+TARGETS = {("resnet20", 1): 2.0, ("resnet20", 32): 2.2, ("resnet18", 1): 3.2, ("resnet18", 32): 3.2}
+"""Least speed-up over the float graph, by network and batch size."""
+NOT_BEHIND = 0.98
+"""A ratio of the rounds' medians from which two networks are called equally fast."""
+BATCHES = (1, 32)
+CALIBRATION_IMAGES = 16
+
+
+def write_variants(name: str, folder: Path) -> dict[str, Path]:
+    """The ONNX files of one network: variant -> file."""
+    side = SIDES[name]
+    torch.manual_seed(0)
+    network = NetworkSource(3, (side, side), 10, architecture=name).build()
+    images = torch.randn(CALIBRATION_IMAGES, 3, side, side)
+    _settle_norms(network, images)
+    labels = (*STUDENTS, FLOAT, STATIC)
+    files = {label: folder / f"{label.replace('/', '-')}.onnx" for label in labels}
+    for label, bits in STUDENTS.items():
+        student = prepare(capture(network, images[:2]), Bits(bits, bits), images[:2])
+        student.network.eval()
+        calibrate(student, [images], "max")
+        scales = collect_output_scales(student, [images])
+        save(onnx_from_deployed(convert(student, "onnxruntime", scales), images[:2], {}), files[label])
+    save(onnx_from_deployed(convert(student, "float"), images[:2], {}), files[FLOAT])
+    quant_pre_process(files[FLOAT], folder / "prepared.onnx")
+    quantize_static(
+        folder / "prepared.onnx",
+        files[STATIC],
+        _Images(images),
+        quant_format=QuantFormat.QDQ,
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+    )
+    return files
+
+
+class _Images(CalibrationDataReader):  # type: ignore[misc]
+    def __init__(self, images: Tensor) -> None:
+        self._batches = iter([{INPUT: images.numpy()}])
+
+    def get_next(self) -> dict[str, Any] | None:
+        return next(self._batches, None)
+
+
+@torch.no_grad()
+def _settle_norms(network: torch.nn.Module, images: Tensor) -> None:
+    """Running statistics as a trained network has them, so that no layer clips everything."""
+    network.train()
+    for _ in range(20):
+        network(images)
+    network.eval()
+
+
+def measure(name: str, batch: int, length: Length, threads: int) -> dict[str, Times]:
+    """All variants of one network in turn."""
+    side = SIDES[name]
+    images = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(1)).numpy()
+    with tempfile.TemporaryDirectory() as folder:
+        submissions: dict[str, Submission] = {}
+        for label, path in write_variants(name, Path(folder)).items():
+            session = OnnxSession(path, threads=threads)
+            submissions[label] = ClosedLoop(session, {session.inputs[0]: images}, time.perf_counter)
+        return interleaved(submissions, length)
+
+
+def record(name: str, batch: int, times: dict[str, Times]) -> dict[str, Any]:
+    rows = []
+    for label, found in times.items():
+        row: dict[str, Any] = {
+            "variant": label,
+            "samples": len(found.queries),
+            "min_ms": min(found.all_ms),
+            "round_medians_ms": found.round_medians_ms,
+        }
+        if label != FLOAT:
+            row["speed_up_over_float"] = speed_up(found, times[FLOAT]).to_json()
+        if label in STUDENTS:
+            row["speed_up_over_quantize_static"] = speed_up(found, times[STATIC]).to_json()
+        rows.append(row)
+    return {"network": name, "pixels": SIDES[name], "batch": batch, "variants": rows}
+
+
+def targets(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the students were to reach, and what was found: medians of the ratios of the rounds."""
+    claims = []
+    for entry in measured:
+        for row in entry["variants"]:
+            if row["variant"] not in STUDENTS:
+                continue
+            who = f"{entry['network']} {row['variant']}, batch {entry['batch']}"
+            bound = TARGETS.get((entry["network"], entry["batch"]))
+            wanted = [] if bound is None else [(f"{who}: times its float graph", bound, "speed_up_over_float")]
+            wanted.append((f"{who}: times quantize_static", NOT_BEHIND, "speed_up_over_quantize_static"))
+            for claim, least, key in wanted:
+                found = row[key]["paired_median"]
+                claims.append({"claim": claim, "bound": least, "found": found, "met": found >= least})
+    return claims
+
+
+def table(measured: list[dict[str, Any]]) -> Table:
+    result = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for title in ("network", "batch", "variant", "min ms", "× float", "× quantize_static"):
+        result.add_column(title, justify="left" if title in ("network", "variant") else "right")
+    for entry in measured:
+        for row in entry["variants"]:
+            ratios = (row.get(f"speed_up_over_{other}") for other in (FLOAT, STATIC))
+            cells = (f"{r['paired_median']:.2f}" + (" ~" if r["noisy"] else "") if r else "" for r in ratios)
+            result.add_row(entry["network"], str(entry["batch"]), row["variant"], f"{row['min_ms']:.3f}", *cells)
+    return result
+
+
+@click.command(help=(__doc__ or "").splitlines()[0])
+@json_option
+@click.option(
+    "--network", "names", multiple=True, type=click.Choice(list(SIDES)), help="Only this one; may be repeated."
+)
+@click.option("--duration", default=5.0, show_default=True, type=Finite(0.0), help="Seconds for each variant.")
+@click.option("--rounds", default=20, show_default=True, type=click.IntRange(1), help="How often all variants run.")
+@click.option("--threads", default=1, show_default=True, type=click.IntRange(1), help="CPU threads of one query.")
+def command(json_target: str | None, names: tuple[str, ...], duration: float, rounds: int, threads: int) -> None:
+    console = Console(stderr=json_target == "-", width=None if sys.stdout.isatty() else 120)
+    measured = []
+    for name in names or tuple(SIDES):
+        for batch in BATCHES:
+            times = measure(name, batch, Length(duration_s=duration, rounds=rounds), threads)
+            measured.append(record(name, batch, times))
+    console.print(table(measured))
+    claims = targets(measured)
+    for claim in claims:
+        met = "reached" if claim["met"] else "MISSED"
+        console.print(f"{claim['claim']}: {claim['found']:.2f} (at least {claim['bound']:g}): {met}")
+    result = {
+        "version": VERSION,
+        "what": "onnxruntime on the CPU: lowered students against their float graphs, random weights",
+        "command": shlex.join(["python", "-m", "faqd.benchmarks.lowering.onnxruntime_cpu", *sys.argv[1:]]),
+        "environment": environment(),
+        "versions": {
+            "faqd": __version__,
+            "onnxruntime": version,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "threads": threads,
+        "networks": measured,
+        "targets": claims,
+    }
+    emit_json(json_target, result)
+
+
+def main() -> None:
+    run(command)
+
+
+if __name__ == "__main__":
+    main()
