@@ -83,6 +83,8 @@ def start(case: dict[str, Any]) -> int:
     if child == 0:
         os.dup2(os.open(case["said"], os.O_WRONLY | os.O_CREAT), 2)
         loop.CHECKPOINT_EVERY_S = case["every_s"]
+        # A shell starts what runs in its background with SIGINT ignored, and that is inherited.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         number = signal.Signals[case["signal"]]
         WHEN[case["when"][0]](lambda: os.kill(os.getpid(), number), *case["when"][1:])
         run(cli, case["line"])
