@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from faqd.benchmarks import nvml
+from faqd.benchmarks import nvml, sysfs
 
 MOVED_ABOVE = 0.05
 """Relative change of a clock from which a report speaks of it."""
@@ -60,30 +60,32 @@ class Clocks:
 
     def _gpu_mhz(self) -> float | None:
         folders = sorted((self._root / "sys/class/devfreq").glob("*"))
-        values = [_number(folder / "cur_freq") for folder in folders if GPU.search(folder.name)]
+        values = [sysfs.number(folder / "cur_freq") for folder in folders if GPU.search(folder.name)]
         return max((value / 1e6 for value in values if value), default=None)
 
     def _cpu_mhz(self) -> float | None:
         files = (self._root / "sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_cur_freq")
-        return max((value / 1e3 for value in map(_number, files) if value), default=None)
+        return max((value / 1e3 for value in map(sysfs.number, files) if value), default=None)
 
     def _temperatures(self) -> dict[str, float]:
         found = {}
         for folder in sorted((self._root / "sys/class/thermal").glob("thermal_zone*")):
-            kind, value = _text(folder / "type"), _number(folder / "temp")
+            kind, value = sysfs.text(folder / "type"), sysfs.number(folder / "temp")
             if kind and value is not None and -40e3 < value < 200e3:  # A zone that is off says -256 degrees.
                 found[kind] = value / 1e3
         return found
 
     def _power_mode(self) -> str | None:
         """What nvpmodel chose last, by the name that /etc/nvpmodel.conf gives it; else the governor of the CPU."""
-        chosen = re.search(r"pmode:0*(\d+)", _text(self._root / "var/lib/nvpmodel/status") or "")
+        chosen = re.search(r"pmode:0*(\d+)", sysfs.text(self._root / "var/lib/nvpmodel/status") or "")
         if chosen:
             names: dict[str, str] = dict(
-                re.findall(r"POWER_MODEL\s+ID=(\d+)\s+NAME=(\S+?)\s*>", _text(self._root / "etc/nvpmodel.conf") or "")
+                re.findall(
+                    r"POWER_MODEL\s+ID=(\d+)\s+NAME=(\S+?)\s*>", sysfs.text(self._root / "etc/nvpmodel.conf") or ""
+                )
             )
             return names.get(chosen[1], f"nvpmodel {chosen[1]}")
-        governor = _text(self._root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+        governor = sysfs.text(self._root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
         return f"governor {governor}" if governor else None
 
 
@@ -97,17 +99,3 @@ def moved(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     if before["power_mode"] != after["power_mode"]:
         found.append(f"the power mode changed from {before['power_mode']} to {after['power_mode']}")
     return found
-
-
-def _number(path: Path) -> float | None:
-    try:
-        return float(_text(path) or "")
-    except ValueError:
-        return None
-
-
-def _text(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip("\0\n ") or None
-    except OSError:
-        return None

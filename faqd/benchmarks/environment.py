@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 
+from faqd.benchmarks import sysfs
+
 
 def environment() -> dict[str, Any]:
     return {
         "time_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "cpu": cpu_model(),
         "cpus_usable": len(os.sched_getaffinity(0)),
-        "board": _text("/proc/device-tree/model"),
+        "board": sysfs.text(Path("/proc/device-tree/model")),
         "os": _os_name(),
         "kernel": platform.release(),
         "machine": platform.machine(),
@@ -27,7 +29,7 @@ def environment() -> dict[str, Any]:
 
 def cpu_model() -> str:
     """The kernel's name for the processor; ARM kernels often have none, then the machine type."""
-    for line in (_text("/proc/cpuinfo") or "").splitlines():
+    for line in (sysfs.text(Path("/proc/cpuinfo")) or "").splitlines():
         key, _, value = line.partition(":")
         if key.strip().lower() in ("model name", "hardware") and value.strip():
             return value.strip()
@@ -39,10 +41,3 @@ def _os_name() -> str:
         return platform.freedesktop_os_release()["PRETTY_NAME"]
     except (OSError, KeyError):
         return platform.system()
-
-
-def _text(path: str) -> str | None:
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace").strip("\0\n ")
-    except OSError:
-        return None

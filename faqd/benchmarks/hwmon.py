@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from faqd.benchmarks import sysfs
+
 HWMON = Path("sys/class/hwmon")
 INPUT_OF_THOR = "VIN"
 """What the system input is called where its sensor has no label."""
@@ -29,7 +31,7 @@ class Rail:
         """None while the sensor cannot be read, as when it is switched off for a moment."""
         product = 1.0
         for path in self.files:
-            value = _number(path)
+            value = sysfs.number(path)
             if value is None:
                 return None
             product *= value
@@ -40,7 +42,7 @@ def rails(root: Path = Path("/")) -> list[Rail]:
     """Every measured rail, in the order of the sensors."""
     found = []
     for folder in sorted((root / HWMON).glob("hwmon*"), key=lambda path: int(path.name[5:] or 0)):
-        chip = _text(folder / "name")
+        chip = sysfs.text(folder / "name")
         if chip == "ina3221":
             found += _ina3221(folder)
         elif chip == "ina238":
@@ -51,7 +53,7 @@ def rails(root: Path = Path("/")) -> list[Rail]:
 def _ina3221(folder: Path) -> list[Rail]:
     found = []
     for channel in (1, 2, 3):
-        label = _text(folder / f"in{channel}_label")
+        label = sysfs.text(folder / f"in{channel}_label")
         if label and label != "NC":
             files = (folder / f"in{channel}_input", folder / f"curr{channel}_input")
             found.append(Rail(label, "INA3221", files, 1e-6, _interval(folder)))
@@ -59,24 +61,10 @@ def _ina3221(folder: Path) -> list[Rail]:
 
 
 def _ina238(folder: Path) -> list[Rail]:
-    label = _text(folder / "in1_label") or _text(folder / "label") or INPUT_OF_THOR
+    label = sysfs.text(folder / "in1_label") or sysfs.text(folder / "label") or INPUT_OF_THOR
     return [Rail(label, "INA238", (folder / "power1_input",), 1e-6, _interval(folder))]
 
 
 def _interval(folder: Path) -> float | None:
-    value = _number(folder / "update_interval")
+    value = sysfs.number(folder / "update_interval")
     return value / 1e3 if value else None
-
-
-def _number(path: Path) -> float | None:
-    try:
-        return float(_text(path) or "")
-    except ValueError:
-        return None
-
-
-def _text(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip("\0\n ") or None
-    except OSError:
-        return None

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
-from faqd.errors import UserError
+from faqd.errors import UserError, first_line
 
 Name = Literal["tensorrt", "tensorrt_rtx"]
 NAMES: tuple[Name, ...] = ("tensorrt", "tensorrt_rtx")
@@ -101,7 +101,7 @@ def flavour(name: Name) -> TensorRT | str:
         return TensorRT(name, importlib.import_module(name))
     except (ImportError, OSError) as error:
         # The bindings without their libraries fail so as well, with the library's name in the text.
-        return _first_line(error)
+        return first_line(error)
 
 
 @dataclass
@@ -160,7 +160,3 @@ def _add(to: list[str], text: str) -> None:
     line = " ".join(text.split())
     if line not in to and "Using global log stream" not in line:
         to.append(line)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from faqd.errors import UserError
+from faqd.errors import UserError, first_line
 from faqd.train.graph import innermost, operand, propagate
 from faqd.train.standard import standardise
 
@@ -61,7 +61,7 @@ def _traced(network: nn.Module) -> fx.GraphModule:
     except Exception as error:  # whatever the user's forward raises under tracing
         raise UserError(
             f"{type(network).__name__}: its forward cannot be captured as a graph: "
-            f"{_first_line(error)}{_line_that_raised(error)}. "
+            f"{first_line(error.__cause__ or error)}{_line_that_raised(error)}. "
             "Control flow that depends on tensor values is the usual cause; move it out of forward."
         ) from error
     for node in traced.graph.nodes:
@@ -81,7 +81,8 @@ def _outputs(network: nn.Module, x: Tensor) -> list[Any]:
             return tree_leaves(network(x.clone()))
         except RuntimeError as error:
             raise UserError(
-                f"the network does not accept an input of shape {tuple(x.shape)}: {_first_line(error)}"
+                f"the network does not accept an input of shape {tuple(x.shape)}: "
+                f"{first_line(error.__cause__ or error)}"
             ) from error
 
 
@@ -89,11 +90,6 @@ def _close(a: Any, b: Any) -> bool:
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return bool(a == b)
     return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-6, equal_nan=True)
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error.__cause__ or error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
 
 
 def _line_that_raised(error: BaseException) -> str:
