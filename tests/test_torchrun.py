@@ -40,6 +40,15 @@ def step(trainee, batch, total):
 Trainee.step = step
 run(cli, sys.argv[1:])
 """
+ENDED = """
+import sys
+from pathlib import Path
+from faqd.train.cli import cli
+
+cli(sys.argv[1:], standalone_mode=False)
+threads = sorted(path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm"))
+print([name for name in threads if "gloo" in name])
+"""
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +104,16 @@ def test_processes_that_were_killed_resume_to_the_same_bits(user: User, together
         assert metrics(out / name) == metrics(together / name)
         ours, wanted = (read_tensors(run / name / "weights.safetensors") for run in (out, together))
         assert all(ours[key].equal(wanted[key]) for key in wanted)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the threads' names from /proc")
+def test_no_thread_of_the_group_outlives_the_run(user: User, tmp_path: Path) -> None:
+    """One that asks for Python while the interpreter ends kills the process after its work, now and then."""
+    script = tmp_path / "ended.py"
+    script.write_text(ENDED)
+    result = torchrun(str(script), *line(user, tmp_path / "run", "--steps", 2))
+    assert result.returncode == 0, result.stderr
+    assert [text for text in result.stdout.splitlines() if text.startswith("[")] == ["[]", "[]"]
 
 
 def test_processes_share_the_batch_that_one_would_have() -> None:

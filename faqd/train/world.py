@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,6 +10,10 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+
+# Before any group is there: DistributedDataParallel imports it, and its functions' defaults would keep the group, with
+# its threads, until the interpreter is half gone, where one of them that asks for the interpreter ends it by SIGABRT.
+import torch.distributed.nn.functional
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -98,5 +103,7 @@ def joined(device: str) -> Iterator[World]:
         torch.cuda.set_device(here)
     distributed.init_process_group("nccl" if gpus else "gloo")
     yield World(distributed.get_rank(), distributed.get_world_size(), here, together=True)
-    # Not after an error: the others may be waiting, and torchrun ends them.
+    # Not after an error: the others may be waiting, and torchrun ends them. Its threads end with the last network that
+    # was trained in parallel, some of which only the collector finds.
+    gc.collect()
     distributed.destroy_process_group()
