@@ -188,6 +188,20 @@ def test_the_scale_gradient_is_the_slope_of_the_loss_where_all_is_clipped() -> N
     assert quantizer.scale.grad.item() == pytest.approx(slope / math.sqrt(15 * 3), rel=1e-3)
 
 
+def test_one_iteration_changes_a_scale_by_a_bounded_share_of_itself() -> None:
+    quantizer = quantizer_of(Quant(0, 15), 0.5)
+    quantizer(torch.rand(3))
+    for moved, step, kept in [(9.0, 0.02, 0.51), (-9.0, 0.02, 0.49), (0.505, 0.02, 0.505), (9.0, None, 9.0)]:
+        with torch.no_grad():
+            quantizer.scale.fill_(moved)
+        quantizer.keep_scale(step)
+        assert quantizer.scale.item() == pytest.approx(kept)
+    with torch.no_grad():
+        quantizer.scale.fill_(-1.0)
+    quantizer.keep_scale(None)
+    assert 0 < quantizer.scale.item() < 1e-5
+
+
 def test_a_channels_last_gradient_is_summed_alike() -> None:
     x = images(5, 4, (6, 5, 7)).requires_grad_()
     upstream = images(6, 4, (6, 5, 7))

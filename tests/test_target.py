@@ -182,6 +182,17 @@ def test_a_float16_run_resumes_exactly(user: User, tmp_path: Path, monkeypatch: 
     assert everything_in(tmp_path / "run")[name] == everything_in(tmp_path / "whole")[name]
 
 
+def test_a_violent_iteration_moves_no_scale_far(tmp_path: Path) -> None:
+    trainee, batches = trainee_of(tmp_path)
+    scales = [q.scale for q in trainee.job.network.modules() if isinstance(q, ActivationQuantizer)]
+    before = [scale.item() for scale in scales]
+    for parameter in trainee.job.free:
+        parameter.register_hook(lambda gradient: 1e6 * gradient.sign())
+    trainee.step(batches.at(0), 10)
+    for scale, was in zip(scales, before, strict=True):
+        assert abs(scale.item() / was - 1) == pytest.approx(0.02, rel=1e-3)
+
+
 # What a GPU would wait for -------------------------------------------------------------------------------------------
 
 

@@ -33,7 +33,6 @@ from faqd.train.losses import affinity_loss, logit_loss
 from faqd.train.network import NetworkSource, write_tensors
 from faqd.train.outputs import named_outputs
 from faqd.train.prepare import Student, calibrate
-from faqd.train.quantizers import SMALLEST_SCALE
 from faqd.train.recipes import FROM_SCRATCH, FROM_TRAINED, Autocast, DistillRecipe, TeacherDtype, recipe_json
 from faqd.train.run import (
     TEACHER_WEIGHTS,
@@ -292,13 +291,12 @@ def distill_job(plan: Plan, student: Student, pairs: list[tuple[str, str]]) -> J
         shapes = {node.name: graph.shape(node) for node in student.network.graph.nodes if graph.is_tensor(node)}
         device = next(student.network.parameters()).device
         network = Adapted(network, [shapes[ours][1] for _, ours in pairs], device)
-    scales = [quantizer.scale for quantizer in student.quantizers().values()]
+    quantizers = student.quantizers().values()
     decayed, free = decay_groups(network)
 
-    @torch.no_grad()
-    def keep_scales_positive() -> None:
-        for scale in scales:
-            scale.clamp_min_(SMALLEST_SCALE)
+    def keep_scales() -> None:
+        for quantizer in quantizers:
+            quantizer.keep_scale(recipe.scale_step)
 
     return Job(
         f"distill {recipe.weight_bits}/{recipe.act_bits}",
@@ -307,7 +305,7 @@ def distill_job(plan: Plan, student: Student, pairs: list[tuple[str, str]]) -> J
         decayed,
         free,
         losses,
-        keep_scales_positive,
+        keep_scales,
         recipe.training,
         all_used=bool(recipe.logit_weight or recipe.label_weight),
         autocast=AUTOCAST[recipe.autocast],

@@ -179,12 +179,26 @@ class ActivationQuantizer(nn.Module):
         self.gradient = gradient
         self.scale = nn.Parameter(torch.ones(()))
         self.enabled = True
+        self._used = self.scale.detach()
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
             return x.relu() if self.rectifies else x
+        if self.training:
+            self._used = self.scale.detach().clone()
         rounded: Tensor = _LearnedStep.apply(x, self.scale, self.quant, self.shift, self.gradient)
         return rounded
+
+    @torch.no_grad()
+    def keep_scale(self, step: float | None) -> None:
+        """Undo what an optimizer did to the scale beyond `step`, a share of the scale last trained with; None: nothing.
+
+        Early gradients, summed over the elements of a whole map, and momentum can carry a scale to ten times its value
+        within an epoch. All that follows is then too coarse for any gradient to bring it back.
+        """
+        if step is not None:
+            self.scale.copy_(torch.clamp(self.scale, self._used * (1 - step), self._used * (1 + step)))
+        self.scale.clamp_min_(SMALLEST_SCALE)
 
     def extra_repr(self) -> str:
         return self.quant.label

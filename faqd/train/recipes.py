@@ -60,6 +60,7 @@ class DistillRecipe:
 
     data, arch, init: None for what the command line says, the teacher's own network, and its weights where the
     student is that network. The record of a run has them filled in. exclude: regular expressions of places kept float.
+    scale_step: the share of itself by which an activation's scale may change in one iteration, None for any.
     """
 
     about: str
@@ -72,6 +73,7 @@ class DistillRecipe:
     scales: Literal["channel", "tensor"] = "channel"
     rounding: Rounding = "nearest"
     scale_gradient: ScaleGradient = "lsq"
+    scale_step: float | None = 0.02
     exclude: tuple[str, ...] = ()
     init: str | None = None
     logit: LogitForm = "mse"
@@ -148,6 +150,7 @@ def reference_code() -> DistillRecipe:
         scales="tensor",
         rounding="ceil",
         scale_gradient="mean",
+        scale_step=None,
         init="scratch",
         affinity="l1",
         affinity_weight=10.0,
