@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,16 @@ def main() -> None:
     run(cli)
 
 
+def _absolute(context: click.Context, option: click.Parameter, arch: str | None) -> str | None:
+    """FILE.py:callable with a path that holds from any folder, since a run remembers it."""
+    file, _, name = (arch or "").rpartition(":")
+    return f"{Path(file).expanduser().resolve()}:{name}" if file.endswith(".py") else arch
+
+
+def _arch(help_text: str) -> Callable[[Any], Any]:
+    return click.option("--arch", metavar="NAME|FILE.py:callable", callback=_absolute, help=help_text)
+
+
 def _schedule(command: Any) -> Any:
     for option in reversed(
         (
@@ -68,7 +79,7 @@ def _schedule(command: Any) -> Any:
 
 @cli.command()
 @click.option("--recipe", default="digits-teacher", show_default=True, help="Set everything; `recipes` lists them.")
-@click.option("--arch", metavar="NAME", help="Train this network of the zoo, such as resnet20.")
+@_arch("Train this network: one of the zoo, such as resnet20, or your own.")
 @data_flags
 @_schedule
 @json_option
@@ -86,7 +97,7 @@ def teacher(recipe: str, json_target: str | None, **options: Any) -> None:
         record = train_teacher(
             chosen, DataOptions(**{**data, "source": chosen.data}), out, resume, say, world, deadline
         )
-        say(f"{out}: {chosen.arch}, {100 * record['select']['accuracy']:.2f} % on the select split.")
+        say(f"{out}: {Path(chosen.arch).name}, {100 * record['select']['accuracy']:.2f} % on the select split.")
         if world.leads:
             emit_json(json_target, record)
 
@@ -97,7 +108,7 @@ def teacher(recipe: str, json_target: str | None, **options: Any) -> None:
 @click.option(
     "--teacher-weights", type=click.Path(path_type=Path), help="Read its weights from a .safetensors, .pt or .pth file."
 )
-@click.option("--arch", metavar="NAME", help="Train this network of the zoo instead of the teacher's own.")
+@_arch("Train this network, of the zoo or your own, instead of the teacher's.")
 @click.option("--init", metavar="teacher|scratch|RUN", help="Start the student from these weights.")
 @click.option("--weight-bits", metavar="BITS[,BITS]", help="Use 1 to 8 bits; a list trains all side by side.")
 @click.option(
@@ -209,7 +220,7 @@ def recipes(json_target: str | None) -> None:
 
 @cli.command()
 @click.option("--teacher", required=True, metavar="RUN|FILE.py:callable", help="Look at this network.")
-@click.option("--arch", metavar="NAME", help="Look at this student of it from the zoo instead.")
+@_arch("Look at this student of it instead, of the zoo or your own.")
 @click.option("--weight-bits", type=int, default=8, show_default=True, help="Give weights 1 to 8 bits.")
 @click.option("--act-bits", type=int, default=8, show_default=True, help="Give activations 1 to 8 bits, or 32.")
 @click.option(

@@ -227,7 +227,8 @@ def _resolved(recipe: DistillRecipe, lesson: Lesson, source: NetworkSource) -> D
     usual = FROM_SCRATCH if init == "scratch" else FROM_TRAINED
     unset = {name: value for name, value in usual.items() if getattr(recipe.training, name) is None}
     training = replace(recipe.training, **unset)
-    return replace(recipe, data=lesson.data.source, arch=source.architecture, init=init, training=training)
+    arch = source.architecture or recipe.arch
+    return replace(recipe, data=lesson.data.source, arch=arch, init=init, training=training)
 
 
 def with_seeds(recipes: Sequence[DistillRecipe], count: int, teacher: Teacher) -> list[DistillRecipe]:

@@ -119,6 +119,5 @@ def check_architecture(name: str) -> None:
     """UserError for a name that is not in the zoo."""
     if name not in ARCHITECTURES:
         raise UserError(
-            f"--arch {name}: unknown; choose {', '.join(ARCHITECTURES)}, or bring your own network with "
-            "--teacher FILE.py:callable."
+            f"--arch {name}: unknown; choose {', '.join(ARCHITECTURES)}, or give your own network as FILE.py:callable."
         )

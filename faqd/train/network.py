@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from faqd.errors import UserError, first_line
 from faqd.files import sha256, written_beside
-from faqd.train.models import build_architecture
+from faqd.train.models import build_architecture, check_architecture
 
 WRAPPINGS = ("state_dict", "model_state_dict", "model", "state_dict_ema", "ema", "model_ema", "net", "weights")
 """Keys under which training scripts commonly store the state dict."""
@@ -78,14 +78,30 @@ class NetworkSource:
         return cls(**{**record, "pixels": tuple(record["pixels"])})
 
 
-def user_source(spec: str, channels: int, pixels: tuple[int, int]) -> NetworkSource:
-    """The source that `FILE.py:callable` names."""
+def is_users(spec: str) -> bool:
+    """Whether `spec` has the form FILE.py:callable."""
+    return spec.rpartition(":")[0].endswith(".py")
+
+
+def architecture_source(arch: str, channels: int, pixels: tuple[int, int], classes: int) -> NetworkSource:
+    """What `--arch` names: a network of the zoo with `classes` outputs, or FILE.py:callable, which knows its own.
+
+    UserError where there is none of that name; the user's file is not imported yet.
+    """
+    if is_users(arch):
+        return user_source(arch, channels, pixels, "--arch")
+    check_architecture(arch)
+    return NetworkSource(channels, pixels, classes, architecture=arch)
+
+
+def user_source(spec: str, channels: int, pixels: tuple[int, int], option: str = "--teacher") -> NetworkSource:
+    """The source that `FILE.py:callable` names. option: where the name was given, for messages."""
     file, _, name = spec.rpartition(":")
     path = Path(file)
-    if not file.endswith(".py") or not name.isidentifier():
-        raise UserError(f"--teacher {spec}: expected a run folder, or FILE.py:callable.")
+    if not is_users(spec) or not name.isidentifier():
+        raise UserError(f"{option} {spec}: expected {'a run folder, or ' * (option == '--teacher')}FILE.py:callable.")
     if not path.is_file():
-        raise UserError(f"{path}: no such file (from --teacher {spec}); expected FILE.py:callable.")
+        raise UserError(f"{path}: no such file (from {option} {spec}); expected FILE.py:callable.")
     return NetworkSource(channels, pixels, 0, file=str(path.resolve()), callable=name, sha256=sha256(path))
 
 

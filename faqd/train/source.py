@@ -13,7 +13,7 @@ from faqd.errors import UserError, first_line
 from faqd.files import sha256
 from faqd.preprocess import Preprocess
 from faqd.train.data import DataOptions, Dataset, Say, load_dataset
-from faqd.train.network import NetworkSource, load_weights, user_source
+from faqd.train.network import NetworkSource, is_users, load_weights, user_source
 from faqd.train.outputs import named_outputs
 from faqd.train.run import data_options, finished, load_teacher, run_preprocess
 
@@ -60,7 +60,7 @@ def _is_run(spec: str, weights: Path | None) -> bool:
         if weights is not None:
             raise UserError(f"--teacher-weights: the run {spec} has its own weights; leave the option out.")
         return True
-    if not spec.rpartition(":")[0].endswith(".py"):
+    if not is_users(spec):
         raise UserError(f"--teacher {spec}: no such run folder, and not FILE.py:callable.")
     if weights is None:
         raise UserError(f"--teacher {spec}: needs --teacher-weights FILE, the trained weights of that network.")
@@ -119,17 +119,22 @@ def _users_teacher(spec: str, weights: Path | None, dataset: Dataset, say: Say) 
     return Teacher(network.eval(), source, sha256(weights))
 
 
-@torch.no_grad()
 def _refuse_misfit(teacher: Teacher, dataset: Dataset) -> None:
-    source = teacher.source
+    output_shapes(teacher.network, teacher.source, f"{dataset.source}; see --image-size and --channels")
+
+
+@torch.no_grad()
+def output_shapes(network: nn.Module, source: NetworkSource, images: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of the outputs by name, for two images; `network` in evaluation mode, as `source` describes it.
+
+    UserError where it fails on such images, or returns what nothing could learn from. images: where they come from
+    and what to do, for the first of these.
+    """
     shape = f"{source.channels}x{source.pixels[0]}x{source.pixels[1]}"
     try:
-        outputs = named_outputs(teacher.network(source.example()))
+        outputs = named_outputs(network(source.example()))
     except Exception as error:  # whatever the user's forward raises
-        raise UserError(
-            f"{source.name}: fails on images of {shape} ({dataset.source}): {first_line(error)}. See --image-size and "
-            "--channels."
-        ) from error
+        raise UserError(f"{source.name}: fails on images of {shape} ({images}): {first_line(error)}.") from error
     for name, output in outputs.items():
         if not isinstance(output, Tensor) or not output.is_floating_point():
             kind = str(output.dtype) if isinstance(output, Tensor) else type(output).__name__
@@ -142,3 +147,4 @@ def _refuse_misfit(teacher: Teacher, dataset: Dataset) -> None:
                 f"{source.name}: its output {name} has shape {tuple(output.shape)} for 2 images, expected (images, "
                 "classes, ...)."
             )
+    return {name: tuple(output.shape) for name, output in outputs.items()}

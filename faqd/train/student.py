@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from faqd.errors import UserError
 from faqd.train.capture import capture
-from faqd.train.network import NetworkSource, read_tensors
+from faqd.train.network import NetworkSource, architecture_source, read_tensors
 from faqd.train.placement import Bits
 from faqd.train.prepare import Student, prepare
 from faqd.train.recipes import DistillRecipe
 from faqd.train.run import WEIGHTS, fill, finished, load_exactly, read_record
-from faqd.train.source import Teacher
+from faqd.train.source import Teacher, output_shapes
 
 
 def start_of(recipe: DistillRecipe, teacher: Teacher) -> str:
@@ -28,14 +28,30 @@ def start_of(recipe: DistillRecipe, teacher: Teacher) -> str:
 
 
 def student_source(arch: str | None, teacher: Teacher) -> NetworkSource:
-    """The student's network: the teacher's own, or `arch` with the teacher's number of outputs."""
+    """The student's network: the teacher's own, or `arch`: one of the zoo with the teacher's number of outputs, or a
+    FILE.py:callable. UserError where its outputs are not those of the teacher."""
     if arch is None or arch == teacher.source.architecture:
         return teacher.source
-    with torch.no_grad():
-        outputs = teacher.network(teacher.source.example())
-    if not isinstance(outputs, Tensor) or outputs.dim() != 2:
-        raise UserError("--arch: the teacher has no single vector of class scores that the zoo could imitate.")
-    return NetworkSource(teacher.source.channels, teacher.source.pixels, outputs.shape[1], architecture=arch)
+    theirs = output_shapes(teacher.network, teacher.source, "as the student's")
+    shapes = list(theirs.values())
+    source = architecture_source(arch, teacher.source.channels, teacher.source.pixels, shapes[0][-1])
+    if source.architecture is not None and (len(shapes) > 1 or len(shapes[0]) != 2):
+        raise UserError(
+            f"--arch {arch}: the teacher has no single vector of class scores that the zoo could imitate; give a "
+            "student with its outputs as FILE.py:callable."
+        )
+    if source.architecture is None and source != teacher.source:
+        ours = output_shapes(source.build().eval(), source, "as the teacher's")
+        if ours != theirs:
+            raise UserError(
+                f"--arch {arch}: for 2 images its outputs are {_listed(ours)}, and the teacher's {_listed(theirs)}; a "
+                "student has outputs of the same names and shapes."
+            )
+    return source
+
+
+def _listed(shapes: dict[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name} {shape}" for name, shape in shapes.items())
 
 
 def new_student(recipe: DistillRecipe, source: NetworkSource, teacher: Teacher, example: Tensor) -> Student:

@@ -16,10 +16,10 @@ from faqd.train.batches import Batch, Batches, Images, splits_on
 from faqd.train.data import DataOptions, Dataset, Say, load_dataset
 from faqd.train.job import Job, Losses, select_losses
 from faqd.train.loop import finish, fit
-from faqd.train.models import check_architecture
-from faqd.train.network import NetworkSource
+from faqd.train.network import NetworkSource, architecture_source
 from faqd.train.recipes import TeacherRecipe, recipe_json
 from faqd.train.run import asked_json, begin, conclude, data_json, held, is_done, read_record
+from faqd.train.source import output_shapes
 from faqd.train.world import World
 
 
@@ -36,7 +36,7 @@ def train_teacher(
 
     deadline: see `fit`.
     """
-    check_architecture(recipe.arch)
+    architecture_source(recipe.arch, 1, (1, 1), 1)  # refuses a wrong name before images are read
     dataset = load_dataset(data, with_labels=True, say=say)
     source = _source(recipe, dataset)
     record = _record(recipe, data, dataset, source)
@@ -78,7 +78,22 @@ def _source(recipe: TeacherRecipe, dataset: Dataset) -> NetworkSource:
             "names of subfolders with --labels, an npz file as its array 'labels'."
         )
     height, width, channels = dataset.train.images.shape[1:]
-    return NetworkSource(channels, (height, width), len(dataset.classes), architecture=recipe.arch)
+    source = architecture_source(recipe.arch, channels, (height, width), len(dataset.classes))
+    if source.architecture is None:
+        _refuse_outputs(source, dataset)
+    return source
+
+
+def _refuse_outputs(source: NetworkSource, dataset: Dataset) -> None:
+    wanted = (len(dataset.classes or ()),)
+    shapes = output_shapes(source.build().eval(), source, f"{dataset.source}; see --image-size and --channels")
+    if [shape[1:] for shape in shapes.values()] != [wanted]:
+        listed = ", ".join(f"{name} {shape[1:]}" for name, shape in shapes.items())
+        raise UserError(
+            f"--arch {source.name}: returns {listed}, and a teacher is trained here with one score for each of the "
+            f"{wanted[0]} classes of {dataset.source}. Train other networks yourself, and give them to `distill` with "
+            "--teacher and --teacher-weights."
+        )
 
 
 def _record(recipe: TeacherRecipe, data: DataOptions, dataset: Dataset, source: NetworkSource) -> dict[str, Any]:
