@@ -494,13 +494,13 @@ def batch_bytes(images: Pixels, labels: list[int], key: str = "labels", dtype: s
     )
 
 
-def small_cifar10(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Pixels, NDArray[np.int64]]:
+def small_cifar10(folder: Path, monkeypatch: pytest.MonkeyPatch, each: int = 20) -> tuple[Pixels, NDArray[np.int64]]:
     """Six small files in the published form, which stand for the published ones; all images and labels."""
-    images, labels = random_images(120, 32, 32), np.arange(120) % 10
+    images, labels = random_images(6 * each, 32, 32), np.arange(6 * each) % 10
     folder.mkdir(parents=True)
     md5 = {}
     for i, name in enumerate(cifar.PUBLISHED["cifar10"].md5):
-        part = slice(20 * i, 20 * (i + 1))
+        part = slice(each * i, each * (i + 1))
         data = batch_bytes(images[part], labels[part].tolist())
         (folder / name).write_bytes(data)
         md5[name] = hashlib.md5(data).hexdigest()

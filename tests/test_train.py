@@ -104,6 +104,23 @@ def test_a_student_of_another_network_starts_from_scratch(user: User, tmp_path: 
     assert "different networks" in user.distill(tmp_path / "no", "--arch", "resnet8", "--init", "teacher").stderr
 
 
+def test_teacher_and_student_are_networks_of_the_user(tmp_path: Path) -> None:
+    net = write_net(tmp_path, NET.replace("channels=3", "channels=1"))
+    (tmp_path / "small.py").write_text(net.read_text().replace("8,", "4,").replace("BatchNorm2d(8)", "BatchNorm2d(4)"))
+    teacher, student = tmp_path / "teacher", tmp_path / "student"
+    succeeds(faqd_train("teacher", "--arch", f"{net}:build", "--steps", 200, "--out", teacher))
+    assert record_of(teacher)["network"]["file"] == str(net) and record_of(teacher)["recipe"]["arch"] == f"{net}:build"
+    assert json_of("eval", teacher)["teacher_accuracy"] > 0.5
+    line = ("--teacher", teacher, "--steps", 3, "--weight-bits", 4)
+    succeeds(faqd_train("distill", *line, "--arch", f"{tmp_path / 'small.py'}:build", "--out", student))
+    record = record_of(student)
+    assert record["recipe"]["init"] == "scratch" and record["network"]["file"] == str(tmp_path / "small.py")
+    assert record["teacher"]["file"] == str(net) and load_student(student).bits.label == "4/8"
+    # The same network by its name is the teacher's own: the student starts from its weights.
+    succeeds(faqd_train("distill", *line, "--arch", f"{net}:build", "--out", tmp_path / "own"))
+    assert record_of(tmp_path / "own")["recipe"]["init"] == "teacher"
+
+
 def test_networks_without_a_map_of_one_size_are_told_so(user: User, tmp_path: Path) -> None:
     # Maps of 6 and 3 pixels; those of ResNet-8 have 8, 4 and 2.
     net = write_net(tmp_path / "user", NET.replace("3, padding=1, bias", "3, bias"))

@@ -18,7 +18,18 @@ import torch
 from PIL import Image
 
 from faqd.bundle import write_manifest
-from tests.toy_runs import NET, Outcome, User, everything_in, faqd_deploy, faqd_train, new_user, succeeds, write_images
+from tests.toy_runs import (
+    NET,
+    Outcome,
+    User,
+    everything_in,
+    faqd_deploy,
+    faqd_train,
+    new_user,
+    succeeds,
+    write_images,
+    write_net,
+)
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +104,30 @@ def test_numbers_that_are_none(user: User, value: str, tmp_path: Path) -> None:
 def test_recipe_and_network_of_a_teacher(tmp_path: Path) -> None:
     refuses(faqd_train("teacher", "--recipe", "digits", "--out", tmp_path / "out"), "--recipe digits", "for distill")
     refuses(faqd_train("teacher", "--arch", "vgg", "--out", tmp_path / "out"), "--arch vgg", "resnet20")
+    refuses(faqd_train("teacher", "--arch", "no.py:build", "--out", tmp_path / "out"), "no.py", "from --arch")
+    refuses(faqd_train("teacher", "--arch", "no.py:a b", "--out", tmp_path / "out"), "--arch", "FILE.py:callable")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("returns", "words"),
+    [
+        ("self.head(self.features(x).mean((2, 3)))[:, :7]", ["logits (7,)", "10 classes", "--teacher-weights"]),
+        ("self.features(x)", ["logits (16, 4, 4)", "10 classes"]),
+        ("(self.features(x).mean((2, 3)), x)", ["logits_0 (16,), logits_1 (1, 8, 8)"]),
+        ("x + no", ["fails on images of 1x8x8", "'no' is not defined"]),
+    ],
+)
+def test_a_network_that_cannot_be_a_teacher_here(returns: str, words: list[str], tmp_path: Path) -> None:
+    code = NET.replace("channels=3", "channels=1").replace("self.head(self.features(x).mean((2, 3)))", returns)
+    net = write_net(tmp_path / "user", code)
+    refuses(faqd_train("teacher", "--arch", f"{net}:build", "--out", tmp_path / "out"), "net.py:build", *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_student_of_the_user_with_other_outputs(user: User, tmp_path: Path) -> None:
+    net = write_net(tmp_path / "mine", NET.replace("classes=10", "classes=9"))
+    refuses(user.distill(tmp_path / "out", "--arch", f"{net}:build"), "logits (2, 9)", "teacher's logits (2, 10)")
     assert not (tmp_path / "out").exists()
 
 

@@ -59,6 +59,8 @@ VERSION = 1
 BITS = (8, 4)
 """Of weights and activations."""
 BATCH = 250
+BUNDLED = 2000
+"""Evaluation images of a bundle at most: verify and the bench go through all of them several times."""
 NETWORKS = Path(str(foreign_networks.__file__))
 METRIC = f"{scenes.__file__}:segmentation"
 MEAN_STD: dict[str, Any] = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
@@ -75,12 +77,12 @@ class Study:
 
 STUDIES = {
     "mobilenet": Study(
-        Training(epochs=9, batch_size=100, lr=0.1, warmup=0.05, clip_norm=5.0),
-        Training(epochs=1, batch_size=100, steps=400, frozen_norm=None, clip_norm=20.0),
+        Training(epochs=8, batch_size=100, lr=0.1, warmup=0.05, clip_norm=5.0),
+        Training(epochs=1, batch_size=100, steps=300, frozen_norm=None, clip_norm=20.0),
     ),
     "segmenter": Study(
-        Training(epochs=14, batch_size=50, lr=0.1, warmup=0.05, clip_norm=5.0),
-        Training(epochs=1, batch_size=50, steps=400, frozen_norm=None, clip_norm=20.0),
+        Training(epochs=20, batch_size=50, lr=0.1, warmup=0.05, clip_norm=5.0),
+        Training(epochs=1, batch_size=50, steps=500, frozen_norm=None, clip_norm=20.0),
     ),
 }
 
@@ -194,6 +196,8 @@ def quantized(work: Work, bits: int, seed: int) -> Any:
     `faqd-deploy ptq` takes."""
     dataset = work.lesson.dataset
     images = dataset.train.images[seed * CALIBRATION_IMAGES : (seed + 1) * CALIBRATION_IMAGES]
+    if len(images) < CALIBRATION_IMAGES:
+        raise UserError(f"--limit: {len(dataset.train)} training images are too few for seed {seed} of calibration.")
     inputs = network_input(images, dataset.preprocess)
     student = prepare(capture(work.lesson.teacher.network, inputs[:2]), Bits(bits, bits), inputs[:2])
     student.network.eval()
@@ -248,7 +252,15 @@ def benched(work: Work) -> dict[str, Any]:
     os.environ["FAQD_SCENES"] = str(work.scenes)
     metric = load_metric(METRIC) if work.dense else None
     record = bench([load_bundle(f) for f in folders], backend, Options(skip_latency=True), metric=metric).result
-    found = {"evaluation": record["evaluation"], "networks": [_benched(entry) for entry in record["networks"]]}
+    teacher, *students = (entry for entry in record["networks"] if entry["role"] != "float")
+    found = {
+        "evaluation": record["evaluation"],
+        "teacher": _benched(teacher),
+        "students": {
+            folder.name: {"verify": bundle["verify"], **_benched(entry)}
+            for folder, bundle, entry in zip(folders, record["bundles"], students, strict=True)
+        },
+    }
     write_json(path, found)
     return found
 
@@ -263,18 +275,17 @@ def _quantize(work: Work, bits: int, out: Path) -> None:
     teacher = work.spec if work.dense else str(work.teacher)
     given = {**asdict(DataOptions(**work.data)), **({} if work.dense else {"source": None, "resize": None})}
     quantize_after_training(
-        teacher, work.weights, given, Bits(bits, bits), "mse", CALIBRATION_IMAGES, out, None, "fp16", _say
+        teacher, work.weights, given, Bits(bits, bits), "mse", CALIBRATION_IMAGES, out, BUNDLED, "fp16", _say
     )
 
 
 def _export(work: Work, bits: int, out: Path) -> None:
-    export_run(work.run(bits, 0), out, None, None, "fp16", _say)
+    export_run(work.run(bits, 0), out, None, BUNDLED, "fp16", _say)
 
 
 def _benched(entry: dict[str, Any]) -> dict[str, Any]:
-    accuracy = entry["accuracy"]
-    kept = {name: accuracy.get(name) for name in ("top1", "gap_to_teacher", "agreement", "snr_db")}
-    return {"id": entry["id"], "name": entry["name"], **kept, "metric": entry.get("metric")}
+    kept = {key: entry["accuracy"][key] for key in ("top1", "gap_to_teacher", "agreement", "snr_db")}
+    return {**kept, "metric": entry["metric"]}
 
 
 @click.command(help=(__doc__ or "").splitlines()[0])
