@@ -79,11 +79,11 @@ class Study:
 STUDIES = {
     "mobilenet": Study(
         Training(epochs=8, batch_size=100, lr=0.1, warmup=0.05, clip_norm=5.0),
-        Training(epochs=1, batch_size=100, steps=300, frozen_norm=None, clip_norm=20.0),
+        Training(epochs=1, batch_size=100, steps=200, frozen_norm=None, clip_norm=20.0),
     ),
     "segmenter": Study(
         Training(epochs=20, batch_size=50, lr=0.1, warmup=0.05, clip_norm=5.0),
-        Training(epochs=1, batch_size=50, steps=700, frozen_norm=None, clip_norm=20.0),
+        Training(epochs=1, batch_size=50, steps=400, frozen_norm=None, clip_norm=20.0),
     ),
 }
 
