@@ -1,18 +1,17 @@
 """Feature affinity with analytic gradients, every form from one factorisation of the difference.
 
-Legend: b samples, C channels, N pixels; S, T (C, N) the normalised maps of student and teacher. With
-U = S - T and M = (S + T) / 2,
+Legend: b samples, C channels, N pixels; S, T (C, N) the normalised maps of student and teacher. With U = S - T,
 
-    D = S'S - T'T = U'M + M'U,
+    D = S'S - T'T = S'U + U'T,
 
 so D keeps its digits where the maps nearly agree and is exactly zero where they are equal: nothing large
 cancels. The narrower map is padded with zero channels, which leaves D unchanged. 4 S D is the gradient of
 |D|_F^2 with respect to S, and 2 S sign(D) that of sum |D|.
 
 Where N > C, |D|_F^2 and S D need (C, C) matrices only, a known identity for linear kernels (Kornblith et
-al., arXiv 1905.00414, section 3), here applied to U and M. With A = MM', E = UU', P = MU':
+al., arXiv 1905.00414, section 3), here applied to U and S. With A = SS', P = SU', E = UU', Q = P - E/2:
 
-    |D|_F^2 = 2 (tr(PP) + <A, E>),    S D = (A + P'/2) U + (P + E/2) M.
+    |D|_F^2 = 2 (tr(QQ) + <A - P + E/4, E>),    S D = A U + P T = (A - P) U + P S.
 """
 
 from __future__ import annotations
@@ -123,41 +122,40 @@ def _distance(
 class Pair(NamedTuple):
     """The maps of some samples, or some columns of them, as every form wants them.
 
-    halves (b, 2C, N): U over M. norm (b, 1, N): lengths of the student's columns.
+    halves (b, 2C, N): U over S. norms (b, 1, N) twice: lengths of the columns of student and teacher.
     """
 
     halves: Tensor
-    norm: Tensor
+    norms: tuple[Tensor, Tensor]
 
     @classmethod
-    def of(cls, student: Tensor, teacher: Tensor) -> Pair:
+    def of(cls, student: Tensor, teacher: Tensor, norms: tuple[Tensor, Tensor] | None = None) -> Pair:
         samples, width, pixels = student.shape
         channels = max(width, teacher.shape[1])
         make = student.new_empty if width == teacher.shape[1] else student.new_zeros
         halves = make((samples, 2 * channels, pixels))
-        u, m = halves[:, :channels], halves[:, channels:]
-        norm = _norm(student)
-        torch.mul(teacher, _weight(_norm(teacher)), out=u[:, : teacher.shape[1]])
-        torch.mul(student, _weight(norm), out=m[:, :width])
-        torch.sub(m, u, out=u)
-        m.sub_(u, alpha=0.5)
-        return cls(halves, norm)
+        u, s = halves[:, :channels], halves[:, channels:]
+        norms = norms or (_norm(student), _norm(teacher))
+        torch.mul(student, _weight(norms[0]), out=s[:, :width])
+        torch.mul(teacher, _weight(norms[1]), out=u[:, : teacher.shape[1]])
+        torch.sub(s, u, out=u)
+        return cls(halves, norms)
 
     @property
     def u(self) -> Tensor:
         return self.halves[:, : self.halves.shape[1] // 2]
 
     @property
-    def m(self) -> Tensor:
+    def s(self) -> Tensor:
         return self.halves[:, self.halves.shape[1] // 2 :]
+
+    @property
+    def t(self) -> Tensor:
+        return self.s - self.u
 
     @property
     def pixels(self) -> int:
         return self.halves.shape[2]
-
-    def student(self) -> Tensor:
-        """S (b, C, N)."""
-        return self.m.add(self.u, alpha=0.5)
 
 
 def _norm(features: Tensor) -> Tensor:
@@ -188,13 +186,18 @@ def _l2(student: Tensor, teacher: Tensor, dtype: torch.dtype, form: str) -> tupl
     channels = max(width, teacher.shape[1])
     direct = pixels <= channels
     tile = pixels if direct else max(1, _elements(student) // (samples * channels))
-    tiles = [slice(start, start + tile) for start in range(0, pixels, tile)]
-    kept = Pair.of(student.to(dtype), teacher.to(dtype)) if len(tiles) == 1 else None
+    starts = range(0, pixels, tile)
+    known: dict[int, tuple[Tensor, Tensor]] = {}
+    kept = Pair.of(student.to(dtype), teacher.to(dtype)) if len(starts) == 1 else None
 
-    def pair(student: Tensor, teacher: Tensor, tile: slice) -> Pair:
-        return kept or Pair.of(student[:, :, tile].to(dtype), teacher[:, :, tile].to(dtype))
+    def pair(student: Tensor, teacher: Tensor, start: int) -> Pair:
+        if kept:
+            return kept
+        made = Pair.of(*(x.narrow(2, start, min(tile, pixels-start)).to(dtype) for x in (student, teacher)), known.get(start))
+        known[start] = made.norms
+        return made
 
-    pairs = (pair(student, teacher, tile) for tile in tiles)
+    pairs = (pair(student, teacher, start) for start in starts)
     square, scale, slope_of = _direct(next(pairs)) if direct else _factorised(pairs)
     square = square * (square > RELATIVE_FLOOR * scale)
     sure = (square > CANCELLATION * scale) & (square > (SMALLEST_L2 * pixels) ** 2)
@@ -206,29 +209,32 @@ def _l2(student: Tensor, teacher: Tensor, dtype: torch.dtype, form: str) -> tupl
 
     def write(student: Tensor, teacher: Tensor, out: Tensor, outer: Tensor) -> None:
         factor = (steepness * outer).to(dtype).view(-1, 1, 1)
-        for tile in tiles:
-            again = pair(student, teacher, tile)
-            _write_gradient(out[:, :, tile], student[:, :, tile].to(dtype), again.norm, slope_of(again), factor)
+        for start in starts:
+            again = pair(student, teacher, start)
+            cols = slice(start, start + tile)
+            _write_gradient(out[:, :, cols], student[:, :, cols].to(dtype), again.norms[0], slope_of(again), factor)
 
     return value, sure, write
 
 
 def _direct(pair: Pair) -> tuple[Tensor, Tensor, SlopeOf]:
     """|D|_F^2 (b,), what its rounding is relative to, and S D (b, C, N) of a pair, through D itself."""
-    half = pair.u.mT @ pair.m
+    half = pair.u.mT @ pair.s.sub(pair.u, alpha=0.5)
     difference = half + half.mT
     square = _total(difference.square())
-    scale = (square * _total(pair.u.square()) * _total(pair.m.square())).sqrt()
-    return square, scale, lambda pair: pair.student() @ difference
+    scale = (square * _total(pair.u.square()) * _total(pair.s.square())).sqrt()
+    return square, scale, lambda pair: pair.s @ difference
 
 
-def _factorised(pairs: Iterable[Pair]) -> tuple[Tensor, Tensor, SlopeOf]:
-    """The same through the (C, C) products of U and M; never forms D."""
-    products = _sum(torch.cat([pair.u @ pair.u.mT, pair.m @ pair.halves.mT], dim=2) for pair in pairs)
+def _factorised(pairs: Iterator[Pair]) -> tuple[Tensor, Tensor, SlopeOf]:
+    """The same through the (C, C) products of U and S; never forms D."""
+    products = _sum(torch.cat([pair.u @ pair.u.mT, pair.s @ pair.halves.mT], dim=2) for pair in pairs)
     e, p, a = products.chunk(3, dim=2)
-    square = 2 * (_total(p * p.mT) + _total(a * e))
+    outer = a - p
+    q = p.sub(e, alpha=0.5)
+    square = 2 * (_total(q * q.mT) + _total(outer.add(e, alpha=0.25) * e))
     scale = 4 * (_total(a.square()) * _total(e.square())).sqrt()
-    mixing = torch.cat([a.add(p.mT, alpha=0.5), p.add(e, alpha=0.5)], dim=2)
+    mixing = torch.cat([outer, p], dim=2)
     return square, scale, lambda pair: mixing @ pair.halves
 
 
@@ -241,9 +247,8 @@ def _sum(products: Iterator[Tensor]) -> Tensor:
 
 def _l1(pair: Pair, differentiable: bool) -> tuple[Tensor, WriteGradient]:
     """Row strips of the upper triangle; what is off the diagonal counts twice."""
-    left, right = pair.halves, torch.cat([pair.m, pair.u], dim=1)
-    normalised = pair.student()
-    slope = torch.zeros_like(normalised)
+    left, right = pair.halves, torch.cat([pair.t, pair.u], dim=1)
+    slope = torch.zeros_like(pair.s)
     total = torch.zeros(len(slope), dtype=torch.float64, device=slope.device)
     for start in range(0, pair.pixels, TILE_ROWS):
         stop = min(start + TILE_ROWS, pair.pixels)
@@ -253,9 +258,9 @@ def _l1(pair: Pair, differentiable: bool) -> tuple[Tensor, WriteGradient]:
         total += 2 * size.sum((1, 2)).double() - size[:, :, : stop - start].sum((1, 2)).double()
         if differentiable:
             sign = strip.sign_()
-            slope[:, :, start:].baddbmm_(normalised[:, :, rows], sign)
-            slope[:, :, rows].baddbmm_(normalised[:, :, stop:], sign[:, :, stop - start :].mT)
-    norm, steepness = pair.norm, 2 / pair.pixels**2
+            slope[:, :, start:].baddbmm_(pair.s[:, :, rows], sign)
+            slope[:, :, rows].baddbmm_(pair.s[:, :, stop:], sign[:, :, stop - start :].mT)
+    norm, steepness = pair.norms[0], 2 / pair.pixels**2
 
     def write(student: Tensor, teacher: Tensor, out: Tensor, outer: Tensor) -> None:
         _write_gradient(out, student, norm, slope, steepness * outer)
@@ -271,8 +276,9 @@ def _fast(pair: Pair, columns: int, generator: torch.Generator) -> tuple[Tensor,
         device=generator.device,
         dtype=pair.halves.dtype,
     ).to(pair.halves.device)
-    y = pair.u.mT @ (pair.m @ z) + pair.m.mT @ (pair.u @ z)
-    norm, steepness = pair.norm, 2 / (columns * pair.pixels**2)
+    uz, sz = (pair.halves @ z).chunk(2, dim=1)
+    y = pair.halves.mT @ torch.cat([sz - uz, uz], dim=1)
+    norm, steepness = pair.norms[0], 2 / (columns * pair.pixels**2)
 
     def write(student: Tensor, teacher: Tensor, out: Tensor, outer: Tensor) -> None:
         normalised = student * _weight(norm)
