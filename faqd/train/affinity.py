@@ -16,7 +16,7 @@ al., arXiv 1905.00414, section 3), here applied to U and S. With A = SS', P = SU
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -39,6 +39,7 @@ TINY_NORM = 1e-18
 
 # What the backward pass needs of a part: (student, teacher, out, outer) writes outer * gradient to `out` (b, Cs, N).
 WriteGradient = Callable[[Tensor, Tensor, Tensor, Tensor], None]
+Norms = tuple[Tensor, Tensor]
 SlopeOf = Callable[["Pair"], Tensor]
 
 
@@ -126,10 +127,10 @@ class Pair(NamedTuple):
     """
 
     halves: Tensor
-    norms: tuple[Tensor, Tensor]
+    norms: Norms
 
     @classmethod
-    def of(cls, student: Tensor, teacher: Tensor, norms: tuple[Tensor, Tensor] | None = None) -> Pair:
+    def of(cls, student: Tensor, teacher: Tensor, norms: Norms | None = None) -> Pair:
         samples, width, pixels = student.shape
         channels = max(width, teacher.shape[1])
         make = student.new_empty if width == teacher.shape[1] else student.new_zeros
@@ -176,31 +177,40 @@ def _write_gradient(out: Tensor, features: Tensor, norm: Tensor, slope: Tensor, 
     torch.mul(torch.addcmul(slope, features, radial, value=-1), weight.mul_(factor), out=out)
 
 
-def _l2(student: Tensor, teacher: Tensor, dtype: torch.dtype, form: str) -> tuple[Tensor, Tensor, WriteGradient]:
-    """Values (b,), and whether the arithmetic of `dtype` was good enough for them, before what writes gradients.
+class Tile:
+    """Some columns of the maps as a pair, for the forward and again for the backward pass.
 
-    The factorised form takes the columns in tiles that fit the cache. A single tile keeps its pair for the backward
-    pass; of many, each is made again there, which costs less than the memory to keep them.
+    Kept in between where it is the only tile; of many only the lengths are. To make a pair again costs less than
+    fresh memory for all of them, whose every page the system has to clear.
     """
-    samples, width, pixels = student.shape
-    channels = max(width, teacher.shape[1])
+
+    def __init__(self, columns: slice, dtype: torch.dtype, keep: bool) -> None:
+        self.columns, self._dtype, self._keep = columns, dtype, keep
+        self._pair: Pair | None = None
+        self._norms: Norms | None = None
+
+    def pair(self, student: Tensor, teacher: Tensor) -> Pair:
+        if self._pair is not None:
+            return self._pair
+        pair = Pair.of(self.of(student), self.of(teacher), self._norms)
+        self._norms, self._pair = pair.norms, pair if self._keep else None
+        return pair
+
+    def of(self, maps: Tensor) -> Tensor:
+        return maps[:, :, self.columns].to(self._dtype)
+
+
+def _l2(student: Tensor, teacher: Tensor, dtype: torch.dtype, form: str) -> tuple[Tensor, Tensor, WriteGradient]:
+    """Values (b,), whether the arithmetic of `dtype` was good enough for them, and what writes their gradients."""
+    pixels, channels = student.shape[2], max(student.shape[1], teacher.shape[1])
     direct = pixels <= channels
-    tile = pixels if direct else max(1, _elements(student) // (samples * channels))
-    starts = range(0, pixels, tile)
-    known: dict[int, tuple[Tensor, Tensor]] = {}
-    kept = Pair.of(student.to(dtype), teacher.to(dtype)) if len(starts) == 1 else None
-
-    def pair(student: Tensor, teacher: Tensor, start: int) -> Pair:
-        if kept:
-            return kept
-        made = Pair.of(*(x.narrow(2, start, min(tile, pixels-start)).to(dtype) for x in (student, teacher)), known.get(start))
-        known[start] = made.norms
-        return made
-
-    pairs = (pair(student, teacher, start) for start in starts)
+    # The factorised form takes the columns in tiles that fit the cache.
+    step = pixels if direct else min(pixels, max(1, _elements(student) // (len(student) * channels)))
+    tiles = [Tile(slice(start, start + step), dtype, step == pixels) for start in range(0, pixels, step)]
+    pairs = (tile.pair(student, teacher) for tile in tiles)
     square, scale, slope_of = _direct(next(pairs)) if direct else _factorised(pairs)
     square = square * (square > RELATIVE_FLOOR * scale)
-    sure = (square > CANCELLATION * scale) & (square > (SMALLEST_L2 * pixels) ** 2)
+    sure = square > (CANCELLATION * scale).clamp_min_((SMALLEST_L2 * pixels) ** 2)
     if form == "l2_squared":
         value, steepness = square / pixels**2, (square > 0) * (4 / pixels**2)
     else:
@@ -209,10 +219,9 @@ def _l2(student: Tensor, teacher: Tensor, dtype: torch.dtype, form: str) -> tupl
 
     def write(student: Tensor, teacher: Tensor, out: Tensor, outer: Tensor) -> None:
         factor = (steepness * outer).to(dtype).view(-1, 1, 1)
-        for start in starts:
-            again = pair(student, teacher, start)
-            cols = slice(start, start + tile)
-            _write_gradient(out[:, :, cols], student[:, :, cols].to(dtype), again.norms[0], slope_of(again), factor)
+        for tile in tiles:
+            pair = tile.pair(student, teacher)
+            _write_gradient(out[:, :, tile.columns], tile.of(student), pair.norms[0], slope_of(pair), factor)
 
     return value, sure, write
 
@@ -232,7 +241,7 @@ def _factorised(pairs: Iterator[Pair]) -> tuple[Tensor, Tensor, SlopeOf]:
     e, p, a = products.chunk(3, dim=2)
     outer = a - p
     q = p.sub(e, alpha=0.5)
-    square = 2 * (_total(q * q.mT) + _total(outer.add(e, alpha=0.25) * e))
+    square = 2 * _total((q * q.mT).addcmul_(outer.add(e, alpha=0.25), e))
     scale = 4 * (_total(a.square()) * _total(e.square())).sqrt()
     mixing = torch.cat([outer, p], dim=2)
     return square, scale, lambda pair: mixing @ pair.halves
@@ -277,13 +286,12 @@ def _fast(pair: Pair, columns: int, generator: torch.Generator) -> tuple[Tensor,
         dtype=pair.halves.dtype,
     ).to(pair.halves.device)
     uz, sz = (pair.halves @ z).chunk(2, dim=1)
-    y = pair.halves.mT @ torch.cat([sz - uz, uz], dim=1)
+    y = (pair.u.mT @ (sz - uz)).baddbmm_(pair.s.mT, uz)
+    left, right = pair.s @ torch.cat([z, y], dim=2), torch.cat([y, z], dim=2).mT
     norm, steepness = pair.norms[0], 2 / (columns * pair.pixels**2)
 
     def write(student: Tensor, teacher: Tensor, out: Tensor, outer: Tensor) -> None:
-        normalised = student * _weight(norm)
-        slope = (normalised @ torch.cat([z, y], dim=2)) @ torch.cat([y, z], dim=2).mT
-        _write_gradient(out, student, norm, slope, steepness * outer)
+        _write_gradient(out, student, norm, left @ right, steepness * outer)
 
     return _total(y.square()) / (columns * pair.pixels**2), write
 
