@@ -334,14 +334,14 @@ def test_a_large_map_needs_tiles_beside_its_gradient(monkeypatch: pytest.MonkeyP
     tile = 4 * 256
     monkeypatch.setattr(affinity, "CPU_ELEMENTS", tile)
     student, teacher = drawn((1, 4, 64, 64), 51, torch.float32), drawn((1, 4, 64, 64), 52, torch.float32)
-    with Storages() as storages:  # type: ignore[no-untyped-call]
+    with Storages() as storages:
         _, gradient = with_gradient(ours, student, teacher, "l2")
     known = {maps.untyped_storage().data_ptr() for maps in (student, teacher, gradient)}
     fresh = [size for pointer, size in storages.largest.items() if pointer not in known]
     assert 0 < max(fresh) <= 2 * tile * 4
 
 
-class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
+class Storages(TorchDispatchMode):
     """Bytes of every storage that an operation returned, the largest one at each address."""
 
     def __init__(self) -> None:

@@ -30,6 +30,8 @@ TILE_ROWS = 256
 # Elements of a map handled at once (of a strip of D: four times that): what fits a core's cache, or fills a GPU.
 CPU_ELEMENTS = 2**18
 GPU_ELEMENTS = 2**24
+# Pairs of so many tiles stay in the last cache until the backward pass.
+KEPT_TILES = 4
 # float32 is kept where its rounding moves the result by about 1e-5, relative; else float64 decides.
 CANCELLATION = 3e-3
 SMALLEST_L2 = 1e-3
@@ -180,8 +182,8 @@ def _write_gradient(out: Tensor, features: Tensor, norm: Tensor, slope: Tensor, 
 class Tile:
     """Some columns of the maps as a pair, for the forward and again for the backward pass.
 
-    Kept in between where it is the only tile; of many only the lengths are. To make a pair again costs less than
-    fresh memory for all of them, whose every page the system has to clear.
+    Kept in between where the tiles are few; of many only the lengths are. To make a pair again costs less than to
+    read it back from beyond the caches, and fresh memory, whose every page the system has to clear, most of all.
     """
 
     def __init__(self, columns: slice, dtype: torch.dtype, keep: bool) -> None:
@@ -206,7 +208,8 @@ def _l2(student: Tensor, teacher: Tensor, dtype: torch.dtype, form: str) -> tupl
     direct = pixels <= channels
     # The factorised form takes the columns in tiles that fit the cache.
     step = pixels if direct else min(pixels, max(1, _elements(student) // (len(student) * channels)))
-    tiles = [Tile(slice(start, start + step), dtype, step == pixels) for start in range(0, pixels, step)]
+    starts = range(0, pixels, step)
+    tiles = [Tile(slice(start, start + step), dtype, len(starts) <= KEPT_TILES) for start in starts]
     pairs = (tile.pair(student, teacher) for tile in tiles)
     square, scale, slope_of = _direct(next(pairs)) if direct else _factorised(pairs)
     square = square * (square > RELATIVE_FLOOR * scale)
