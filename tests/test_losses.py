@@ -329,6 +329,17 @@ def test_a_graph_that_is_kept_gives_its_gradient_again(
         torch.autograd.grad(loss, student)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_the_teacher_may_run_in_inference_mode(form: AffinityForm) -> None:
+    student, teacher = drawn((2, 4, 6, 5), 53, torch.float32), drawn((2, 3, 3, 4), 54, torch.float32)
+    expected, expected_gradient = with_gradient(ours, student, teacher, form)
+    with torch.inference_mode():
+        copy = teacher.clone()
+    value, gradient = with_gradient(ours, student, copy, form)
+    assert value == expected
+    assert torch.equal(gradient, expected_gradient)
+
+
 def test_a_large_map_needs_tiles_beside_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fresh memory is dear: the result is the only tensor of the size of the map."""
     tile = 4 * 256

@@ -62,7 +62,8 @@ class AffinityDistance(torch.autograd.Function):
         generator: torch.Generator | None,
         dtype: torch.dtype,
     ) -> Tensor:
-        ctx.save_for_backward(student, teacher)
+        ctx.save_for_backward(student)
+        ctx.teacher = teacher  # A tensor made in inference mode cannot be saved the other way.
         ctx.dtype = dtype
         ctx.parts = []
         values = []
@@ -77,7 +78,7 @@ class AffinityDistance(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
-        student, teacher = ctx.saved_tensors
+        (student,), teacher = ctx.saved_tensors, ctx.teacher
         # One of the two layouts whose pixels flatten without a copy.
         inner = student.is_contiguous(memory_format=torch.channels_last)
         layout = torch.channels_last if inner else torch.contiguous_format
