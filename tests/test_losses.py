@@ -289,6 +289,84 @@ def test_tiles_and_parts_change_nothing(form: AffinityForm, monkeypatch: pytest.
         torch.testing.assert_close(small_gradient, gradient)
 
 
+@pytest.mark.parametrize("form", SMOOTH)
+@pytest.mark.parametrize("columns", [1, 5, 11, 34, 35])
+def test_tiles_of_any_width_take_strides_half_precision_and_doubt(
+    form: AffinityForm, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """7 x 5 pixels in tiles of `columns`, the last one narrower; sample 1 of 3 needs float64."""
+    student, teacher = drawn((3, 6, 7, 5), 46).relu(), drawn((3, 6, 7, 5), 47).relu()
+    teacher[1] = rotated(student + 1e-3 * teacher, 48)[1]
+    for dtype, bound in [(torch.float32, 1e-4), (torch.float16, 2e-3)]:
+        a, b = student.to(dtype), teacher.to(dtype)
+        a, b = a.to(memory_format=torch.channels_last), b.mT.contiguous().mT
+        expected, expected_gradient = with_gradient(reference, a.double(), b.double(), form)
+        monkeypatch.setattr(affinity, "CPU_ELEMENTS", 3 * 6 * columns)
+        monkeypatch.setattr(affinity, "_parts", lambda *_: [slice(0, 3)])
+        value, gradient = with_gradient(ours, a, b, form)
+        assert value == pytest.approx(expected, rel=1e-5)
+        assert gradient.dtype == dtype
+        assert distance(gradient[[0, 2]], expected_gradient[[0, 2]]) < bound
+        assert distance(gradient[1], expected_gradient[1]) < 1e-2
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("elements", [affinity.CPU_ELEMENTS, 40])
+def test_a_graph_that_is_kept_gives_its_gradient_again(
+    form: AffinityForm, elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(affinity, "CPU_ELEMENTS", elements)
+    student, teacher = drawn((2, 4, 6, 5), 49, torch.float32).requires_grad_(), drawn((2, 4, 6, 5), 50, torch.float32)
+    loss = ours(student, teacher, form)
+    (first,) = torch.autograd.grad(loss, student, retain_graph=True)
+    expected = first.clone()
+    first.zero_()
+    (second,) = torch.autograd.grad(loss, student, retain_graph=True)
+    assert torch.equal(second, expected)
+    with torch.no_grad():
+        student.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, student)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_teacher_may_run_in_inference_mode(form: AffinityForm) -> None:
+    student, teacher = drawn((2, 4, 6, 5), 53, torch.float32), drawn((2, 3, 3, 4), 54, torch.float32)
+    expected, expected_gradient = with_gradient(ours, student, teacher, form)
+    with torch.inference_mode():
+        copy = teacher.clone()
+    value, gradient = with_gradient(ours, student, copy, form)
+    assert value == expected
+    assert torch.equal(gradient, expected_gradient)
+
+
+def test_a_large_map_needs_tiles_beside_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory is dear: the result is the only tensor of the size of the map."""
+    tile = 4 * 256
+    monkeypatch.setattr(affinity, "CPU_ELEMENTS", tile)
+    student, teacher = drawn((1, 4, 64, 64), 51, torch.float32), drawn((1, 4, 64, 64), 52, torch.float32)
+    with Storages() as storages:
+        _, gradient = with_gradient(ours, student, teacher, "l2")
+    known = {maps.untyped_storage().data_ptr() for maps in (student, teacher, gradient)}
+    fresh = [size for pointer, size in storages.largest.items() if pointer not in known]
+    assert 0 < max(fresh) <= 2 * tile * 4
+
+
+class Storages(TorchDispatchMode):
+    """Bytes of every storage that an operation returned, the largest one at each address."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
+        self.largest: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            storage = result.untyped_storage()
+            self.largest[storage.data_ptr()] = max(storage.nbytes(), self.largest.get(storage.data_ptr(), 0))
+        return result
+
+
 class LargestTensor(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
     elements = 0
 

@@ -1,23 +1,22 @@
 """Feature affinity with analytic gradients, every form from one factorisation of the difference.
 
-Legend: b samples, C channels, N pixels; S, T (C, N) the normalised maps of student and teacher. With
-U = S - T and M = (S + T) / 2,
+Legend: b samples, C channels, N pixels; S, T (C, N) the normalised maps of student and teacher. With U = S - T,
 
-    D = S'S - T'T = U'M + M'U,
+    D = S'S - T'T = S'U + U'T,
 
 so D keeps its digits where the maps nearly agree and is exactly zero where they are equal: nothing large
 cancels. The narrower map is padded with zero channels, which leaves D unchanged. 4 S D is the gradient of
 |D|_F^2 with respect to S, and 2 S sign(D) that of sum |D|.
 
 Where N > C, |D|_F^2 and S D need (C, C) matrices only, a known identity for linear kernels (Kornblith et
-al., arXiv 1905.00414, section 3), here applied to U and M. With A = MM', E = UU', P = MU':
+al., arXiv 1905.00414, section 3), here applied to U and S. With A = SS', P = SU', E = UU', Q = P - E/2:
 
-    |D|_F^2 = 2 (tr(PP) + <A, E>),    S D = (A + P'/2) U + (P + E/2) M.
+    |D|_F^2 = 2 (tr(QQ) + <A - P + E/4, E>),    S D = A U + P T = (A - P) U + P S.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -31,6 +30,8 @@ TILE_ROWS = 256
 # Elements of a map handled at once (of a strip of D: four times that): what fits a core's cache, or fills a GPU.
 CPU_ELEMENTS = 2**18
 GPU_ELEMENTS = 2**24
+# Pairs of so many tiles stay in the last cache until the backward pass.
+KEPT_TILES = 4
 # float32 is kept where its rounding moves the result by about 1e-5, relative; else float64 decides.
 CANCELLATION = 3e-3
 SMALLEST_L2 = 1e-3
@@ -38,11 +39,18 @@ SMALLEST_L2 = 1e-3
 RELATIVE_FLOOR = 1e-14
 TINY_NORM = 1e-18
 
+# What the backward pass needs of a part: (student, teacher, out, outer) writes outer * gradient to `out` (b, Cs, N).
+WriteGradient = Callable[[Tensor, Tensor, Tensor, Tensor], None]
+Norms = tuple[Tensor, Tensor]
 SlopeOf = Callable[["Pair"], Tensor]
 
 
 class AffinityDistance(torch.autograd.Function):
-    """(student, teacher, form, columns, generator, dtype) to the scalar; the gradient is made on the way."""
+    """(student, teacher, form, columns, generator, dtype) to the scalar, without second derivatives.
+
+    The gradient goes straight into the result of the backward pass, so nothing but small matrices (for l1: the
+    slope) and pairs that fit one tile is held until then.
+    """
 
     @staticmethod
     def forward(
@@ -54,107 +62,104 @@ class AffinityDistance(torch.autograd.Function):
         generator: torch.Generator | None,
         dtype: torch.dtype,
     ) -> Tensor:
-        gradient = None
-        if ctx.needs_input_grad[0]:
-            # One of the two layouts whose pixels flatten without a copy.
-            inner = student.is_contiguous(memory_format=torch.channels_last)
-            layout = torch.channels_last if inner else torch.contiguous_format
-            gradient = torch.empty_like(student, dtype=dtype, memory_format=layout)
+        ctx.save_for_backward(student)
+        ctx.teacher = teacher  # A tensor made in inference mode cannot be saved the other way.
+        ctx.dtype = dtype
+        ctx.parts = []
         values = []
         with _plain_arithmetic(student.device):
             for part in _parts(student, TILE_ROWS // 4 if form == "l1" else 1):
                 flat = _flattened(student[part], teacher[part], dtype)
-                out = None if gradient is None else gradient[part].flatten(2)
-                values.append(_distance(*flat, out, form, 1 / len(student), columns, generator))
-        if gradient is not None:
-            ctx.save_for_backward(gradient)
-        ctx.dtype = student.dtype
+                value, write = _distance(*flat, form, columns, generator, ctx.needs_input_grad[0])
+                values.append(value)
+                ctx.parts.append((part, write))
         return torch.cat(values).mean().to(dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
-        # Multiplied before the rounding to half precision, where a small gradient needs its loss scale.
-        (gradient,) = ctx.saved_tensors
-        return (gradient * outer).to(ctx.dtype), None, None, None, None, None
+        (student,), teacher = ctx.saved_tensors, ctx.teacher
+        # One of the two layouts whose pixels flatten without a copy.
+        inner = student.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if inner else torch.contiguous_format
+        gradient = torch.empty_like(student, memory_format=layout)
+        # Applied before the rounding to half precision, where a small gradient needs its loss scale.
+        outer = outer / len(student)
+        with _plain_arithmetic(student.device):
+            for part, write in ctx.parts:
+                write(*_flattened(student[part], teacher[part], ctx.dtype), gradient[part].flatten(2), outer)
+        return gradient, None, None, None, None, None
 
 
 def _distance(
     student: Tensor,
     teacher: Tensor,
-    out: Tensor | None,
     form: str,
-    share: float,
     columns: int,
     generator: torch.Generator | None,
-) -> Tensor:
-    """Values (b,) float64 for maps (b, C, N); `share` times their gradient (b, Cs, N) goes to `out`."""
+    differentiable: bool,
+) -> tuple[Tensor, WriteGradient]:
+    """Values (b,) float64 for maps (b, C, N), and what writes their gradients."""
     if form == "l1":
-        return _l1(Pair.of(student, teacher), out, share)
+        return _l1(Pair.of(student, teacher), differentiable)
     if form == "fast":
         assert generator is not None
-        return _fast(Pair.of(student, teacher), out, share, columns, generator)
+        return _fast(Pair.of(student, teacher), columns, generator)
     if student.is_cuda:  # A test per sample would make the host wait for the device.
-        return _l2(student, teacher, torch.float64, out, form, share)[0]
-    value, sure = _l2(student, teacher, student.dtype, out, form, share)
-    if student.dtype != torch.float64 and not bool(sure.all()):
-        doubtful = (~sure).nonzero().squeeze(1)
-        again = None if out is None else torch.empty_like(out[doubtful])
-        redone, _ = _l2(student[doubtful], teacher[doubtful], torch.float64, again, form, share)
-        value[doubtful] = redone
-        if out is not None and again is not None:
-            out[doubtful] = again
-    return value
+        value, _, write = _l2(student, teacher, torch.float64, form)
+        return value, write
+    value, sure, write = _l2(student, teacher, student.dtype, form)
+    if student.dtype == torch.float64 or bool(sure.all()):
+        return value, write
+    doubtful = (~sure).nonzero().squeeze(1)
+    value[doubtful], _, rewrite = _l2(student[doubtful], teacher[doubtful], torch.float64, form)
+
+    def write_all(student: Tensor, teacher: Tensor, out: Tensor, outer: Tensor) -> None:
+        write(student, teacher, out, outer)
+        again = torch.empty_like(out[doubtful])
+        rewrite(student[doubtful], teacher[doubtful], again, outer)
+        out[doubtful] = again
+
+    return value, write_all
 
 
 class Pair(NamedTuple):
     """The maps of some samples, or some columns of them, as every form wants them.
 
-    halves (b, 2C, N): U over M. width: channels of the student. norm (b, 1, N): lengths of its columns.
+    halves (b, 2C, N): U over S. norms (b, 1, N) twice: lengths of the columns of student and teacher.
     """
 
     halves: Tensor
-    width: int
-    norm: Tensor
+    norms: Norms
 
     @classmethod
-    def of(cls, student: Tensor, teacher: Tensor) -> Pair:
+    def of(cls, student: Tensor, teacher: Tensor, norms: Norms | None = None) -> Pair:
         samples, width, pixels = student.shape
         channels = max(width, teacher.shape[1])
         make = student.new_empty if width == teacher.shape[1] else student.new_zeros
         halves = make((samples, 2 * channels, pixels))
-        u, m = halves[:, :channels], halves[:, channels:]
-        norm = _norm(student)
-        torch.mul(teacher, _weight(_norm(teacher)), out=u[:, : teacher.shape[1]])
-        torch.mul(student, _weight(norm), out=m[:, :width])
-        torch.sub(m, u, out=u)
-        m.sub_(u, alpha=0.5)
-        return cls(halves, width, norm)
+        u, s = halves[:, :channels], halves[:, channels:]
+        norms = norms or (_norm(student), _norm(teacher))
+        torch.mul(student, _weight(norms[0]), out=s[:, :width])
+        torch.mul(teacher, _weight(norms[1]), out=u[:, : teacher.shape[1]])
+        torch.sub(s, u, out=u)
+        return cls(halves, norms)
 
     @property
     def u(self) -> Tensor:
         return self.halves[:, : self.halves.shape[1] // 2]
 
     @property
-    def m(self) -> Tensor:
+    def s(self) -> Tensor:
         return self.halves[:, self.halves.shape[1] // 2 :]
+
+    @property
+    def t(self) -> Tensor:
+        return self.s - self.u
 
     @property
     def pixels(self) -> int:
         return self.halves.shape[2]
-
-    def student(self) -> Tensor:
-        """S (b, C, N)."""
-        return self.m.add(self.u, alpha=0.5)
-
-    def write_gradient(self, out: Tensor, student: Tensor, slope: Tensor, factor: Tensor | float) -> None:
-        """To `out` (b, Cs, N): the gradient of the features where that of `student`, S, is factor * slope (b, C, N).
-
-        A zero column has the gradient slope / eps: its norm contributes nothing, instead of 0 / 0.
-        """
-        student, slope, weight = student[:, : self.width], slope[:, : self.width], _weight(self.norm)
-        radial = (student * slope).sum(1, keepdim=True).div_(self.norm.clamp_min(TINY_NORM).mul_(weight))
-        torch.mul(torch.addcmul(slope, student, radial, value=-1), weight.mul_(factor), out=out)
 
 
 def _norm(features: Tensor) -> Tensor:
@@ -165,80 +170,118 @@ def _weight(norm: Tensor) -> Tensor:
     return (norm + EPSILON).reciprocal_()
 
 
-def _l2(
-    student: Tensor, teacher: Tensor, dtype: torch.dtype, out: Tensor | None, form: str, share: float
-) -> tuple[Tensor, Tensor]:
-    """Values (b,), and whether the arithmetic of `dtype` was good enough for them."""
-    pixels = student.shape[2]
-    student, teacher = student.to(dtype), teacher.to(dtype)
-    channels = max(student.shape[1], teacher.shape[1])
+def _write_gradient(out: Tensor, features: Tensor, norm: Tensor, slope: Tensor, factor: Tensor) -> None:
+    """To `out`: the gradient of `features` (b, Cs, N), of that `norm`, where that of S is factor * slope (b, C, N).
+
+    A zero column has the gradient slope / eps: its norm contributes nothing, instead of 0 / 0.
+    """
+    slope, weight = slope[:, : features.shape[1]], _weight(norm)
+    radial = (features * slope).sum(1, keepdim=True).mul_(weight).div_(norm.clamp_min(TINY_NORM))
+    torch.mul(torch.addcmul(slope, features, radial, value=-1), weight.mul_(factor), out=out)
+
+
+class Tile:
+    """Some columns of the maps as a pair, for the forward and again for the backward pass.
+
+    Kept in between where the tiles are few; of many only the lengths are. To make a pair again costs less than to
+    read it back from beyond the caches, and fresh memory, whose every page the system has to clear, most of all.
+    """
+
+    def __init__(self, columns: slice, dtype: torch.dtype, keep: bool) -> None:
+        self.columns, self._dtype, self._keep = columns, dtype, keep
+        self._pair: Pair | None = None
+        self._norms: Norms | None = None
+
+    def pair(self, student: Tensor, teacher: Tensor) -> Pair:
+        if self._pair is not None:
+            return self._pair
+        pair = Pair.of(self.of(student), self.of(teacher), self._norms)
+        self._norms, self._pair = pair.norms, pair if self._keep else None
+        return pair
+
+    def of(self, maps: Tensor) -> Tensor:
+        return maps[:, :, self.columns].to(self._dtype)
+
+
+def _l2(student: Tensor, teacher: Tensor, dtype: torch.dtype, form: str) -> tuple[Tensor, Tensor, WriteGradient]:
+    """Values (b,), whether the arithmetic of `dtype` was good enough for them, and what writes their gradients."""
+    pixels, channels = student.shape[2], max(student.shape[1], teacher.shape[1])
     direct = pixels <= channels
     # The factorised form takes the columns in tiles that fit the cache.
-    width = pixels if direct else max(1, _elements(student) // (len(student) * channels))
-    pairs = [Pair.of(*tile) for tile in zip(student.split(width, 2), teacher.split(width, 2), strict=True)]
-    square, scale, slope_of = _direct(*pairs) if direct else _factorised(pairs)
+    step = pixels if direct else min(pixels, max(1, _elements(student) // (len(student) * channels)))
+    starts = range(0, pixels, step)
+    tiles = [Tile(slice(start, start + step), dtype, len(starts) <= KEPT_TILES) for start in starts]
+    pairs = (tile.pair(student, teacher) for tile in tiles)
+    square, scale, slope_of = _direct(next(pairs)) if direct else _factorised(pairs)
     square = square * (square > RELATIVE_FLOOR * scale)
-    sure = (square > CANCELLATION * scale) & (square > (SMALLEST_L2 * pixels) ** 2)
+    sure = square > (CANCELLATION * scale).clamp_min_((SMALLEST_L2 * pixels) ** 2)
     if form == "l2_squared":
-        value, factor = square / pixels**2, (square > 0) * (4 * share / pixels**2)
+        value, steepness = square / pixels**2, (square > 0) * (4 / pixels**2)
     else:
         root = square.sqrt()
-        value, factor = root / pixels, torch.where(root > 0, 2 * share / pixels / root, 0.0)
-    if out is not None:
-        factor = factor.to(dtype).view(-1, 1, 1)
-        for pair, target in zip(pairs, out.split(width, 2), strict=True):
-            pair.write_gradient(target, pair.student(), slope_of(pair), factor)
-    return value, sure
+        value, steepness = root / pixels, torch.where(root > 0, 2 / pixels / root, 0.0)
+
+    def write(student: Tensor, teacher: Tensor, out: Tensor, outer: Tensor) -> None:
+        factor = (steepness * outer).to(dtype).view(-1, 1, 1)
+        for tile in tiles:
+            pair = tile.pair(student, teacher)
+            _write_gradient(out[:, :, tile.columns], tile.of(student), pair.norms[0], slope_of(pair), factor)
+
+    return value, sure, write
 
 
 def _direct(pair: Pair) -> tuple[Tensor, Tensor, SlopeOf]:
     """|D|_F^2 (b,), what its rounding is relative to, and S D (b, C, N) of a pair, through D itself."""
-    half = pair.u.mT @ pair.m
+    half = pair.u.mT @ pair.s.sub(pair.u, alpha=0.5)
     difference = half + half.mT
     square = _total(difference.square())
-    scale = (square * _total(pair.u.square()) * _total(pair.m.square())).sqrt()
-    return square, scale, lambda pair: pair.student() @ difference
+    scale = (square * _total(pair.u.square()) * _total(pair.s.square())).sqrt()
+    return square, scale, lambda pair: pair.s @ difference
 
 
-def _factorised(pairs: Iterable[Pair]) -> tuple[Tensor, Tensor, SlopeOf]:
-    """The same through the (C, C) products of U and M; never forms D."""
-    products = _sum(torch.cat([pair.u @ pair.u.mT, pair.m @ pair.halves.mT], dim=2) for pair in pairs)
+def _factorised(pairs: Iterator[Pair]) -> tuple[Tensor, Tensor, SlopeOf]:
+    """The same through the (C, C) products of U and S; never forms D."""
+    products = _sum(torch.cat([pair.u @ pair.u.mT, pair.s @ pair.halves.mT], dim=2) for pair in pairs)
     e, p, a = products.chunk(3, dim=2)
-    square = 2 * (_total(p * p.mT) + _total(a * e))
+    outer = a - p
+    q = p.sub(e, alpha=0.5)
+    square = 2 * _total((q * q.mT).addcmul_(outer.add(e, alpha=0.25), e))
     scale = 4 * (_total(a.square()) * _total(e.square())).sqrt()
-    mixing = torch.cat([a.add(p.mT, alpha=0.5), p.add(e, alpha=0.5)], dim=2)
+    mixing = torch.cat([outer, p], dim=2)
     return square, scale, lambda pair: mixing @ pair.halves
 
 
-def _sum(products: Iterable[Tensor]) -> Tensor:
-    total, *rest = products
-    for product in rest:
+def _sum(products: Iterator[Tensor]) -> Tensor:
+    total = next(products)
+    for product in products:
         total += product
     return total
 
 
-def _l1(pair: Pair, out: Tensor | None, share: float) -> Tensor:
+def _l1(pair: Pair, differentiable: bool) -> tuple[Tensor, WriteGradient]:
     """Row strips of the upper triangle; what is off the diagonal counts twice."""
-    left, right = pair.halves, torch.cat([pair.m, pair.u], dim=1)
-    student = pair.student()
-    slope = torch.zeros_like(student)
-    total = torch.zeros(len(student), dtype=torch.float64, device=student.device)
+    left, right = pair.halves, torch.cat([pair.t, pair.u], dim=1)
+    slope = torch.zeros_like(pair.s)
+    total = torch.zeros(len(slope), dtype=torch.float64, device=slope.device)
     for start in range(0, pair.pixels, TILE_ROWS):
         stop = min(start + TILE_ROWS, pair.pixels)
         rows = slice(start, stop)
         strip = left[:, :, rows].mT @ right[:, :, start:]
         size = strip.abs()
         total += 2 * size.sum((1, 2)).double() - size[:, :, : stop - start].sum((1, 2)).double()
-        if out is not None:
+        if differentiable:
             sign = strip.sign_()
-            slope[:, :, start:].baddbmm_(student[:, :, rows], sign)
-            slope[:, :, rows].baddbmm_(student[:, :, stop:], sign[:, :, stop - start :].mT)
-    if out is not None:
-        pair.write_gradient(out, student, slope, 2 * share / pair.pixels**2)
-    return total / pair.pixels**2
+            slope[:, :, start:].baddbmm_(pair.s[:, :, rows], sign)
+            slope[:, :, rows].baddbmm_(pair.s[:, :, stop:], sign[:, :, stop - start :].mT)
+    norm, steepness = pair.norms[0], 2 / pair.pixels**2
+
+    def write(student: Tensor, teacher: Tensor, out: Tensor, outer: Tensor) -> None:
+        _write_gradient(out, student, norm, slope, steepness * outer)
+
+    return total / pair.pixels**2, write
 
 
-def _fast(pair: Pair, out: Tensor | None, share: float, columns: int, generator: torch.Generator) -> Tensor:
+def _fast(pair: Pair, columns: int, generator: torch.Generator) -> tuple[Tensor, WriteGradient]:
     """D Z from right to left: first (C, columns), then (N, columns)."""
     z = torch.randn(
         (len(pair.halves), pair.pixels, columns),
@@ -246,12 +289,15 @@ def _fast(pair: Pair, out: Tensor | None, share: float, columns: int, generator:
         device=generator.device,
         dtype=pair.halves.dtype,
     ).to(pair.halves.device)
-    y = pair.u.mT @ (pair.m @ z) + pair.m.mT @ (pair.u @ z)
-    if out is not None:
-        student = pair.student()
-        slope = (student @ torch.cat([z, y], dim=2)) @ torch.cat([y, z], dim=2).mT
-        pair.write_gradient(out, student, slope, 2 * share / (columns * pair.pixels**2))
-    return _total(y.square()) / (columns * pair.pixels**2)
+    uz, sz = (pair.halves @ z).chunk(2, dim=1)
+    y = (pair.u.mT @ (sz - uz)).baddbmm_(pair.s.mT, uz)
+    left, right = pair.s @ torch.cat([z, y], dim=2), torch.cat([y, z], dim=2).mT
+    norm, steepness = pair.norms[0], 2 / (columns * pair.pixels**2)
+
+    def write(student: Tensor, teacher: Tensor, out: Tensor, outer: Tensor) -> None:
+        _write_gradient(out, student, norm, left @ right, steepness * outer)
+
+    return _total(y.square()) / (columns * pair.pixels**2), write
 
 
 def _flattened(student: Tensor, teacher: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

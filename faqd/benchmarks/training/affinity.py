@@ -1,8 +1,9 @@
 """What the feature-affinity losses cost beside the direct form of the same loss: time and memory, both exact.
 
 `python -m faqd.benchmarks.training.affinity --json FILE` times forward + backward of every form in one process,
-round by round (all variants, then all again), and takes the peak memory of each in a process of its own. FILE is
-written after every map; a direct form whose (N, N) matrices cannot be held is left out, which FILE says.
+round by round (all variants in a random order, then all again), and takes the peak memory of each in a process of
+its own. FILE is written after every map; a direct form whose (N, N) matrices cannot be held is left out, which FILE
+says.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import itertools
 import math
 import multiprocessing
 import platform
+import random
 import shlex
 import statistics
 import sys
@@ -125,13 +127,17 @@ def direct_gb(shape: tuple[int, int, int]) -> float:
 def timed(shape: tuple[int, int, int], rounds: int) -> dict[str, Variant]:
     """Time all variants round by round, after a warm-up that is not counted.
 
-    One that has taken `SLOW_S` in all sits out the rounds after the second.
+    What ran before leaves the caches warm or cold, so each round has an order of its own. A variant that has taken
+    `SLOW_S` in all sits out the rounds after the second.
     """
     found = variants(shape)
     for variant in found.values():
         variant.once()
+    shuffle = random.Random(0).shuffle
+    order = list(found.values())
     for _ in range(rounds):
-        for variant in found.values():
+        shuffle(order)
+        for variant in order:
             if len(variant.seconds) < 2 or sum(variant.seconds) < SLOW_S:
                 variant.seconds.append(variant.once())
     return found
