@@ -114,7 +114,7 @@ class _TensorrtTwin(nn.Module):
                 "grid. Train with --target tensorrt for an engine."
             )
         # Codes saturate at -128 and 127 by themselves; whatever is narrower needs its limits stated.
-        self.clipped = quant.high < 127 or (quant.signed and quant.low > -128)
+        self.clipped = requantize.saturates and (quant.high < 127 or (quant.signed and quant.low > -128))
         self.rectified = requantize.rectifies
         self.register_buffer("scale", requantize.scale.float())
         self.register_buffer("zero_point", torch.zeros((), dtype=torch.int8))
@@ -140,7 +140,7 @@ class _OnnxruntimeTwin(nn.Module):
         super().__init__()
         quant = requantize.quant
         zero = 128 if quant.signed else 0
-        self.clipped = quant.low + zero > 0 or quant.high + zero < 255
+        self.clipped = requantize.saturates and (quant.low + zero > 0 or quant.high + zero < 255)
         self.register_buffer("scale", requantize.scale.float())
         self.register_buffer("zero_point", torch.tensor(zero, dtype=torch.uint8))
         self.register_buffer("bottom", torch.tensor(quant.low + zero, dtype=torch.uint8))

@@ -25,7 +25,7 @@ from faqd.train.curves import Curve, Interpolate, deployed_clamp
 from faqd.train.deployed import ChannelAffine, IntegerAverage, IntegerLayer, Requantize
 from faqd.train.elementwise import CURVES, Bilinear, Clamp, Nearest, Scaled
 from faqd.train.layers import latent_weight, output_channels, output_first, weight_codes, weight_quantizer
-from faqd.train.prepare import Student, input_quantizer
+from faqd.train.prepare import Student, input_quantizer, origin
 from faqd.train.quantizers import ActivationQuantizer
 from faqd.train.shifts import place_shifts
 
@@ -78,7 +78,7 @@ def convert(student: Student, flavour: Flavour, output_scales: dict[str, float] 
     if flavour == "onnxruntime":
         _quantize_outputs(network, output_scales or {})
     if flavour != "float":
-        _requantize_before_layers(network, flavour)
+        _requantize_behind_moves(network, flavour)
     for node in list(network.graph.nodes):
         kind = graph.role(network, node)
         if kind == "compute":
@@ -105,7 +105,7 @@ def _deployed_module(
     if isinstance(module, ActivationQuantizer):
         if flavour == "float":
             return nn.ReLU() if module.rectifies else nn.Identity()
-        return Requantize(module.scale, module.quant, module.rectifies)
+        return Requantize(module.scale, module.quant, module.rectifies, not isinstance(module, _Again))
     if isinstance(module, graph.NORM) and flavour != "float":
         per_channel = (-1, *[1] * (len(graph.shape(node)) - 2))
         factor, offset = _affine(module)
@@ -226,27 +226,44 @@ def _quantize_outputs(network: fx.GraphModule, scales: dict[str, float]) -> None
         _insert_after(network, _after_norm(network, node), f"{name}_out", quantizer)
 
 
-def _requantize_before_layers(network: fx.GraphModule, flavour: Flavour) -> None:
-    """onnxruntime fuses a layer only with the rounding right before it: repeat it behind whatever moves values.
+class _Again(ActivationQuantizer):
+    """Rounds codes again with their own scale, which changes nothing."""
 
-    TensorRT looks through these operators but for resizing: there the layer would fall to float in silence. Rounding
-    codes again with their own scale changes nothing.
+
+def _requantize_behind_moves(network: fx.GraphModule, flavour: Flavour) -> None:
+    """Repeat the rounding behind operators that only move values, once for all that read them.
+
+    onnxruntime computes an operator in integers only with roundings right before and right behind it. TensorRT looks
+    through these operators but for resizing: there a layer would fall to float in silence.
     """
+    places = graph.places(network)
     for node in list(network.graph.nodes):
-        layer = graph.module_of(network, node)
-        if layer is None or weight_quantizer(layer) is None:
+        if graph.role(network, node) not in graph.MOVES:
             continue
-        source = graph.operand(node)
-        far = not isinstance(graph.module_of(network, source), ActivationQuantizer)
-        if far and (flavour == "onnxruntime" or _is_resized(network, source)):
-            again = copy.deepcopy(_quantizer_of(network, node))
-            again.rectifies = False
-            _insert_after(network, source, f"{node.target}_in", again, only_for=node)
+        if flavour == "onnxruntime":
+            wanted = any(_computes_on_codes(network, reader) for reader in node.users)
+        else:
+            wanted = _is_resized(network, node) and any(_is_layer(network, reader) for reader in node.users)
+        found = origin(network, node)
+        if wanted and found is not None:
+            again = _Again(found.quant, rectifies=False)
+            again.scale = found.scale
+            _insert_after(network, node, f"{places[node]}_quant", again)
+
+
+def _is_layer(network: fx.GraphModule, node: fx.Node) -> bool:
+    layer = graph.module_of(network, node)
+    return layer is not None and weight_quantizer(layer) is not None
+
+
+def _computes_on_codes(network: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether onnxruntime has `node` for integers."""
+    return _is_layer(network, node) or graph.role(network, node) in ("average", "add", "multiply")
 
 
 def _is_resized(network: fx.GraphModule, node: fx.Node) -> bool:
     """Whether pixels are repeated on the way from the rounding to `node`."""
-    while graph.role(network, node) in ("reshape", "concat"):
+    while graph.role(network, node) in graph.MOVES:
         if isinstance(graph.module_of(network, node), Nearest):
             return True
         if graph.role(network, node) == "concat":
@@ -255,16 +272,10 @@ def _is_resized(network: fx.GraphModule, node: fx.Node) -> bool:
     return False
 
 
-def _insert_after(
-    network: fx.GraphModule, node: fx.Node, path: str, module: nn.Module, only_for: fx.Node | None = None
-) -> None:
+def _insert_after(network: fx.GraphModule, node: fx.Node, path: str, module: nn.Module) -> None:
     network.add_submodule(path, module)
     with network.graph.inserting_after(node):
-        new = network.graph.call_module(path, (node,))
-    if only_for is None:
-        graph.read_instead(node, new)
-    else:
-        only_for.replace_input_with(node, new)
+        graph.read_instead(node, network.graph.call_module(path, (node,)))
 
 
 def _fold_layer(

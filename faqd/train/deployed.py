@@ -91,15 +91,16 @@ class IntegerLayer(nn.Module):
 class Requantize(nn.Module):
     """Quantize and dequantize: clip(round_half_even(x / scale), low, high) * scale. scale: float32 scalar.
 
-    rectifies: whether negative values come in, to become zero.
+    rectifies: whether negative values come in, to become zero. saturates: False where all that comes in is on the grid.
     """
 
     scale: Tensor
 
-    def __init__(self, scale: Tensor, quant: Quant, rectifies: bool) -> None:
+    def __init__(self, scale: Tensor, quant: Quant, rectifies: bool, saturates: bool = True) -> None:
         super().__init__()
         self.quant = quant
         self.rectifies = rectifies
+        self.saturates = saturates
         self.register_buffer("scale", scale.detach().float().reshape(()))
 
     def codes(self, x: Tensor) -> Tensor:
