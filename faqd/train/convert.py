@@ -21,6 +21,7 @@ from faqd.calib.ranges import scale_max
 from faqd.errors import UserError
 from faqd.quant import FLOAT_BITS, SIGNED_8
 from faqd.train import graph
+from faqd.train.channels import fill_up_channels
 from faqd.train.curves import Curve, Interpolate, deployed_clamp
 from faqd.train.deployed import ChannelAffine, IntegerAverage, IntegerLayer, Requantize
 from faqd.train.elementwise import CURVES, Bilinear, Clamp, Nearest, Scaled
@@ -89,6 +90,8 @@ def convert(student: Student, flavour: Flavour, output_scales: dict[str, float] 
         new = _deployed_module(network, node, flavour, shifts)
         if new is not None:
             network.set_submodule(str(node.target), new)
+    if flavour == "onnxruntime":
+        fill_up_channels(network)
     network.delete_all_unused_submodules()
     network.graph.eliminate_dead_code()
     network.graph.lint()
