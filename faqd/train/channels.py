@@ -8,8 +8,8 @@ from faqd.train import graph
 from faqd.train.deployed import IntegerLayer, Requantize, SpareChannels
 
 TOGETHER = 4
-"""Input channels that a dot-product instruction takes at once. Other counts go the way of im2col and matrix product,
-which takes three times as long for the first layer of a ResNet-18."""
+"""Input channels that a dot-product instruction takes at once. Other counts go the slower way of im2col and a matrix
+product."""
 LEAST_OUTPUTS, OUTPUTS_TOGETHER = 16, 8
 """Which counts of output channels have such a kernel: multiples of 8 from 16."""
 
