@@ -24,10 +24,11 @@ from faqd.train import graph
 from faqd.train.channels import fill_up_channels
 from faqd.train.curves import Curve, Interpolate, deployed_clamp
 from faqd.train.deployed import ChannelAffine, IntegerAverage, IntegerLayer, Requantize
-from faqd.train.elementwise import CURVES, Bilinear, Clamp, Nearest, Scaled
+from faqd.train.elementwise import CURVES, Bilinear, Clamp, Scaled
 from faqd.train.layers import latent_weight, output_channels, output_first, weight_codes, weight_quantizer
-from faqd.train.prepare import Student, input_quantizer, origin
+from faqd.train.prepare import Student, input_quantizer
 from faqd.train.quantizers import ActivationQuantizer
+from faqd.train.roundings import Again, after_norm, float_outputs, quantize_outputs, requantize_behind_moves
 from faqd.train.shifts import place_shifts
 
 Flavour = Literal["tensorrt", "onnxruntime", "float"]
@@ -77,9 +78,9 @@ def convert(student: Student, flavour: Flavour, output_scales: dict[str, float] 
         _absorb_clamps(network)
         shifts = place_shifts(network)
     if flavour == "onnxruntime":
-        _quantize_outputs(network, output_scales or {})
+        quantize_outputs(network, output_scales or {})
     if flavour != "float":
-        _requantize_behind_moves(network, flavour)
+        requantize_behind_moves(network, flavour == "onnxruntime")
     for node in list(network.graph.nodes):
         kind = graph.role(network, node)
         if kind == "compute":
@@ -108,7 +109,7 @@ def _deployed_module(
     if isinstance(module, ActivationQuantizer):
         if flavour == "float":
             return nn.ReLU() if module.rectifies else nn.Identity()
-        return Requantize(module.scale, module.quant, module.rectifies, not isinstance(module, _Again))
+        return Requantize(module.scale, module.quant, module.rectifies, not isinstance(module, Again))
     if isinstance(module, graph.NORM) and flavour != "float":
         per_channel = (-1, *[1] * (len(graph.shape(node)) - 2))
         factor, offset = _affine(module)
@@ -182,7 +183,7 @@ def collect_output_scales(student: Student, batches: Iterable[Tensor]) -> dict[s
     clipped.
     """
     deployed = convert(student, "tensorrt").network
-    wanted = {str(node.target): node for node in _float_outputs(deployed)}
+    wanted = {str(node.target): node for node in float_outputs(deployed)}
     observed: dict[str, list[float]] = {name: [] for name in wanted}
 
     def watch(name: str) -> Any:
@@ -197,90 +198,6 @@ def collect_output_scales(student: Student, batches: Iterable[Tensor]) -> dict[s
     return {name: room * scale_max(np.asarray(values, np.float32), SIGNED_8) for name, values in observed.items()}
 
 
-def _float_outputs(network: fx.GraphModule) -> list[fx.Node]:
-    """Layers (with their batch norm folded) whose output reaches another operator unrounded."""
-    found = []
-    for node in network.graph.nodes:
-        layer = graph.module_of(network, node)
-        if layer is None or not (isinstance(layer, IntegerLayer) or weight_quantizer(layer)):
-            continue
-        readers = _after_norm(network, node).users
-        rounded = all(isinstance(graph.module_of(network, r), (ActivationQuantizer, Requantize)) for r in readers)
-        if not rounded and not all(reader.op == "output" for reader in readers):
-            found.append(node)
-    return found
-
-
-def _after_norm(network: fx.GraphModule, node: fx.Node) -> fx.Node:
-    """The batch norm that alone reads `node`, or `node` itself."""
-    readers = list(node.users)
-    if len(readers) == 1 and graph.role(network, readers[0]) == "norm":
-        return readers[0]
-    return node
-
-
-def _quantize_outputs(network: fx.GraphModule, scales: dict[str, float]) -> None:
-    for node in _float_outputs(network):
-        name = str(node.target)
-        if name not in scales:
-            raise ValueError(f"{name}: no output scale for the onnxruntime flavour")
-        quantizer = ActivationQuantizer(SIGNED_8, rectifies=False)
-        quantizer.scale.data.fill_(scales[name])
-        _insert_after(network, _after_norm(network, node), f"{name}_out", quantizer)
-
-
-class _Again(ActivationQuantizer):
-    """Rounds codes again with their own scale, which changes nothing."""
-
-
-def _requantize_behind_moves(network: fx.GraphModule, flavour: Flavour) -> None:
-    """Repeat the rounding behind operators that only move values, once for all that read them.
-
-    onnxruntime computes an operator in integers only with roundings right before and right behind it. TensorRT looks
-    through these operators but for resizing: there a layer would fall to float in silence.
-    """
-    places = graph.places(network)
-    for node in list(network.graph.nodes):
-        if graph.role(network, node) not in graph.MOVES:
-            continue
-        if flavour == "onnxruntime":
-            wanted = any(_computes_on_codes(network, reader) for reader in node.users)
-        else:
-            wanted = _is_resized(network, node) and any(_is_layer(network, reader) for reader in node.users)
-        found = origin(network, node)
-        if wanted and found is not None:
-            again = _Again(found.quant, rectifies=False)
-            again.scale = found.scale
-            _insert_after(network, node, f"{places[node]}_quant", again)
-
-
-def _is_layer(network: fx.GraphModule, node: fx.Node) -> bool:
-    layer = graph.module_of(network, node)
-    return layer is not None and weight_quantizer(layer) is not None
-
-
-def _computes_on_codes(network: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether onnxruntime has `node` for integers."""
-    return _is_layer(network, node) or graph.role(network, node) in ("average", "add", "multiply")
-
-
-def _is_resized(network: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether pixels are repeated on the way from the rounding to `node`."""
-    while graph.role(network, node) in graph.MOVES:
-        if isinstance(graph.module_of(network, node), Nearest):
-            return True
-        if graph.role(network, node) == "concat":
-            return any(_is_resized(network, operand) for operand in graph.tensor_inputs(node))
-        node = graph.operand(node)
-    return False
-
-
-def _insert_after(network: fx.GraphModule, node: fx.Node, path: str, module: nn.Module) -> None:
-    network.add_submodule(path, module)
-    with network.graph.inserting_after(node):
-        graph.read_instead(node, network.graph.call_module(path, (node,)))
-
-
 def _fold_layer(
     network: fx.GraphModule,
     node: fx.Node,
@@ -290,7 +207,7 @@ def _fold_layer(
 ) -> None:
     """Replace a layer and its batch norm: sign into the codes, magnitude into the scale, the rest into the bias."""
     layer: Any = network.get_submodule(str(node.target))
-    end = _after_norm(network, node)
+    end = after_norm(network, node)
     factor, offset = _layer_affine(layer, graph.module_of(network, end) if end is not node else None)
     offset = offset + shifts.get(end, 0.0)
     if flavour == "float" or weight_quantizer(layer) is None:
