@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from faqd.errors import UserError
 from faqd.train.curves import GELU_CUBE, GELU_FACTOR, ROOT_HALF, SIXTH, Curve, Interpolate
-from faqd.train.deployed import ChannelAffine, IntegerAverage, IntegerLayer, Requantize
+from faqd.train.deployed import ChannelAffine, IntegerAverage, IntegerLayer, Requantize, SpareChannels
 from faqd.train.elementwise import CURVES, Bilinear, Clamp, Nearest, Part
 
 OPSET = 19
@@ -31,6 +31,8 @@ def deployed_twin(module: nn.Module, flavour: str) -> nn.Module | None:
         return _AffineTwin(module)
     if isinstance(module, IntegerAverage):
         return AverageTwin(module.average)
+    if isinstance(module, SpareChannels):
+        return _SpareTwin(module)
     return plain_twin(module)
 
 
@@ -69,7 +71,7 @@ class _LayerTwin(nn.Module):
         self.operator = layer.operator
         self._layer = [layer]  # not a submodule: its float64 buffers stay out of the file
         self.integer_bias = layer.bias_codes is not None
-        self.register_buffer("codes", layer.codes)
+        self.register_buffer("codes", layer.stored_codes)
         self.register_buffer("weight_scale", layer.weight_scale.float())
         self.register_buffer("weight_zero_point", torch.zeros_like(layer.weight_scale, dtype=torch.int8))
         if layer.bias_codes is not None:
@@ -114,7 +116,7 @@ class _TensorrtTwin(nn.Module):
                 "grid. Train with --target tensorrt for an engine."
             )
         # Codes saturate at -128 and 127 by themselves; whatever is narrower needs its limits stated.
-        self.clipped = quant.high < 127 or (quant.signed and quant.low > -128)
+        self.clipped = requantize.saturates and (quant.high < 127 or (quant.signed and quant.low > -128))
         self.rectified = requantize.rectifies
         self.register_buffer("scale", requantize.scale.float())
         self.register_buffer("zero_point", torch.zeros((), dtype=torch.int8))
@@ -140,7 +142,7 @@ class _OnnxruntimeTwin(nn.Module):
         super().__init__()
         quant = requantize.quant
         zero = 128 if quant.signed else 0
-        self.clipped = quant.low + zero > 0 or quant.high + zero < 255
+        self.clipped = requantize.saturates and (quant.low + zero > 0 or quant.high + zero < 255)
         self.register_buffer("scale", requantize.scale.float())
         self.register_buffer("zero_point", torch.tensor(zero, dtype=torch.uint8))
         self.register_buffer("bottom", torch.tensor(quant.low + zero, dtype=torch.uint8))
@@ -173,6 +175,18 @@ class _AffineTwin(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return emit("Add", (emit("Mul", (x, self.factor), x, torch.float32), self.offset), x, torch.float32)
+
+
+class _SpareTwin(nn.Module):
+    def __init__(self, spare: SpareChannels) -> None:
+        super().__init__()
+        self.spare = spare
+        self.register_buffer("pads", torch.tensor([0, spare.count]))
+        self.register_buffer("axes", torch.tensor([1]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        inputs = (x, self.get_buffer("pads"), None, self.get_buffer("axes"))
+        return emit("Pad", inputs, self.spare(x), torch.float32)
 
 
 class _ClampTwin(nn.Module):

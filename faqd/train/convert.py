@@ -21,12 +21,14 @@ from faqd.calib.ranges import scale_max
 from faqd.errors import UserError
 from faqd.quant import FLOAT_BITS, SIGNED_8
 from faqd.train import graph
+from faqd.train.channels import fill_up_channels
 from faqd.train.curves import Curve, Interpolate, deployed_clamp
 from faqd.train.deployed import ChannelAffine, IntegerAverage, IntegerLayer, Requantize
-from faqd.train.elementwise import CURVES, Bilinear, Clamp, Nearest, Scaled
+from faqd.train.elementwise import CURVES, Bilinear, Clamp, Scaled
 from faqd.train.layers import latent_weight, output_channels, output_first, weight_codes, weight_quantizer
 from faqd.train.prepare import Student, input_quantizer
 from faqd.train.quantizers import ActivationQuantizer
+from faqd.train.roundings import Again, after_norm, float_outputs, quantize_outputs, requantize_behind_moves
 from faqd.train.shifts import place_shifts
 
 Flavour = Literal["tensorrt", "onnxruntime", "float"]
@@ -76,9 +78,9 @@ def convert(student: Student, flavour: Flavour, output_scales: dict[str, float] 
         _absorb_clamps(network)
         shifts = place_shifts(network)
     if flavour == "onnxruntime":
-        _quantize_outputs(network, output_scales or {})
+        quantize_outputs(network, output_scales or {})
     if flavour != "float":
-        _requantize_before_layers(network, flavour)
+        requantize_behind_moves(network, flavour == "onnxruntime")
     for node in list(network.graph.nodes):
         kind = graph.role(network, node)
         if kind == "compute":
@@ -89,6 +91,8 @@ def convert(student: Student, flavour: Flavour, output_scales: dict[str, float] 
         new = _deployed_module(network, node, flavour, shifts)
         if new is not None:
             network.set_submodule(str(node.target), new)
+    if flavour == "onnxruntime":
+        fill_up_channels(network)
     network.delete_all_unused_submodules()
     network.graph.eliminate_dead_code()
     network.graph.lint()
@@ -105,7 +109,7 @@ def _deployed_module(
     if isinstance(module, ActivationQuantizer):
         if flavour == "float":
             return nn.ReLU() if module.rectifies else nn.Identity()
-        return Requantize(module.scale, module.quant, module.rectifies)
+        return Requantize(module.scale, module.quant, module.rectifies, not isinstance(module, Again))
     if isinstance(module, graph.NORM) and flavour != "float":
         per_channel = (-1, *[1] * (len(graph.shape(node)) - 2))
         factor, offset = _affine(module)
@@ -179,7 +183,7 @@ def collect_output_scales(student: Student, batches: Iterable[Tensor]) -> dict[s
     clipped.
     """
     deployed = convert(student, "tensorrt").network
-    wanted = {str(node.target): node for node in _float_outputs(deployed)}
+    wanted = {str(node.target): node for node in float_outputs(deployed)}
     observed: dict[str, list[float]] = {name: [] for name in wanted}
 
     def watch(name: str) -> Any:
@@ -194,79 +198,6 @@ def collect_output_scales(student: Student, batches: Iterable[Tensor]) -> dict[s
     return {name: room * scale_max(np.asarray(values, np.float32), SIGNED_8) for name, values in observed.items()}
 
 
-def _float_outputs(network: fx.GraphModule) -> list[fx.Node]:
-    """Layers (with their batch norm folded) whose output reaches another operator unrounded."""
-    found = []
-    for node in network.graph.nodes:
-        layer = graph.module_of(network, node)
-        if layer is None or not (isinstance(layer, IntegerLayer) or weight_quantizer(layer)):
-            continue
-        readers = _after_norm(network, node).users
-        rounded = all(isinstance(graph.module_of(network, r), (ActivationQuantizer, Requantize)) for r in readers)
-        if not rounded and not all(reader.op == "output" for reader in readers):
-            found.append(node)
-    return found
-
-
-def _after_norm(network: fx.GraphModule, node: fx.Node) -> fx.Node:
-    """The batch norm that alone reads `node`, or `node` itself."""
-    readers = list(node.users)
-    if len(readers) == 1 and graph.role(network, readers[0]) == "norm":
-        return readers[0]
-    return node
-
-
-def _quantize_outputs(network: fx.GraphModule, scales: dict[str, float]) -> None:
-    for node in _float_outputs(network):
-        name = str(node.target)
-        if name not in scales:
-            raise ValueError(f"{name}: no output scale for the onnxruntime flavour")
-        quantizer = ActivationQuantizer(SIGNED_8, rectifies=False)
-        quantizer.scale.data.fill_(scales[name])
-        _insert_after(network, _after_norm(network, node), f"{name}_out", quantizer)
-
-
-def _requantize_before_layers(network: fx.GraphModule, flavour: Flavour) -> None:
-    """onnxruntime fuses a layer only with the rounding right before it: repeat it behind whatever moves values.
-
-    TensorRT looks through these operators but for resizing: there the layer would fall to float in silence. Rounding
-    codes again with their own scale changes nothing.
-    """
-    for node in list(network.graph.nodes):
-        layer = graph.module_of(network, node)
-        if layer is None or weight_quantizer(layer) is None:
-            continue
-        source = graph.operand(node)
-        far = not isinstance(graph.module_of(network, source), ActivationQuantizer)
-        if far and (flavour == "onnxruntime" or _is_resized(network, source)):
-            again = copy.deepcopy(_quantizer_of(network, node))
-            again.rectifies = False
-            _insert_after(network, source, f"{node.target}_in", again, only_for=node)
-
-
-def _is_resized(network: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether pixels are repeated on the way from the rounding to `node`."""
-    while graph.role(network, node) in ("reshape", "concat"):
-        if isinstance(graph.module_of(network, node), Nearest):
-            return True
-        if graph.role(network, node) == "concat":
-            return any(_is_resized(network, operand) for operand in graph.tensor_inputs(node))
-        node = graph.operand(node)
-    return False
-
-
-def _insert_after(
-    network: fx.GraphModule, node: fx.Node, path: str, module: nn.Module, only_for: fx.Node | None = None
-) -> None:
-    network.add_submodule(path, module)
-    with network.graph.inserting_after(node):
-        new = network.graph.call_module(path, (node,))
-    if only_for is None:
-        graph.read_instead(node, new)
-    else:
-        only_for.replace_input_with(node, new)
-
-
 def _fold_layer(
     network: fx.GraphModule,
     node: fx.Node,
@@ -276,7 +207,7 @@ def _fold_layer(
 ) -> None:
     """Replace a layer and its batch norm: sign into the codes, magnitude into the scale, the rest into the bias."""
     layer: Any = network.get_submodule(str(node.target))
-    end = _after_norm(network, node)
+    end = after_norm(network, node)
     factor, offset = _layer_affine(layer, graph.module_of(network, end) if end is not node else None)
     offset = offset + shifts.get(end, 0.0)
     if flavour == "float" or weight_quantizer(layer) is None:

@@ -58,8 +58,14 @@ class IntegerLayer(nn.Module):
         self.register_buffer("input_scale", input_scale.float())
         self.register_buffer("bias", bias.float())
         self.register_buffer("bias_codes", bias_codes)
+        self.spare_inputs = 0
         largest = float(self.codes.double().abs().flatten(1).sum(1).max()) * input_high
         self._sum_type = torch.float32 if largest < EXACT_FLOAT32 else torch.float64
+
+    @property
+    def stored_codes(self) -> Tensor:
+        """The codes with zeros for `spare_inputs` channels, which follow those that the layer was trained with."""
+        return _with_spare(self.codes, self.spare_inputs)
 
     @property
     def bias_scale(self) -> Tensor:
@@ -68,7 +74,7 @@ class IntegerLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q = (x / self.input_scale.double()).round_().to(self._sum_type)
-        codes = self.codes.to(self._sum_type)
+        codes = self.stored_codes.to(self._sum_type)
         sums = self.apply_weights(q, codes.transpose(0, 1) if self.operator == "ConvTranspose" else codes).double()
         per_channel = (-1,) if self.operator == "Linear" else (-1, *[1] * (sums.dim() - 2))
         scale = self.input_scale.double() * self.weight_scale.double()
@@ -88,18 +94,35 @@ class IntegerLayer(nn.Module):
         return convolve(x, weight, bias, **self.geometry)
 
 
+class SpareChannels(nn.Module):
+    """Channels of zeros behind those of the input."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _with_spare(x, self.count)
+
+
+def _with_spare(x: Tensor, count: int) -> Tensor:
+    """x: channels on the second axis."""
+    return F.pad(x, [0, 0] * (x.dim() - 2) + [0, count]) if count else x
+
+
 class Requantize(nn.Module):
     """Quantize and dequantize: clip(round_half_even(x / scale), low, high) * scale. scale: float32 scalar.
 
-    rectifies: whether negative values come in, to become zero.
+    rectifies: whether negative values come in, to become zero. saturates: False where all that comes in is on the grid.
     """
 
     scale: Tensor
 
-    def __init__(self, scale: Tensor, quant: Quant, rectifies: bool) -> None:
+    def __init__(self, scale: Tensor, quant: Quant, rectifies: bool, saturates: bool = True) -> None:
         super().__init__()
         self.quant = quant
         self.rectifies = rectifies
+        self.saturates = saturates
         self.register_buffer("scale", scale.detach().float().reshape(()))
 
     def codes(self, x: Tensor) -> Tensor:

@@ -70,6 +70,8 @@ _METHODS: dict[Role, tuple[str, ...]] = {
         *("transpose", "permute", "chunk", "split", "narrow"),
     ),
 }
+MOVES: tuple[Role, ...] = ("reshape", "concat")
+"""What codes pass through."""
 SUBTRACT = (operator.sub, torch.sub, "sub")
 _TORCH = str(Path(torch.__file__).parent)
 

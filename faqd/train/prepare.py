@@ -115,11 +115,15 @@ def student_table(student: Student) -> list[dict[str, Any]]:
 def input_quantizer(network: fx.GraphModule, node: fx.Node) -> ActivationQuantizer | None:
     """The quantizer whose codes `node` reads, behind operators that only move or join values; None where it reads
     float."""
-    source = graph.operand(node)
+    return origin(network, graph.operand(node))
+
+
+def origin(network: fx.GraphModule, node: fx.Node) -> ActivationQuantizer | None:
+    """The quantizer that made the values of `node`, behind operators that only move or join them."""
     # What a concatenation joins has one scale.
-    while graph.role(network, source) in ("reshape", "concat"):
-        source = graph.operand(source)
-    module = network.get_submodule(str(source.target)) if source.op == "call_module" else None
+    while graph.role(network, node) in graph.MOVES:
+        node = graph.operand(node)
+    module = graph.module_of(network, node)
     return module if isinstance(module, ActivationQuantizer) else None
 
 

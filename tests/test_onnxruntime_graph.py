@@ -1,0 +1,117 @@
+"""What onnxruntime's optimizer makes of the file for it: integers from the rounded input to the classifier."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import torch.nn.functional as F
+from onnx import numpy_helper
+from torch import Tensor, nn
+
+from faqd.deploy.export import onnx_from_deployed
+from faqd.deploy.student import _size, _torch_digests
+from faqd.deploy.verify import verify_file
+from faqd.train.convert import Deployed, collect_output_scales, convert
+from faqd.train.models import build_architecture
+from faqd.train.placement import Bits
+from faqd.train.prepare import Student
+from tests.networks import calibrated, images, lively
+
+SHAPE = (3, 16, 16)
+CHANNELS = 16
+INTEGER = {"QLinearConv", "QLinearAdd", "QLinearConcat", "QLinearGlobalAveragePool", "QGemm", "NhwcMaxPool", "Flatten"}
+AT_THE_ENDS = {"Pad", "QuantizeLinear", "DequantizeLinear", "Transpose"}
+LIMITS = {"Clip"}
+
+
+class Moved(nn.Module):
+    """A convolution and a sum read codes behind an operator that only moves them."""
+
+    def __init__(self, kind: str, inputs: int = 3, first: int = CHANNELS) -> None:
+        super().__init__()
+        self.kind = kind
+        inner = 2 * first if kind == "concat" else first
+        self.conv1, self.side = nn.Conv2d(inputs, first, 3, padding=1), nn.Conv2d(inputs, first, 3, padding=1)
+        self.conv2 = nn.Conv2d(inner, inner, 3, padding=1)
+        self.average, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(inner, 10)
+
+    def moved(self, x: Tensor, image: Tensor) -> Tensor:
+        if self.kind == "pool":
+            return F.max_pool2d(x, 3, 2, 1)
+        if self.kind == "concat":
+            return torch.cat([x, self.side(image).relu()], 1)
+        return F.interpolate(x, scale_factor=2) if self.kind == "resize" else x
+
+    def forward(self, x: Tensor) -> Tensor:
+        moved = self.moved(self.conv1(x).relu(), x)
+        result: Tensor = self.fc(self.average((self.conv2(moved) + moved).relu()).flatten(1))
+        return result
+
+
+def lowered(student: Student, shape: tuple[int, ...] = SHAPE) -> tuple[Deployed, onnx.ModelProto]:
+    deployed = convert(student, "onnxruntime", collect_output_scales(student, [images(2, 16, shape)]))
+    return deployed, onnx_from_deployed(deployed, images(1, 2, shape), {})
+
+
+def optimised(model: onnx.ModelProto, folder: Path) -> list[str]:
+    """The operators that onnxruntime runs, in order."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(folder / "optimised.onnx")
+    options.log_severity_level = 4
+    onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return [node.op_type for node in onnx.load(folder / "optimised.onnx").graph.node]
+
+
+def first_weights(model: onnx.ModelProto) -> np.ndarray:
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    makers = {name: node for node in model.graph.node for name in node.output}
+    layer = next(node for node in model.graph.node if node.op_type == "Conv")
+    return constants[makers[layer.input[1]].input[0]]
+
+
+@pytest.mark.parametrize(("bits", "limits"), [(Bits(4, 4), 8), (Bits(8, 8, "onnxruntime"), 1)])
+def test_a_residual_network_runs_in_integers(bits: Bits, limits: int, tmp_path: Path) -> None:
+    student = calibrated(lively(build_architecture("resnet8", 3, 10, 32), 1), bits, shape=(3, 32, 32))
+    _, model = lowered(student, (3, 32, 32))
+    found = Counter(optimised(model, tmp_path))
+    assert found["QLinearConv"] == 9 and found["QLinearAdd"] == 3 and found["QGemm"] == 1
+    assert set(found) <= INTEGER | AT_THE_ENDS | LIMITS
+    # The input is quantized; nothing is taken back to float before the classifier, which may give floats itself.
+    assert found["QuantizeLinear"] == 1 and found["DequantizeLinear"] <= 1 and found["Transpose"] <= 2
+    # One for each rounding to a grid below 0..255: 7 behind a ReLU, and the average's, whose grid is 0..127.
+    assert found["Clip"] == limits
+
+
+@pytest.mark.parametrize(
+    ("kind", "operator"), [("pool", "NhwcMaxPool"), ("concat", "QLinearConcat"), ("resize", "Resize")]
+)
+def test_codes_are_moved_as_integers_for_every_reader(kind: str, operator: str, tmp_path: Path) -> None:
+    student = calibrated(lively(Moved(kind), 1), Bits(4, 4), shape=SHAPE)
+    deployed, model = lowered(student)
+    found = optimised(model, tmp_path)
+    assert found.count(operator) == 1 and found.count("QLinearAdd") == 1
+    assert set(found) <= INTEGER | AT_THE_ENDS | LIMITS | {operator}
+    assert found.count("QuantizeLinear") == 1 and found.count("Transpose") <= 2
+    # The rounding behind the operator gives what came in: it has no limits of its own.
+    assert found.count("Clip") == (4 if kind == "concat" else 3)
+    x = images(5, 16, SHAPE, reach=3.0)
+    assert verify_file(model, x.numpy(), _torch_digests(deployed, x), [False, True])["failures"] == []
+
+
+@pytest.mark.parametrize(("inputs", "outputs", "stored"), [(3, 16, 4), (4, 16, 4), (1, 16, 1), (3, 12, 3)], ids=str)
+def test_images_of_three_channels_get_a_fourth(inputs: int, outputs: int, stored: int) -> None:
+    shape = (inputs, *SHAPE[1:])
+    student = calibrated(lively(Moved("pool", inputs, outputs), 1), Bits(4, 4), shape=shape)
+    deployed, model = lowered(student, shape)
+    weights = first_weights(model)
+    assert weights.shape[1] == stored and not weights[:, inputs:].any()
+    assert _size(student, deployed) == _size(student, convert(student, "tensorrt"))
+    assert model.graph.input[0].type.tensor_type.shape.dim[1].dim_value == inputs
+    x = images(5, 8, shape, reach=3.0)
+    assert verify_file(model, x.numpy(), _torch_digests(deployed, x), [False, True])["failures"] == []
