@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from faqd.bundle import FLOAT_STUDENT_FP16, STUDENT_TENSORRT, TEACHER, VERIFY, Bundle, write_manifest
+from faqd.bundle import FLOAT_STUDENT_FP16, STUDENT_TENSORRT, TEACHER, TEACHER_FP16, VERIFY, Bundle, write_manifest
 from faqd.deploy import cuda, engine, runtime
 from faqd.deploy.build_options import BuildOptions
 from faqd.deploy.bundle_engines import build_bundle
 from faqd.deploy.engine import engine_from_onnx
+from faqd.deploy.float16 import float16_from_float32
 from faqd.deploy.record import read_record
 from faqd.deploy.runtime import load_engine
 from faqd.deploy.trt import Messages, TensorRT, installed
@@ -246,11 +247,14 @@ def test_without_a_gpu_loading_ends_in_a_sentence(tmp_path: Path) -> None:
         load_engine(tmp_path / "net.engine")
 
 
-def make_bundle(folder: Path, layers: tuple[str, ...] = LAYERS, student: str = STUDENT_TENSORRT) -> Bundle:
+def make_bundle(
+    folder: Path, layers: tuple[str, ...] = LAYERS, student: str = STUDENT_TENSORRT, teacher: str = TEACHER_FP16
+) -> Bundle:
     folder.mkdir()
-    names = (student, FLOAT_STUDENT_FP16, TEACHER)
+    names = (student, FLOAT_STUDENT_FP16, teacher)
     for name in names:
-        written(residual_network(), folder / name)
+        network = residual_network()
+        written(float16_from_float32(network) if "fp16" in name else network, folder / name)
     facts = {"name": "tiny 8/8", "layers": [{"name": name, "operator": "Conv", "runs_int8": True} for name in layers]}
     return write_manifest(folder, facts, dict.fromkeys(names, "0" * 64))
 
@@ -269,8 +273,9 @@ def test_a_bundle_is_built_and_its_record_bound_to_the_verification(tmp_path: Pa
     assert [record["engine"]["file"] for record in records] == [
         "student.tensorrt.engine",
         "student.float.fp16.engine",
-        "teacher.engine",
+        "teacher.fp16.engine",
     ]
+    assert [record["float_type"] for record in records] == ["fp32", "fp16", "fp16"]
     assert records[0]["int8"]["expected"] == 6 and records[0]["int8"]["missing"] == []
     assert records[1]["int8"]["expected"] is None
     proof = {"file": VERIFY, "sha256": sha256(bundle.folder / VERIFY), "passed": True, "complaint": None}
@@ -309,6 +314,16 @@ def test_missing_verification_and_missing_int8_layers_are_said(tmp_path: Path) -
     assert "no verify.json" in said[0]
     assert record["verify"] is None
     assert any("7 layers should run in INT8, 6 do; not so: gone" in line for line in said)
+
+
+@needs_rtx
+def test_a_bundle_without_an_fp16_teacher_gets_an_fp32_one_and_is_told(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "bundle", teacher=TEACHER)
+    verify(bundle)
+    said: list[str] = []
+    records = build_bundle(bundle, all=True, force=False, options=BuildOptions(), say=said.append)
+    assert records[2]["engine"]["file"] == "teacher.engine" and records[2]["float_type"] == "fp32"
+    assert said[0].startswith("warning: ") and "holds no teacher.fp16.onnx" in said[0] and "FP32" in said[0]
 
 
 def test_a_student_for_onnxruntime_has_no_engine(tmp_path: Path) -> None:

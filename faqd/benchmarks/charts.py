@@ -152,6 +152,7 @@ def _mark(point: _Point, at: float, value: float, x: Axis, y: Axis, shown: bool)
     shapes = {
         "teacher": '<path class="mark" d="M{0} {1}m0 -8l8 8l-8 8l-8 -8z"/>',
         "ptq": '<path class="mark" d="M{0} {1}m-6 -6h12v12h-12z"/>',
+        "float": '<path class="mark" d="M{0} {1}m0 -7l7 13h-14z"/>',
     }
     shape = Markup(shapes.get(kind, '<circle class="mark" cx="{0}" cy="{1}" r="6.5"/>')).format(px(at), px(value))
     return Markup('<g class="{}">{}{}{}</g>').format(kind, title, bars, shape)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from faqd.benchmarks.networks import Network, Role
 from faqd.benchmarks.switches import DeviceSwitches
-from faqd.bundle import FLOAT_STUDENT_FP16, STUDENT_TENSORRT, TEACHER, Bundle
+from faqd.bundle import FLOAT_STUDENT_FP16, STUDENT_TENSORRT, TEACHER, TEACHER_FP16, Bundle
 from faqd.deploy.cuda_interface import Device
 from faqd.deploy.kernels import layer_kind
 from faqd.deploy.pipeline import Pipeline
@@ -20,7 +20,12 @@ from faqd.deploy.record import engine_name, read_record, record_path
 from faqd.deploy.runtime import Engine, load_engine
 from faqd.deploy.trt import installed
 
-_ONNX: dict[Role, str] = {"teacher": TEACHER, "student": STUDENT_TENSORRT, "float": FLOAT_STUDENT_FP16}
+_ONNX: dict[Role, str] = {
+    "teacher": TEACHER,
+    "teacher_fp16": TEACHER_FP16,
+    "student": STUDENT_TENSORRT,
+    "float": FLOAT_STUDENT_FP16,
+}
 
 
 class EngineBackend:
@@ -28,7 +33,7 @@ class EngineBackend:
     record."""
 
     name = "engine"
-    student = STUDENT_TENSORRT
+    files: Mapping[Role, str] = _ONNX
 
     def __init__(
         self, device: Device, why: str, switches: DeviceSwitches, *, cuda: str | None = None, trust: bool = False

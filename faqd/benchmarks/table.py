@@ -10,7 +10,6 @@ from rich.table import Table
 from rich.text import Text
 
 from faqd.benchmarks.figures import (
-    KIND,
     NONE,
     Record,
     bits,
@@ -18,6 +17,7 @@ from faqd.benchmarks.figures import (
     device,
     first_batch,
     kib,
+    kind,
     latency_at,
     milliseconds,
     percent,
@@ -98,19 +98,15 @@ def _cells(network: Record, batch: int) -> list[str]:
     latency = latency_at(network, batch)
     over = [times(speed_up_at(network, batch, baseline)) for baseline in ("own_float", "teacher")]
     return [
-        f"{network['name']}\n{_kind(network)}",
+        f"{network['name']}\n{kind(network)}",
         bits(network),
         _share(accuracy.get("top1")),
         _gap(accuracy.get("gap_to_teacher")),
         _share(accuracy.get("agreement")),
         _size(network),
         f"{milliseconds(latency['median_ms'])}\n{milliseconds(latency['percentiles_ms']['99'])}" if latency else NONE,
-        NONE if network["role"] == "teacher" else "\n".join(over),
+        "\n".join(over) if network["role"] == "student" else NONE,
     ]
-
-
-def _kind(network: Record) -> str:
-    return "float teacher" if network["role"] == "teacher" else KIND.get(network["kind"], str(network["kind"]))
 
 
 def _share(share: Record | None) -> str:

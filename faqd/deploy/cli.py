@@ -192,7 +192,7 @@ def inspect(folder: Path, json_target: str | None) -> None:
 
 @cli.command("build-engine")
 @click.argument("bundle_folder", metavar="BUNDLE", type=_folder)
-@click.option("--all", "build_all", is_flag=True, help="Also build the float student in FP16 and the teacher.")
+@click.option("--all", "build_all", is_flag=True, help="Also build the float student and the teacher, both in FP16.")
 @click.option("--force", is_flag=True, help="Build although verify failed or is out of date.")
 @click.option("--min-shapes", metavar="SHAPES", help="Accept these and above, as in images:1x3x32x32,other:1x8.")
 @click.option("--opt-shapes", metavar="SHAPES", help="Tune for these.")
