@@ -237,6 +237,21 @@ def test_compare_tells_a_change_from_noise(record: dict[str, Any]) -> None:
     assert verdicts(compare(record, worse_student))["top1 None"] == "worse"
 
 
+def test_compare_pairs_networks_of_one_name_in_their_order(record: dict[str, Any]) -> None:
+    """Two bundles of the same bits have students and float graphs of the same name."""
+    teacher, student, own = record["networks"]
+    record["bundles"] += [dict(record["bundles"][0]), {**record["bundles"][0], "kind": "ptq"}]
+    again = [[{**copy.deepcopy(network), "bundle": index} for network in (student, own)] for index in (1, 2)]
+    for factor, latency in enumerate((student["latency"][0], *(pair[0]["latency"][0] for pair in again)), 1):
+        latency["median_ms"] = float(factor)
+    before = {**record, "networks": [teacher, student, own, *again[0], *again[1]]}
+    changes = [c for c in compare(before, before)["changes"] if c["measure"] == "median_ms" and c["batch"] == 1]
+    assert len(changes) == 7 and all(change["before"] == change["after"] for change in changes)
+    without = {**record, "networks": [teacher, *again[1]]}
+    found = [c["after"] for c in compare(before, without)["changes"] if c["network"] == student["name"]]
+    assert 3.0 in found and not {1.0, 2.0} & set(found), "the PTQ one is compared with itself"
+
+
 def test_compare_never_crosses_presets_devices_or_data(record: dict[str, Any]) -> None:
     other = copy.deepcopy(record)
     other["switches"]["preset"] = "trtexec10"

@@ -198,7 +198,7 @@ def inspect(folder: Path, json_target: str | None) -> None:
 @click.option("--opt-shapes", metavar="SHAPES", help="Tune for these.")
 @click.option("--max-shapes", metavar="SHAPES", help="Accept no larger; without shapes a free batch is 1 to 64.")
 @click.option(
-    "--workspace", "workspace_mib", type=click.IntRange(1), metavar="MIB", help="Allow so much scratch memory."
+    "--workspace", "workspace_mib", type=click.IntRange(1, 1 << 24), metavar="MIB", help="Allow so much scratch memory."
 )
 @click.option("--opt-level", type=click.IntRange(0, 5), help="Set the builder's effort; TensorRT's default is 3.")
 @click.option("--timing-cache", type=_folder, metavar="FILE", help="Read kernel timings from FILE, and keep new ones.")
