@@ -21,7 +21,7 @@ from faqd.deploy.engine import engine_from_onnx
 from faqd.deploy.float16 import float16_from_float32
 from faqd.deploy.record import read_record
 from faqd.deploy.runtime import load_engine
-from faqd.deploy.trt import Messages, TensorRT, installed
+from faqd.deploy.trt import Messages, TensorRT, builder_here
 from faqd.errors import UserError
 from faqd.files import sha256, write_json
 from tests.qdq_network import LAYERS, residual_network, unbuildable_network, written
@@ -111,7 +111,7 @@ def test_a_file_that_changed_since_the_bundle_was_read_is_refused(tmp_path: Path
 )
 def test_what_tensorrt_rtx_does_not_have_is_refused_before_the_build(tmp_path: Path, option: dict[str, Any]) -> None:
     onnx = written(residual_network(), tmp_path / "net.onnx")
-    if installed().name != "tensorrt_rtx":
+    if builder_here(cuda.device_or_none()[0] is not None)[0].name != "tensorrt_rtx":
         pytest.skip("the full TensorRT is installed, which has it")
     said: list[str] = []
     with pytest.raises(UserError, match=r"^--.*: TensorRT-RTX \d+\.\d+.* does not have it"):
@@ -341,7 +341,7 @@ def test_no_builder_without_a_driver_is_a_sentence() -> None:
             raise TypeError("pybind11::init(): factory function returned nullptr")
 
     with pytest.raises(UserError, match=r"TensorRT 10\.13\.3 starts no builder .*GPU.*faqd\[rtx\]"):
-        engine._builder(TensorRT("tensorrt", NoDriver), None, Messages())
+        engine.new_builder(TensorRT("tensorrt", NoDriver), None, Messages())
 
 
 @pytest.mark.parametrize(
