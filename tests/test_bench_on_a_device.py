@@ -12,6 +12,7 @@ import pytest
 from faqd.benchmarks import accuracy, bench, energy, hwmon
 from faqd.benchmarks.clocks import Clocks
 from faqd.benchmarks.report import page_from_result
+from faqd.deploy.runtime import Engine
 from tests.boards import ORIN_NANO, board
 from tests.fake_bundle_engines import MOST, gpu, make_engines
 from tests.test_bench import call
@@ -71,6 +72,26 @@ def test_every_switch_is_followed_and_recorded(
     printed = capsys.readouterr().out
     assert f"{preset}: CUDA graph {state}" in " ".join(printed.split()) and "one ahead" in printed
     assert max(map(len, printed.splitlines())) <= 100
+
+
+def test_streams_compute_side_by_side_and_only_ahead(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made: list[tuple[int, int]] = []
+    pipeline = Engine.pipeline
+
+    def counted(self: Engine, feeds: Any, **options: Any) -> Any:
+        made.append((next(iter(feeds.values())).shape[0], options["slots"]))
+        return pipeline(self, feeds, **options)
+
+    monkeypatch.setattr(Engine, "pipeline", counted)
+    found = record(monkeypatch, folder, tmp_path / "r.json", "--inf-streams", "3", "--preset", "trtexec10")
+    assert [made.count(one) for one in ((2, 1), (2, 2))] == [3, 9], "three networks, each with three streams ahead"
+    assert found["switches"]["inf_streams"] == 3
+    latency = found["networks"][STUDENT]["latency"][0]
+    assert latency["one_ahead"]["samples"] >= 10 and latency["one_ahead"]["parts"]["h2d"]["median_ms"] > 0
+    assert any("With 3 streams" in note for note in found["notes"]) and "3 streams" in capsys.readouterr().out
+    assert record(monkeypatch, folder, tmp_path / "r.json")["switches"]["inf_streams"] == 1
 
 
 def test_exports_are_trtexecs_and_the_profile_knows_its_layers(
@@ -206,7 +227,9 @@ def test_a_baseline_that_overflows_has_no_accuracy_and_the_students_go_on(
     assert any("tiny teacher FP16" in note and "not finite" in note for note in found["notes"])
 
 
-@pytest.mark.parametrize("option", ["--preset=trtexec10", "--use-cuda-graph", "--no-spin-wait", "--no-data-transfers"])
+@pytest.mark.parametrize(
+    "option", ["--preset=trtexec10", "--use-cuda-graph", "--no-spin-wait", "--no-data-transfers", "--inf-streams=2"]
+)
 def test_switches_of_a_gpu_are_refused_on_the_cpu(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str
 ) -> None:

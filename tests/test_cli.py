@@ -56,7 +56,7 @@ FLAGS = {
     "faqd-deploy doctor": "--json",
     "faqd-deploy selftest": "--cases --cuda --json",
     "faqd-bench": (
-        "--batch --threads --backend --cuda --trust --preset --use-cuda-graph --use-spin-wait --include-data-transfers "
+        "--batch --threads --backend --cuda --trust --preset --use-cuda-graph --use-spin-wait --include-data-transfers --inf-streams "
         "--warm-up --duration --iterations --avg-runs --percentile --rounds --skip-latency --sweep --sustained "
         "--energy-duration --power-rail --dump-profile --export-profile --export-times --metric --report "
         "--min-accuracy-ratio --min-agreement --max-p99-ms --max-energy-mj --from --compare --json --version"

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from faqd.deploy.pipeline import Streams
 from faqd.deploy.runtime import Engine, load_engine
 from faqd.errors import UserError
 from tests.fake_gpu import FakeCuda, FakeNetwork, FakeTensorRT, Io, Mode, engine_file, fake_gpu
@@ -81,6 +82,27 @@ def test_spin_waiting_is_a_matter_of_the_events(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(FakeCuda, "event", _noting(FakeCuda.event, asked))
     with engine(tmp_path, monkeypatch) as (_, loaded), loaded.pipeline(FEEDS, spin=spin):
         assert asked == [not spin] * 7
+
+
+def test_streams_take_queries_in_turn_and_answer_in_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (
+        engine(tmp_path, monkeypatch) as (cuda, loaded),
+        loaded.pipeline(FEEDS, slots=2) as one,
+        loaded.pipeline(FEEDS, slots=2) as other,
+    ):
+        streams = Streams([one, other])
+        assert streams.slots == 4 and not streams.cuda_graph
+        for _ in range(2):
+            streams.begin()
+            cuda.log.clear()
+            for _ in range(4):
+                streams.submit()
+            assert cuda.log.count("execute") == 4, "all are in flight before one is waited for"
+            starts = [streams.collect().start_h2d_ms for _ in range(4)]
+            assert starts == sorted(starts)
+            assert not one._in_flight and not other._in_flight
 
 
 def _noting(event: object, asked: list[bool]) -> object:

@@ -67,7 +67,7 @@ def _measure(bundles: Sequence[Path], gates: Gates, console: Console, options: d
         raise UserError("--export-times and --export-profile need timed queries, and --skip-latency leaves them out.")
     metric = load_metric(options["metric"]) if options["metric"] else None
     loaded = [load_bundle(folder) for folder in bundles]
-    asked = Asked(*(options.pop(name) for name in ("preset", "cuda_graph", "spin_wait", "transfers")))
+    asked = Asked(*(options.pop(name) for name in ("preset", "cuda_graph", "spin_wait", "transfers", "inf_streams")))
     chosen = _backend(loaded, asked, options)
     console.print(f"Running on {chosen.name}: {chosen.facts['why']}.", style="dim", markup=False)
     done = bench(

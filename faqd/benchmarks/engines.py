@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from faqd.benchmarks.switches import DeviceSwitches
 from faqd.bundle import FLOAT_STUDENT_FP16, STUDENT_TENSORRT, TEACHER, TEACHER_FP16, Bundle
 from faqd.deploy.cuda_interface import Device
 from faqd.deploy.kernels import layer_kind
-from faqd.deploy.pipeline import Pipeline
+from faqd.deploy.pipeline import Pipeline, Streams
 from faqd.deploy.record import engine_name, read_record, record_path
 from faqd.deploy.runtime import Engine, load_engine
 from faqd.deploy.trt import installed
@@ -84,11 +84,16 @@ class _Network:
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         return self._engine.run(dict(feeds))
 
-    def submission(self, feeds: Mapping[str, NDArray[Any]], slots: int = 1) -> Pipeline:
+    @contextmanager
+    def submission(self, feeds: Mapping[str, NDArray[Any]], slots: int = 1) -> Iterator[Pipeline | Streams]:
         how = self._switches
-        return self._engine.pipeline(
-            feeds, slots=slots, graph=how.cuda_graph, transfers=how.transfers, spin=how.spin_wait
-        )
+        options = {"graph": how.cuda_graph, "transfers": how.transfers, "spin": how.spin_wait}
+        count = how.inf_streams if slots > 1 else 1
+        with ExitStack() as stack:
+            pipelines = [
+                stack.enter_context(self._engine.pipeline(feeds, slots=slots, **options)) for _ in range(count)
+            ]
+            yield pipelines[0] if count == 1 else Streams(pipelines)
 
     def layer_times(self, feeds: Mapping[str, NDArray[Any]], runs: int) -> list[tuple[str, str, list[float]]]:
         known = {}

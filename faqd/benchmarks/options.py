@@ -87,6 +87,12 @@ _OPTIONS = (
         help="Copy in and out with every query, or not.",
     ),
     click.option(
+        "--inf-streams",
+        type=click.IntRange(1, 64),
+        help="Compute so many queries side by side where they are submitted ahead: more throughput, and latencies that "
+        "mean little. The closed loop stays with one.",
+    ),
+    click.option(
         "--warm-up", type=_FROM_ZERO, default=200.0, show_default=True, help="Milliseconds before timing starts."
     ),
     click.option(

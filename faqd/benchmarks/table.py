@@ -281,4 +281,5 @@ def _how(switches: Record) -> str:
         return ""
     named = {"cuda_graph": "CUDA graph", "spin_wait": "spin wait", "transfers": "transfers"}
     states = ", ".join(f"{name} {'on' if switches[key] else 'off'}" for key, name in named.items())
-    return f" ({switches['preset']}: {states})"
+    streams = switches.get("inf_streams") or 1  # Records of before had one.
+    return f" ({switches['preset']}: {states}{f', {streams} streams' if streams > 1 else ''})"

@@ -10,7 +10,7 @@ import contextlib
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,6 +55,32 @@ class _Slot:
     d2h: tuple[Any, Any]
     graph: Any = None
     enqueued: tuple[float, float] = (0.0, 0.0)
+
+
+class Streams:
+    """Several pipelines of one engine, each with its context and streams, that compute side by side: queries are given
+    to them in turn."""
+
+    def __init__(self, pipelines: Sequence[Pipeline]) -> None:
+        self._all = tuple(pipelines)
+        self.slots = sum(pipeline.slots for pipeline in pipelines)
+        self.cuda_graph = all(pipeline.cuda_graph for pipeline in pipelines)
+        self._submitted = self._collected = 0
+
+    def begin(self) -> None:
+        """Starts count from now, of all of them. Nothing may be in flight."""
+        self._submitted = self._collected = 0
+        for pipeline in self._all:
+            pipeline.begin()
+
+    def submit(self) -> None:
+        self._all[self._submitted % len(self._all)].submit()
+        self._submitted += 1
+
+    def collect(self) -> QueryTimes:
+        times = self._all[self._collected % len(self._all)].collect()
+        self._collected += 1
+        return times
 
 
 class Pipeline:
