@@ -15,6 +15,7 @@ from faqd.benchmarks.report import page_from_result
 from faqd.deploy.runtime import Engine
 from tests.boards import ORIN_NANO, board
 from tests.fake_bundle_engines import MOST, gpu, make_engines
+from tests.fake_gpu import FakeCuda
 from tests.test_bench import call
 from tests.test_report import DARK, LIGHT, assert_figures_equal, needs_chromium, probed, read
 
@@ -90,8 +91,26 @@ def test_streams_compute_side_by_side_and_only_ahead(
     assert found["switches"]["inf_streams"] == 3
     latency = found["networks"][STUDENT]["latency"][0]
     assert latency["one_ahead"]["samples"] >= 10 and latency["one_ahead"]["parts"]["h2d"]["median_ms"] > 0
-    assert any("With 3 streams" in note for note in found["notes"]) and "3 streams" in capsys.readouterr().out
+    assert any("With 3 streams" in note for note in found["notes"]) and "3 streams ahead" in " ".join(
+        capsys.readouterr().out.split()
+    )
     assert record(monkeypatch, folder, tmp_path / "r.json")["switches"]["inf_streams"] == 1
+
+
+def test_zero_copy_takes_the_place_of_copies(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with gpu(monkeypatch):
+        assert call(monkeypatch, folder, *QUICK, "--zero-copy") == 2
+    assert "share the host's memory" in capsys.readouterr().err
+    monkeypatch.setattr(FakeCuda, "shares_memory", lambda self: True)
+    found = record(monkeypatch, folder, tmp_path / "r.json", "--zero-copy", "--preset", "trtexec10")
+    assert (found["switches"]["zero_copy"], found["switches"]["transfers"]) == (True, False)
+    assert found["networks"][STUDENT]["latency"][0]["parts"]["h2d"]["median_ms"] == 0
+    assert "transfers off, zero copy" in " ".join(capsys.readouterr().out.split())
+    with gpu(monkeypatch):
+        assert call(monkeypatch, folder, *QUICK, "--zero-copy", "--include-data-transfers") == 2
+    assert "leave out --include-data-transfers" in capsys.readouterr().err
 
 
 def test_exports_are_trtexecs_and_the_profile_knows_its_layers(
@@ -228,7 +247,15 @@ def test_a_baseline_that_overflows_has_no_accuracy_and_the_students_go_on(
 
 
 @pytest.mark.parametrize(
-    "option", ["--preset=trtexec10", "--use-cuda-graph", "--no-spin-wait", "--no-data-transfers", "--inf-streams=2"]
+    "option",
+    [
+        "--preset=trtexec10",
+        "--use-cuda-graph",
+        "--no-spin-wait",
+        "--no-data-transfers",
+        "--inf-streams=2",
+        "--zero-copy",
+    ],
 )
 def test_switches_of_a_gpu_are_refused_on_the_cpu(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str

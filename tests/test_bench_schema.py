@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import json
-import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,7 +86,7 @@ def test_a_whole_record_has_nothing_wrong(full: dict[str, Any], tmp_path: Path) 
 def test_no_damage_is_a_traceback(full: dict[str, Any], tmp_path: Path) -> None:
     every = [(path, damage) for path in places(full) for damage in DAMAGES if path[0] not in ("format", "version")]
     refused = 0
-    for path, damage in random.Random(int(os.environ.get("SEED", "0"))).sample(every, int(os.environ.get("N", "50"))):
+    for path, damage in random.Random(0).sample(every, 50):
         (tmp_path / "r.json").write_text(json.dumps(damaged(full, path, damage)))
         try:
             use(tmp_path / "r.json", full)

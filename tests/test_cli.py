@@ -56,10 +56,11 @@ FLAGS = {
     "faqd-deploy doctor": "--json",
     "faqd-deploy selftest": "--cases --cuda --json",
     "faqd-bench": (
-        "--batch --threads --backend --cuda --trust --preset --use-cuda-graph --use-spin-wait --include-data-transfers --inf-streams "
-        "--warm-up --duration --iterations --avg-runs --percentile --rounds --skip-latency --sweep --sustained "
-        "--energy-duration --power-rail --dump-profile --export-profile --export-times --metric --report "
-        "--min-accuracy-ratio --min-agreement --max-p99-ms --max-energy-mj --from --compare --json --version"
+        "--batch --threads --backend --cuda --trust --preset --use-cuda-graph --use-spin-wait --include-data-transfers "
+        "--zero-copy --inf-streams --warm-up --duration --iterations --avg-runs --percentile --rounds --skip-latency "
+        "--sweep --sustained --energy-duration --power-rail --dump-profile --export-profile --export-times "
+        "--metric --report --min-accuracy-ratio --min-agreement --max-p99-ms --max-energy-mj --from --compare "
+        "--json --version"
     ),
 }
 TOOLS: dict[str, click.Command] = {"faqd-train": train_cli, "faqd-deploy": deploy_cli, "faqd-bench": bench_command}

@@ -58,9 +58,9 @@ def test_the_keys_are_these(record: dict[str, Any]) -> None:
         "gates notes"
     )
     assert " ".join(record["switches"]) == (
-        "backend preset cuda_graph spin_wait transfers inf_streams submissions duration_s warm_up_ms iterations rounds "
-        "min_accuracy_ratio min_agreement max_p99_ms max_energy_mj batch percentiles average_runs skip_latency sweep "
-        "profile sustained_minutes energy_duration_s power_rail metric"
+        "backend preset cuda_graph spin_wait transfers zero_copy inf_streams submissions duration_s warm_up_ms "
+        "iterations rounds min_accuracy_ratio min_agreement max_p99_ms max_energy_mj batch percentiles average_runs "
+        "skip_latency sweep profile sustained_minutes energy_duration_s power_rail metric"
     )
     student = record["networks"][1]
     assert " ".join(student) == (

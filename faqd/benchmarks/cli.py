@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +68,7 @@ def _measure(bundles: Sequence[Path], gates: Gates, console: Console, options: d
         raise UserError("--export-times and --export-profile need timed queries, and --skip-latency leaves them out.")
     metric = load_metric(options["metric"]) if options["metric"] else None
     loaded = [load_bundle(folder) for folder in bundles]
-    asked = Asked(*(options.pop(name) for name in ("preset", "cuda_graph", "spin_wait", "transfers", "inf_streams")))
+    asked = Asked(*(options.pop(field.name) for field in fields(Asked)))
     chosen = _backend(loaded, asked, options)
     console.print(f"Running on {chosen.name}: {chosen.facts['why']}.", style="dim", markup=False)
     done = bench(

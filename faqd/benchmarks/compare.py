@@ -21,7 +21,7 @@ SIGNIFICANCE = 0.01
 LEAST_ROUNDS = 5
 """In each run; with fewer, the rank test can hardly reach its level whatever the times."""
 
-CONDITIONS = ("backend", "preset", "cuda_graph", "spin_wait", "transfers")
+CONDITIONS = ("backend", "preset", "cuda_graph", "spin_wait", "transfers", "zero_copy")
 """Switches with which a latency means something else."""
 
 
@@ -99,7 +99,7 @@ def _differences(a: Record, b: Record) -> Iterator[str]:
     if threads[0] != threads[1]:
         yield f"threads {threads[0]} against {threads[1]}, so latencies are not compared"
     for name in CONDITIONS:
-        before, after = a["switches"][name], b["switches"][name]
+        before, after = (record["switches"].get(name) for record in (a, b))
         if before != after:
             yield f"{name} {before} against {after}, so latencies are not compared"
 

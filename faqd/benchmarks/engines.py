@@ -88,6 +88,7 @@ class _Network:
     def submission(self, feeds: Mapping[str, NDArray[Any]], slots: int = 1) -> Iterator[Pipeline | Streams]:
         how = self._switches
         options = {"graph": how.cuda_graph, "transfers": how.transfers, "spin": how.spin_wait}
+        options["zero_copy"] = how.zero_copy
         count = how.inf_streams if slots > 1 else 1
         with ExitStack() as stack:
             pipelines = [

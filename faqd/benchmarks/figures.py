@@ -73,6 +73,11 @@ def compared(result: Record) -> list[Record]:
     return [network for network in result["networks"] if network["role"] != "float" or network["accuracy"]]
 
 
+def label(network: Record) -> str:
+    """A network's name where its kind does not stand below it: PTQ and distilled students are often called the same."""
+    return f"{network['name']}, PTQ" if network["kind"] == "ptq" else str(network["name"])
+
+
 def kind(network: Record) -> str:
     """What stands below a network's name."""
     if network["role"].startswith("teacher"):

@@ -87,6 +87,11 @@ _OPTIONS = (
         help="Copy in and out with every query, or not.",
     ),
     click.option(
+        "--zero-copy",
+        is_flag=True,
+        help="Let the kernels work on the host's memory instead of copying, on a GPU that shares it (Jetson).",
+    ),
+    click.option(
         "--inf-streams",
         type=click.IntRange(1, 64),
         help="Compute so many queries side by side where they are submitted ahead: more throughput, and latencies that "

@@ -21,7 +21,7 @@ def page_from_result(result: Record) -> str:
     """The page for a record of faqd.benchmarks.bench; its figures carry the place they have in the JSON."""
     pages = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     source = resources.files("faqd.benchmarks").joinpath("report.html").read_text(encoding="utf-8")
-    helpers = ("percent", "points", "milliseconds", "significant", "kib", "times", "bits", "kind")
+    helpers = ("percent", "points", "milliseconds", "significant", "kib", "times", "bits", "kind", "label")
     pages.filters |= {name: getattr(figures, name) for name in helpers}
     pages.filters["colour"] = colour_class
     batch = first_batch(result)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from faqd.errors import UserError
@@ -13,6 +13,7 @@ Preset = Literal["trtexec10", "trtexec11"]
 @dataclass(frozen=True)
 class DeviceSwitches:
     """What only a GPU has. transfers: copies in and out are part of every query. spin_wait: the host waits actively.
+    zero_copy: the kernels work on the host's memory, which takes the place of copies.
     inf_streams: contexts of an engine that compute side by side where queries are submitted ahead; one in the closed
     loop."""
 
@@ -20,6 +21,7 @@ class DeviceSwitches:
     cuda_graph: bool
     spin_wait: bool
     transfers: bool
+    zero_copy: bool = False
     inf_streams: int = 1
 
     def to_json(self) -> dict[str, Any]:
@@ -28,11 +30,12 @@ class DeviceSwitches:
             "cuda_graph": self.cuda_graph,
             "spin_wait": self.spin_wait,
             "transfers": self.transfers,
+            "zero_copy": self.zero_copy,
             "inf_streams": self.inf_streams,
         }
 
 
-ABSENT = dict.fromkeys(("preset", "cuda_graph", "spin_wait", "transfers", "inf_streams"))
+ABSENT = dict.fromkeys(("preset", "cuda_graph", "spin_wait", "transfers", "zero_copy", "inf_streams"))
 """The same keys where there is no GPU."""
 
 PRESETS = {
@@ -52,15 +55,21 @@ class Asked:
     cuda_graph: bool | None = None
     spin_wait: bool | None = None
     transfers: bool | None = None
+    zero_copy: bool | None = None
     inf_streams: int | None = None
 
     def on_a_gpu(self) -> DeviceSwitches:
         base = PRESETS[self.preset or DEFAULT]
+        if self.zero_copy and self.transfers:
+            raise UserError("--zero-copy takes the place of copies: leave out --include-data-transfers.")
+        if self.zero_copy:
+            base = replace(base, transfers=False)
         return DeviceSwitches(
             base.preset,
             base.cuda_graph if self.cuda_graph is None else self.cuda_graph,
             base.spin_wait if self.spin_wait is None else self.spin_wait,
             base.transfers if self.transfers is None else self.transfers,
+            bool(self.zero_copy),
             self.inf_streams or base.inf_streams,
         )
 
@@ -71,6 +80,7 @@ class Asked:
             "--use-cuda-graph": self.cuda_graph,
             "--use-spin-wait": self.spin_wait,
             "--include-data-transfers": self.transfers,
+            "--zero-copy": self.zero_copy or None,
             "--inf-streams": self.inf_streams,
         }
         given = [option for option, value in options.items() if value is not None]
