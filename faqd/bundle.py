@@ -120,6 +120,8 @@ def load_bundle(folder: Path) -> Bundle:
     for name, record in manifest["files"].items():
         if Path(name).name != name:
             raise UserError(f"{folder / MANIFEST}: the file name {name!r} leaves the folder.")
+        if not isinstance(record, dict) or not isinstance(record.get("sha256"), str):
+            raise UserError(f"{folder / MANIFEST}: damaged, {name} has no SHA-256; export the run again.")
         path = folder / name
         if not path.is_file():
             raise UserError(f"{path}: missing from the bundle; copy the whole folder, or export the run again.")

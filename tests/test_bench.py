@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -231,3 +232,24 @@ def test_help_needs_neither_onnxruntime_nor_torch() -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "--min-accuracy-ratio" in done.stdout
+
+
+@pytest.mark.parametrize("key", ["teacher", "preprocess", "input", "size", "name"])
+def test_a_manifest_that_lacks_something_is_a_sentence(
+    folders: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    key: str,
+) -> None:
+    folder = Path(shutil.copytree(folders["student"], tmp_path / "copy"))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    damaged = {**manifest, "teacher": {}} if key == "name" else {k: v for k, v in manifest.items() if k != key}
+    (folder / "manifest.json").write_text(json.dumps(damaged))
+    assert call(monkeypatch, folder, "--skip-latency", "--backend", "onnxruntime") == 2
+    error = capsys.readouterr().err
+    assert "manifest.json: damaged (" in error and key in error and "export the run again" in error
+    manifest["files"]["eval.npz"] = {}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert call(monkeypatch, folder) == 2
+    assert "manifest.json: damaged, eval.npz has no SHA-256" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tests.fake_bundle_engines import MOST, gpu, make_engines
 from tests.fake_gpu import FakeCuda
 from tests.test_bench import call
 from tests.test_report import DARK, LIGHT, assert_figures_equal, needs_chromium, probed, read
+from tests.tiny_bundles import make_bundle
 
 QUICK = ("--duration", "0.02", "--rounds", "2", "--warm-up", "0", "--batch", "2,4")
 ALL = ("student.tensorrt", "student.float.fp16", "teacher.fp16")
@@ -262,3 +264,21 @@ def test_switches_of_a_gpu_are_refused_on_the_cpu(
 ) -> None:
     assert call(monkeypatch, folder, "--backend", "onnxruntime", option) == 2
     assert "has no CUDA graph, no copies" in capsys.readouterr().err
+
+
+def test_without_onnxruntime_the_reason_is_what_keeps_the_engines_from_running(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    for module in ("faqd.benchmarks.sessions", "faqd.deploy.onnx_session"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setattr("faqd.deploy.cuda.device_or_none", lambda backend=None: (None, "no NVIDIA driver found"))
+    assert call(monkeypatch, folder) == 2
+    said = "no GPU that can be used from here (no NVIDIA driver found). To measure on the CPU instead: pip install"
+    assert said in capsys.readouterr().err
+    assert call(monkeypatch, folder, "--backend", "onnxruntime") == 2
+    assert "this command needs onnxruntime" in capsys.readouterr().err
+    bare = make_bundle(tmp_path / "bare").folder
+    with gpu(monkeypatch):
+        assert call(monkeypatch, bare) == 2
+    assert f"`faqd-deploy build-engine {bare}` makes it. To measure" in capsys.readouterr().err

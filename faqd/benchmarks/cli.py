@@ -155,14 +155,21 @@ def _backend(bundles: Sequence[Bundle], asked: Asked, options: dict[str, Any]) -
         why = "asked for" if choice == "engine" else "a GPU and engines are here"
         return EngineBackend(device, why, asked.on_a_gpu(), cuda=cuda, trust=options["trust"])
     asked.refuse_without_gpu()
-    from faqd.benchmarks.sessions import OnnxruntimeBackend
-
     if choice == "onnxruntime":
         why = "asked for"
     elif device is not None:
         why = f"{without[0]} has no {STUDENT_ENGINE}; `faqd-deploy build-engine {without[0]}` makes it"
     else:
         why = "no GPU that can be used from here"
+    try:
+        from faqd.benchmarks.sessions import OnnxruntimeBackend
+    except ModuleNotFoundError as error:
+        if choice == "onnxruntime" or error.name not in ("onnx", "onnxruntime"):
+            raise
+        # On a board the CPU is not what was meant: what keeps the engines from running is what must be said.
+        raise UserError(
+            f"{why}{f' ({reason})' if reason else ''}. To measure on the CPU instead: pip install 'faqd[onnx]'."
+        ) from None
     return OnnxruntimeBackend(options["threads"], why)
 
 

@@ -54,7 +54,22 @@ class Backend(Protocol):
     def open(self, bundle: Bundle, role: Role) -> AbstractContextManager[Network]: ...
 
 
+_NEEDED = (
+    *("name", "kind", "architecture", "weight_bits", "act_bits", "size", "target"),
+    *("preprocess", "teacher", "input"),
+)
+"""Of a manifest; the last three are objects."""
+
+
 def check_comparable(bundles: Sequence[Bundle]) -> None:
+    """UserError where a manifest lacks what a record says of it, or the bundles cannot stand in one table."""
+    for bundle in bundles:
+        manifest = bundle.manifest
+        objects = {key: isinstance(manifest.get(key), dict) for key in _NEEDED[-3:]}
+        wrong = [key for key in _NEEDED if key not in manifest or not objects.get(key, True)]
+        if wrong or "name" not in manifest["teacher"] or "name" not in manifest["input"]:
+            what = ", ".join(wrong) or "the name of teacher or input"
+            raise UserError(f"{bundle.folder / MANIFEST}: damaged ({what} missing); export the run again.")
     first = bundles[0]
     for other in bundles[1:]:
         pair = f"{first.folder} and {other.folder}"
