@@ -70,6 +70,12 @@ def test_all_engines_are_timed_judged_and_recorded(bundle: Path, tmp_path: Path,
     assert "teacher in FP16" in (tmp_path / "r.html").read_text()
 
 
+def test_streams_side_by_side(bundle: Path, tmp_path: Path) -> None:
+    found = record(bundle, tmp_path / "r.json", "--inf-streams", 2)
+    assert found["switches"]["inf_streams"] == 2 and complaint(found) is None
+    assert all(latency["one_ahead"]["samples"] >= 10 for latency in found["networks"][2]["latency"])
+
+
 def test_gates_act_by_the_exit_code(bundle: Path) -> None:
     assert bench(bundle, "--max-p99-ms", 1e6, "--min-agreement", 0.5).code == 0
     slow = bench(bundle, "--max-p99-ms", 1e-6)
