@@ -70,7 +70,7 @@ $(INSTALLED): setup.cfg constraints.txt | $(PYTHON)
 	@echo "Installing into $(VENV): about 440 MB of packages, 1.7 GB on disk, with the CPU build of torch."
 	@case "$$(uname -s) $$(uname -m)" in "Linux x86_64") \
 	echo "Where pip takes the CUDA build of torch instead, it is several GB: PIP_FLAGS in the Makefile says how to choose.";; esac
-	$(PIP_INSTALL) --editable '.[train,onnx,rtx,device,dev]'
+	$(PIP_INSTALL) --editable '.[train,onnx,rtx,device,nvml,dev]'
 	@touch $@
 
 $(DEVICE): $(INSTALLED)

@@ -24,6 +24,8 @@ TEACHER = "teacher.onnx"
 FLOAT_STUDENT = "student.float.onnx"
 FLOAT_STUDENT_FP16 = "student.float.fp16.onnx"
 """The float student in FP16: what its engine is built from, for a fair race on a GPU."""
+TEACHER_FP16 = "teacher.fp16.onnx"
+"""The teacher in FP16, for the same reason; missing from bundles of before, and where the teacher overflows in FP16."""
 STUDENT_TENSORRT = "student.tensorrt.onnx"
 """What build-engine builds: FP16 outside the integer layers unless exported with --float-type fp32."""
 STUDENT_TENSORRT_FP32 = "student.tensorrt.fp32.onnx"
@@ -118,12 +120,22 @@ def load_bundle(folder: Path) -> Bundle:
     for name, record in manifest["files"].items():
         if Path(name).name != name:
             raise UserError(f"{folder / MANIFEST}: the file name {name!r} leaves the folder.")
+        if not isinstance(record, dict) or not isinstance(record.get("sha256"), str):
+            raise UserError(f"{folder / MANIFEST}: damaged, {name} has no SHA-256; export the run again.")
         path = folder / name
         if not path.is_file():
             raise UserError(f"{path}: missing from the bundle; copy the whole folder, or export the run again.")
         if sha256(path) != record["sha256"]:
             raise UserError(f"{path}: changed since the bundle was written (SHA-256 differs); export the run again.")
     return Bundle(folder, manifest)
+
+
+def without_fp16_teacher(bundle: Bundle) -> str:
+    """What an engine of the FP32 teacher means, as a sentence."""
+    return (
+        f"{bundle.folder} holds no {TEACHER_FP16}, so its teacher's engine is FP32, slower than it need be: export the "
+        "run again, which tells the reason where the teacher has no FP16 form."
+    )
 
 
 def write_manifest(folder: Path, facts: dict[str, Any], made_from: dict[str, str]) -> Bundle:

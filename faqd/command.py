@@ -17,7 +17,7 @@ import click
 
 from faqd import __version__
 from faqd.errors import INTERRUPTED, Paused, UserError
-from faqd.files import write_json
+from faqd.files import refuse_unwritable, write_json
 
 EXTRA_OF = {
     "torch": "train",
@@ -114,10 +114,18 @@ def emit_json(target: str | None, value: Any) -> None:
         write_json(Path(target), value)
 
 
+def writable(context: click.Context, option: click.Parameter, value: Any) -> Any:
+    """For options that name a file to write: what cannot be written is said before the work, not after it."""
+    if value is not None and str(value) != "-":
+        refuse_unwritable(Path(value))
+    return value
+
+
 json_option = click.option(
     "--json",
     "json_target",
     metavar="FILE",
+    callback=writable,
     type=click.Path(dir_okay=False, allow_dash=True),
     help="Write the result as JSON to FILE, or to standard output for '-'.",
 )

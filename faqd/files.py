@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,15 @@ def written_beside(path: Path) -> Iterator[Path]:
     """Yield a temporary path for a file or folder; it replaces `path` if the block ends well, else it goes.
 
     A folder that stands at `path` is replaced by a folder in two renames, so that a reader never sees half of one;
-    it is never replaced by a file. An OSError of the block, such as a full disk, names `path`.
+    it is never replaced by a file. A device or a pipe, such as /dev/null, is written to and stays what it is. An
+    OSError of the block, such as a full disk, names `path`.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with tempfile.TemporaryDirectory() as folder:
+            whole = Path(folder) / path.name
+            yield whole
+            path.write_bytes(whole.read_bytes())
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     remove(temporary)
@@ -28,10 +36,27 @@ def written_beside(path: Path) -> Iterator[Path]:
         yield temporary
         _put_in_place(temporary, path)
     except OSError as error:
-        error.filename = str(error.filename or path).replace(str(temporary), str(path))
+        at = str(error.filename or path)
+        error.filename = at.replace(str(temporary), str(path))
+        if isinstance(error, FileNotFoundError) and at == str(temporary):
+            raise UserError(f"{path}: no file can be made there; choose another place.") from None
         raise
     finally:
         remove(temporary)
+
+
+def refuse_unwritable(path: Path) -> None:
+    """UserError where a file cannot be written: to be asked before the work whose result it will hold."""
+    folder = path.parent
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if path.exists() and not path.is_file() and not path.is_dir():
+        return
+    if path.is_dir() or not folder.is_dir():
+        found = f"{path} is a folder" if path.is_dir() else f"{folder} is a file"
+        raise UserError(f"{path}: no file can be written there, {found}; choose another name.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: no permission to write into {folder}; choose another place.")
 
 
 def _put_in_place(temporary: Path, path: Path) -> None:
@@ -68,11 +93,15 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """The JSON in `path`; UserError where there is none or it is damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refused)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file.") from None
     except (ValueError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); the file is damaged, write it again.") from None
+
+
+def _refused(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
 
 
 def sha256(path: Path) -> str:

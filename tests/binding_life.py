@@ -54,6 +54,10 @@ def life(cuda: Cuda) -> dict[str, Any]:
     for pinned in (source, target):
         cuda.free_pinned(pinned)
     cuda.free(address)
+    mapped, at = cuda.allocate_mapped(256)
+    mapped[:] = sent
+    result["mapped"] = cuda.shares_memory() and bytes((ctypes.c_uint8 * 256).from_address(at)) == sent.tobytes()
+    cuda.free_pinned(mapped)
     return result
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from faqd.benchmarks import engines
+from faqd.bundle import FLOAT_STUDENT, FLOAT_STUDENT_FP16, TEACHER, TEACHER_FP16, write_manifest
 from faqd.deploy import cuda as cuda_module
 from faqd.deploy.trt import TensorRT
 from tests.fake_gpu import GPU, FakeCuda, FakeNetwork, FakeTensorRT, Io, Mode, fake_gpu
@@ -26,9 +27,14 @@ LAYERS = [
 ]
 
 
-def make_engines(folder: Path, *roles: str, **options: Any) -> Path:
-    """roles: of the engines, student alone by default."""
-    make_bundle(folder, **options)
+def make_engines(folder: Path, *roles: str, fp16_teacher: bool = True, **options: Any) -> Path:
+    """roles: of the engines, student alone by default. fp16_teacher: False for a bundle of before."""
+    bundle = make_bundle(folder, **options)
+    halves = {FLOAT_STUDENT_FP16: FLOAT_STUDENT} | ({TEACHER_FP16: TEACHER} if fp16_teacher else {})
+    for half, full in halves.items():  # No engine is built from them here: that they are there is enough.
+        (folder / half).write_bytes((folder / full).read_bytes() + b"\0")
+    facts = {key: value for key, value in bundle.manifest.items() if key not in ("files", "format", "version", "faqd")}
+    write_manifest(folder, facts, dict.fromkeys([*bundle.manifest["files"], *halves], "0" * 64))
     for role in roles or ("student.tensorrt",):
         plan = role.encode()
         (folder / f"{role}.engine").write_bytes(plan)

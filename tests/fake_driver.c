@@ -34,7 +34,7 @@ int cuDeviceGet(int *device, int number) { *device = number; return OK; }
 int cuDeviceGetName(char *name, int size, int device) { snprintf(name, size, "Fake GPU"); return OK; }
 int cuDeviceTotalMem_v2(size_t *bytes, int device) { *bytes = (size_t)1 << 33; return OK; }
 int cuDeviceGetAttribute(int *value, int attribute, int device) {
-  *value = attribute == 75 ? 8 : attribute == 76 ? 7 : 0;  /* compute capability, major and minor */
+  *value = attribute == 75 ? 8 : attribute == 76 ? 7 : attribute == 18;  /* compute capability 8.7, integrated */
   return OK;
 }
 int cuDevicePrimaryCtxRetain(void **context, int device) { held_things++; *context = &context_object; return OK; }
@@ -60,6 +60,7 @@ int cuMemAlloc_v2(void **address, size_t size) {
 int cuMemFree_v2(void *address) { return give_back(address); }
 int cuMemHostAlloc(void **address, size_t size, unsigned flags) { return cuMemAlloc_v2(address, size); }
 int cuMemAllocHost_v2(void **address, size_t size) { return cuMemAlloc_v2(address, size); }
+int cuMemHostGetDevicePointer_v2(void **address, void *host, unsigned flags) { *address = host; return OK; }
 int cuMemFreeHost(void *address) { return give_back(address); }
 
 static int copied(void *to, const void *from, size_t size) {

@@ -39,6 +39,7 @@ class FakeCuda(Cuda):
         self.events: dict[str, float] = {}
         self.graphs: list[list[Callable[[], None]]] = []
         self.closed = False
+        self.shared = False
         self.log: list[str] = []
         self.fails: dict[str, str] = {}
         self.capturing: list[Callable[[], None]] | None = None
@@ -79,8 +80,20 @@ class FakeCuda(Cuda):
         self.pinned[array.ctypes.data] = array
         return array
 
+    def allocate_mapped(self, size: int) -> tuple[NDArray[np.uint8], int]:
+        self._did("allocate_mapped")
+        data = bytearray(b"\xee" * size)
+        array = np.frombuffer(data, np.uint8)
+        self.pinned[array.ctypes.data] = array
+        self.memory[array.ctypes.data] = data
+        return array, array.ctypes.data
+
+    def shares_memory(self) -> bool:
+        return self.shared
+
     def free_pinned(self, array: NDArray[np.uint8]) -> None:
         del self.pinned[array.ctypes.data]
+        self.memory.pop(array.ctypes.data, None)
         self._did("free_pinned")
 
     def copy_in(self, address: int, array: NDArray[np.uint8], stream: Any) -> None:

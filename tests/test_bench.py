@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -158,6 +159,7 @@ def test_the_command_prints_a_table_of_at_most_100_columns(
     assert max(map(len, out.splitlines())) <= 100
     assert "\x1b" not in out
     assert all(word in out for word in ("tiny teacher", "tiny 8/8", "tiny PTQ", "distilled", "its float graph"))
+    assert "tiny PTQ, PTQ" in out, "in tables without a kind the name says it"
     found = json.loads((tmp_path / "r.json").read_text())
     assert f"{100 * found['networks'][1]['accuracy']['top1']['value']:.1f}" in out
     assert found["command"][:2] == ["faqd-bench", str(bundles[0])]
@@ -230,3 +232,24 @@ def test_help_needs_neither_onnxruntime_nor_torch() -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "--min-accuracy-ratio" in done.stdout
+
+
+@pytest.mark.parametrize("key", ["teacher", "preprocess", "input", "size", "name"])
+def test_a_manifest_that_lacks_something_is_a_sentence(
+    folders: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    key: str,
+) -> None:
+    folder = Path(shutil.copytree(folders["student"], tmp_path / "copy"))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    damaged = {**manifest, "teacher": {}} if key == "name" else {k: v for k, v in manifest.items() if k != key}
+    (folder / "manifest.json").write_text(json.dumps(damaged))
+    assert call(monkeypatch, folder, "--skip-latency", "--backend", "onnxruntime") == 2
+    error = capsys.readouterr().err
+    assert "manifest.json: damaged (" in error and key in error and "export the run again" in error
+    manifest["files"]["eval.npz"] = {}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert call(monkeypatch, folder) == 2
+    assert "manifest.json: damaged, eval.npz has no SHA-256" in capsys.readouterr().err

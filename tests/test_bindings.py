@@ -67,7 +67,7 @@ def test_a_binding_does_all_that_is_asked_and_gives_everything_back(backend: str
         "memory_bytes": 1 << 33,
         "cuda": "13.0",
     }
-    assert found["life"] == {"came_back": True, "ms": 2.0, "stream": True}
+    assert found["life"] == {"came_back": True, "ms": 2.0, "stream": True, "mapped": True}
     assert (found["held"], found["after_all"]) == (0, 0)
     assert re.match(r"CUDA: cuMemAlloc failed: .*out of memory\. Take a smaller batch", found["too_much"])
     if backend == "cuda-bindings":

@@ -88,7 +88,12 @@ def test_a_free_batch_gets_shapes_that_are_in_order(given: dict[str, int], batch
         ({"opt_shapes": {"images": (1, 3, 32, 32)}}, "this input is -1x3x16x16"),
         ({"opt_shapes": {"images": (1, 3, 16)}}, "this input is -1x3x16x16"),
         ({"max_shapes": {"images": (0, 3, 16, 16)}}, "at least 1"),
-        ({"min_shapes": {"images": (9, 3, 16, 16)}, "max_shapes": {"images": (4, 3, 16, 16)}}, "in this order"),
+        ({"min_shapes": {"images": (9, 3, 16, 16)}, "max_shapes": {"images": (4, 3, 16, 16)}}, "no shape may be"),
+        (
+            {"opt_shapes": {"images": (9, 3, 16, 16)}, "max_shapes": {"images": (4, 3, 16, 16)}},
+            r"input images: --min-shapes 1x3x16x16 \(where none is given\), --opt-shapes 9x3x16x16, --max-shapes 4x3x",
+        ),
+        ({"max_shapes": {"images": (1 << 40, 3, 16, 16)}}, r"--max-shapes images:.*at most 2,147,483,647 elements"),
     ],
 )
 def test_shapes_that_do_not_fit_the_network_are_refused(options: dict[str, Any], says: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import json
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +19,7 @@ from faqd.deploy.cli import cli as deploy_cli
 from faqd.errors import UserError
 from faqd.files import written_beside
 from faqd.train.cli import cli as train_cli
-from tests.toy_runs import faqd_train
+from tests.toy_runs import faqd_train, outcome_of
 
 DATA = "--data --data-root --download --image-size --resize --channels --mean --std --labels --limit"
 SCHEDULE = "--epochs --steps --batch-size --lr --seed --data-seed --device --out --resume --time-limit"
@@ -55,9 +57,10 @@ FLAGS = {
     "faqd-deploy selftest": "--cases --cuda --json",
     "faqd-bench": (
         "--batch --threads --backend --cuda --trust --preset --use-cuda-graph --use-spin-wait --include-data-transfers "
-        "--warm-up --duration --iterations --avg-runs --percentile --rounds --skip-latency --sweep --sustained "
-        "--energy-duration --power-rail --dump-profile --export-profile --export-times --metric --report "
-        "--min-accuracy-ratio --min-agreement --max-p99-ms --max-energy-mj --from --compare --json --version"
+        "--zero-copy --inf-streams --warm-up --duration --iterations --avg-runs --percentile --rounds --skip-latency "
+        "--sweep --sustained --energy-duration --power-rail --dump-profile --export-profile --export-times "
+        "--metric --report --min-accuracy-ratio --min-agreement --max-p99-ms --max-energy-mj --from --compare "
+        "--json --version"
     ),
 }
 TOOLS: dict[str, click.Command] = {"faqd-train": train_cli, "faqd-deploy": deploy_cli, "faqd-bench": bench_command}
@@ -172,3 +175,34 @@ def test_json_never_takes_the_place_of_a_folder(tmp_path: Path) -> None:
     outcome = faqd_train("recipes", "--json", tmp_path)
     assert outcome.code == 2 and "is a directory" in outcome.stderr
     assert (tmp_path / "kept").exists()
+
+
+def test_a_pipe_is_written_to_and_stays_a_pipe(tmp_path: Path) -> None:
+    """So does /dev/null: a rename would put a file in its place."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    outcome = faqd_train("recipes", "--json", pipe)
+    assert outcome.code == 0 and isinstance(json.loads(os.read(reader, 1 << 16)), list | dict)
+    os.close(reader)
+    assert pipe.is_fifo() and list(tmp_path.iterdir()) == [pipe]
+
+
+@pytest.mark.parametrize("option", ["--json", "--report", "--export-times", "--export-profile"])
+def test_what_cannot_be_written_is_said_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    monkeypatch.setattr("faqd.benchmarks.cli._measure", lambda *_: pytest.fail("measured first"))
+    (tmp_path / "file").touch()
+    for target in (tmp_path / "file" / "r", tmp_path / "file" / "deep" / "r"):
+        outcome = outcome_of(bench_command, (tmp_path / "bundle", option, target))
+        assert outcome.code == 2 and f"{tmp_path / 'file'} is a file" in outcome.stderr
+    monkeypatch.setattr(os, "access", lambda folder, mode: False)
+    outcome = outcome_of(bench_command, (tmp_path / "bundle", option, tmp_path / "new" / "r"))
+    assert outcome.code == 2 and f"no permission to write into {tmp_path}" in outcome.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"file"}
+
+
+def test_where_no_file_can_be_made_is_a_sentence() -> None:
+    with pytest.raises((UserError, PermissionError), match="faqd"), written_beside(Path("/proc/faqd")) as temporary:
+        temporary.touch()

@@ -228,3 +228,22 @@ def test_a_jetson_is_known_by_its_files(tmp_path: Path) -> None:
     (tmp_path / "proc" / "device-tree" / "model").write_bytes(b"NVIDIA Jetson AGX Thor\0")
     (tmp_path / "etc" / "nv_tegra_release").write_text("# R99 (release), REVISION: 1.0\n")
     assert jetson(tmp_path) == "NVIDIA Jetson AGX Thor, Jetson Linux 99.1.0"
+
+
+@pytest.mark.parametrize(
+    "builder", [{"name": 7, "version": "10.3"}, {"name": "tensorrt", "version": ""}, {"name": "tensorrt"}, []]
+)
+def test_a_record_without_its_builder_is_damaged(tmp_path: Path, builder: Any) -> None:
+    (tmp_path / "net.engine").touch()
+    record = {"format": "faqd-engine", "version": 1, "engine": {"sha256": ""}, "builder": builder}
+    write_json(tmp_path / "net.engine.json", record)
+    with pytest.raises(UserError, match=r"net\.engine\.json: the record is damaged\. Build it on this machine"):
+        examine(tmp_path / "net.engine")
+    (tmp_path / "net.engine.json").write_text("")
+    with pytest.raises(UserError, match=r"net\.engine\.json: not valid JSON.*build-engine"):
+        examine(tmp_path / "net.engine")
+
+
+def test_a_folder_is_no_engine(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is a folder; name an engine in it, such as .*student\.tensorrt\.engine\.$"):
+        examine(tmp_path)

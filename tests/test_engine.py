@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from faqd.bundle import FLOAT_STUDENT_FP16, STUDENT_TENSORRT, TEACHER, VERIFY, Bundle, write_manifest
+from faqd.bundle import FLOAT_STUDENT_FP16, STUDENT_TENSORRT, TEACHER, TEACHER_FP16, VERIFY, Bundle, write_manifest
 from faqd.deploy import cuda, engine, runtime
 from faqd.deploy.build_options import BuildOptions
 from faqd.deploy.bundle_engines import build_bundle
 from faqd.deploy.engine import engine_from_onnx
+from faqd.deploy.float16 import float16_from_float32
 from faqd.deploy.record import read_record
 from faqd.deploy.runtime import load_engine
-from faqd.deploy.trt import Messages, TensorRT, installed
+from faqd.deploy.trt import Messages, TensorRT, builder_here
 from faqd.errors import UserError
 from faqd.files import sha256, write_json
 from tests.qdq_network import LAYERS, residual_network, unbuildable_network, written
@@ -110,7 +111,7 @@ def test_a_file_that_changed_since_the_bundle_was_read_is_refused(tmp_path: Path
 )
 def test_what_tensorrt_rtx_does_not_have_is_refused_before_the_build(tmp_path: Path, option: dict[str, Any]) -> None:
     onnx = written(residual_network(), tmp_path / "net.onnx")
-    if installed().name != "tensorrt_rtx":
+    if builder_here(cuda.device_or_none()[0] is not None)[0].name != "tensorrt_rtx":
         pytest.skip("the full TensorRT is installed, which has it")
     said: list[str] = []
     with pytest.raises(UserError, match=r"^--.*: TensorRT-RTX \d+\.\d+.* does not have it"):
@@ -246,11 +247,14 @@ def test_without_a_gpu_loading_ends_in_a_sentence(tmp_path: Path) -> None:
         load_engine(tmp_path / "net.engine")
 
 
-def make_bundle(folder: Path, layers: tuple[str, ...] = LAYERS, student: str = STUDENT_TENSORRT) -> Bundle:
+def make_bundle(
+    folder: Path, layers: tuple[str, ...] = LAYERS, student: str = STUDENT_TENSORRT, teacher: str = TEACHER_FP16
+) -> Bundle:
     folder.mkdir()
-    names = (student, FLOAT_STUDENT_FP16, TEACHER)
+    names = (student, FLOAT_STUDENT_FP16, teacher)
     for name in names:
-        written(residual_network(), folder / name)
+        network = residual_network()
+        written(float16_from_float32(network) if "fp16" in name else network, folder / name)
     facts = {"name": "tiny 8/8", "layers": [{"name": name, "operator": "Conv", "runs_int8": True} for name in layers]}
     return write_manifest(folder, facts, dict.fromkeys(names, "0" * 64))
 
@@ -269,8 +273,9 @@ def test_a_bundle_is_built_and_its_record_bound_to_the_verification(tmp_path: Pa
     assert [record["engine"]["file"] for record in records] == [
         "student.tensorrt.engine",
         "student.float.fp16.engine",
-        "teacher.engine",
+        "teacher.fp16.engine",
     ]
+    assert [record["float_type"] for record in records] == ["fp32", "fp16", "fp16"]
     assert records[0]["int8"]["expected"] == 6 and records[0]["int8"]["missing"] == []
     assert records[1]["int8"]["expected"] is None
     proof = {"file": VERIFY, "sha256": sha256(bundle.folder / VERIFY), "passed": True, "complaint": None}
@@ -311,6 +316,16 @@ def test_missing_verification_and_missing_int8_layers_are_said(tmp_path: Path) -
     assert any("7 layers should run in INT8, 6 do; not so: gone" in line for line in said)
 
 
+@needs_rtx
+def test_a_bundle_without_an_fp16_teacher_gets_an_fp32_one_and_is_told(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "bundle", teacher=TEACHER)
+    verify(bundle)
+    said: list[str] = []
+    records = build_bundle(bundle, all=True, force=False, options=BuildOptions(), say=said.append)
+    assert records[2]["engine"]["file"] == "teacher.engine" and records[2]["float_type"] == "fp32"
+    assert said[0].startswith("warning: ") and "holds no teacher.fp16.onnx" in said[0] and "FP32" in said[0]
+
+
 def test_a_student_for_onnxruntime_has_no_engine(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "bundle", student="student.onnxruntime.onnx")
     with pytest.raises(UserError, match=r"--target onnxruntime.*--target tensorrt"):
@@ -326,7 +341,7 @@ def test_no_builder_without_a_driver_is_a_sentence() -> None:
             raise TypeError("pybind11::init(): factory function returned nullptr")
 
     with pytest.raises(UserError, match=r"TensorRT 10\.13\.3 starts no builder .*GPU.*faqd\[rtx\]"):
-        engine._builder(TensorRT("tensorrt", NoDriver), None, Messages())
+        engine.new_builder(TensorRT("tensorrt", NoDriver), None, Messages())
 
 
 @pytest.mark.parametrize(

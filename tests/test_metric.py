@@ -34,6 +34,18 @@ def array(outputs, eval):
 
 def nothing(outputs, eval):
     pass
+
+def leaves(outputs, eval):
+    raise SystemExit(0)
+
+def huge(outputs, eval):
+    return {"x": 10**400}
+
+def changes(outputs, eval):
+    eval["teacher"]["logits"][:] = 0
+
+def changes_outputs(outputs, eval):
+    outputs["logits"] -= 1
 """
 
 
@@ -79,6 +91,11 @@ def test_dense_outputs_without_labels(file: Path, tmp_path: Path, monkeypatch: p
         ("mine.py:array", "x is a ndarray; return a plain number"),
         ("mine.py:nothing", "returned nothing; return a dict"),
         ("mine.py:absent", "no function absent there; it has score, distance"),
+        ("mine.py:leaves", "failed on tiny 8/8: line 27: SystemExit: 0"),
+        ("mine.py:huge", "x is inf; return finite numbers"),
+        ("mine.py:changes", "failed on tiny 8/8: line 33: ValueError: assignment destination is read-only"),
+        ("mine.py:changes_outputs", "failed on tiny 8/8: line 36: ValueError"),
+        ("exits.py:score", "importing it failed: line 1: SystemExit: 4"),
         ("mine.py", "expected FILE.py:function"),
         ("other.py:score", "no such file"),
         ("broken.py:score", "importing it failed: line 2: SyntaxError"),
@@ -95,6 +112,7 @@ def test_what_goes_wrong_is_a_sentence_with_its_line(
 ) -> None:
     (file.parent / "broken.py").write_text("x = 1\ndef score(:\n")
     (file.parent / "raises.py").write_text("\n\nx = 1 / 0\n")
+    (file.parent / "exits.py").write_text("raise SystemExit(4)\n")
     monkeypatch.chdir(file.parent)
     assert call(monkeypatch, bundle, "--skip-latency", "--metric", spec) == 2
     error = capsys.readouterr().err

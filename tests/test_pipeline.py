@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from faqd.deploy.pipeline import Streams
 from faqd.deploy.runtime import Engine, load_engine
 from faqd.errors import UserError
 from tests.fake_gpu import FakeCuda, FakeNetwork, FakeTensorRT, Io, Mode, engine_file, fake_gpu
@@ -19,15 +20,18 @@ COPY_OUT = ["follow", "record", "copy_out", "record"]
 KERNELS = ["record", "execute", "record"]
 
 
-@contextmanager
-def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **fails: set[str]) -> Iterator[tuple[FakeCuda, Engine]]:
-    network = FakeNetwork(
+def network(**fails: set[str]) -> FakeNetwork:
+    return FakeNetwork(
         [Io("x", Mode.INPUT, (4,)), Io("y", Mode.OUTPUT, (4,))],
         compute=lambda x: {"y": 2 * x},
         shapes=lambda x: {"y": x},
         **fails,
     )
-    with fake_gpu(network, monkeypatch) as cuda:
+
+
+@contextmanager
+def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **fails: set[str]) -> Iterator[tuple[FakeCuda, Engine]]:
+    with fake_gpu(network(**fails), monkeypatch) as cuda:
         with load_engine(engine_file(tmp_path), trust=True) as loaded:
             yield cuda, loaded
         assert cuda.held() == {} and cuda.closed
@@ -81,6 +85,54 @@ def test_spin_waiting_is_a_matter_of_the_events(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(FakeCuda, "event", _noting(FakeCuda.event, asked))
     with engine(tmp_path, monkeypatch) as (_, loaded), loaded.pipeline(FEEDS, spin=spin):
         assert asked == [not spin] * 7
+
+
+def test_zero_copy_computes_on_the_hosts_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copying = {"allocate", "allocate_pinned", "copy_in", "copy_out"}
+    monkeypatch.setattr(FakeCuda, "shares_memory", lambda self: True)
+    with (
+        engine(tmp_path, monkeypatch) as (cuda, loaded),
+        loaded.pipeline(FEEDS, slots=2, graph=True, zero_copy=True) as pipeline,
+    ):
+        pipeline.submit()
+        times = pipeline.collect()
+        assert times.latency_ms == times.compute_ms > 0 and (times.h2d_ms, times.d2h_ms) == (0, 0)
+        assert cuda.log.count("allocate_mapped") == 4 and not copying & set(cuda.log)
+    with fake_gpu(network(), monkeypatch) as cuda:
+        with load_engine(engine_file(tmp_path), trust=True, zero_copy=True, graph=True) as mapped:
+            for factor in (1, 3):
+                np.testing.assert_array_equal(mapped.run({"x": factor * FEEDS["x"]})["y"], 2 * factor * FEEDS["x"])
+        assert not copying & set(cuda.log) and cuda.held() == {}
+
+
+def test_zero_copy_is_refused_where_the_gpu_has_its_own_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = r"net\.engine: zero copy is for GPUs that share the host's memory"
+    with engine(tmp_path, monkeypatch) as (_, loaded), pytest.raises(UserError, match=said):
+        loaded.pipeline(FEEDS, zero_copy=True)
+    with pytest.raises(UserError, match=said), fake_gpu(network(), monkeypatch) as cuda:
+        load_engine(engine_file(tmp_path), trust=True, zero_copy=True)
+    assert cuda.held() == {} and cuda.closed
+
+
+def test_streams_take_queries_in_turn_and_answer_in_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (
+        engine(tmp_path, monkeypatch) as (cuda, loaded),
+        loaded.pipeline(FEEDS, slots=2) as one,
+        loaded.pipeline(FEEDS, slots=2) as other,
+    ):
+        streams = Streams([one, other])
+        assert streams.slots == 4 and not streams.cuda_graph
+        for _ in range(2):
+            streams.begin()
+            cuda.log.clear()
+            for _ in range(4):
+                streams.submit()
+            assert cuda.log.count("execute") == 4, "all are in flight before one is waited for"
+            starts = [streams.collect().start_h2d_ms for _ in range(4)]
+            assert starts == sorted(starts)
+            assert not one._in_flight and not other._in_flight
 
 
 def _noting(event: object, asked: list[bool]) -> object:

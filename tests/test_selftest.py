@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -253,3 +256,50 @@ def test_the_board_without_a_gpu_is_what_comes_out_here(record: dict[str, Any]) 
         assert kept[key] == record[key], f"{key} differs: run `faqd-deploy selftest --json results/boards/{name}` again"
     for before, now in zip(kept["cases"], record["cases"], strict=True):
         assert (before["outcome"], before["layers"]) == (now["outcome"], now["layers"])
+
+
+NO_DRIVER = """
+__version__ = "10.13.3"
+
+class ILogger:
+    INTERNAL_ERROR, ERROR, WARNING = range(3)
+
+class Builder:
+    def __init__(self, log):
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+"""
+"""What the full TensorRT is on a machine without a driver."""
+
+
+def run_beside(folder: Path, *modules: tuple[str, str]) -> subprocess.CompletedProcess[str]:
+    """The self-test with these modules found before what is installed."""
+    for name, code in modules:
+        (folder / f"{name}.py").write_text(code)
+    environment = os.environ | {"PYTHONPATH": f"{folder}:{Path(__file__).parents[1]}"}
+    command = [sys.executable, "-m", "faqd.deploy", "selftest", "--cases", "linear-clip$"]
+    command += ["--json", str(folder / "r.json")]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+needs_no_gpu = pytest.mark.skipif(device_or_none()[0] is not None, reason="this machine has a GPU, so TensorRT builds")
+
+
+@needs_rtx
+@needs_no_gpu
+def test_tensorrt_rtx_does_the_build_half_beside_a_tensorrt_without_a_driver(tmp_path: Path) -> None:
+    result = run_beside(tmp_path, ("tensorrt", NO_DRIVER))
+    assert result.returncode == 0, result.stderr
+    assert re.search(
+        r"TensorRT 10\.13\.3 is installed too, but builds only .* a GPU: TensorRT-RTX .* builds", result.stderr
+    )
+    record = json.loads((tmp_path / "r.json").read_text())
+    assert record["builder"]["name"] == "tensorrt_rtx" and record["summary"]["outcomes"] == {"built": 1}
+
+
+@needs_no_gpu
+def test_a_tensorrt_that_starts_no_builder_is_one_sentence(tmp_path: Path) -> None:
+    result = run_beside(tmp_path, ("tensorrt", NO_DRIVER), ("tensorrt_rtx", "raise ImportError('not here')"))
+    assert result.returncode == 2 and not (tmp_path / "r.json").exists()
+    assert (
+        result.stderr.startswith("error: TensorRT 10.13.3 starts no builder here") and "not built" not in result.stderr
+    )

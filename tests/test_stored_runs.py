@@ -58,9 +58,9 @@ def test_the_keys_are_these(record: dict[str, Any]) -> None:
         "gates notes"
     )
     assert " ".join(record["switches"]) == (
-        "backend preset cuda_graph spin_wait transfers submissions duration_s warm_up_ms iterations rounds "
-        "min_accuracy_ratio min_agreement max_p99_ms max_energy_mj batch percentiles average_runs skip_latency sweep "
-        "profile sustained_minutes energy_duration_s power_rail metric"
+        "backend preset cuda_graph spin_wait transfers zero_copy inf_streams submissions duration_s warm_up_ms "
+        "iterations rounds min_accuracy_ratio min_agreement max_p99_ms max_energy_mj batch percentiles average_runs "
+        "skip_latency sweep profile sustained_minutes energy_duration_s power_rail metric"
     )
     student = record["networks"][1]
     assert " ".join(student) == (
@@ -235,6 +235,21 @@ def test_compare_tells_a_change_from_noise(record: dict[str, Any]) -> None:
     worse_student = copy.deepcopy(record)
     worse_student["networks"][1]["accuracy"]["top1"] |= {"value": 0.5, "low": 0.4, "high": 0.6}
     assert verdicts(compare(record, worse_student))["top1 None"] == "worse"
+
+
+def test_compare_pairs_networks_of_one_name_in_their_order(record: dict[str, Any]) -> None:
+    """Two bundles of the same bits have students and float graphs of the same name."""
+    teacher, student, own = record["networks"]
+    record["bundles"] += [dict(record["bundles"][0]), {**record["bundles"][0], "kind": "ptq"}]
+    again = [[{**copy.deepcopy(network), "bundle": index} for network in (student, own)] for index in (1, 2)]
+    for factor, latency in enumerate((student["latency"][0], *(pair[0]["latency"][0] for pair in again)), 1):
+        latency["median_ms"] = float(factor)
+    before = {**record, "networks": [teacher, student, own, *again[0], *again[1]]}
+    changes = [c for c in compare(before, before)["changes"] if c["measure"] == "median_ms" and c["batch"] == 1]
+    assert len(changes) == 7 and all(change["before"] == change["after"] for change in changes)
+    without = {**record, "networks": [teacher, *again[1]]}
+    found = [c["after"] for c in compare(before, without)["changes"] if c["network"] == student["name"]]
+    assert 3.0 in found and not {1.0, 2.0} & set(found), "the PTQ one is compared with itself"
 
 
 def test_compare_never_crosses_presets_devices_or_data(record: dict[str, Any]) -> None:

@@ -24,14 +24,18 @@ from faqd.bundle import (
     STUDENT_TENSORRT,
     STUDENT_TENSORRT_FP32,
     TEACHER,
+    TEACHER_FP16,
+    VERIFY,
     Bundle,
     load_bundle,
     write_manifest,
 )
+from faqd.deploy.float16 import float16_from_float32
 from faqd.deploy.onnx_file import load_model
 from faqd.deploy.proof_table import print_verification
 from faqd.deploy.referee import Referee
 from faqd.deploy.student import quantize_after_training
+from faqd.deploy.teacher_float16 import TEACHER_IMAGES
 from faqd.deploy.verify import CHANCE, EQUAL_CODES, probe_inputs, tolerated, verification, verify_file
 from faqd.errors import UserError
 from faqd.files import read_json
@@ -272,12 +276,28 @@ def test_every_file_of_the_bundle_is_standard_onnx_and_says_what_it_is(bundle: B
             assert trace.encode() not in data
         assert model.producer_name == "faqd" and model.producer_version == bundle.manifest["faqd"]
         metadata = {entry.key: entry.value for entry in model.metadata_props}
-        if name != TEACHER:
+        if name not in (TEACHER, TEACHER_FP16):
             assert metadata["faqd.weights_sha256"] == bundle.manifest["files"][name]["made_from"]
             assert json.loads(metadata["faqd.preprocess"]) == json.loads(json.dumps(bundle.preprocess.to_json()))
             assert metadata["faqd.classes"].split(",") == bundle.manifest["classes"]
             bits = {row["name"]: f"{row['weights']} x {row['inputs']}" for row in bundle.manifest["layers"]}
             assert dict(entry.split(": ", 1) for entry in metadata["faqd.bits"].split("; ")) == bits
+
+
+def test_the_teacher_is_there_in_fp16_and_what_that_costs_is_told(
+    bundle: Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = bundle.manifest["files"]
+    assert files[TEACHER_FP16]["made_from"] == files[TEACHER]["made_from"]
+    assert files[TEACHER_FP16]["bytes"] < 0.8 * files[TEACHER]["bytes"]
+    half = load_model(bundle.path(TEACHER_FP16))
+    assert half == float16_from_float32(load_model(bundle.path(TEACHER)))
+    record = read_json(bundle.folder / VERIFY)
+    compared = record["teacher_float16"]
+    assert compared["images"] == min(TEACHER_IMAGES, len(bundle.evaluation().images))
+    assert compared["top1_agreement"] > 0.9 and all(40 < value < 100 for value in compared["snr_db"].values())
+    print_verification(record)
+    assert "teacher FP16 = FP32: " in capsys.readouterr().out
 
 
 def test_a_missing_rounding_is_named(bundle: Bundle, probes: NDArray[np.float32]) -> None:

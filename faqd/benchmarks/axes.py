@@ -41,7 +41,7 @@ class Axis:
 def colour_class(network: Record) -> str:
     """The style sheet's class for a network; an unknown kind is drawn as a student."""
     if network["role"] != "student":
-        return str(network["role"])
+        return "float" if network["role"] == "float" else "teacher"
     return "ptq" if network["kind"] == "ptq" else "distilled"
 
 

@@ -31,12 +31,21 @@ from faqd.benchmarks.latency import (
     summary,
 )
 from faqd.benchmarks.metric import Metric, images_judged
-from faqd.benchmarks.networks import Array, Backend, Network, bundle_record, check_comparable, entries, feeds_of
+from faqd.benchmarks.networks import (
+    Array,
+    Backend,
+    Network,
+    bundle_record,
+    check_comparable,
+    entries,
+    feeds_of,
+    timed_teacher,
+)
 from faqd.benchmarks.remarks import remarks
 from faqd.benchmarks.stored import FORMAT, VERSION
 from faqd.benchmarks.sustained import sustained
 from faqd.benchmarks.sweep import sweep
-from faqd.bundle import EVAL, Bundle, Evaluation
+from faqd.bundle import EVAL, Bundle, Evaluation, without_fp16_teacher
 from faqd.errors import UserError
 
 EVAL_BATCH = 64
@@ -99,6 +108,15 @@ class _Bench:
     def students(self) -> list[dict[str, Any]]:
         return [entry for entry in self.networks if entry["role"] == "student"]
 
+    def judged(self) -> list[dict[str, Any]]:
+        """The students; on a GPU the FP16 networks too, which may have lost something as well."""
+        return [entry for entry in self.measured() if entry["role"] == "student" or entry["weight_bits"] == 16]
+
+    @property
+    def teacher(self) -> str:
+        """The id of the one that is run."""
+        return timed_teacher(self.networks)
+
     def measured(self) -> list[dict[str, Any]]:
         return [entry for entry in self.networks if entry["id"] in self.opened]
 
@@ -124,7 +142,9 @@ def bench(
     data = bundles[0].evaluation()
     meter, no_meter = _meter(backend, options)
     _check_gates(data, options, no_meter)
-    run = _Bench(bundles, backend, options, data, entries(bundles, backend.student), progress, clock)
+    run = _Bench(bundles, backend, options, data, entries(bundles, backend.files), progress, clock)
+    if backend.gpu and run.teacher == "teacher":
+        run.notes.append(without_fp16_teacher(bundles[0]))
     clocks = Clocks(backend.gpu)
     times = profile = None
     with ExitStack() as stack:
@@ -160,7 +180,7 @@ def bench(
         },
         "metric": metric.to_json(images_judged(data)) if metric else None,
         "energy": energy.meter_json(meter) if meter else energy.not_measured(no_meter),
-        "bundles": [bundle_record(bundle, backend.student) for bundle in bundles],
+        "bundles": [bundle_record(bundle, backend.files["student"]) for bundle in bundles],
         "networks": run.networks,
         "gates": [],
         "notes": run.notes,
@@ -209,13 +229,15 @@ def _check_gates(data: Evaluation, options: Options, no_meter: str) -> None:
 
 def _open(run: _Bench, stack: ExitStack) -> None:
     for entry in run.networks:
+        if entry["id"] == "teacher" != run.teacher:
+            continue
         bundle = run.bundles[entry["bundle"]]
         reason = run.backend.missing(bundle, entry["role"])
         if reason and entry["role"] == "student":
             raise UserError(reason)
         if reason:
             run.notes.append(reason)
-        elif entry["role"] == "student" or not run.options.skip_latency:
+        elif entry["role"] == "student" or run.backend.gpu or not run.options.skip_latency:
             network = stack.enter_context(run.backend.open(bundle, entry["role"]))
             start = run.clock()
             network.run(run.feeds(1 if entry["role"] == "student" else run.batch))
@@ -225,11 +247,17 @@ def _open(run: _Bench, stack: ExitStack) -> None:
 
 def _accuracy(run: _Bench, metric: Metric | None) -> None:
     data = run.data
-    for entry in run.students():
+    for entry in run.judged():
         run.progress(f"accuracy of {entry['name']} on {len(data.images)} images")
         bundle = run.bundles[entry["bundle"]]
         outputs = _outputs(bundle, run.opened[entry["id"]], data)
-        entry["accuracy"] = judge(outputs, data.teacher, data.labels, bundle.name)
+        try:
+            entry["accuracy"] = judge(outputs, data.teacher, data.labels, entry["name"])
+        except UserError as error:
+            if entry["role"] == "student":
+                raise
+            run.notes.append(str(error))
+            continue
         if metric:
             entry["metric"] = metric.of(outputs, data, bundle, entry["name"])
     teacher = run.networks[0]
@@ -270,7 +298,7 @@ def _latency(run: _Bench) -> Times | None:
                 ONE_AHEAD: _summary(run, ahead[entry["id"]], batch) if run.ahead else None,
             }
             entry["latency"].append(record)
-            for over, baseline in (("own_float", entry["own_float"]), ("teacher", "teacher")):
+            for over, baseline in (("own_float", entry["own_float"]), ("teacher", run.teacher)):
                 if baseline in closed and entry["role"] == "student":
                     ratio = speed_up(own, closed[baseline]).to_json()
                     entry["speed_up"].append({"batch": batch, "over": over, "baseline": baseline, **ratio})

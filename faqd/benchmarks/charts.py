@@ -21,7 +21,7 @@ from faqd.benchmarks.axes import (
     svg,
     vertical_grid,
 )
-from faqd.benchmarks.figures import Record, compared, first_batch, latency_at, milliseconds, percent
+from faqd.benchmarks.figures import Record, compared, first_batch, label, latency_at, milliseconds, percent
 from faqd.benchmarks.labels import Box, place, text_width
 
 FAR_BELOW = 0.15
@@ -152,6 +152,7 @@ def _mark(point: _Point, at: float, value: float, x: Axis, y: Axis, shown: bool)
     shapes = {
         "teacher": '<path class="mark" d="M{0} {1}m0 -8l8 8l-8 8l-8 -8z"/>',
         "ptq": '<path class="mark" d="M{0} {1}m-6 -6h12v12h-12z"/>',
+        "float": '<path class="mark" d="M{0} {1}m0 -7l7 13h-14z"/>',
     }
     shape = Markup(shapes.get(kind, '<circle class="mark" cx="{0}" cy="{1}" r="6.5"/>')).format(px(at), px(value))
     return Markup('<g class="{}">{}{}{}</g>').format(kind, title, bars, shape)
@@ -160,7 +161,7 @@ def _mark(point: _Point, at: float, value: float, x: Axis, y: Axis, shown: bool)
 def _label_lines(point: _Point, limit: int = 40, below: bool = False) -> tuple[str, str]:
     arrow = f"{BELOW} " if below else ""
     share = f"{percent(point.share['value'], point.share['n'])} %"
-    return short(point.network["name"], limit), f"{arrow}{share} · {milliseconds(point.latency['median_ms'])} ms"
+    return short(label(point.network), limit), f"{arrow}{share} · {milliseconds(point.latency['median_ms'])} ms"
 
 
 def _label(lines: tuple[str, str], box: Box, anchor: tuple[float, float]) -> Markup:
@@ -200,7 +201,7 @@ def _strip(network: Record, record: Record, x: Axis, top: float, right: float, w
     ).format(
         colour_class(network),
         px(top + 4),
-        short("its float graph" if network["role"] == "float" else network["name"], max(10, room)),
+        short("its float graph" if network["role"] == "float" else label(network), max(10, room)),
         px(right),
         note,
         px(x.clipped(spread[0])),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +68,7 @@ def _measure(bundles: Sequence[Path], gates: Gates, console: Console, options: d
         raise UserError("--export-times and --export-profile need timed queries, and --skip-latency leaves them out.")
     metric = load_metric(options["metric"]) if options["metric"] else None
     loaded = [load_bundle(folder) for folder in bundles]
-    asked = Asked(*(options.pop(name) for name in ("preset", "cuda_graph", "spin_wait", "transfers")))
+    asked = Asked(*(options.pop(field.name) for field in fields(Asked)))
     chosen = _backend(loaded, asked, options)
     console.print(f"Running on {chosen.name}: {chosen.facts['why']}.", style="dim", markup=False)
     done = bench(
@@ -154,14 +155,21 @@ def _backend(bundles: Sequence[Bundle], asked: Asked, options: dict[str, Any]) -
         why = "asked for" if choice == "engine" else "a GPU and engines are here"
         return EngineBackend(device, why, asked.on_a_gpu(), cuda=cuda, trust=options["trust"])
     asked.refuse_without_gpu()
-    from faqd.benchmarks.sessions import OnnxruntimeBackend
-
     if choice == "onnxruntime":
         why = "asked for"
     elif device is not None:
         why = f"{without[0]} has no {STUDENT_ENGINE}; `faqd-deploy build-engine {without[0]}` makes it"
     else:
         why = "no GPU that can be used from here"
+    try:
+        from faqd.benchmarks.sessions import OnnxruntimeBackend
+    except ModuleNotFoundError as error:
+        if choice == "onnxruntime" or error.name not in ("onnx", "onnxruntime"):
+            raise
+        # On a board the CPU is not what was meant: what keeps the engines from running is what must be said.
+        raise UserError(
+            f"{why}{f' ({reason})' if reason else ''}. To measure on the CPU instead: pip install 'faqd[onnx]'."
+        ) from None
     return OnnxruntimeBackend(options["threads"], why)
 
 

@@ -21,7 +21,7 @@ SIGNIFICANCE = 0.01
 LEAST_ROUNDS = 5
 """In each run; with fewer, the rank test can hardly reach its level whatever the times."""
 
-CONDITIONS = ("backend", "preset", "cuda_graph", "spin_wait", "transfers")
+CONDITIONS = ("backend", "preset", "cuda_graph", "spin_wait", "transfers", "zero_copy")
 """Switches with which a latency means something else."""
 
 
@@ -30,8 +30,8 @@ def compare(a: Record, b: Record) -> dict[str, Any]:
     differ = list(_differences(a, b))
     accuracy_differs = [text for text in differ if text.startswith("evaluation data")]
     latency_differs = [text for text in differ if not text.startswith("evaluation data")]
-    others = {_key(network): network for network in b["networks"]}
-    pairs = [(network, others[_key(network)]) for network in a["networks"] if _key(network) in others]
+    others = _by_key(b)
+    pairs = [(network, others[key]) for key, network in _by_key(a).items() if key in others]
     if not pairs:
         raise UserError("the two records have no network in common (by name, kind and bits); nothing to compare.")
     changes = []
@@ -77,8 +77,15 @@ def _ways(n: int, m: int) -> tuple[int, ...]:
     return tuple(total)
 
 
-def _key(network: Record) -> tuple[Any, ...]:
-    return tuple(network[key] for key in ("role", "name", "kind", "weight_bits", "act_bits"))
+def _by_key(record: Record) -> dict[tuple[Any, ...], Record]:
+    """The networks by what they are called, and by how many of that name stand before them."""
+    found: dict[tuple[Any, ...], Record] = {}
+    for network in record["networks"]:
+        made = None if network["role"].startswith("teacher") else record["bundles"][network["bundle"]]["kind"]
+        name = (made, *(network[key] for key in ("role", "name", "kind", "weight_bits", "act_bits")))
+        key = (*name, sum(other[:-1] == name for other in found))
+        found[key] = network
+    return found
 
 
 def _differences(a: Record, b: Record) -> Iterator[str]:
@@ -92,7 +99,7 @@ def _differences(a: Record, b: Record) -> Iterator[str]:
     if threads[0] != threads[1]:
         yield f"threads {threads[0]} against {threads[1]}, so latencies are not compared"
     for name in CONDITIONS:
-        before, after = a["switches"][name], b["switches"][name]
+        before, after = (record["switches"].get(name) for record in (a, b))
         if before != after:
             yield f"{name} {before} against {after}, so latencies are not compared"
 

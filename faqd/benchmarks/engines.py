@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,20 @@ from numpy.typing import NDArray
 
 from faqd.benchmarks.networks import Network, Role
 from faqd.benchmarks.switches import DeviceSwitches
-from faqd.bundle import FLOAT_STUDENT_FP16, STUDENT_TENSORRT, TEACHER, Bundle
+from faqd.bundle import FLOAT_STUDENT_FP16, STUDENT_TENSORRT, TEACHER, TEACHER_FP16, Bundle
 from faqd.deploy.cuda_interface import Device
 from faqd.deploy.kernels import layer_kind
-from faqd.deploy.pipeline import Pipeline
+from faqd.deploy.pipeline import Pipeline, Streams
 from faqd.deploy.record import engine_name, read_record, record_path
 from faqd.deploy.runtime import Engine, load_engine
 from faqd.deploy.trt import installed
 
-_ONNX: dict[Role, str] = {"teacher": TEACHER, "student": STUDENT_TENSORRT, "float": FLOAT_STUDENT_FP16}
+_ONNX: dict[Role, str] = {
+    "teacher": TEACHER,
+    "teacher_fp16": TEACHER_FP16,
+    "student": STUDENT_TENSORRT,
+    "float": FLOAT_STUDENT_FP16,
+}
 
 
 class EngineBackend:
@@ -28,7 +33,7 @@ class EngineBackend:
     record."""
 
     name = "engine"
-    student = STUDENT_TENSORRT
+    files: Mapping[Role, str] = _ONNX
 
     def __init__(
         self, device: Device, why: str, switches: DeviceSwitches, *, cuda: str | None = None, trust: bool = False
@@ -79,11 +84,17 @@ class _Network:
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         return self._engine.run(dict(feeds))
 
-    def submission(self, feeds: Mapping[str, NDArray[Any]], slots: int = 1) -> Pipeline:
+    @contextmanager
+    def submission(self, feeds: Mapping[str, NDArray[Any]], slots: int = 1) -> Iterator[Pipeline | Streams]:
         how = self._switches
-        return self._engine.pipeline(
-            feeds, slots=slots, graph=how.cuda_graph, transfers=how.transfers, spin=how.spin_wait
-        )
+        options = {"graph": how.cuda_graph, "transfers": how.transfers, "spin": how.spin_wait}
+        options["zero_copy"] = how.zero_copy
+        count = how.inf_streams if slots > 1 else 1
+        with ExitStack() as stack:
+            pipelines = [
+                stack.enter_context(self._engine.pipeline(feeds, slots=slots, **options)) for _ in range(count)
+            ]
+            yield pipelines[0] if count == 1 else Streams(pipelines)
 
     def layer_times(self, feeds: Mapping[str, NDArray[Any]], runs: int) -> list[tuple[str, str, list[float]]]:
         known = {}

@@ -69,8 +69,22 @@ def first_batch(result: Record) -> int:
 
 
 def compared(result: Record) -> list[Record]:
-    """The teacher and the students: the rows of the main table."""
-    return [network for network in result["networks"] if network["role"] != "float"]
+    """The teacher, the students, and the float graphs that were judged: the rows of the main table."""
+    return [network for network in result["networks"] if network["role"] != "float" or network["accuracy"]]
+
+
+def label(network: Record) -> str:
+    """A network's name where its kind does not stand below it: PTQ and distilled students are often called the same."""
+    return f"{network['name']}, PTQ" if network["kind"] == "ptq" else str(network["name"])
+
+
+def kind(network: Record) -> str:
+    """What stands below a network's name."""
+    if network["role"].startswith("teacher"):
+        return "float teacher" if network["role"] == "teacher" else "teacher in FP16"
+    if network["role"] == "float" and network["weight_bits"] == 16:
+        return "float in FP16"
+    return KIND.get(network["kind"], str(network["kind"]))
 
 
 def device(result: Record) -> str:

@@ -2,7 +2,7 @@
 
 fn(outputs, eval) -> dict: outputs maps the name of every output to its array; eval maps `images` (N, H, W, C uint8),
 `teacher` (output name to array) and `preprocess` (its record), and `labels` where there are any. What comes back maps
-names to numbers.
+names to numbers. The arrays are read-only: copy what you want to change.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Metric:
         }
         if data.labels is not None:
             found["labels"] = data.labels[:n]
-        result = self._run({name: values[:n] for name, values in outputs.items()}, found, who)
+        result = self._run(_read_only({name: values[:n] for name, values in outputs.items()}), _read_only(found), who)
         if not isinstance(result, Mapping) or not result:
             raise UserError(f"--metric {self.spec}: returned {_kind(result)}; return a dict of names and numbers.")
         return {str(name): self._number(str(name), value) for name, value in result.items()}
@@ -56,15 +56,19 @@ class Metric:
     def _run(self, outputs: dict[str, Array], found: dict[str, Any], who: str) -> Any:
         try:
             return self.function(outputs, found)
-        except Exception as error:  # whatever the user's function raises
+        except (Exception, SystemExit) as error:  # whatever the user's function raises
             raise UserError(f"--metric {self.spec}: failed on {who}: {_where(error, self.path)}") from error
 
     def _number(self, name: str, value: Any) -> float:
         if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
             raise UserError(f"--metric {self.spec}: {name} is {_kind(value)}; return a plain number, such as float(x).")
-        if not math.isfinite(value):
-            raise UserError(f"--metric {self.spec}: {name} is {value}; return finite numbers.")
-        return float(value)
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            raise UserError(f"--metric {self.spec}: {name} is {number}; return finite numbers.")
+        return number
 
 
 def images_judged(data: Evaluation) -> int:
@@ -86,7 +90,7 @@ def load_metric(spec: str) -> Metric:
     sys.modules[module_spec.name] = module  # Dataclasses of the file look their module up there.
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's file raises
+    except (Exception, SystemExit) as error:  # whatever the user's file raises
         raise UserError(f"--metric {spec}: importing it failed: {_where(error, path)}") from error
     function = getattr(module, name, None)
     if not callable(function):
@@ -95,7 +99,17 @@ def load_metric(spec: str) -> Metric:
     return Metric(spec, path, sha256(path), function)
 
 
-def _where(error: Exception, path: Path) -> str:
+def _read_only(values: Any) -> Any:
+    """The arrays as views that cannot be written to: the same ones are judged and timed afterwards."""
+    if isinstance(values, dict):
+        return {name: _read_only(value) for name, value in values.items()}
+    if isinstance(values, np.ndarray):
+        values = values.view()
+        values.flags.writeable = False
+    return values
+
+
+def _where(error: BaseException, path: Path) -> str:
     """The error with the last line of the user's file that led to it."""
     text = f"{type(error).__name__}: {first_line(error)}"
     if isinstance(error, SyntaxError) and error.lineno:

@@ -10,13 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from faqd.benchmarks.latency import Submission
-from faqd.bundle import EVAL, FLOAT_STUDENT, MANIFEST, TEACHER, VERIFY, Bundle, Evaluation
+from faqd.bundle import EVAL, FLOAT_STUDENT_FP16, MANIFEST, TEACHER_FP16, VERIFY, Bundle, Evaluation
 from faqd.errors import UserError
 from faqd.files import read_json, sha256
 
 Array = NDArray[Any]
-Role = Literal["teacher", "student", "float"]
-"""float: the student's graph unquantized, the baseline for speed; its weights are not meant to classify."""
+Role = Literal["teacher", "teacher_fp16", "student", "float"]
+"""teacher: the FP32 one, against whose stored outputs all are judged. teacher_fp16: the same on a GPU. float: the
+student's graph unquantized, the baseline for speed; its weights are not meant to classify."""
 
 
 class Network(Protocol):
@@ -38,8 +39,8 @@ class Backend(Protocol):
     """What runs the networks: onnxruntime on the CPU, or engines on a GPU."""
 
     name: str
-    student: str
-    """The ONNX file that the student is run from, or its engine was built from."""
+    files: Mapping[Role, str]
+    """The ONNX file that each network is run from, or its engine was built from."""
     facts: dict[str, Any]
     """For the record: `device`, `why`, versions."""
     gpu: str | None
@@ -53,7 +54,22 @@ class Backend(Protocol):
     def open(self, bundle: Bundle, role: Role) -> AbstractContextManager[Network]: ...
 
 
+_NEEDED = (
+    *("name", "kind", "architecture", "weight_bits", "act_bits", "size", "target"),
+    *("preprocess", "teacher", "input"),
+)
+"""Of a manifest; the last three are objects."""
+
+
 def check_comparable(bundles: Sequence[Bundle]) -> None:
+    """UserError where a manifest lacks what a record says of it, or the bundles cannot stand in one table."""
+    for bundle in bundles:
+        manifest = bundle.manifest
+        objects = {key: isinstance(manifest.get(key), dict) for key in _NEEDED[-3:]}
+        wrong = [key for key in _NEEDED if key not in manifest or not objects.get(key, True)]
+        if wrong or "name" not in manifest["teacher"] or "name" not in manifest["input"]:
+            what = ", ".join(wrong) or "the name of teacher or input"
+            raise UserError(f"{bundle.folder / MANIFEST}: damaged ({what} missing); export the run again.")
     first = bundles[0]
     for other in bundles[1:]:
         pair = f"{first.folder} and {other.folder}"
@@ -66,35 +82,52 @@ def check_comparable(bundles: Sequence[Bundle]) -> None:
             raise UserError(f"{pair}: they preprocess images differently; bench them apart.")
 
 
-def entries(bundles: Sequence[Bundle], student_file: str) -> list[dict[str, Any]]:
-    """The teacher once, then every student followed by its own float graph; equal files are one network."""
-    teacher = bundles[0]
-    found = [_entry("teacher", 0, str(teacher.manifest["teacher"]["name"]), teacher, TEACHER)]
-    float_ids = {teacher.manifest["files"][TEACHER]["sha256"]: "teacher"} if teacher.has(TEACHER) else {}
+def entries(bundles: Sequence[Bundle], files: Mapping[Role, str]) -> list[dict[str, Any]]:
+    """The teacher once, then every student followed by its own float graph; equal files are one network.
+
+    The FP32 teacher has no latency where an FP16 one stands beside it.
+    """
+    first = bundles[0]
+    name = str(first.manifest["teacher"]["name"])
+    found = [_entry("teacher", 0, name, first, files)]
+    if first.has(files.get("teacher_fp16", "")):
+        found.append(_entry("teacher_fp16", 0, f"{name} FP16", first, files))
+    teacher = found[-1]
+    known = {_sha256(first, files[teacher["role"]]): teacher["id"]}
     for index, bundle in enumerate(bundles):
-        student = _entry("student", index, bundle.name, bundle, student_file)
+        student = _entry("student", index, bundle.name, bundle, files)
         student |= {"kind": bundle.kind} | {key: bundle.manifest[key] for key in ("weight_bits", "act_bits", "size")}
         found.append(student)
-        if not bundle.has(FLOAT_STUDENT):
+        if not bundle.has(files["float"]):
             continue
-        content = bundle.manifest["files"][FLOAT_STUDENT]["sha256"]
-        if content not in float_ids:
-            float_ids[content] = f"float-{index}"
-            found.append(_entry("float", index, f"{bundle.name}, its float graph", bundle, FLOAT_STUDENT))
-        student["own_float"] = float_ids[content]
+        content = _sha256(bundle, files["float"])
+        if content not in known:
+            known[content] = f"float-{index}"
+            found.append(_entry("float", index, f"{bundle.name}, its float graph", bundle, files))
+        student["own_float"] = known[content]
     return found
 
 
-def _entry(role: Role, index: int, name: str, bundle: Bundle, file: str) -> dict[str, Any]:
+def timed_teacher(networks: Sequence[Mapping[str, Any]]) -> str:
+    """The id of the teacher that is run, and that speed-ups are over."""
+    return str([network["id"] for network in networks if network["role"].startswith("teacher")][-1])
+
+
+def _sha256(bundle: Bundle, file: str) -> str | None:
+    return bundle.manifest["files"][file]["sha256"] if bundle.has(file) else None
+
+
+def _entry(role: Role, index: int, name: str, bundle: Bundle, files: Mapping[Role, str]) -> dict[str, Any]:
+    bits = 16 if files[role] in (FLOAT_STUDENT_FP16, TEACHER_FP16) else 32
     return {
-        "id": "teacher" if role == "teacher" else f"{role}-{index}",
+        "id": role if role.startswith("teacher") else f"{role}-{index}",
         "role": role,
         "bundle": index,
         "name": name,
         "kind": "float",
-        "weight_bits": 32,
-        "act_bits": 32,
-        "file_bytes": bundle.manifest["files"].get(file, {}).get("bytes"),
+        "weight_bits": bits,
+        "act_bits": bits,
+        "file_bytes": bundle.manifest["files"].get(files[role], {}).get("bytes"),
         "size": bundle.manifest["teacher"].get("size") if role == "teacher" else None,
         "own_float": None,
         "loaded": None,

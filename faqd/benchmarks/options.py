@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from faqd.command import Finite
+from faqd.command import Finite, writable
 
 
 class Numbers(click.ParamType):  # type: ignore[type-arg,unused-ignore] # Generic from click 8.4 on.
@@ -38,6 +38,7 @@ def _plain_int(text: str) -> int:
 _ABOVE_ZERO = Finite(0, min_open=True)
 _FROM_ZERO = Finite(0)
 _FILE = click.Path(path_type=Path, dir_okay=False)
+_TO_WRITE: dict[str, Any] = {"type": _FILE, "callback": writable}
 
 _OPTIONS = (
     click.option(
@@ -84,6 +85,17 @@ _OPTIONS = (
         "transfers",
         default=None,
         help="Copy in and out with every query, or not.",
+    ),
+    click.option(
+        "--zero-copy",
+        is_flag=True,
+        help="Let the kernels work on the host's memory instead of copying, on a GPU that shares it (Jetson).",
+    ),
+    click.option(
+        "--inf-streams",
+        type=click.IntRange(1, 64),
+        help="Compute so many queries side by side where they are submitted ahead: more throughput, and latencies that "
+        "mean little. The closed loop stays with one.",
     ),
     click.option(
         "--warm-up", type=_FROM_ZERO, default=200.0, show_default=True, help="Milliseconds before timing starts."
@@ -142,15 +154,15 @@ _OPTIONS = (
     click.option("--power-rail", metavar="NAME", help="Take this rail of a Jetson instead of the module's."),
     click.option("--dump-profile", is_flag=True, help="Measure the time of each layer, in a run of its own."),
     click.option(
-        "--export-profile", type=_FILE, help="Write it for the first student to FILE, in trtexec's JSON form."
+        "--export-profile", **_TO_WRITE, help="Write it for the first student to FILE, in trtexec's JSON form."
     ),
     click.option(
         "--export-times",
-        type=_FILE,
+        **_TO_WRITE,
         help="Write every query of the first student at the first batch size to FILE, in trtexec's JSON form.",
     ),
     click.option("--metric", metavar="FILE.py:fn", help="Judge outputs by fn(outputs, eval) -> dict of numbers."),
-    click.option("--report", type=_FILE, help="Write one HTML page to FILE."),
+    click.option("--report", **_TO_WRITE, help="Write one HTML page to FILE."),
     click.option(
         "--min-accuracy-ratio",
         type=Finite(0, 2),

@@ -35,6 +35,11 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
     switches = result["switches"]
     if switches["cuda_graph"] and any(latency["cuda_graph"] is False for _, latency in records):
         found.append("No CUDA graph could be captured for some networks: their kernels were launched one by one.")
+    if (streams := switches.get("inf_streams") or 1) > 1:
+        found.append(
+            f"With {streams} streams (--inf-streams) queries one ahead share the GPU: their throughput counts, their "
+            "latency does not."
+        )
     if any(entry["layers"] and (entry["loaded"] or {}).get("auxiliary_streams") for entry in networks):
         found.append("Kernels ran on auxiliary streams: the times per layer do not add up to the compute time.")
     clocks = result["clocks"]

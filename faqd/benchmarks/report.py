@@ -21,7 +21,7 @@ def page_from_result(result: Record) -> str:
     """The page for a record of faqd.benchmarks.bench; its figures carry the place they have in the JSON."""
     pages = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     source = resources.files("faqd.benchmarks").joinpath("report.html").read_text(encoding="utf-8")
-    helpers = ("percent", "points", "milliseconds", "significant", "kib", "times", "bits")
+    helpers = ("percent", "points", "milliseconds", "significant", "kib", "times", "bits", "kind", "label")
     pages.filters |= {name: getattr(figures, name) for name in helpers}
     pages.filters["colour"] = colour_class
     batch = first_batch(result)
@@ -30,7 +30,6 @@ def page_from_result(result: Record) -> str:
         batch=batch,
         rows=[(result["networks"].index(network), network) for network in compared(result)],
         networks=list(enumerate(result["networks"])),
-        kinds=figures.KIND,
         lead=_lead(result),
         device=figures.device(result),
         latency_at=latency_at,

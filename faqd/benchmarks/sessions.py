@@ -29,7 +29,7 @@ class OnnxruntimeBackend:
     """threads: of one query. why: how this back end came to be chosen. clock: seconds; given by tests."""
 
     name = "onnxruntime"
-    student = STUDENT_ONNXRUNTIME
+    files: Mapping[Role, str] = _FILE
     gpu: str | None = None
     switches: dict[str, Any] = ABSENT
 

@@ -5,27 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from faqd.benchmarks.schema import complaint
 from faqd.errors import UserError
 from faqd.files import read_json
 
 FORMAT = "faqd-bench"
 VERSION = 2
-KEYS = (
-    "faqd",
-    "command",
-    "switches",
-    "backend",
-    "environment",
-    "clocks",
-    "evaluation",
-    "metric",
-    "energy",
-    "bundles",
-    "networks",
-    "gates",
-    "notes",
-)
-"""Of version 2, beside format and version."""
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -37,7 +22,6 @@ def read_record(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path}: record version {record.get('version')}, this faqd reads version {VERSION}: run the bench again."
         )
-    missing = [key for key in KEYS if key not in record]
-    if missing or not record["networks"]:
-        raise UserError(f"{path}: the record is damaged ({', '.join(missing) or 'networks'} missing): run it again.")
+    if (wrong := complaint(record)) is not None:
+        raise UserError(f"{path}: the record is damaged ({wrong}): run the bench again.")
     return record

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from faqd.errors import UserError
@@ -12,12 +12,17 @@ Preset = Literal["trtexec10", "trtexec11"]
 
 @dataclass(frozen=True)
 class DeviceSwitches:
-    """What only a GPU has. transfers: copies in and out are part of every query. spin_wait: the host waits actively."""
+    """What only a GPU has. transfers: copies in and out are part of every query. spin_wait: the host waits actively.
+    zero_copy: the kernels work on the host's memory, which takes the place of copies.
+    inf_streams: contexts of an engine that compute side by side where queries are submitted ahead; one in the closed
+    loop."""
 
     preset: Preset
     cuda_graph: bool
     spin_wait: bool
     transfers: bool
+    zero_copy: bool = False
+    inf_streams: int = 1
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -25,10 +30,12 @@ class DeviceSwitches:
             "cuda_graph": self.cuda_graph,
             "spin_wait": self.spin_wait,
             "transfers": self.transfers,
+            "zero_copy": self.zero_copy,
+            "inf_streams": self.inf_streams,
         }
 
 
-ABSENT = dict.fromkeys(("preset", "cuda_graph", "spin_wait", "transfers"))
+ABSENT = dict.fromkeys(("preset", "cuda_graph", "spin_wait", "transfers", "zero_copy", "inf_streams"))
 """The same keys where there is no GPU."""
 
 PRESETS = {
@@ -48,14 +55,22 @@ class Asked:
     cuda_graph: bool | None = None
     spin_wait: bool | None = None
     transfers: bool | None = None
+    zero_copy: bool | None = None
+    inf_streams: int | None = None
 
     def on_a_gpu(self) -> DeviceSwitches:
         base = PRESETS[self.preset or DEFAULT]
+        if self.zero_copy and self.transfers:
+            raise UserError("--zero-copy takes the place of copies: leave out --include-data-transfers.")
+        if self.zero_copy:
+            base = replace(base, transfers=False)
         return DeviceSwitches(
             base.preset,
             base.cuda_graph if self.cuda_graph is None else self.cuda_graph,
             base.spin_wait if self.spin_wait is None else self.spin_wait,
             base.transfers if self.transfers is None else self.transfers,
+            bool(self.zero_copy),
+            self.inf_streams or base.inf_streams,
         )
 
     def refuse_without_gpu(self) -> None:
@@ -65,10 +80,12 @@ class Asked:
             "--use-cuda-graph": self.cuda_graph,
             "--use-spin-wait": self.spin_wait,
             "--include-data-transfers": self.transfers,
+            "--zero-copy": self.zero_copy or None,
+            "--inf-streams": self.inf_streams,
         }
         given = [option for option, value in options.items() if value is not None]
         if given:
             raise UserError(
-                f"{', '.join(given)} (or its opposite): onnxruntime on the CPU has no CUDA graph, no copies and "
-                "nothing to wait for; leave it out, or bench engines on a GPU."
+                f"{', '.join(given)} (or its opposite): onnxruntime on the CPU has no CUDA graph, no copies, "
+                "no streams and nothing to wait for; leave it out, or bench engines on a GPU."
             )

@@ -10,7 +10,6 @@ from rich.table import Table
 from rich.text import Text
 
 from faqd.benchmarks.figures import (
-    KIND,
     NONE,
     Record,
     bits,
@@ -18,6 +17,8 @@ from faqd.benchmarks.figures import (
     device,
     first_batch,
     kib,
+    kind,
+    label,
     latency_at,
     milliseconds,
     percent,
@@ -98,19 +99,15 @@ def _cells(network: Record, batch: int) -> list[str]:
     latency = latency_at(network, batch)
     over = [times(speed_up_at(network, batch, baseline)) for baseline in ("own_float", "teacher")]
     return [
-        f"{network['name']}\n{_kind(network)}",
+        f"{network['name']}\n{kind(network)}",
         bits(network),
         _share(accuracy.get("top1")),
         _gap(accuracy.get("gap_to_teacher")),
         _share(accuracy.get("agreement")),
         _size(network),
         f"{milliseconds(latency['median_ms'])}\n{milliseconds(latency['percentiles_ms']['99'])}" if latency else NONE,
-        NONE if network["role"] == "teacher" else "\n".join(over),
+        "\n".join(over) if network["role"] == "student" else NONE,
     ]
-
-
-def _kind(network: Record) -> str:
-    return "float teacher" if network["role"] == "teacher" else KIND.get(network["kind"], str(network["kind"]))
 
 
 def _share(share: Record | None) -> str:
@@ -238,7 +235,7 @@ def _layer_table(result: Record) -> Table | None:
         return None
     layers = sorted(student["layers"]["layers"], key=lambda layer: -float(layer["share"]))
     table = _new_table()
-    table.add_column(f"slowest of {len(layers)} layers of {student['name']}", overflow="fold")
+    table.add_column(f"slowest of {len(layers)} layers of {label(student)}", overflow="fold")
     for title in ("kind", "mean ms", "share %"):
         table.add_column(title, justify="right", no_wrap=True)
     for layer in layers[:SHOWN_LAYERS]:
@@ -252,18 +249,18 @@ def _metrics(result: Record) -> list[str]:
     for network in result["networks"]:
         if network["metric"]:
             figures = ", ".join(f"{name} {value:.4g}" for name, value in network["metric"].items())
-            lines.append(f"{network['name']}: {figures} ({result['metric']['source']})")
+            lines.append(f"{label(network)}: {figures} ({result['metric']['source']})")
         if network["sustained"]:
             sustained = network["sustained"]
             lines.append(
-                f"{network['name']}: after {sustained['minutes']:g} minutes under load "
+                f"{label(network)}: after {sustained['minutes']:g} minutes under load "
                 f"{100 * sustained['throughput_kept']:.1f} % of the throughput at the beginning"
             )
     return lines
 
 
 def _name(network: Record) -> str:
-    return "  its float graph" if network["role"] == "float" else str(network["name"])
+    return "  its float graph" if network["role"] == "float" else label(network)
 
 
 def _legend(result: Record) -> str:
@@ -285,4 +282,7 @@ def _how(switches: Record) -> str:
         return ""
     named = {"cuda_graph": "CUDA graph", "spin_wait": "spin wait", "transfers": "transfers"}
     states = ", ".join(f"{name} {'on' if switches[key] else 'off'}" for key, name in named.items())
-    return f" ({switches['preset']}: {states})"
+    if switches.get("zero_copy"):
+        states += ", zero copy"
+    streams = switches.get("inf_streams") or 1  # Records of before had one.
+    return f" ({switches['preset']}: {states}{f', {streams} streams ahead' if streams > 1 else ''})"

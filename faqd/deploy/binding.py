@@ -76,9 +76,18 @@ def set_shapes(name: str, context: IExecutionContext, shapes: Shapes, messages: 
 
 
 def buffers_for(
-    name: str, context: IExecutionContext, types: Mapping[str, np.dtype[Any]], cuda: Cuda, stack: contextlib.ExitStack
+    name: str,
+    context: IExecutionContext,
+    types: Mapping[str, np.dtype[Any]],
+    cuda: Cuda,
+    stack: contextlib.ExitStack,
+    *,
+    zero_copy: bool = False,
 ) -> dict[str, Buffer]:
-    """Buffers for every tensor of a context whose input shapes are set."""
+    """Buffers for every tensor of a context whose input shapes are set.
+
+    zero_copy: in the host's memory, on which the GPU then works.
+    """
     buffers = {}
     for tensor, dtype in types.items():
         shape = tuple(context.get_tensor_shape(tensor))
@@ -88,7 +97,7 @@ def buffers_for(
                 "such outputs are not run here.",
                 exit_code=1,
             )
-        buffers[tensor] = _buffer(cuda, shape, dtype, stack)
+        buffers[tensor] = _buffer(cuda, shape, dtype, stack, zero_copy)
     return buffers
 
 
@@ -98,8 +107,20 @@ def set_addresses(name: str, context: IExecutionContext, buffers: Mapping[str, B
         must(done, name, f"set_tensor_address({tensor})", messages)
 
 
-def _buffer(cuda: Cuda, shape: Shape, dtype: np.dtype[Any], stack: contextlib.ExitStack) -> Buffer:
+def _buffer(cuda: Cuda, shape: Shape, dtype: np.dtype[Any], stack: contextlib.ExitStack, zero_copy: bool) -> Buffer:
     size = max(1, math.prod(shape)) * dtype.itemsize
-    address = taken(lambda: cuda.allocate(size), cuda.free, stack)
-    pinned = taken(lambda: cuda.allocate_pinned(size), cuda.free_pinned, stack)
+    if zero_copy:
+        pinned, address = cuda.allocate_mapped(size)
+        stack.callback(cuda.free_pinned, pinned)
+    else:
+        address = taken(lambda: cuda.allocate(size), cuda.free, stack)
+        pinned = taken(lambda: cuda.allocate_pinned(size), cuda.free_pinned, stack)
     return Buffer(address, pinned, pinned.view(dtype)[: math.prod(shape)].reshape(shape))
+
+
+def refuse_zero_copy(name: str, cuda: Cuda) -> None:
+    """UserError where the GPU has a memory of its own: it would fetch every value over the bus, again and again."""
+    if not cuda.shares_memory():
+        raise UserError(
+            f"{name}: zero copy is for GPUs that share the host's memory, as on a Jetson; here it is apart."
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,9 +18,14 @@ Shapes = Mapping[str, Shape]
 HardwareCompatibility = Literal["none", "ampere+", "same-compute-capability"]
 ProfilingVerbosity = Literal["layer_names_only", "detailed", "none"]
 
+MOST_ELEMENTS = 2**31 - 1
+"""Of one input: what TensorRT counts in 32 bits."""
+MOST_WORKSPACE_MIB = 2**24
+"""16 TiB, far beyond any GPU and within TensorRT's 64 bits."""
 BATCHES = (1, 8, 64)
 """Smallest, typical and largest batch of an input whose batch is free and for which nobody gave shapes."""
 
+_SHAPES = ("--min-shapes", "--opt-shapes", "--max-shapes")
 _HARDWARE = {"ampere+": "AMPERE_PLUS", "same-compute-capability": "SAME_COMPUTE_CAPABILITY"}
 
 
@@ -46,8 +52,8 @@ class BuildOptions:
     def __post_init__(self) -> None:
         if self.opt_level is not None and not 0 <= self.opt_level <= 5:
             raise UserError(f"--opt-level {self.opt_level}: the builder knows 0 to 5.")
-        if self.workspace_mib is not None and self.workspace_mib < 1:
-            raise UserError(f"--workspace {self.workspace_mib}: give at least 1 MiB.")
+        if self.workspace_mib is not None and not 1 <= self.workspace_mib <= MOST_WORKSPACE_MIB:
+            raise UserError(f"--workspace {self.workspace_mib}: give 1 to {MOST_WORKSPACE_MIB} MiB.")
         if self.frozen_timing_cache and self.timing_cache is None:
             raise UserError("--frozen-timing-cache: name the cache with --timing-cache FILE.")
 
@@ -131,8 +137,8 @@ def profiles(inputs: Mapping[str, Shape], options: BuildOptions, where: Path) ->
     UserError where shapes are given for no input, do not fit the network, are out of order, or are missing for a free
     axis other than the batch.
     """
-    given = (("--min-shapes", options.min_shapes), ("--opt-shapes", options.opt_shapes))
-    for option, shapes in (*given, ("--max-shapes", options.max_shapes)):
+    given = (options.min_shapes, options.opt_shapes, options.max_shapes)
+    for option, shapes in zip(_SHAPES, given, strict=True):
         for name, shape in shapes.items():
             _check(option, name, shape, inputs, where)
     return {name: _profile(name, shape, options, where) for name, shape in inputs.items() if -1 in shape}
@@ -147,6 +153,8 @@ def _check(option: str, name: str, shape: Shape, inputs: Mapping[str, Shape], wh
             f"{option} {name}:{_x(shape)}: in {where.name} this input is {_x(wanted)}, "
             "where -1 is an axis that you may choose, at least 1."
         )
+    if math.prod(shape) > MOST_ELEMENTS:
+        raise UserError(f"{option} {name}:{_x(shape)}: an engine takes at most {MOST_ELEMENTS:,} elements at once.")
 
 
 def _profile(name: str, shape: Shape, options: BuildOptions, where: Path) -> Profile:
@@ -164,10 +172,11 @@ def _profile(name: str, shape: Shape, options: BuildOptions, where: Path) -> Pro
     filled = [found or (size, *shape[1:]) for found, size in zip(given, (low, opt, high), strict=True)]
     for a, b in pairwise(filled):
         if any(x > y for x, y in zip(a, b, strict=True)):
-            raise UserError(
-                f"the shapes {', '.join(_x(one) for one in filled)} of input {name}: give smallest, typical and "
-                "largest in this order."
-            )
+            said = [
+                f"{option} {_x(shape)}{'' if there else ' (where none is given)'}"
+                for option, shape, there in zip(_SHAPES, filled, given, strict=True)
+            ]
+            raise UserError(f"input {name}: {', '.join(said)}: no shape may be larger than the next one.")
     return Profile(*filled)
 
 

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from faqd.bundle import FLOAT_STUDENT_FP16, STUDENT_TENSORRT, TEACHER, VERIFY, Bundle
+from faqd.bundle import (
+    FLOAT_STUDENT_FP16,
+    STUDENT_TENSORRT,
+    TEACHER,
+    TEACHER_FP16,
+    VERIFY,
+    Bundle,
+    without_fp16_teacher,
+)
 from faqd.deploy.build_options import BuildOptions
 from faqd.deploy.build_progress import Say
 from faqd.deploy.engine import engine_from_onnx
@@ -14,7 +22,9 @@ from faqd.files import read_json, sha256
 
 
 def build_bundle(bundle: Bundle, *, all: bool, force: bool, options: BuildOptions, say: Say) -> list[dict[str, Any]]:
-    """Build the student's engine, with `all` the teacher's and the float student's in FP16 too; returns the records.
+    """Build the student's engine, with `all` those of the float student and the teacher too; returns the records.
+
+    Both are FP16; a bundle without an FP16 teacher gets an FP32 one, and that is said.
 
     force: build although verify.json says failed or speaks of other files. UserError (exit code 1) otherwise.
     """
@@ -24,7 +34,7 @@ def build_bundle(bundle: Bundle, *, all: bool, force: bool, options: BuildOption
             "--target onnxruntime, whose 8-bit activations do not fit TensorRT's INT8; "
             "train with --target tensorrt to get an engine."
         )
-    names = [STUDENT_TENSORRT, *(name for name in (FLOAT_STUDENT_FP16, TEACHER) if all and bundle.has(name))]
+    names = [STUDENT_TENSORRT, *(_baselines(bundle, say) if all else ())]
     verify = _verified(bundle, names, force, say)
     records = []
     for name in names:
@@ -41,6 +51,13 @@ def build_bundle(bundle: Bundle, *, all: bool, force: bool, options: BuildOption
             )
         )
     return records
+
+
+def _baselines(bundle: Bundle, say: Say) -> list[str]:
+    teacher = TEACHER_FP16 if bundle.has(TEACHER_FP16) else TEACHER
+    if teacher == TEACHER and bundle.has(TEACHER):
+        say(f"warning: {without_fp16_teacher(bundle)}")
+    return [name for name in (FLOAT_STUDENT_FP16, teacher) if bundle.has(name)]
 
 
 def _expected_int8(bundle: Bundle) -> list[str] | None:

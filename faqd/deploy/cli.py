@@ -192,13 +192,13 @@ def inspect(folder: Path, json_target: str | None) -> None:
 
 @cli.command("build-engine")
 @click.argument("bundle_folder", metavar="BUNDLE", type=_folder)
-@click.option("--all", "build_all", is_flag=True, help="Also build the float student in FP16 and the teacher.")
+@click.option("--all", "build_all", is_flag=True, help="Also build the float student and the teacher, both in FP16.")
 @click.option("--force", is_flag=True, help="Build although verify failed or is out of date.")
 @click.option("--min-shapes", metavar="SHAPES", help="Accept these and above, as in images:1x3x32x32,other:1x8.")
 @click.option("--opt-shapes", metavar="SHAPES", help="Tune for these.")
 @click.option("--max-shapes", metavar="SHAPES", help="Accept no larger; without shapes a free batch is 1 to 64.")
 @click.option(
-    "--workspace", "workspace_mib", type=click.IntRange(1), metavar="MIB", help="Allow so much scratch memory."
+    "--workspace", "workspace_mib", type=click.IntRange(1, 1 << 24), metavar="MIB", help="Allow so much scratch memory."
 )
 @click.option("--opt-level", type=click.IntRange(0, 5), help="Set the builder's effort; TensorRT's default is 3.")
 @click.option("--timing-cache", type=_folder, metavar="FILE", help="Read kernel timings from FILE, and keep new ones.")

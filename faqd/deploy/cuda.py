@@ -130,6 +130,19 @@ class _CudaBindings(Cuda):
         address = int(self._call("cuMemHostAlloc", size, 0))
         return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
 
+    def allocate_mapped(self, size: int) -> tuple[NDArray[np.uint8], int]:
+        host = int(self._call("cuMemHostAlloc", size, self._driver.CU_MEMHOSTALLOC_DEVICEMAP))
+        try:
+            address = int(self._call("cuMemHostGetDevicePointer", host, 0))
+        except UserError:
+            self._call("cuMemFreeHost", host)
+            raise
+        return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(host)), address
+
+    def shares_memory(self) -> bool:
+        integrated = self._driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_INTEGRATED
+        return bool(self._call("cuDeviceGetAttribute", integrated, self._number))
+
     def free_pinned(self, array: NDArray[np.uint8]) -> None:
         self._call("cuMemFreeHost", array.ctypes.data)
 
@@ -246,6 +259,16 @@ class _PyCuda(Cuda):
         with self._errors():
             array: NDArray[np.uint8] = self._driver.pagelocked_empty(size, np.uint8)
         return array
+
+    def allocate_mapped(self, size: int) -> tuple[NDArray[np.uint8], int]:
+        with self._errors():
+            flags = self._driver.host_alloc_flags.DEVICEMAP
+            array: NDArray[np.uint8] = self._driver.pagelocked_empty(size, np.uint8, mem_flags=flags)
+            return array, int(array.base.get_device_pointer())  # type: ignore[union-attr]
+
+    def shares_memory(self) -> bool:
+        with self._errors():
+            return bool(self._device.get_attribute(self._driver.device_attribute.INTEGRATED))
 
     def free_pinned(self, array: NDArray[np.uint8]) -> None:
         with self._errors():

@@ -55,6 +55,14 @@ class Cuda(ABC):
         """Page-locked host memory, from and to which copies are asynchronous."""
 
     @abstractmethod
+    def allocate_mapped(self, size: int) -> tuple[NDArray[np.uint8], int]:
+        """Page-locked host memory, and the address at which the GPU reads and writes it without a copy."""
+
+    @abstractmethod
+    def shares_memory(self) -> bool:
+        """Whether the GPU and the host have one memory, as on a Jetson: only there mapped memory costs no transfer."""
+
+    @abstractmethod
     def free_pinned(self, array: NDArray[np.uint8]) -> None:
         """After this the array must not be touched."""
 

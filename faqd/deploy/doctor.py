@@ -56,6 +56,8 @@ def examine(engine: Path | None) -> list[Finding]:
     """What this machine has, or whether an engine fits it; UserError where the engine or its record is missing."""
     if engine is None:
         return list(_machine())
+    if engine.is_dir():
+        raise UserError(f"{engine}: is a folder; name an engine in it, such as {engine / 'student.tensorrt.engine'}.")
     if not engine.is_file():
         raise UserError(f"{engine}: no such file. {rebuild(engine)}")
     return list(_fit(engine, read_record(engine)))

@@ -41,8 +41,8 @@ from faqd.deploy.trt import (
     ParserError,
     Plan,
     TensorRT,
+    builder_here,
     heard,
-    installed,
 )
 from faqd.errors import UserError
 from faqd.files import write_json, written_beside
@@ -67,13 +67,15 @@ def engine_from_onnx(
     layers that should run in INT8; fewer of them is said with names. UserError with exit code 1 where the build fails.
     """
     content = _content(onnx, sha256)
-    trt = installed()
-    refuse_what_is_missing(trt, options)
-    say(f"{engine.name}: building with {trt} from {onnx.name}")
     device, no_device = cuda.device_or_none()
+    trt, remark = builder_here(device is not None)
+    refuse_what_is_missing(trt, options)
+    if remark:
+        say(f"{engine.name}: {remark}")
+    say(f"{engine.name}: building with {trt} from {onnx.name}")
     started = time.perf_counter()
     with heard(trt) as (log, messages):
-        builder = _builder(trt, log, messages)
+        builder = new_builder(trt, log, messages)
         config = builder.create_builder_config()
         network = builder.create_network(_network_flags(trt))
         _parse(trt, onnx, content, network, log, messages)
@@ -128,7 +130,8 @@ def _content(onnx: Path, sha256: str | None) -> bytes:
     return content
 
 
-def _builder(trt: TensorRT, log: ILogger, messages: Messages) -> Builder:
+def new_builder(trt: TensorRT, log: ILogger, messages: Messages) -> Builder:
+    """UserError where this TensorRT cannot build on this machine at all."""
     try:
         return trt.module.Builder(log)
     except (TypeError, RuntimeError) as error:

@@ -1,18 +1,25 @@
-"""The unquantized rest of a Q/DQ file to FP16, with every scale kept in FP32.
+"""The unquantized rest of a Q/DQ file, or a whole float network, to FP16, with every scale kept in FP32.
 
 At opset 19 an FP16 graph may have FP32 scales only through Casts: one to FP32 before each QuantizeLinear, one to FP16
 after each DequantizeLinear, weights included. TensorRT-RTX keeps convolutions and Gemm in INT8 so; with FP16 weight
-scales it refuses the Gemm.
+scales it refuses the Gemm. Types that the graph states itself, in constants and casts, follow; a constant beyond FP16
+becomes its largest value: a mask of -1e9 must not become an infinity.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 _FLOAT32_INPUTS = {"QuantizeLinear", "DequantizeLinear", "Resize"}
 """Operators whose scales stay FP32; Resize knows no others."""
+_STATED = {"Cast", "Constant", "ConstantOfShape"}
+"""Operators that state the type of their output."""
+LARGEST = float(np.finfo(np.float16).max)
 
 
 def float16_from_float32(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -57,9 +64,28 @@ def float16_from_float32(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def _convert_constants(graph: onnx.GraphProto, scales: set[str]) -> None:
     for tensor in graph.initializer:
-        if tensor.data_type == TensorProto.FLOAT and tensor.name not in scales:
-            values = numpy_helper.to_array(tensor).astype(np.float16)
-            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+        if tensor.name not in scales:
+            _narrow(tensor)
+    for node in graph.node:
+        if node.op_type not in _STATED or node.output[0] in scales:
+            continue
+        for attribute in node.attribute:
+            if attribute.name == "value":
+                _narrow(attribute.t)
+            elif attribute.name == "to" and attribute.i == TensorProto.FLOAT:
+                attribute.i = TensorProto.FLOAT16
+            elif attribute.name in ("value_float", "value_floats"):
+                value = attribute.f if attribute.name == "value_float" else list(attribute.floats)
+                attribute.CopyFrom(helper.make_attribute("value", numpy_helper.from_array(_half(np.asarray(value)))))
+
+
+def _narrow(tensor: onnx.TensorProto) -> None:
+    if tensor.data_type == TensorProto.FLOAT:
+        tensor.CopyFrom(numpy_helper.from_array(_half(numpy_helper.to_array(tensor)), tensor.name))
+
+
+def _half(values: NDArray[Any]) -> NDArray[np.float16]:
+    return np.asarray(np.clip(values, -LARGEST, LARGEST), np.float16)
 
 
 def _cast(nodes: list[onnx.NodeProto], source: str, target: str, to: int) -> str:

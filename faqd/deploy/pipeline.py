@@ -10,14 +10,23 @@ import contextlib
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from faqd.deploy.binding import Buffer, buffers_for, giving_back, must, set_addresses, set_shapes, taken
+from faqd.deploy.binding import (
+    Buffer,
+    buffers_for,
+    giving_back,
+    must,
+    refuse_zero_copy,
+    set_addresses,
+    set_shapes,
+    taken,
+)
 from faqd.deploy.cuda_interface import Cuda
 from faqd.deploy.signature import Arrays, Signature, checked_shapes
 from faqd.deploy.trt import IExecutionContext, TensorRT, heard
@@ -57,10 +66,37 @@ class _Slot:
     enqueued: tuple[float, float] = (0.0, 0.0)
 
 
+class Streams:
+    """Several pipelines of one engine, each with its context and streams, that compute side by side: queries are given
+    to them in turn."""
+
+    def __init__(self, pipelines: Sequence[Pipeline]) -> None:
+        self._all = tuple(pipelines)
+        self.slots = sum(pipeline.slots for pipeline in pipelines)
+        self.cuda_graph = all(pipeline.cuda_graph for pipeline in pipelines)
+        self._submitted = self._collected = 0
+
+    def begin(self) -> None:
+        """Starts count from now, of all of them. Nothing may be in flight."""
+        self._submitted = self._collected = 0
+        for pipeline in self._all:
+            pipeline.begin()
+
+    def submit(self) -> None:
+        self._all[self._submitted % len(self._all)].submit()
+        self._submitted += 1
+
+    def collect(self) -> QueryTimes:
+        times = self._all[self._collected % len(self._all)].collect()
+        self._collected += 1
+        return times
+
+
 class Pipeline:
     """Made by Engine.pipeline, for use in a `with` block; it has an execution context of its own.
 
-    cuda_graph: whether the kernels really are launched as one CUDA graph. slots: queries that can be in flight.
+    cuda_graph: whether the kernels really are launched as one CUDA graph. slots: queries that can be in flight. With
+    zero_copy the kernels work on the host's memory, so that there is nothing to transfer.
     """
 
     def __init__(
@@ -76,6 +112,7 @@ class Pipeline:
         graph: bool,
         transfers: bool,
         spin: bool,
+        zero_copy: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.slots = slots
@@ -83,7 +120,9 @@ class Pipeline:
         self._name, self._trt, self._cuda = path.name, trt, cuda
         self._context = context
         self._inputs, self._outputs = list(tensors.inputs), list(tensors.outputs)
-        self._transfers, self._clock = transfers, clock
+        self._transfers, self._zero_copy, self._clock = transfers and not zero_copy, zero_copy, clock
+        if zero_copy:
+            refuse_zero_copy(self._name, cuda)
         types = {name: tensor.dtype for name, tensor in (tensors.inputs | tensors.outputs).items()}
         with giving_back() as stack, heard(trt) as (_, self._messages):
             stack.callback(self.__dict__.pop, "_context")  # Before the engine that it belongs to goes.
@@ -97,7 +136,10 @@ class Pipeline:
 
             self._origin = event()
             pairs = [[(event(), event()) for _ in range(3)] for _ in range(slots)]
-            self._free = deque(_Slot(buffers_for(self._name, context, types, cuda, stack), *pair) for pair in pairs)
+            self._free = deque(
+                _Slot(buffers_for(self._name, context, types, cuda, stack, zero_copy=zero_copy), *pair)
+                for pair in pairs
+            )
             self._in_flight: deque[_Slot] = deque()
             # The first thing to happen when they are given back: queries in flight still use them.
             stack.callback(self._wait_for_all)
@@ -169,7 +211,8 @@ class Pipeline:
     def _prepare(self, slot: _Slot, stack: contextlib.ExitStack) -> None:
         """One whole query, because TensorRT allocates during the first one and its inputs must be there even where
         transfers are not timed; then the kernels as one graph."""
-        self._copy_in(slot)
+        if not self._zero_copy:
+            self._copy_in(slot)
         set_addresses(self._name, self._context, slot.buffers, self._messages)
         self._enqueue()
         self._cuda.synchronize(self._kernels)

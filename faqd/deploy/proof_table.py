@@ -46,6 +46,8 @@ def print_verification(record: dict[str, Any]) -> None:
         worst = min(layer["within_one_code"] for layer in record["float16"]["layers"])
         outputs = _outputs(record["float16"]["outputs"])
         console.print(f"FP16 = FP32: {outputs}; worst layer {100 * worst:.3f} % within one code")
+    if "teacher_float16" in record:
+        console.print(f"teacher FP16 = FP32: {_outputs(record['teacher_float16'])}")
     console.print("passed" if record["passed"] else _first_failure(record["failures"]))
 
 

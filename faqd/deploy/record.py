@@ -32,13 +32,18 @@ def read_record(engine: Path) -> dict[str, Any]:
     path = record_path(engine)
     if not path.is_file():
         raise UserError(f"{engine}: no record {path.name} beside it. {rebuild(engine)}")
-    record = read_json(path)
+    try:
+        record = read_json(path)
+    except UserError as error:
+        raise UserError(f"{error} {rebuild(engine)}") from None
     if not isinstance(record, dict) or record.get("format") != FORMAT or not isinstance(record.get("engine"), dict):
         raise UserError(f"{path}: not the record of an engine. {rebuild(engine)}")
     if not _is_whole(record):
         raise UserError(f"{path}: the record is damaged. {rebuild(engine)}")
     if record.get("version") != VERSION:
-        raise UserError(f"{path}: record version {record.get('version')}, this faqd reads {VERSION}. {rebuild(engine)}")
+        raise UserError(
+            f"{path}: record version {record.get('version')!r}, this faqd reads {VERSION}. {rebuild(engine)}"
+        )
     return record
 
 
@@ -47,7 +52,10 @@ def _is_whole(record: dict[str, Any]) -> bool:
     needed = {"gpu": ("name", "compute_capability", "cuda"), "platform": ("system", "architecture"), "options": ()}
     parts = {"builder": ("name", "version"), **{name: keys for name, keys in needed.items() if record.get(name)}}
     found = {name: record.get(name) for name in parts}
-    return all(isinstance(part, dict) and set(parts[name]) <= part.keys() for name, part in found.items())
+    return all(
+        isinstance(part, dict) and all(isinstance(part.get(key), str) and part[key] for key in parts[name])
+        for name, part in found.items()
+    )
 
 
 def record_of(path: Path, plan: bytes, trust: bool) -> dict[str, Any]:

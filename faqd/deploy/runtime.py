@@ -15,7 +15,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from faqd.deploy.binding import Binding, buffers_for, giving_back, must, set_addresses, set_shapes, taken
+from faqd.deploy.binding import (
+    Binding,
+    buffers_for,
+    giving_back,
+    must,
+    refuse_zero_copy,
+    set_addresses,
+    set_shapes,
+    taken,
+)
 from faqd.deploy.cuda import open_cuda
 from faqd.deploy.cuda_interface import Cuda
 from faqd.deploy.pipeline import Pipeline
@@ -26,12 +35,15 @@ from faqd.deploy.trt import IExecutionContext, Messages, TensorRT, heard, instal
 from faqd.errors import UserError
 
 
-def load_engine(path: Path, *, trust: bool = False, backend: str | None = None, graph: bool = False) -> Engine:
+def load_engine(
+    path: Path, *, trust: bool = False, backend: str | None = None, graph: bool = False, zero_copy: bool = False
+) -> Engine:
     """Load an engine for use in a `with` block.
 
     An engine is code: it is loaded only if its SHA-256 is the one in its record, unless `trust`. backend:
     `cuda-bindings`, `pycuda` or `auto`. graph: launch the kernels as one CUDA graph, captured once per shape; where
-    that fails they are launched one by one, with a warning. UserError where the engine was changed, does not fit this
+    that fails they are launched one by one, with a warning. zero_copy: `run`'s kernels work on the host's memory, on a
+    GPU that shares it, as a Jetson does. UserError where the engine was changed, does not fit this
     TensorRT or GPU, or there is no GPU.
     """
     if not path.is_file():
@@ -44,7 +56,9 @@ def load_engine(path: Path, *, trust: bool = False, backend: str | None = None, 
         cuda = open_cuda(backend)
         stack.callback(cuda.close)
         check_gpu(path, record, cuda.device())
-        return Engine(path, plan, trt, cuda, graph, stack.pop_all())
+        if zero_copy:
+            refuse_zero_copy(path.name, cuda)
+        return Engine(path, plan, trt, cuda, graph, stack.pop_all(), zero_copy=zero_copy)
 
 
 class Engine:
@@ -52,7 +66,15 @@ class Engine:
     where -1 is a free axis."""
 
     def __init__(
-        self, path: Path, plan: bytes, trt: TensorRT, cuda: Cuda, graph: bool, stack: contextlib.ExitStack
+        self,
+        path: Path,
+        plan: bytes,
+        trt: TensorRT,
+        cuda: Cuda,
+        graph: bool,
+        stack: contextlib.ExitStack,
+        *,
+        zero_copy: bool = False,
     ) -> None:
         with giving_back() as owned:
             owned.callback(stack.close)
@@ -72,7 +94,7 @@ class Engine:
             self.inputs = {name: (tensor.shape, tensor.dtype) for name, tensor in self._signature.inputs.items()}
             self.outputs = {name: (tensor.shape, tensor.dtype) for name, tensor in self._signature.outputs.items()}
             self._stream = taken(cuda.stream, cuda.free_stream, owned)
-            self._graph = graph
+            self._graph, self._zero_copy = graph, zero_copy
             self._binding = Binding(None, {}, contextlib.ExitStack())
             owned.callback(lambda: self._binding.resources.close())
             self._resources = owned.pop_all()
@@ -112,15 +134,24 @@ class Engine:
         return {name: binding.buffers[name].array.copy() for name in self.outputs}
 
     def pipeline(
-        self, feeds: Arrays, *, slots: int = 1, graph: bool = False, transfers: bool = True, spin: bool = True
+        self,
+        feeds: Arrays,
+        *,
+        slots: int = 1,
+        graph: bool = False,
+        transfers: bool = True,
+        spin: bool = True,
+        zero_copy: bool = False,
     ) -> Pipeline:
         """Queries of these arrays again and again, timed; `slots` of them can be in flight. See faqd/deploy/pipeline.
 
         graph: launch the kernels as one CUDA graph. transfers: copy in and out with every query. spin: wait actively.
+        zero_copy: the kernels work on the host's memory.
         """
         with heard(self._trt) as (_, messages):
             context = self._new_context(messages)
         how: dict[str, Any] = {"slots": slots, "graph": graph, "transfers": transfers, "spin": spin}
+        how["zero_copy"] = zero_copy
         return Pipeline(self.path, self._trt, self.cuda, context, self._signature, feeds, **how)
 
     def layer_times(self, feeds: Arrays, runs: int) -> dict[str, list[float]]:
@@ -177,7 +208,7 @@ class Engine:
         set_shapes(self.path.name, self._context, shapes, self._messages)
         types = {name: dtype for name, (_, dtype) in (self.inputs | self.outputs).items()}
         with giving_back() as stack:
-            buffers = buffers_for(self.path.name, self._context, types, self.cuda, stack)
+            buffers = buffers_for(self.path.name, self._context, types, self.cuda, stack, zero_copy=self._zero_copy)
             set_addresses(self.path.name, self._context, buffers, self._messages)
             # The first thing to happen when they are given back: a query that was broken off may still use them.
             stack.callback(self.cuda.synchronize, self._stream)
@@ -207,11 +238,11 @@ class Engine:
         must(done, self.path.name, "execute_async_v3", self._messages)
 
     def _copy_in(self, binding: Binding) -> None:
-        for name in self.inputs:
+        for name in () if self._zero_copy else self.inputs:
             self.cuda.copy_in(binding.buffers[name].address, binding.buffers[name].pinned, self._stream)
 
     def _copy_out(self, binding: Binding) -> None:
-        for name in self.outputs:
+        for name in () if self._zero_copy else self.outputs:
             self.cuda.copy_out(binding.buffers[name].pinned, binding.buffers[name].address, self._stream)
 
     def _drop(self) -> None:

@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 from faqd import __version__
 from faqd.deploy.build_options import BuildOptions
 from faqd.deploy.cuda import device_or_none
-from faqd.deploy.engine import engine_from_onnx
+from faqd.deploy.engine import engine_from_onnx, new_builder
 from faqd.deploy.runtime import load_engine
 from faqd.deploy.selftest_cases import Case, load_cases
-from faqd.deploy.trt import installed
+from faqd.deploy.trt import builder_here, heard
 from faqd.errors import UserError
 
 FORMAT = "faqd-selftest"
@@ -48,8 +48,12 @@ def selftest(cases: str | None, backend: str | None, say: Say) -> dict[str, Any]
     """
     every, sha256 = load_cases()
     chosen = _chosen(every, cases)
-    trt = installed()
     device, why = device_or_none(backend)
+    trt, remark = builder_here(device is not None)
+    with heard(trt) as (log, messages):
+        new_builder(trt, log, messages)  # Where none starts, that is one sentence and not one per case.
+    if remark:
+        say(remark)
     if device is None:
         say(f"{trt} builds {len(chosen)} cases; none is run: {why}")
     else:

@@ -20,6 +20,7 @@ from faqd.deploy.export import INPUT, onnx_from_deployed, onnx_from_network, sav
 from faqd.deploy.float16 import float16_from_float32
 from faqd.deploy.int8_rules import int8_layers
 from faqd.deploy.serving import Server, check_servers, serving_files
+from faqd.deploy.teacher_float16 import TEACHER_IMAGES, teacher_float16
 from faqd.deploy.uint8_input import with_preprocessing
 from faqd.deploy.verify import (
     CEIL_NOTE,
@@ -200,7 +201,13 @@ def _write_bundle(
         put(names.FLOAT_STUDENT, float_student, parts.made_from)
         put(names.FLOAT_STUDENT_FP16, float16_from_float32(float_student), parts.made_from)
         teacher_graph = fused(capture(parts.teacher, inputs[:2]))
-        put(names.TEACHER, onnx_from_network(teacher_graph, inputs, {}), parts.teacher_sha256)
+        teacher = onnx_from_network(teacher_graph, inputs, {})
+        put(names.TEACHER, teacher, parts.teacher_sha256)
+        half, why_not = teacher_float16(teacher, inputs.numpy()[:TEACHER_IMAGES])
+        if half is None:
+            say(f"no {names.TEACHER_FP16}: {why_not}. The teacher's engine will be FP32.")
+        else:
+            put(names.TEACHER_FP16, half, parts.teacher_sha256)
         wanted = _stored_outputs(parts.teacher, inputs)
         Evaluation(parts.evaluation, parts.labels, wanted).save(folder / names.EVAL)
         made_from[names.EVAL] = parts.teacher_sha256

@@ -88,6 +88,18 @@ def installed(name: Name | None = None) -> TensorRT:
     raise UserError(f"this needs TensorRT, which cannot be imported ({'; '.join(reasons)}). {INSTALL}")
 
 
+def builder_here(on_gpu: bool) -> tuple[TensorRT, str]:
+    """What builds engines on this machine, and what is to be said of the choice, if anything.
+
+    Without a GPU that is TensorRT-RTX where it is installed: the full TensorRT makes no builder there.
+    """
+    trt = installed(None if on_gpu else "tensorrt_rtx")
+    other = flavour("tensorrt") if trt.is_rtx and not on_gpu else None
+    if not isinstance(other, TensorRT):
+        return trt, ""
+    return trt, f"{other} is installed too, but builds only where there is a GPU: {trt} builds instead."
+
+
 def by_preference(name: str | None) -> list[Name]:
     """The names in the order in which to import them. The first that works is enough: two in one process share
     names of symbols and types."""

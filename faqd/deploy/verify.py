@@ -19,7 +19,9 @@ from faqd.deploy.onnx_file import load_model
 from faqd.deploy.onnx_session import OnnxSession
 from faqd.deploy.referee import Referee, Value
 from faqd.deploy.segments import segments
+from faqd.deploy.teacher_float16 import TEACHER_IMAGES, run_stored
 from faqd.deploy.uint8_input import compare_preprocessing, without_preprocessing
+from faqd.errors import UserError
 from faqd.files import sha256, write_json
 from faqd.reference import real
 
@@ -122,9 +124,20 @@ def verification(bundle: Bundle) -> dict[str, Any]:
     if bundle.has(names.STUDENT_TENSORRT) and "tensorrt" in flavours:
         record["float16"] = _verify_float16(bundle, inputs, images, outputs["tensorrt"])
         failures += record["float16"]["failures"]
+    if bundle.has(names.TEACHER_FP16):
+        try:
+            record["teacher_float16"] = _verify_teacher(bundle, images[:TEACHER_IMAGES])
+        except UserError as error:
+            failures.append(f"{names.TEACHER_FP16}: {error}")
     record["failures"] = failures
     record["passed"] = not failures
     return record
+
+
+def _verify_teacher(bundle: Bundle, images: NDArray[Any]) -> dict[str, Any]:
+    """What FP16 does to the teacher's outputs: its FP16 file, each tensor stored in FP16, against its FP32 file."""
+    half = load_model(bundle.path(names.TEACHER_FP16))
+    return compare_outputs(run_stored(half, images), _outputs(OnnxSession(bundle.path(names.TEACHER)), images))
 
 
 def _verify_preprocessing(bundle: Bundle, images: NDArray[np.uint8]) -> dict[str, Any]:

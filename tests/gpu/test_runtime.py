@@ -92,6 +92,18 @@ def test_a_cuda_graph_gives_equal_outputs(engine: Path) -> None:
             np.testing.assert_array_equal(loaded.run({"images": x[:n]})["classifier"], outputs(engine, x[:n]))
 
 
+@pytest.mark.parametrize("backend", ["cuda-bindings", "pycuda"])
+def test_zero_copy_gives_equal_outputs_where_memory_is_shared(engine: Path, backend: str) -> None:
+    x = images()
+    with contextlib.closing(cuda.open_cuda(installed(backend))) as gpu:
+        shared = gpu.shares_memory()
+    if not shared:
+        with pytest.raises(UserError, match="zero copy is for GPUs that share the host's memory"):
+            outputs(engine, x, backend=backend, zero_copy=True)
+        return
+    np.testing.assert_array_equal(outputs(engine, x, backend=backend, zero_copy=True), outputs(engine, x))
+
+
 def test_pycuda_launches_plainly_and_says_so(engine: Path) -> None:
     backend = installed("pycuda")
     with (
