@@ -18,7 +18,8 @@ from faqd.bundle import Bundle
 from faqd.deploy.onnx_file import load_model
 from faqd.deploy.onnx_session import OnnxSession
 from faqd.deploy.referee import Referee, Value
-from faqd.deploy.segments import segments
+from faqd.deploy.segments import Segment, segments
+from faqd.deploy.ties import distinct_roundings
 from faqd.deploy.uint8_input import compare_preprocessing, without_preprocessing
 from faqd.files import sha256, write_json
 from faqd.reference import real
@@ -162,7 +163,7 @@ def verify_file(
         feeds = {name: stored(values[name]) for name in segment.inputs}
         for optimise in modes:
             found = OnnxSession(segment.model.SerializeToString(), optimise=optimise).run(feeds)[segment.output]
-            row["optimised" if optimise else "plain"] = compared = _compare(found, wanted)
+            row["optimised" if optimise else "plain"] = compared = _compare(found, wanted, segment, values)
             if not compared["passed"]:
                 failures.append(_failure(segment.layer, compared, optimise))
         layers.append(row)
@@ -179,7 +180,7 @@ def _differing_in_all(layers: list[dict[str, Any]]) -> list[str]:
     failures = []
     for mode in ("plain", "optimised"):
         compared = [row[mode] for row in layers if "codes" in row.get(mode, {})]
-        differing, total = (sum(c[key] for c in compared) for key in ("differing", "codes"))
+        differing, total = (sum(c[key] for c in compared) for key in ("roundings", "codes"))
         if differing > max(1, (1 - EQUAL_CODES) * total):
             failures.append(f"all layers: {differing} of {total} codes differ in {mode} onnxruntime")
     return failures
@@ -199,18 +200,20 @@ def stored(value: Value) -> NDArray[Any]:
     return array.astype(np.float32) if array.dtype.kind == "f" else array
 
 
-def _compare(found: NDArray[Any], wanted: Value) -> dict[str, Any]:
+def _compare(found: NDArray[Any], wanted: Value, segment: Segment, values: dict[str, Value]) -> dict[str, Any]:
     if found.dtype.kind == "f":
         reference = real(wanted)
         error = float(np.abs(found - reference).max() / max(float(np.sqrt(np.square(reference).mean())), 1e-30))
         return {"relative_error": error, "passed": error <= OUTPUT_ERROR}
     difference = np.abs(found.astype(np.int16) - wanted.astype(np.int16))
-    differing, largest = int(np.count_nonzero(difference)), int(difference.max(initial=0))
+    largest = int(difference.max(initial=0))
+    roundings = distinct_roundings(segment, values, difference > 0)
     return {
         "codes": int(difference.size),
-        "differing": differing,
+        "differing": int(np.count_nonzero(difference)),
+        "roundings": roundings,
         "largest_difference": largest,
-        "passed": differing <= tolerated(difference.size) and largest <= 1,
+        "passed": roundings <= tolerated(difference.size) and largest <= 1,
     }
 
 

@@ -41,7 +41,8 @@ at 127, half of it would be 63.5, a tie that float32 and exact arithmetic round 
 @dataclass(frozen=True)
 class Deployed:
     """network: a graph module over float64 tensors. zeroed: channels per layer whose tiny batch-norm factor would
-    overflow an int32 bias, made exact zeros there. integers_only: no layer multiplies floats."""
+    overflow an int32 bias, made exact zeros there. integers_only: no layer multiplies floats, and there is no operator
+    that faqd does not know."""
 
     network: fx.GraphModule
     flavour: Flavour
@@ -69,6 +70,7 @@ def convert(student: Student, flavour: Flavour, output_scales: dict[str, float] 
         raise UserError("a student with 32-bit activations has no integer form; distil it with --act-bits 1 to 8.")
     network = copy.deepcopy(student.network).eval().cpu()
     zeroed: dict[str, int] = {}
+    known = not any(_is_unknown(network, node) for node in network.graph.nodes)
     _remove_idle(network)
     _unshare(network)
     shifts: dict[fx.Node, Tensor] = {}
@@ -93,7 +95,7 @@ def convert(student: Student, flavour: Flavour, output_scales: dict[str, float] 
     network.graph.eliminate_dead_code()
     network.graph.lint()
     network.recompile()
-    integers_only = not any(isinstance(module, graph.COMPUTE) for module in network.modules())
+    integers_only = known and not any(isinstance(module, graph.COMPUTE) for module in network.modules())
     return Deployed(network.double(), flavour, zeroed, integers_only)
 
 
@@ -112,10 +114,21 @@ def _deployed_module(
         offset = offset + shifts.get(node, 0.0)
         return ChannelAffine(factor.reshape(per_channel), offset.reshape(per_channel))
     if flavour != "float" and isinstance(module, CURVES):
-        return Curve(module)
+        return Curve(module, len(graph.shape(node)))
     if flavour != "float" and isinstance(module, Scaled):
-        return ChannelAffine(torch.tensor(module.factor), torch.tensor(module.offset))
+        return ChannelAffine(torch.as_tensor(module.factor).detach(), torch.as_tensor(module.offset).detach())
     return deployed_clamp(module) if flavour != "float" and isinstance(module, Clamp) else None
+
+
+def _is_unknown(network: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether `node` computes something that only --exclude let in."""
+    quantizes = isinstance(graph.module_of(network, node), ActivationQuantizer)
+    return (
+        "tensor_meta" in node.meta
+        and node.op.startswith("call")
+        and graph.role(network, node) == "other"
+        and not quantizes
+    )
 
 
 def _average(network: fx.GraphModule, node: fx.Node) -> nn.Module:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from faqd.train.elementwise import CURVES, Bilinear, Clamp, Nearest, Part, Scaled
+from faqd.train.elementwise import CURVES, Bilinear, Clamp, Nearest, Part, Rows, Scaled
 
 Role = Literal[
     "input", "compute", "norm", "rectify", "clamp", "curve", "average", "add", "multiply", "concat", "reshape",
@@ -40,7 +40,7 @@ _MODULES: dict[Role, tuple[type[nn.Module], ...]] = {
     "average": (nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, Bilinear),
     # Reshaping operators only move or drop values, or pad with zeros: codes pass through them unchanged.
     "reshape": (
-        *(nn.MaxPool1d, nn.MaxPool2d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, Nearest, Part),
+        *(nn.MaxPool1d, nn.MaxPool2d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, Nearest, Part, Rows),
         *(nn.Flatten, nn.Unflatten, nn.ChannelShuffle, nn.PixelShuffle, nn.PixelUnshuffle),
         *(nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d),
         *IDLE_MODULES,
@@ -109,6 +109,13 @@ def shape(node: fx.Node) -> tuple[int, ...]:
 def module_of(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     """The module that `node` calls; None for any other node."""
     return traced.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def held_tensor(traced: fx.GraphModule, node: fx.Node) -> Tensor:
+    """The parameter or buffer that `node` fetches."""
+    path, _, name = str(node.target).rpartition(".")
+    found: Tensor = getattr(traced.get_submodule(path), name)
+    return found
 
 
 def tensor_inputs(node: fx.Node) -> list[fx.Node]:
