@@ -42,7 +42,7 @@ at 127, half of it would be 63.5, a tie that float32 and exact arithmetic round 
 class Deployed:
     """network: a graph module over float64 tensors. zeroed: channels per layer whose tiny batch-norm factor would
     overflow an int32 bias, made exact zeros there. integers_only: no layer multiplies floats, and there is no operator
-    that faqd does not know."""
+    that only --exclude let in."""
 
     network: fx.GraphModule
     flavour: Flavour
@@ -70,7 +70,7 @@ def convert(student: Student, flavour: Flavour, output_scales: dict[str, float] 
         raise UserError("a student with 32-bit activations has no integer form; distil it with --act-bits 1 to 8.")
     network = copy.deepcopy(student.network).eval().cpu()
     zeroed: dict[str, int] = {}
-    known = not any(_is_unknown(network, node) for node in network.graph.nodes)
+    integers_only = not any(_is_float(network, node) for node in network.graph.nodes)
     _remove_idle(network)
     _unshare(network)
     shifts: dict[fx.Node, Tensor] = {}
@@ -85,7 +85,7 @@ def convert(student: Student, flavour: Flavour, output_scales: dict[str, float] 
         kind = graph.role(network, node)
         if kind == "compute":
             _fold_layer(network, node, flavour, zeroed, shifts)
-        elif kind == "average" and flavour != "float":
+        elif kind == "average" and flavour != "float" and input_quantizer(network, node) is not None:
             _replace(network, node, _average(network, node))
     for node in network.graph.nodes:
         new = _deployed_module(network, node, flavour, shifts)
@@ -95,7 +95,6 @@ def convert(student: Student, flavour: Flavour, output_scales: dict[str, float] 
     network.graph.eliminate_dead_code()
     network.graph.lint()
     network.recompile()
-    integers_only = known and not any(isinstance(module, graph.COMPUTE) for module in network.modules())
     return Deployed(network.double(), flavour, zeroed, integers_only)
 
 
@@ -120,15 +119,15 @@ def _deployed_module(
     return deployed_clamp(module) if flavour != "float" and isinstance(module, Clamp) else None
 
 
-def _is_unknown(network: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether `node` computes something that only --exclude let in."""
-    quantizes = isinstance(graph.module_of(network, node), ActivationQuantizer)
-    return (
-        "tensor_meta" in node.meta
-        and node.op.startswith("call")
-        and graph.role(network, node) == "other"
-        and not quantizes
-    )
+def _is_float(network: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether --exclude left `node` something to compute whose last bits depend on how it is done."""
+    kind, module = graph.role(network, node), graph.module_of(network, node)
+    if kind == "compute":
+        return module is None or weight_quantizer(module) is None
+    if kind == "average":
+        return input_quantizer(network, node) is None
+    unknown = kind == "other" and "tensor_meta" in node.meta and node.op.startswith("call")
+    return unknown and not isinstance(module, ActivationQuantizer)
 
 
 def _average(network: fx.GraphModule, node: fx.Node) -> nn.Module:
