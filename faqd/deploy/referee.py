@@ -73,6 +73,12 @@ def code_tensors(graph: onnx.GraphProto) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def stored(value: Value) -> NDArray[Any]:
+    """A referee value in the type the file declares: integers as they are, real values as float32."""
+    array = real(value)
+    return array.astype(np.float32) if array.dtype.kind == "f" else array
+
+
 def _refuse_unknown(model: onnx.ModelProto) -> None:
     versions = {entry.domain: entry.version for entry in model.opset_import}
     if versions.get("", 0) not in OPSETS:

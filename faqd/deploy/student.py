@@ -26,11 +26,11 @@ from faqd.deploy.verify import (
     FLOAT32_BITS,
     FLOAT_LAYER_BITS,
     agreement_images,
-    compare_outputs,
     digest,
     probe_inputs,
     verify_bundle,
 )
+from faqd.deploy.whole_outputs import compare_outputs
 from faqd.errors import UserError
 from faqd.files import sha256, written_beside
 from faqd.preprocess import Preprocess

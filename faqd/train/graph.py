@@ -133,9 +133,10 @@ def read_instead(node: fx.Node, new: fx.Node) -> None:
 
 
 def places(traced: fx.GraphModule) -> dict[fx.Node, str]:
-    """A unique place for every node; a module or function used again gets _1, _2 ... appended."""
+    """A unique place for every node; a module or function used again gets _1, _2 ... appended, and so does a function
+    with the name of a parameter or a buffer."""
     own = {str(node.target) for node in traced.graph.nodes if node.op == "call_module"}
-    taken = set(own)
+    taken = own | {name for name, _ in (*traced.named_parameters(), *traced.named_buffers())}
     found = {}
     for node in traced.graph.nodes:
         place = _place(node)
