@@ -73,8 +73,10 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     torch.save(lively(space["Net"](), 1).state_dict(), folder / "best.pth")
     data = asdict(DataOptions("digits"))
     bits = Bits(4, 4)
+    weights, out = folder / "best.pth", folder / "out"
+    net = f"{folder}/net.py:Net"
     return quantize_after_training(
-        f"{folder}/net.py:Net", folder / "best.pth", data, bits, "mse", 256, folder / "out", 200, "fp16", lambda _: None
+        net, weights, data, bits, "mse", 256, out, 200, "fp16", lambda _: None, licence="CC-BY-4.0"
     )
 
 
@@ -274,6 +276,7 @@ def test_every_file_of_the_bundle_is_standard_onnx_and_says_what_it_is(bundle: B
             assert trace.encode() not in data
         assert model.producer_name == "faqd" and model.producer_version == bundle.manifest["faqd"]
         metadata = {entry.key: entry.value for entry in model.metadata_props}
+        assert metadata["model_license"] == "CC-BY-4.0"
         if name != TEACHER:
             assert metadata["faqd.weights_sha256"] == bundle.manifest["files"][name]["made_from"]
             assert json.loads(metadata["faqd.preprocess"]) == json.loads(json.dumps(bundle.preprocess.to_json()))

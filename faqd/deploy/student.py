@@ -72,6 +72,7 @@ class _Parts:
     evaluation: NDArray[np.uint8]
     labels: NDArray[np.int64] | None
     classes: tuple[str, ...] | None
+    licence: str | None
 
 
 def export_run(
@@ -83,8 +84,12 @@ def export_run(
     say: Say,
     input_form: InputForm = "float32-nchw",
     servers: Sequence[Server] = (),
+    licence: str | None = None,
 ) -> Bundle:
-    """Lower the student of a finished distillation run into the bundle `out`, and verify it."""
+    """Lower the student of a finished distillation run into the bundle `out`, and verify it.
+
+    licence: of the network, for the metadata of its files.
+    """
     _refuse_taken(out)
     check_servers(servers, input_form)
     record = finished(run)
@@ -106,6 +111,7 @@ def export_run(
         dataset.eval.images[:eval_samples],
         None if dataset.eval.labels is None else dataset.eval.labels[:eval_samples],
         dataset.classes,
+        licence,
     )
     return _write_bundle(parts, out, float_type, say, input_form, servers)
 
@@ -123,6 +129,7 @@ def quantize_after_training(
     say: Say,
     input_form: InputForm = "float32-nchw",
     servers: Sequence[Server] = (),
+    licence: str | None = None,
 ) -> Bundle:
     """Post-training quantization: the float network itself, scales from unlabelled images, the same lowering.
 
@@ -151,6 +158,7 @@ def quantize_after_training(
         dataset.eval.images[:eval_samples],
         None if dataset.eval.labels is None else dataset.eval.labels[:eval_samples],
         dataset.classes,
+        licence,
     )
     return _write_bundle(parts, out, float_type, say, input_form, servers)
 
@@ -200,7 +208,7 @@ def _write_bundle(
         put(names.FLOAT_STUDENT, float_student, parts.made_from)
         put(names.FLOAT_STUDENT_FP16, float16_from_float32(float_student), parts.made_from)
         teacher_graph = fused(capture(parts.teacher, inputs[:2]))
-        put(names.TEACHER, onnx_from_network(teacher_graph, inputs, {}), parts.teacher_sha256)
+        put(names.TEACHER, onnx_from_network(teacher_graph, inputs, _licence(parts)), parts.teacher_sha256)
         wanted = _stored_outputs(parts.teacher, inputs)
         Evaluation(parts.evaluation, parts.labels, wanted).save(folder / names.EVAL)
         made_from[names.EVAL] = parts.teacher_sha256
@@ -296,7 +304,13 @@ def _metadata(parts: _Parts) -> dict[str, str]:
         "faqd.weights_sha256": parts.made_from,
         "faqd.preprocess": json.dumps(parts.preprocess.to_json()),
         "faqd.classes": ",".join(parts.classes or ()),
+        **_licence(parts),
     }
+
+
+def _licence(parts: _Parts) -> dict[str, str]:
+    """Under the key that ONNX has for it; nothing where nobody said."""
+    return {} if parts.licence is None else {"model_license": parts.licence}
 
 
 def _torch_digests(deployed: Deployed, inputs: Tensor) -> dict[str, Any]:
