@@ -214,6 +214,21 @@ def test_operators_that_stay_float_are_lowered_and_proved_all_the_same(tmp_path:
     assert {name for name, int8 in found.items() if not int8} == {"gate.reduce", "gate.expand", "up"}
 
 
+class Bessel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = conv(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.special.bessel_j0(self.first(x))  # type: ignore[no-any-return]
+
+
+def test_an_operator_that_no_onnx_file_can_hold_is_named() -> None:
+    student = calibrated(lively(Bessel(), 1), Bits(8, 8, exclude=("bessel",)))
+    with pytest.raises(UserError, match=r"torch's exporter cannot write .*bessel_j0"):
+        onnx_from_deployed(convert(student, "tensorrt"), images(1, 2), {})
+
+
 @needs_rtx
 def test_tensorrt_builds_what_stays_float(tmp_path: Path) -> None:
     student = calibrated(lively(Floats(), 3), Bits(8, 8, exclude=FLOATS), shape=SHAPE)

@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 
 from faqd import __version__
 from faqd.deploy.twins import OPSET, AverageTwin, Flatten, GlobalAverage, Mean, Reshape, deployed_twin, plain_twin
+from faqd.errors import UserError, first_line
 from faqd.files import written_beside
 from faqd.train.convert import Deployed
 from faqd.train.graph import is_tensor, module_of, operand, places, propagate, role, shape, unused
@@ -47,16 +48,22 @@ def onnx_from_network(network: fx.GraphModule, example: Tensor, metadata: dict[s
         # torch's exporter warns of its own deprecations; a user can do nothing about them.
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        program = torch.onnx.export(
-            network.eval(),
-            (example[:2],),
-            dynamo=True,
-            opset_version=OPSET,
-            dynamic_shapes=({0: batch},),
-            input_names=[INPUT],
-            optimize=False,
-            verbose=False,
-        )
+        try:
+            program = torch.onnx.export(
+                network.eval(),
+                (example[:2],),
+                dynamo=True,
+                opset_version=OPSET,
+                dynamic_shapes=({0: batch},),
+                input_names=[INPUT],
+                optimize=False,
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            raise UserError(
+                f"torch's exporter cannot write this network as ONNX: {first_line(_innermost(error))}. Where --exclude "
+                "keeps that operator float, write it in forward with others."
+            ) from error
     assert program is not None
     model = program.model
     _fold_constants(model)
@@ -68,6 +75,12 @@ def onnx_from_network(network: fx.GraphModule, example: Tensor, metadata: dict[s
     proto = ir.serde.serialize_model(model)
     onnx.checker.check_model(proto, full_check=True)
     return proto
+
+
+def _innermost(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _fold_constants(model: ir.Model) -> None:
