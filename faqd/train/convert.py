@@ -25,7 +25,7 @@ from faqd.train.curves import Curve, Interpolate, deployed_clamp
 from faqd.train.deployed import ChannelAffine, IntegerAverage, IntegerLayer, Requantize
 from faqd.train.elementwise import CURVES, Bilinear, Clamp, Nearest, Scaled
 from faqd.train.layers import latent_weight, output_channels, output_first, weight_codes, weight_quantizer
-from faqd.train.prepare import Student, input_quantizer
+from faqd.train.prepare import Student, computes_floats, input_quantizer
 from faqd.train.quantizers import ActivationQuantizer
 from faqd.train.shifts import place_shifts
 
@@ -70,7 +70,7 @@ def convert(student: Student, flavour: Flavour, output_scales: dict[str, float] 
         raise UserError("a student with 32-bit activations has no integer form; distil it with --act-bits 1 to 8.")
     network = copy.deepcopy(student.network).eval().cpu()
     zeroed: dict[str, int] = {}
-    integers_only = not any(_is_float(network, node) for node in network.graph.nodes)
+    integers_only = not any(computes_floats(network, node) for node in network.graph.nodes)
     _remove_idle(network)
     _unshare(network)
     shifts: dict[fx.Node, Tensor] = {}
@@ -117,17 +117,6 @@ def _deployed_module(
     if flavour != "float" and isinstance(module, Scaled):
         return ChannelAffine(torch.as_tensor(module.factor).detach(), torch.as_tensor(module.offset).detach())
     return deployed_clamp(module) if flavour != "float" and isinstance(module, Clamp) else None
-
-
-def _is_float(network: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether --exclude left `node` something to compute whose last bits depend on how it is done."""
-    kind, module = graph.role(network, node), graph.module_of(network, node)
-    if kind == "compute":
-        return module is None or weight_quantizer(module) is None
-    if kind == "average":
-        return input_quantizer(network, node) is None
-    unknown = kind == "other" and "tensor_meta" in node.meta and node.op.startswith("call")
-    return unknown and not isinstance(module, ActivationQuantizer)
 
 
 def _average(network: fx.GraphModule, node: fx.Node) -> nn.Module:
