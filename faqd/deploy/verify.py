@@ -23,6 +23,7 @@ from faqd.deploy.ties import distinct_roundings
 from faqd.deploy.uint8_input import compare_preprocessing, without_preprocessing
 from faqd.deploy.verify_float16 import verify_float16
 from faqd.deploy.whole_outputs import Outputs, compare_outputs, outputs_of
+from faqd.errors import UserError
 from faqd.files import sha256, write_json
 from faqd.reference import real
 
@@ -47,8 +48,11 @@ CEIL_NOTE = (
 )
 PROBES = 16
 """Evaluation images among the probe inputs; half as many enlarged fourfold and half as many of noise join them."""
+PROBE_PIXELS = 224 * 224
 ENLARGED = 4.0
 AGREEMENT_IMAGES = 2000
+MOST_VALUES = 2**29
+"""Of one tensor for all probe images: 4 GiB in the referee's float64."""
 TEACHER_SNR_DB = 60
 """Least signal-to-noise ratio of the teacher's file to torch: sums of floats in another order lie far above."""
 
@@ -56,9 +60,12 @@ FLAVOURS = {"tensorrt": names.STUDENT_TENSORRT_FP32, "onnxruntime": names.STUDEN
 
 
 def probe_inputs(bundle_images: NDArray[np.uint8], normalise: Any) -> NDArray[np.float32]:
-    """Network inputs that reach beyond every clip: images, enlarged images, and noise of the same reach."""
-    images = normalise(bundle_images[:PROBES])
-    enlarged = images[: PROBES // 2] * np.float32(ENLARGED)
+    """Network inputs that reach beyond every clip: images, enlarged images, and noise of the same reach; of images
+    larger than PROBE_PIXELS fewer, because the referee holds every tensor of all of them."""
+    height, width = bundle_images.shape[1:3]
+    count = max(2, min(PROBES, PROBES * PROBE_PIXELS // (height * width)))
+    images = normalise(bundle_images[:count])
+    enlarged = images[: count // 2] * np.float32(ENLARGED)
     reach = np.abs(enlarged).max()
     noise = np.random.default_rng(0).uniform(-reach, reach, enlarged.shape).astype(np.float32)
     return np.concatenate([images, enlarged, noise])
@@ -93,6 +100,7 @@ def verification(bundle: Bundle) -> dict[str, Any]:
         model = load_network(bundle, file)
         if bundle.takes_pixels:
             model = without_preprocessing(model)
+        _refuse_oversized(model, len(inputs))
         # onnxruntime's optimizer rounds float biases to int32 when it fuses, so that only the flavour which stores
         # int32 biases keeps its arithmetic under optimization.
         modes = [False, True] if flavour == "onnxruntime" else [False]
@@ -126,6 +134,16 @@ def verification(bundle: Bundle) -> dict[str, Any]:
     record["failures"] = failures
     record["passed"] = not failures
     return record
+
+
+def _refuse_oversized(model: onnx.ModelProto, images: int) -> None:
+    for value in onnx.shape_inference.infer_shapes(model).graph.value_info:
+        elements = images * math.prod(max(1, size.dim_value) for size in value.type.tensor_type.shape.dim)
+        if elements > MOST_VALUES:
+            raise UserError(
+                f"tensor {value.name} has {elements:,} elements for {images} probe images; the referee holds at most "
+                f"{MOST_VALUES:,} of one. Verify a smaller --image-size."
+            )
 
 
 def _verify_preprocessing(bundle: Bundle, images: NDArray[np.uint8]) -> dict[str, Any]:
