@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 ROWS = 2**25
-"""How many values `convolve` writes out at a time, 256 MiB: windows are larger than their input by the kernel's size."""
+"""How many values `convolve` writes out at a time, 256 MiB: windows take a kernel's size more than their input."""
 
 
 @dataclass(frozen=True)

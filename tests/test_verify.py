@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
+from faqd import reference
 from faqd.bundle import (
     STUDENT_ONNXRUNTIME,
     STUDENT_TENSORRT,
@@ -106,6 +107,22 @@ def test_the_probes_reach_beyond_every_clip(bundle: Bundle) -> None:
             if row["layer"] in ("relu", "relu_1"):
                 assert (row["lowest"], row["highest"]) == (0, 15)
                 assert row["share_at_lowest"] > 0.01 and row["share_at_highest"] > 0.01
+
+
+def test_large_images_give_fewer_probes() -> None:
+    counts = [
+        len(probe_inputs(np.ones((20, size, size, 1), np.uint8), lambda pixels: pixels.astype(np.float32)))
+        for size in (32, 224, 448, 2000)
+    ]
+    assert counts == [32, 32, 8, 4]
+
+
+def test_a_convolution_in_pieces_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(0)
+    x, w = (generator.integers(-9, 9, shape).astype(np.float64) for shape in ((5, 6, 9, 9), (4, 3, 3, 3)))
+    whole = reference.convolve(x, w, (2, 1), (1, 1, 0, 1), (1, 1), 2)
+    monkeypatch.setattr(reference, "ROWS", 100)
+    assert np.array_equal(reference.convolve(x, w, (2, 1), (1, 1, 0, 1), (1, 1), 2), whole)
 
 
 # Faults ----------------------------------------------------------------------------------------------------------
