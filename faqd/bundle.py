@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,9 +77,19 @@ class Bundle:
         return self.folder / name
 
     def evaluation(self) -> Evaluation:
-        with np.load(self.path(EVAL), allow_pickle=False) as arrays:
-            outputs = {key.removeprefix(_TEACHER_KEY): arrays[key] for key in arrays if key.startswith(_TEACHER_KEY)}
-            return Evaluation(arrays["images"], arrays.get("labels"), outputs)
+        """eval.npz; UserError where it is no such file, or holds nothing to evaluate on."""
+        path = self.path(EVAL)
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                outputs = {
+                    key.removeprefix(_TEACHER_KEY): arrays[key] for key in arrays if key.startswith(_TEACHER_KEY)
+                }
+                found = Evaluation(arrays["images"], arrays.get("labels"), outputs)
+        except (KeyError, ValueError, AttributeError, OSError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path}: not the evaluation data of a bundle ({error}); export the run again.") from error
+        if found.images.dtype != np.uint8 or found.images.ndim != 4 or not len(found.images) or not outputs:
+            raise UserError(f"{path}: holds no images or no outputs of the teacher; export the run again.")
+        return found
 
 
 @dataclass(frozen=True)

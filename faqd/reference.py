@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+ROWS = 2**25
+"""How many values `convolve` writes out at a time, 256 MiB: windows take a kernel's size more than their input."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,9 @@ def convolve(
     outputs = []
     for x_group, w_group in zip(np.split(windows, groups, 1), np.split(w_OCKK, groups, 0), strict=True):
         pixels = np.moveaxis(x_group, 1, spatial + 1)  # N, H, W, C, K, K
-        rows = pixels.reshape(*pixels.shape[: spatial + 1], -1)
-        outputs.append(np.moveaxis(rows @ w_group.reshape(len(w_group), -1).T, -1, 1))
+        parts = np.array_split(pixels, min(len(pixels), 1 + pixels.size // ROWS))  # views: only the rows are copied
+        sums = [part.reshape(*part.shape[: spatial + 1], -1) @ w_group.reshape(len(w_group), -1).T for part in parts]
+        outputs.append(np.moveaxis(np.concatenate(sums), -1, 1))
     return np.concatenate(outputs, 1)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -165,6 +166,60 @@ class Detector(nn.Module):
         return {"scores": [self.scores(x) for x in towers], "boxes": [self.boxes(x) for x in towers]}
 
 
+def handed_on(x: Tensor, training: bool) -> Tensor:
+    """Kept whole by fx.wrap, as torchvision keeps its stochastic depth."""
+    return x if not training else x * (torch.rand(len(x), 1, 1, 1) > 0.5)
+
+
+torch.fx.wrap("handed_on")
+
+
+class OwnTensors(nn.Module):
+    """Parameters and buffers read in forward: the preprocessing, a convolution as function, a blur, a learned gain."""
+
+    mean: Tensor
+    deviation: Tensor
+    blur: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor([0.4, 0.5, 0.6]).reshape(1, 3, 1, 1))
+        self.register_buffer("deviation", torch.tensor([0.6, 0.5, 0.7]).reshape(3, 1, 1))
+        self.register_buffer("blur", torch.ones(8, 1, 3, 3) / 9)
+        generator = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(0.3 * torch.randn(8, 3, 3, 3, generator=generator))
+        self.bias = nn.Parameter(0.1 * torch.randn(8, generator=generator))
+        self.gain, self.shift = nn.Parameter(torch.tensor(0.7)), nn.Parameter(torch.full((8, 1, 1), 0.1))
+        self.classes = nn.Parameter(torch.randn(CLASSES, 8, generator=generator))
+        self.conv, self.prelu, self.mix = nn.Conv2d(8, 8, 3, padding=1), nn.PReLU(8), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (x - self.mean) / self.deviation
+        x = F.relu(F.conv2d(x, self.weight, self.bias, padding=1))
+        x = F.conv2d(x, self.blur, stride=2, padding=1, groups=8)
+        x = x + handed_on(self.gain * self.prelu(self.conv(x)) + self.shift, self.training)
+        pyramid = F.adaptive_avg_pool2d(F.adaptive_max_pool2d(x, 2), (x.shape[2], x.shape[3]))
+        x = F.relu(self.mix(pyramid)) * F.adaptive_max_pool2d(x, 1)
+        return F.linear(x.float().mean((2, 3)), self.classes)
+
+
+class Tokens(nn.Module):
+    """Maps as rows of pixels: sizes computed in forward, linear layers on channels, convolutions along one axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.wide, self.narrow = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 12), nn.Linear(12, 8)
+        self.along, self.pool = nn.Conv1d(8, 8, 3, padding=1), nn.AdaptiveAvgPool1d(1)
+        self.last = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = F.relu(self.patches(x))
+        n, c, h, w = x.shape
+        tokens = self.narrow(F.gelu(self.wide(x.flatten(2).transpose(1, 2)))) + x.view(n, c, h * w).transpose(1, 2)
+        rows = F.relu(self.along(tokens.transpose(1, 2)))
+        return {"tokens": self.last(tokens.mean(1)), "rows": self.last(self.pool(rows).squeeze(-1))}
+
+
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "mobilenet-v2": MobileNetV2,
     "mobilenet with hardswish": lambda: MobileNetV2(nn.Hardswish),
@@ -173,4 +228,6 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "densenet": DenseNet,
     "unet": UNet,
     "detector": Detector,
+    "own tensors": OwnTensors,
+    "tokens": Tokens,
 }

@@ -156,6 +156,8 @@ def lively(network: nn.Module, seed: int, zero_gamma: float = 0.0) -> nn.Module:
             module.weight.data = torch.randn(module.weight.shape, generator=generator) * (2 / fan_in) ** 0.5
             if module.bias is not None:
                 module.bias.data = uniform(module.bias, -0.5, 0.5)
+        elif isinstance(module, nn.PReLU):
+            module.weight.data = uniform(module.weight, -0.5, 0.8)
         elif isinstance(module, graph.NORM) and module.affine:
             sign = torch.where(uniform(module.weight, 0, 1) < 0.3, -1.0, 1.0)
             module.weight.data = sign * uniform(module.weight, 0.5, 1.5)

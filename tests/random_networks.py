@@ -29,6 +29,7 @@ ACTIVATIONS: tuple[Callable[[], nn.Module], ...] = (
     nn.ReLU6,
     lambda: nn.Hardtanh(-0.8, 1.1),
     lambda: nn.LeakyReLU(0.1),
+    lambda: nn.PReLU(CHANNELS),
     nn.SiLU,
     nn.Hardswish,
     nn.Sigmoid,
@@ -121,7 +122,21 @@ class Moves(nn.Module):
         return F.relu(self.strided(F.interpolate(x, wide, mode="bilinear", align_corners=self.how == "aligned")))
 
 
-UNITS: tuple[Callable[[random.Random], nn.Module], ...] = (Plain, Branches, Branches, PreActivation, Moves)
+class Rows(nn.Module):
+    """Linear layers on the channels of every pixel, and numbers of the network's own."""
+
+    def __init__(self, draw: random.Random) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Linear(CHANNELS, 12), nn.Linear(12, CHANNELS)
+        self.act, self.around = draw.choice(ACTIVATIONS[:5])(), draw.random() < 0.5
+        self.gain = nn.Parameter(torch.tensor([draw.uniform(-1.5, 1.5) for _ in range(CHANNELS)]).reshape(-1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.narrow(self.act(self.wide(x.permute(0, 2, 3, 1)))).permute(0, 3, 1, 2)
+        return x + self.gain * rows if self.around else self.gain * rows  # type: ignore[no-any-return]
+
+
+UNITS: tuple[Callable[[random.Random], nn.Module], ...] = (Plain, Branches, Branches, PreActivation, Moves, Rows)
 
 
 class RandomNetwork(nn.Module):

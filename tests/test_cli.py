@@ -23,7 +23,7 @@ from tests.toy_runs import faqd_train, outcome_of
 
 DATA = "--data --data-root --download --image-size --resize --channels --mean --std --labels --limit"
 SCHEDULE = "--epochs --steps --batch-size --lr --seed --data-seed --device --out --resume --time-limit"
-BUNDLE = "--out --eval-samples --float-type --input --for"
+BUNDLE = "--out --eval-samples --float-type --input --for --license"
 
 # Changing a line here changes what people have in their scripts: say so in the changelog.
 FLAGS = {

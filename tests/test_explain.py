@@ -125,6 +125,31 @@ def test_layers_without_names_and_with_equal_names_stay_apart(tmp_path: Path) ->
     assert len({layer["node"] for layer in record["layers"]}) == 3
 
 
+def test_a_zero_point_shared_through_an_identity_keeps_its_type(tmp_path: Path) -> None:
+    """torch's older exporter shares equal constants so."""
+    model = network(MIDDLES["plain"])
+    for quantizer in [node for node in model.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]:
+        shared = f"{quantizer.output[0]}.shared"
+        model.graph.node.insert(0, onnx.helper.make_node("Identity", [quantizer.input[2]], [shared], shared))
+        quantizer.input[2] = shared
+    record = explanation(written(model, tmp_path / "net.onnx"), rules_only=True)
+    assert {(layer["int8"], layer["rule"]) for layer in record["layers"]} == {(True, None)}
+
+
+@pytest.mark.parametrize(
+    ("node", "module"),
+    [
+        ("/layer1/layer1.0/conv1/Conv", "layer1.0.conv1"),
+        ("/features/features.3/conv/conv.0/Conv", "features.3.conv.0"),
+        ("/body/body.0/body.0.1/Conv", "body.0.1"),
+    ],
+)
+def test_the_names_of_torchs_older_exporter_are_read(node: str, module: str, tmp_path: Path) -> None:
+    model = network(MIDDLES["plain"])
+    next(n for n in model.graph.node if n.name == LAYER).name = node
+    assert row(explanation(written(model, tmp_path / "net.onnx"), rules_only=True), node)["module"] == module
+
+
 # Bundles and engines ---------------------------------------------------------------------------------------------
 
 

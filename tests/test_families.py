@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,17 +15,17 @@ from faqd.deploy.engine import engine_from_onnx
 from faqd.deploy.export import onnx_from_deployed, save
 from faqd.deploy.float16 import float16_from_float32
 from faqd.deploy.int8_rules import int8_layers
+from faqd.deploy.onnx_file import load_model
 from faqd.deploy.student import _torch_digests
 from faqd.deploy.verify import verify_file
 from faqd.errors import UserError
 from faqd.quant import Quant
-from faqd.train import graph
 from faqd.train.convert import collect_output_scales, convert
 from faqd.train.elementwise import Clamp
 from faqd.train.placement import Bits
 from faqd.train.prepare import Student, float_forward, student_table
-from tests.families import FAMILIES, MobileNetV2, ShuffleNet
-from tests.networks import CHANNELS, calibrated, captured, conv, images, lively
+from tests.families import FAMILIES, MobileNetV2, ShuffleNet, SqueezeExcite
+from tests.networks import CHANNELS, CLASSES, calibrated, captured, conv, images, lively
 from tests.test_export import needs_rtx
 
 SHAPE = (3, 16, 16)
@@ -172,12 +173,93 @@ def test_excluded_layers_stay_float_and_the_rest_stays_exact() -> None:
     assert verify_file(model, x.numpy(), _torch_digests(deployed, x), [False, True])["failures"] == []
 
 
-def test_an_excluded_operator_is_no_reason_to_refuse_a_network() -> None:
+def test_an_operator_that_cannot_be_quantized_is_named_with_the_way_out() -> None:
     with pytest.raises(UserError, match=r"act .*Softplus cannot be quantized yet.*--exclude"):
         calibrated(lively(WithUnknown(), 1), BITS)
-    student = calibrated(lively(WithUnknown(), 1), Bits(4, 4, exclude=("^act$",)))
-    names = graph.places(student.network).values()
-    assert "act" in names and convert(student, "tensorrt")(images(1)).shape == (64, 10)
+
+
+class Floats(nn.Module):
+    """What is never quantized: norms over channels, a choice, a maximum over channels, probabilities; and a gate and a
+    grouped transposed convolution that could be, or not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.gate = nn.Conv2d(3, 8, 3, padding=1), nn.LayerNorm(8), SqueezeExcite(8, nn.Sigmoid())
+        self.up, self.group = nn.ConvTranspose2d(8, 8, 2, 2, groups=4, bias=False), nn.GroupNorm(2, 8)
+        self.down, self.last = nn.Conv2d(8, 8, 3, 2, 1), nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        x = self.group(self.up(self.gate(x)))
+        x = F.softplus(F.relu(self.down(x)))
+        chosen = torch.where(x > 1.0, x, F.normalize(x, dim=1))
+        return F.softmax(self.last((chosen * x.max(1, keepdim=True)[0]).mean((2, 3))), 1)
+
+
+FLOATS = ("norm", "^gate", "^up$", "group", "softplus", "^gt", "where", "normalize", "^max", "softmax")
+
+
+def test_operators_that_stay_float_are_lowered_and_proved_all_the_same(tmp_path: Path) -> None:
+    student = calibrated(lively(Floats(), 3), Bits(8, 8, exclude=FLOATS), shape=SHAPE)
+    x = images(5, 8, SHAPE, reach=3.0)
+    for flavour, modes in (("tensorrt", [False]), ("onnxruntime", [False, True])):
+        scales = collect_output_scales(student, [images(0, 16, SHAPE)])
+        deployed = convert(student, flavour, scales)  # type: ignore[arg-type]
+        assert not deployed.integers_only
+        model = onnx_from_deployed(deployed, images(1, 2, SHAPE), {})
+        assert verify_file(model, x.numpy(), _torch_digests(deployed, x), modes)["failures"] == []
+        if flavour == "tensorrt":
+            save(float16_from_float32(model), tmp_path / "student.onnx")
+    found = int8_layers(load_model(tmp_path / "student.onnx"))
+    assert {name for name, int8 in found.items() if not int8} == {"gate.reduce", "gate.expand", "up"}
+
+
+class Bessel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = conv(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.special.bessel_j0(self.first(x))  # type: ignore[no-any-return]
+
+
+def test_an_operator_that_no_onnx_file_can_hold_is_named() -> None:
+    student = calibrated(lively(Bessel(), 1), Bits(8, 8, exclude=("bessel",)))
+    with pytest.raises(UserError, match=r"torch's exporter cannot write .*bessel_j0"):
+        onnx_from_deployed(convert(student, "tensorrt"), images(1, 2), {})
+
+
+@needs_rtx
+def test_tensorrt_builds_what_stays_float(tmp_path: Path) -> None:
+    student = calibrated(lively(Floats(), 3), Bits(8, 8, exclude=FLOATS), shape=SHAPE)
+    model = onnx_from_deployed(convert(student, "tensorrt"), images(1, 2, SHAPE), {})
+    save(float16_from_float32(model), tmp_path / "student.onnx")
+    record = engine_from_onnx(tmp_path / "student.onnx", tmp_path / "student.engine", BuildOptions(), lambda _: None)
+    products = {entry["node"].rpartition(".")[0]: entry["int8"] for entry in record["int8"]["products"]}
+    assert {name for name, int8 in products.items() if int8} == {"stem", "down", "last"}
+
+
+@pytest.mark.parametrize(
+    ("operator", "message"),
+    [
+        (lambda x: F.adaptive_avg_pool2d(x, 3), "from 8x8 to 3x3 has windows of several sizes.*--image-size"),
+        (lambda x: torch.topk(x, 2, 1)[0], "topk cannot be quantized yet.*--exclude"),
+        (lambda x: torch.stack(torch.unbind(x, 1), 1), "unbind cannot be quantized yet.*--exclude"),
+    ],
+)
+def test_what_would_fail_after_the_training_is_refused_before_it(
+    operator: Callable[[Tensor], Tensor], message: str
+) -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.last = conv(3), conv()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return operator(self.conv(x)).mean((2, 3))
+
+    with pytest.raises(UserError, match=message):
+        calibrated(lively(Wrapped(), 1), BITS)
 
 
 @pytest.mark.parametrize(("pattern", "message"), [("(", "not a regular expression"), ("nothing", "layers are first")])

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from faqd.benchmarks.cli import bench_command
 from faqd.bundle import (
     EVAL,
     FLOAT_STUDENT,
+    MANIFEST,
     STUDENT_ONNXRUNTIME,
     STUDENT_TENSORRT,
     STUDENT_TENSORRT_FP32,
@@ -26,7 +28,7 @@ from faqd.bundle import (
 from faqd.deploy.onnx_file import load_bytes, load_model
 from faqd.deploy.onnx_scan import read_scanned, scan
 from faqd.errors import UserError
-from tests.hostile_files import SHELF, WORST, good, shelve
+from tests.hostile_files import SHELF, WORST, Edit, edited, good, shelve
 from tests.tiny_bundles import PREPROCESS
 from tests.toy_runs import Outcome, faqd_deploy, outcome_of
 
@@ -51,6 +53,11 @@ def hostile_bundle(folder: Path, name: str) -> Path:
     folder.mkdir()
     for network in NETWORKS:
         shelve(name, folder / network)
+    return described(folder)
+
+
+def described(folder: Path, **other: Any) -> Path:
+    """A manifest for the networks in `folder`, and evaluation data; other: facts that are not the usual ones."""
     images = np.zeros((4, 8, 8, 3), np.uint8)
     Evaluation(images, None, {"logits": np.zeros((4, 10), np.float32)}).save(folder / EVAL)
     preprocess = {**PREPROCESS.to_json(), "channels": "rgb", "mean": (0, 0, 0), "std": (1, 1, 1)}
@@ -70,7 +77,7 @@ def hostile_bundle(folder: Path, name: str) -> Path:
         "teacher": {"name": "none", "sha256": ""},
         "torch_digests": digests,
     }
-    write_manifest(folder, facts, dict.fromkeys((*NETWORKS, EVAL), ""))
+    write_manifest(folder, facts | other, dict.fromkeys((*NETWORKS, EVAL), ""))
     return folder
 
 
@@ -109,6 +116,83 @@ def test_build_engine_refuses_it(name: str, tmp_path: Path) -> None:
     bundle = hostile_bundle(tmp_path / "bundle", name)
     is_refused(faqd_deploy("build-engine", bundle), "")
     assert not list(bundle.glob("*.engine*"))
+
+
+def _another_input(model: onnx.ModelProto) -> None:
+    model.graph.input.append(onnx.helper.make_tensor_value_info("more", onnx.TensorProto.FLOAT, ["batch", 3]))
+
+
+def _another_name(model: onnx.ModelProto) -> None:
+    model.graph.node[-1].output[0] = model.graph.output[0].name = "scores"
+
+
+def _input_as_output(model: onnx.ModelProto) -> None:
+    model.graph.output[0].CopyFrom(model.graph.input[0])
+
+
+def _wide(model: onnx.ModelProto) -> None:
+    """Legal, and 15 GB in the referee."""
+    scales = np.array([1, 1, 512, 512], np.float32)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(scales, "scales"))
+    how = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+    model.graph.node.insert(4, onnx.helper.make_node("Resize", ["y", "", "scales"], ["wide"], "wide", **how))
+    model.graph.node[5].input[0] = "wide"
+
+
+def _no_zero_point(model: onnx.ModelProto) -> None:
+    del model.graph.node[1].input[2:]
+
+
+def _computed_scale(model: onnx.ModelProto) -> None:
+    model.graph.node.insert(0, onnx.helper.make_node("Abs", ["scale"], ["computed"], "abs"))
+    model.graph.node[1].input[1] = "computed"
+
+
+@pytest.mark.parametrize(
+    ("edit", "word", "facts"),
+    [
+        (_another_input, "has the inputs input, more, the manifest says input", {}),
+        (_another_name, "has the outputs scores, the manifest says logits", {}),
+        (_input_as_output, "is computed by no node", {"outputs": [{"name": "input"}]}),
+        (_wide, "tensor wide has 2,013,265,920 elements for 12 probe images", {}),
+        (_no_zero_point, "conv.dq (DequantizeLinear) has no zero point", {}),
+        (_computed_scale, "conv.q (QuantizeLinear) computes its scale", {}),
+        (lambda model: None, "no digests of torch's tensorrt student", {"torch_digests": "none"}),
+        (lambda model: None, "no digests of torch's tensorrt student", {"torch_digests": {"tensorrt": {"codes": {}}}}),
+    ],
+)
+def test_verify_refuses_a_network_that_is_not_what_the_manifest_says(
+    tmp_path: Path, edit: Edit, word: str, facts: dict[str, Any]
+) -> None:
+    for network in NETWORKS:
+        (tmp_path / network).write_bytes(edited(edit))
+    is_refused(faqd_deploy("verify", described(tmp_path, **facts)), word)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"images": np.zeros((0, 8, 8, 3), np.uint8), "teacher.logits": np.zeros((0, 10), np.float32)},
+        {"images": np.zeros((4, 8, 8, 3), np.uint8)},
+        {"teacher.logits": np.zeros((4, 10), np.float32)},
+        {"images": np.array([{}], object)},
+        None,
+    ],
+    ids=["no images", "no outputs", "nothing", "pickled", "no npz"],
+)
+def test_verify_refuses_evaluation_data_that_is_none(tmp_path: Path, data: dict[str, Any] | None) -> None:
+    for network in NETWORKS:
+        (tmp_path / network).write_bytes(good().SerializeToString())
+    described(tmp_path)
+    manifest = json.loads((tmp_path / MANIFEST).read_text())
+    if data is None:
+        (tmp_path / EVAL).write_bytes(b"none")
+    else:
+        np.savez(tmp_path / EVAL, **data)
+    write_manifest(
+        tmp_path, {key: manifest[key] for key in manifest if key != "files"}, dict.fromkeys((*NETWORKS, EVAL), "")
+    )
+    is_refused(faqd_deploy("verify", tmp_path), "eval.npz")
 
 
 def test_the_worst_take_little_memory_and_time(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def test_arguments_by_keyword_are_read_alike() -> None:
 # What is refused --------------------------------------------------------------------------------------------------
 
 
-def network_of(middle: Callable[[Any, Tensor], Tensor], **modules: nn.Module) -> nn.Module:
+def network_of(middle: Callable[[Any, Tensor], Tensor], **modules: nn.Module | nn.Parameter) -> nn.Module:
     """A convolution, what the test puts in the middle, a mean and a classifier."""
 
     class Network(nn.Module):
@@ -125,7 +125,7 @@ def network_of(middle: Callable[[Any, Tensor], Tensor], **modules: nn.Module) ->
             super().__init__()
             self.first, self.last = conv(3), nn.LazyLinear(CLASSES)
             for name, module in modules.items():
-                self.add_module(name, module)
+                setattr(self, name, module)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.last(middle(self, F.relu(self.first(x))).mean((2, 3)))  # type: ignore[no-any-return]
@@ -168,7 +168,10 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
         network_of(lambda self, x: self.conv(x), conv=nn.utils.parametrizations.weight_norm(conv())),
         "weight is computed",
     ),
-    "linear on maps": (network_of(lambda self, x: self.fc(x), fc=nn.Linear(PIXELS, 4)), "found 4 dimensions"),
+    "parameter per image": (
+        network_of(lambda self, x: x + self.own, own=nn.Parameter(torch.ones(2, CHANNELS, 1, 1))),
+        "parameter that .* differs between images.*--exclude",
+    ),
     "transposed with groups": (
         network_of(lambda self, x: self.up(x), up=nn.ConvTranspose2d(CHANNELS, 4, 2, groups=2)),
         "transposed convolution with groups",

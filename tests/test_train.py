@@ -22,7 +22,7 @@ from faqd.train.fuse import fused
 from faqd.train.images import upright_rgb
 from faqd.train.job import Job
 from faqd.train.loop import fit
-from faqd.train.network import read_tensors
+from faqd.train.network import load_weights, read_tensors, write_tensors
 from faqd.train.prepare import calibrate
 from faqd.train.recipes import DistillRecipe, Training
 from faqd.train.source import Lesson, lesson_from
@@ -208,6 +208,28 @@ def test_common_wrappings_of_weights_are_looked_through(user: User, wrap: Any, t
     weights = tmp_path / "wrapped.pth"
     torch.save(wrap(torch.load(user.folder / "best.pth", weights_only=True)), weights)
     succeeds(user.distill(tmp_path / "run", "--teacher-weights", weights, "--steps", 1))
+
+
+class Versioned(nn.Linear):
+    """Reads its weights by the version that they were written with, and refuses those without."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
+        if local_metadata.get("version") != 2:
+            raise ValueError("written by another version")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+@pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
+def test_modules_that_ask_for_the_version_of_their_weights_get_it(name: str, tmp_path: Path) -> None:
+    wanted, found = Versioned(3, 2), Versioned(3, 2)
+    if name.endswith("safetensors"):
+        write_tensors(tmp_path / name, wanted.state_dict())
+    else:
+        torch.save(dict(wanted.state_dict()), tmp_path / name)
+    load_weights(found, tmp_path / name)
+    assert torch.equal(found.weight, wanted.weight)
 
 
 def test_which_of_several_weights_was_taken_is_said(user: User, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
+from faqd import reference
 from faqd.bundle import (
     STUDENT_ONNXRUNTIME,
     STUDENT_TENSORRT,
@@ -34,8 +35,10 @@ from faqd.deploy.float16 import float16_from_float32
 from faqd.deploy.onnx_file import load_model
 from faqd.deploy.proof_table import print_verification
 from faqd.deploy.referee import Referee
+from faqd.deploy.segments import segments
 from faqd.deploy.student import quantize_after_training
 from faqd.deploy.teacher_float16 import TEACHER_IMAGES
+from faqd.deploy.ties import distinct_roundings
 from faqd.deploy.verify import CHANCE, EQUAL_CODES, probe_inputs, tolerated, verification, verify_file
 from faqd.errors import UserError
 from faqd.files import read_json
@@ -75,8 +78,10 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     torch.save(lively(space["Net"](), 1).state_dict(), folder / "best.pth")
     data = asdict(DataOptions("digits"))
     bits = Bits(4, 4)
+    weights, out = folder / "best.pth", folder / "out"
+    net = f"{folder}/net.py:Net"
     return quantize_after_training(
-        f"{folder}/net.py:Net", folder / "best.pth", data, bits, "mse", 256, folder / "out", 200, "fp16", lambda _: None
+        net, weights, data, bits, "mse", 256, out, 200, "fp16", lambda _: None, licence="CC-BY-4.0"
     )
 
 
@@ -106,6 +111,22 @@ def test_the_probes_reach_beyond_every_clip(bundle: Bundle) -> None:
             if row["layer"] in ("relu", "relu_1"):
                 assert (row["lowest"], row["highest"]) == (0, 15)
                 assert row["share_at_lowest"] > 0.01 and row["share_at_highest"] > 0.01
+
+
+def test_large_images_give_fewer_probes() -> None:
+    counts = [
+        len(probe_inputs(np.ones((20, size, size, 1), np.uint8), lambda pixels: pixels.astype(np.float32)))
+        for size in (32, 224, 448, 2000)
+    ]
+    assert counts == [32, 32, 8, 4]
+
+
+def test_a_convolution_in_pieces_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(0)
+    x, w = (generator.integers(-9, 9, shape).astype(np.float64) for shape in ((5, 6, 9, 9), (4, 3, 3, 3)))
+    whole = reference.convolve(x, w, (2, 1), (1, 1, 0, 1), (1, 1), 2)
+    monkeypatch.setattr(reference, "ROWS", 100)
+    assert np.array_equal(reference.convolve(x, w, (2, 1), (1, 1, 0, 1), (1, 1), 2), whole)
 
 
 # Faults ----------------------------------------------------------------------------------------------------------
@@ -276,6 +297,7 @@ def test_every_file_of_the_bundle_is_standard_onnx_and_says_what_it_is(bundle: B
             assert trace.encode() not in data
         assert model.producer_name == "faqd" and model.producer_version == bundle.manifest["faqd"]
         metadata = {entry.key: entry.value for entry in model.metadata_props}
+        assert metadata["model_license"] == "CC-BY-4.0"
         if name not in (TEACHER, TEACHER_FP16):
             assert metadata["faqd.weights_sha256"] == bundle.manifest["files"][name]["made_from"]
             assert json.loads(metadata["faqd.preprocess"]) == json.loads(json.dumps(bundle.preprocess.to_json()))
@@ -316,14 +338,55 @@ def test_a_layer_is_refused_for_a_count_that_chance_does_not_give(codes: int) ->
     assert tolerated(0) == 0
 
 
-def test_an_fp16_file_that_computes_something_else_fails(bundle: Bundle, tmp_path: Path) -> None:
+def rename_everything(model: onnx.ModelProto) -> None:
+    change(model, "conv2.bias", lambda bias: bias + np.float16(3))
+    for node in model.graph.node:
+        node.input[:] = [f"{name}_" if name.endswith(".codes") and name in made(model) else name for name in node.input]
+    for node in model.graph.node:
+        node.output[:] = [f"{name}_" if name.endswith(".codes") else name for name in node.output]
+    del model.graph.value_info[:]
+
+
+def made(model: onnx.ModelProto) -> set[str]:
+    return {name for node in model.graph.node for name in node.output}
+
+
+@pytest.mark.parametrize(
+    ("file", "edit", "failure"),
+    [
+        (STUDENT_TENSORRT, lambda m: change(m, "conv2.bias", lambda b: b + np.float16(3)), "relu_1: only"),
+        (STUDENT_TENSORRT, lambda m: change(m, "fc.codes", lambda c: 0 * c), "logits: the FP16 output logits is"),
+        (STUDENT_TENSORRT, rename_everything, "x.codes: the FP16 file has no such codes"),
+        (TEACHER, lambda m: change(m, "fc.bias", lambda b: b + 0.1), "teacher: teacher.onnx is"),
+    ],
+    ids=["layer", "classifier", "renamed", "teacher"],
+)
+def test_a_file_beside_the_exact_ones_that_computes_something_else_fails(
+    bundle: Bundle, tmp_path: Path, file: str, edit: Callable[[onnx.ModelProto], None], failure: str
+) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(bundle.folder, folder)
-    model = load_model(folder / STUDENT_TENSORRT)
-    change(model, "conv2.bias", lambda bias: bias + np.float16(3))
-    (folder / STUDENT_TENSORRT).write_bytes(model.SerializeToString())
+    model = load_model(folder / file)
+    edit(model)
+    (folder / file).write_bytes(model.SerializeToString())
     record = verification(Bundle(folder, bundle.manifest))
-    assert not record["passed"] and record["failures"][0].startswith("relu_1: only")
+    assert not record["passed"] and record["failures"][0].startswith(failure), record["failures"]
+
+
+@pytest.mark.parametrize(("value", "roundings"), [(10.49999, 1), (10.4, 64), (10.0, 64)])
+def test_a_constant_map_at_a_tie_is_one_rounding(value: float, roundings: int) -> None:
+    """And a constant map that is wrong stays wrong in every pixel."""
+    inputs = {"s": np.float32(1), "z": np.int8(0)}
+    model = one_node("QuantizeLinear", inputs)
+    model.graph.node.append(helper.make_node("DequantizeLinear", ["y0", "s", "z"], ["y"]))
+    model.graph.output[0].name = "y"
+    model.graph.input[0].type.tensor_type.shape.dim.add(dim_value=64)
+    x = np.full(64, value, np.float32)
+    values = Referee(model).run({"x": x})
+    segment = next(segments(model))
+    assert segment.output == "y0"
+    assert distinct_roundings(segment, values, np.ones(64, bool)) == roundings
+    assert distinct_roundings(segment, values, np.zeros(64, bool)) == 0
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"\x00" * 99])
@@ -361,7 +424,7 @@ def run(model: onnx.ModelProto, x: NDArray[np.float32]) -> NDArray[Any]:
 X = np.random.default_rng(0).normal(size=(2, 4, 7, 7)).astype(np.float32)
 ONE = np.float32(0.1)
 REFUSED: dict[str, onnx.ModelProto] = {
-    "no Softmax": one_node("Softmax", {}),
+    "no NonZero": one_node("NonZero", {}),
     "no com.example.Relu": one_node("Relu", {}, domain="com.example"),
     "opset 13 to 20, found 11": one_node("Relu", {}, opset=11),
     "without auto_pad": one_node("MaxPool", {}, kernel_shape=[2, 2], auto_pad="SAME_UPPER"),

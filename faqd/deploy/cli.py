@@ -50,6 +50,12 @@ def _bundle_flags(command: Any) -> Any:
                 multiple=True,
                 help="Add the configuration of this server, marked untried; may be given twice.",
             ),
+            click.option(
+                "--license",
+                "licence",
+                metavar="NAME",
+                help="Write into the ONNX files how the network may be used: an SPDX name, or a URL.",
+            ),
         )
     ):
         command = option(command)
@@ -69,12 +75,13 @@ def export(
     float_type: Any,
     input_form: Any,
     servers: Any,
+    licence: str | None,
     json_target: str | None,
 ) -> None:
     """Write the bundle of a distilled student, and verify it."""
     from faqd.deploy.student import export_run
 
-    bundle = export_run(run_folder, out, data_root, eval_samples, float_type, _say, input_form, servers)
+    bundle = export_run(run_folder, out, data_root, eval_samples, float_type, _say, input_form, servers, licence)
     _conclude(bundle, json_target)
 
 
@@ -122,6 +129,7 @@ def ptq(
     float_type: Any,
     input_form: Any,
     servers: Any,
+    licence: str | None,
     json_target: str | None,
     **options: Any,
 ) -> None:
@@ -142,6 +150,7 @@ def ptq(
         _say,
         input_form,
         servers,
+        licence,
     )
     _conclude(bundle, json_target)
 

@@ -218,11 +218,13 @@ def _module(model: onnx.ModelProto, layer: Layer) -> str | None:
             return str(path[-2])
     if model.producer_name == "faqd":
         return str(node.name).rpartition(".")[0] or None
-    if node.name.startswith("/"):  # torch's older exporter: /layer1/layer1.0/conv1/Conv is layer1.0.conv1
-        place = ""
+    if node.name.startswith("/"):  # torch's older exporter: /layer1/layer1.0/conv/conv.2/Conv is layer1.0.conv.2
+        places: list[str] = []
         for part in node.name.split("/")[1:-1]:
-            place = part if not place or part.startswith(f"{place}.") else f"{place}.{part}"
-        return place or None
+            if places and part.startswith(f"{places[-1]}."):
+                places.pop()
+            places.append(part)
+        return ".".join(places) or None
     for quantizer in (layer.weight.dequantize, node):
         for name in () if quantizer is None else quantizer.input:
             stem, dot, last = name.rpartition(".")

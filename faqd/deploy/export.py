@@ -17,10 +17,13 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import torch
+from onnx_ir.passes import common
+from onnxscript.optimizer import fold_constants
 from torch import Tensor, fx, nn
 
 from faqd import __version__
-from faqd.deploy.twins import OPSET, AverageTwin, Flatten, GlobalAverage, Reshape, deployed_twin, plain_twin
+from faqd.deploy.twins import OPSET, AverageTwin, Flatten, GlobalAverage, Mean, Reshape, deployed_twin, plain_twin
+from faqd.errors import UserError, first_line
 from faqd.files import written_beside
 from faqd.train.convert import Deployed
 from faqd.train.graph import is_tensor, module_of, operand, places, propagate, role, shape, unused
@@ -45,18 +48,25 @@ def onnx_from_network(network: fx.GraphModule, example: Tensor, metadata: dict[s
         # torch's exporter warns of its own deprecations; a user can do nothing about them.
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        program = torch.onnx.export(
-            network.eval(),
-            (example[:2],),
-            dynamo=True,
-            opset_version=OPSET,
-            dynamic_shapes=({0: batch},),
-            input_names=[INPUT],
-            optimize=False,
-            verbose=False,
-        )
+        try:
+            program = torch.onnx.export(
+                network.eval(),
+                (example[:2],),
+                dynamo=True,
+                opset_version=OPSET,
+                dynamic_shapes=({0: batch},),
+                input_names=[INPUT],
+                optimize=False,
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            raise UserError(
+                f"torch's exporter cannot write this network as ONNX: {first_line(_innermost(error))}. Where --exclude "
+                "keeps that operator float, write it in forward with others."
+            ) from error
     assert program is not None
     model = program.model
+    _fold_constants(model)
     _name(model, list(graph_outputs(network)))
     _strip(model)
     model.producer_name, model.producer_version = "faqd", __version__
@@ -65,6 +75,20 @@ def onnx_from_network(network: fx.GraphModule, example: Tensor, metadata: dict[s
     proto = ir.serde.serialize_model(model)
     onnx.checker.check_model(proto, full_check=True)
     return proto
+
+
+def _innermost(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _fold_constants(model: ir.Model) -> None:
+    """What the exporter leaves to be computed from constants, such as the axes of a norm: TensorRT wants them known."""
+    if any(node.op_type == "Constant" for node in model.graph):
+        fold_constants(model)
+        common.RemoveUnusedNodesPass()(model)
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
 
 
 def _replace_modules(network: fx.GraphModule, twin: Callable[[nn.Module], nn.Module | None]) -> None:
@@ -109,16 +133,40 @@ def _plain_operator(network: fx.GraphModule, node: fx.Node, averages: set[fx.Nod
     if node in averages:
         flat = len(shape(node)) == 2
         return nn.Sequential(GlobalAverage(), Flatten()) if flat else GlobalAverage()
+    if _average_of(network, node) in _MEANS:
+        return Mean(*_mean_axes(node))
     if role(network, node) != "reshape" or not is_tensor(node) or not is_tensor(operand(node)):
         return None
     before, after = shape(operand(node)), shape(node)
     if after == (before[0], math.prod(before[1:])):
         return Flatten() if len(before) > 2 else nn.Identity()
-    reshapes = node.target in _RESHAPES or isinstance(module_of(network, node), nn.Unflatten)
+    reshapes = node.target in _RESHAPES or isinstance(module_of(network, node), nn.Flatten | nn.Unflatten)
     return Reshape(after[1:]) if reshapes and after[0] == before[0] and math.prod(before) == math.prod(after) else None
 
 
-_RESHAPES = ("view", "reshape", "unflatten", "squeeze", "unsqueeze", torch.reshape, torch.squeeze, torch.unsqueeze)
+_MEANS = (torch.mean, Tensor.mean, "mean")
+
+
+def _average_of(network: fx.GraphModule, node: fx.Node) -> Any:
+    """What averages at `node`, or None."""
+    module = module_of(network, node)
+    if isinstance(module, AverageTwin):
+        return module.average
+    return node.target if role(network, node) == "average" else None
+
+
+def _mean_axes(node: fx.Node) -> tuple[tuple[int, ...], bool]:
+    """The axes of a mean, and whether they are kept."""
+    given: Any = dict(zip(("x", "dim", "keepdim"), node.args, strict=False)) | node.kwargs
+    dim = given.get("dim")
+    axes = (dim,) if isinstance(dim, int) else tuple(range(len(shape(operand(node))))) if dim is None else tuple(dim)
+    return axes, bool(given.get("keepdim", False))
+
+
+_RESHAPES = (
+    *("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"),
+    *(torch.reshape, torch.flatten, torch.squeeze, torch.unsqueeze),
+)
 
 
 class _AverageFinder(fx.Interpreter):
@@ -131,10 +179,10 @@ class _AverageFinder(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         twin = n.op == "call_module" and isinstance(self.network.get_submodule(str(n.target)), AverageTwin)
-        if (twin or role(self.network, n) == "average") and len(shape(operand(n))) == 4:
+        if (twin or role(self.network, n) == "average") and len(shape(operand(n))) in (3, 4):
             seen = self.env[operand(n)]
             maps = self.env[operand(n)] = torch.arange(seen.numel()).reshape(seen.shape).sin()
-            result, wanted = super().run_node(n), maps.mean((2, 3))
+            result, wanted = super().run_node(n), maps.flatten(2).mean(2)
             if result.numel() == wanted.numel() and torch.allclose(result.reshape(wanted.shape), wanted, atol=1e-5):
                 self.found.add(n)
             self.env[operand(n)] = seen

@@ -17,9 +17,11 @@ class Graph:
         graph = model.graph
         self.nodes: list[onnx.NodeProto] = list(graph.node)
         self._constants = {tensor.name: tensor for tensor in graph.initializer}
-        for node in self.nodes:  # Some tools keep constants in nodes.
+        for node in self.nodes:  # Some tools keep constants in nodes, and share them through others.
             if node.op_type == "Constant" and "value" in (attributes := attributes_of(node)):
                 self._constants[node.output[0]] = attributes["value"]
+            elif node.op_type == "Identity" and node.input[0] in self._constants:
+                self._constants[node.output[0]] = self._constants[node.input[0]]
         self._makers = {name: node for node in self.nodes for name in node.output}
         self._shapes = {
             value.name: tuple(size.dim_value for size in value.type.tensor_type.shape.dim)

@@ -30,10 +30,6 @@ _CANNOT_LOAD = (
 _FATAL_ONLY = 4  # Everything below is raised as an exception as well; printing it too would say it twice.
 onnxruntime.set_default_logger_severity(_FATAL_ONLY)
 
-QUANTIZES_FLOAT_LAYERS = "WeightBiasQuantization"
-"""An optimizer that turns the weights of a float layer between Q/DQ into int8 by itself: a layer that was excluded from
-quantization has to stay float."""
-
 version: str = onnxruntime.__version__
 
 
@@ -71,9 +67,7 @@ class OnnxSession:
         where = "the model in memory" if isinstance(source, bytes) else str(source)
         model = source if isinstance(source, bytes) else load_bytes(Path(source))
         try:
-            self._session = onnxruntime.InferenceSession(
-                model, options, providers=["CPUExecutionProvider"], disabled_optimizers=[QUANTIZES_FLOAT_LAYERS]
-            )
+            self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except _CANNOT_LOAD as error:
             raise UserError(
                 f"{where}: onnxruntime {version} cannot load it ({first_line(error)}); "

@@ -24,6 +24,11 @@ def _leaky_relu(operands: list[Value], attributes: Attributes) -> Value:
     return np.where(x >= 0, x, x * attributes.get("alpha", _float32(0.01)))
 
 
+def _prelu(operands: list[Value], attributes: Attributes) -> Value:
+    x, slope = map(real, operands)
+    return np.where(x >= 0, x, x * slope)
+
+
 def _float32(number: float) -> float:
     return float(np.float32(number))
 
@@ -165,13 +170,13 @@ def _gather(operands: list[Value], attributes: Attributes) -> Value:
 
 
 def _cast(operands: list[Value], attributes: Attributes) -> Value:
-    x = operands[0]
-    if isinstance(x, Grid) or x.dtype.kind == "f" or attributes["to"] not in _INTEGERS:
-        raise ValueError("known only between integers")
-    return x.astype(_INTEGERS[attributes["to"]])
+    x = real(operands[0])
+    if attributes["to"] not in _TYPES:
+        raise ValueError("known only to bool, int32, int64, float and double")
+    return x.astype(_TYPES[attributes["to"]])
 
 
-_INTEGERS = {6: np.int32, 7: np.int64}
+_TYPES: dict[int, Any] = {1: np.float64, 6: np.int32, 7: np.int64, 9: np.bool_, 11: np.float64}
 
 
 def _expand(operands: list[Value], attributes: Attributes) -> Value:
@@ -181,6 +186,7 @@ def _expand(operands: list[Value], attributes: Attributes) -> Value:
 
 OPERATORS: dict[str, Callable[[list[Value], Attributes], Value]] = {
     "LeakyRelu": _leaky_relu,
+    "PRelu": _prelu,
     "Sigmoid": lambda operands, _: sigmoid(real(operands[0])),
     "Tanh": lambda operands, _: tanh(real(operands[0])),
     "Erf": lambda operands, _: erf(real(operands[0])),

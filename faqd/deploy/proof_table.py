@@ -43,9 +43,11 @@ def print_verification(record: dict[str, Any]) -> None:
         same = all(compared["equal"] for compared in record["preprocessing"].values())
         console.print(f"preprocessing in the networks: {'equal' if same else 'DIFFERS'}")
     if "float16" in record:
-        worst = min(layer["within_one_code"] for layer in record["float16"]["layers"])
+        worst = min(layer.get("within_one_code", 1.0) for layer in record["float16"]["layers"])
         outputs = _outputs(record["float16"]["outputs"])
         console.print(f"FP16 = FP32: {outputs}; worst layer {100 * worst:.3f} % within one code")
+    if "teacher" in record:
+        console.print(f"teacher.onnx = teacher in torch: {_outputs(record['teacher'])}")
     if "teacher_float16" in record:
         console.print(f"teacher FP16 = FP32: {_outputs(record['teacher_float16'])}")
     console.print("passed" if record["passed"] else _first_failure(record["failures"]))

@@ -16,6 +16,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
+from faqd.deploy.float_operators import FLOAT_OPERATORS, computed_in_float
 from faqd.deploy.operators import OPERATORS
 from faqd.errors import UserError
 from faqd.reference import Array, Grid, convolve, convolve_transposed, layer_sum, moved, real, windowed
@@ -39,6 +40,7 @@ class Referee:
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.graph = model.graph
+        self._opsets = model.opset_import
         _refuse_unknown(model)
         self._constants: dict[str, Value] = {t.name: _value(numpy_helper.to_array(t)) for t in model.graph.initializer}
 
@@ -48,12 +50,20 @@ class Referee:
         for node in self.graph.node:
             operands = [values[name] if name else None for name in node.input]
             try:
-                result = _OPERATORS[node.op_type](operands, _attributes(node))
-                results = result if isinstance(result, tuple) else (result,)
-                values |= dict(zip(node.output, results, strict=True))
-            except (ValueError, IndexError, TypeError) as error:
+                values |= dict(zip(filter(None, node.output), self._results(node, operands), strict=True))
+            except _CANNOT_COMPUTE as error:
                 raise UserError(f"{node.name}: the referee cannot run this {node.op_type}: {error}") from error
         return values
+
+    def _results(self, node: onnx.NodeProto, operands: list[Value]) -> tuple[Value, ...]:
+        if node.op_type in FLOAT_OPERATORS:
+            return computed_in_float(node, operands, self._opsets)
+        result = _OPERATORS[node.op_type](operands, _attributes(node))
+        return result if isinstance(result, tuple) else (result,)
+
+
+_CANNOT_COMPUTE = (ValueError, IndexError, TypeError, KeyError, AttributeError, NotImplementedError, RuntimeError)
+"""What numpy, and ONNX's reference, raise where operands do not fit an operator."""
 
 
 def code_tensors(graph: onnx.GraphProto) -> list[str]:
@@ -63,20 +73,28 @@ def code_tensors(graph: onnx.GraphProto) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def stored(value: Value) -> NDArray[Any]:
+    """A referee value in the type the file declares: integers as they are, real values as float32."""
+    array = real(value)
+    return array.astype(np.float32) if array.dtype.kind == "f" else array
+
+
 def _refuse_unknown(model: onnx.ModelProto) -> None:
     versions = {entry.domain: entry.version for entry in model.opset_import}
     if versions.get("", 0) not in OPSETS:
         raise UserError(f"the referee knows opset {OPSETS[0]} to {OPSETS[-1]}, found {versions.get('', 'none')}.")
     standard = {node.op_type for node in model.graph.node if not node.domain}
     foreign = {f"{node.domain}.{node.op_type}" for node in model.graph.node if node.domain}
-    unknown = sorted(foreign | standard - set(_OPERATORS))
+    unknown = sorted(foreign | standard - set(_OPERATORS) - FLOAT_OPERATORS)
     if unknown:
         raise UserError(f"the referee knows no {', '.join(unknown)}; it cannot verify this file.")
     for node in model.graph.node:
+        if node.op_type in FLOAT_OPERATORS:
+            continue
         for name, value in _attributes(node).items():
             if value != _NEUTRAL.get(name, value):
                 raise UserError(f"{node.name}: the referee knows {node.op_type} only without {name} = {value!r}.")
-        if len(node.output) > 1 and node.op_type != "Split":
+        if len(list(filter(None, node.output))) > 1 and node.op_type != "Split":
             raise UserError(f"{node.name}: the referee knows {node.op_type} only with one output.")
 
 

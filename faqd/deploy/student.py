@@ -27,11 +27,11 @@ from faqd.deploy.verify import (
     FLOAT32_BITS,
     FLOAT_LAYER_BITS,
     agreement_images,
-    compare_outputs,
     digest,
     probe_inputs,
     verify_bundle,
 )
+from faqd.deploy.whole_outputs import compare_outputs
 from faqd.errors import UserError
 from faqd.files import sha256, written_beside
 from faqd.preprocess import Preprocess
@@ -73,6 +73,7 @@ class _Parts:
     evaluation: NDArray[np.uint8]
     labels: NDArray[np.int64] | None
     classes: tuple[str, ...] | None
+    licence: str | None
 
 
 def export_run(
@@ -84,8 +85,12 @@ def export_run(
     say: Say,
     input_form: InputForm = "float32-nchw",
     servers: Sequence[Server] = (),
+    licence: str | None = None,
 ) -> Bundle:
-    """Lower the student of a finished distillation run into the bundle `out`, and verify it."""
+    """Lower the student of a finished distillation run into the bundle `out`, and verify it.
+
+    licence: of the network, for the metadata of its files.
+    """
     _refuse_taken(out)
     check_servers(servers, input_form)
     record = finished(run)
@@ -107,6 +112,7 @@ def export_run(
         dataset.eval.images[:eval_samples],
         None if dataset.eval.labels is None else dataset.eval.labels[:eval_samples],
         dataset.classes,
+        licence,
     )
     return _write_bundle(parts, out, float_type, say, input_form, servers)
 
@@ -124,6 +130,7 @@ def quantize_after_training(
     say: Say,
     input_form: InputForm = "float32-nchw",
     servers: Sequence[Server] = (),
+    licence: str | None = None,
 ) -> Bundle:
     """Post-training quantization: the float network itself, scales from unlabelled images, the same lowering.
 
@@ -152,6 +159,7 @@ def quantize_after_training(
         dataset.eval.images[:eval_samples],
         None if dataset.eval.labels is None else dataset.eval.labels[:eval_samples],
         dataset.classes,
+        licence,
     )
     return _write_bundle(parts, out, float_type, say, input_form, servers)
 
@@ -201,7 +209,7 @@ def _write_bundle(
         put(names.FLOAT_STUDENT, float_student, parts.made_from)
         put(names.FLOAT_STUDENT_FP16, float16_from_float32(float_student), parts.made_from)
         teacher_graph = fused(capture(parts.teacher, inputs[:2]))
-        teacher = onnx_from_network(teacher_graph, inputs, {})
+        teacher = onnx_from_network(teacher_graph, inputs, _licence(parts))
         put(names.TEACHER, teacher, parts.teacher_sha256)
         half, why_not = teacher_float16(teacher, inputs.numpy()[:TEACHER_IMAGES])
         if half is None:
@@ -303,7 +311,13 @@ def _metadata(parts: _Parts) -> dict[str, str]:
         "faqd.weights_sha256": parts.made_from,
         "faqd.preprocess": json.dumps(parts.preprocess.to_json()),
         "faqd.classes": ",".join(parts.classes or ()),
+        **_licence(parts),
     }
+
+
+def _licence(parts: _Parts) -> dict[str, str]:
+    """Under the key that ONNX has for it; nothing where nobody said."""
+    return {} if parts.licence is None else {"model_license": parts.licence}
 
 
 def _torch_digests(deployed: Deployed, inputs: Tensor) -> dict[str, Any]:

@@ -11,12 +11,14 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from faqd.errors import UserError
 from faqd.train.curves import GELU_CUBE, GELU_FACTOR, ROOT_HALF, SIXTH, Curve, Interpolate
 from faqd.train.deployed import ChannelAffine, IntegerAverage, IntegerLayer, Requantize, SpareChannels
-from faqd.train.elementwise import CURVES, Bilinear, Clamp, Nearest, Part
+from faqd.train.elementwise import CURVES, Bilinear, Clamp, Nearest, Part, Rows
+from faqd.train.graph import COMPUTE, TRANSPOSED
 
 OPSET = 19
 
@@ -33,6 +35,8 @@ def deployed_twin(module: nn.Module, flavour: str) -> nn.Module | None:
         return AverageTwin(module.average)
     if isinstance(module, SpareChannels):
         return _SpareTwin(module)
+    if flavour == "onnxruntime" and isinstance(module, COMPUTE):
+        return _FloatLayerTwin(module)
     return plain_twin(module)
 
 
@@ -46,7 +50,9 @@ def plain_twin(module: nn.Module) -> nn.Module | None:
         return _SliceTwin(module)
     if isinstance(module, Clamp):
         return _ClampTwin(module)
-    if isinstance(module, CURVES):
+    if isinstance(module, Rows):
+        return Reshape(module.sizes, batch=-1)
+    if isinstance(module, CURVES) and not isinstance(module, nn.PReLU):
         return _CurveTwin(Curve(module))
     return _CurveTwin(module) if isinstance(module, Curve) else None
 
@@ -99,6 +105,42 @@ class _LayerTwin(nn.Module):
         if self.operator == "Linear":
             return emit("Gemm", (x, weight, bias), x.new_empty(x.shape[0], bias.shape[0]), torch.float32, transB=1)
         return self._layer[0].apply_weights(x, weight, bias)
+
+
+class _FloatLayerTwin(nn.Module):
+    """A layer that stays float in the onnxruntime flavour, its bias as an int32 mantissa and a power of two.
+
+    That is the same bias to the last bit. With a float one, an optimizer of onnxruntime (WeightBiasQuantization) turns
+    the weights of a layer that reads codes into int8; it passes over a bias that is no plain tensor.
+    """
+
+    mantissa: Tensor
+    unit: Tensor
+    zero_point: Tensor
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+        bias = layer.bias.detach().double()
+        exponent = bias.frexp().exponent.clamp_min(-100) - _MANTISSA_BITS
+        self.register_buffer("mantissa", bias.ldexp(-exponent).round().to(torch.int32))
+        self.register_buffer("unit", torch.ones_like(bias).ldexp(exponent).float())
+        self.register_buffer("zero_point", torch.zeros_like(self.mantissa))
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer, inputs = self.layer, (self.mantissa, self.unit, self.zero_point)
+        bias = emit("DequantizeLinear", inputs, self.mantissa, torch.float32, axis=0)
+        if isinstance(layer, nn.Linear):
+            return emit("Gemm", (x, layer.weight, bias), x.new_empty(x.shape[0], len(bias)), torch.float32, transB=1)
+        if isinstance(layer, TRANSPOSED):
+            transposed: Any = F.conv_transpose1d if layer.weight.dim() == 3 else F.conv_transpose2d
+            geometry = (layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation)
+            return transposed(x, layer.weight, bias, *geometry)  # type: ignore[no-any-return]
+        result: Tensor = layer._conv_forward(x, layer.weight, bias)
+        return result
+
+
+_MANTISSA_BITS = 24
 
 
 class _TensorrtTwin(nn.Module):
@@ -208,6 +250,8 @@ class _CurveTwin(nn.Module):
     def __init__(self, curve: Curve) -> None:
         super().__init__()
         self.kind, self.slope = curve.kind, curve.slope
+        if isinstance(self.slope, Tensor):
+            self.register_buffer("slopes", self.slope)
         for name, value in _CURVE_NUMBERS.get(self.kind, {}).items():
             self.register_buffer(f"number_{name}", torch.tensor(value))
 
@@ -217,6 +261,8 @@ class _CurveTwin(nn.Module):
 
         if self.kind == "leakyrelu":
             return on("LeakyRelu", x, alpha=self.slope)
+        if self.kind == "prelu":
+            return on("PRelu", x, self.get_buffer("slopes"))
         if self.kind == "silu":
             return on("Mul", x, on("Sigmoid", x))
         if self.kind == "hardsigmoid":
@@ -279,19 +325,33 @@ class _ResizeTwin(nn.Module):
 
 class GlobalAverage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return emit("GlobalAveragePool", (x,), x.new_empty(*x.shape[:2], 1, 1), torch.float32)
+        return emit("GlobalAveragePool", (x,), x.new_empty(*x.shape[:2], *[1] * (x.dim() - 2)), torch.float32)
+
+
+class Mean(nn.Module):
+    """A mean over any axes; torch's exporter computes them in the graph, which TensorRT does not take."""
+
+    def __init__(self, axes: tuple[int, ...], keep: bool) -> None:
+        super().__init__()
+        self._axes, self.keep = axes, keep
+        self.register_buffer("axes", torch.tensor(axes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        like = x.mean(self._axes, keepdim=self.keep)
+        return emit("ReduceMean", (x, self.get_buffer("axes")), like, torch.float32, keepdims=int(self.keep))
 
 
 class Reshape(nn.Module):
-    """A reshape that keeps the batch. sizes: of the other axes."""
+    """A reshape that keeps the batch, or with -1 for it takes what is left. sizes: of the other axes."""
 
-    def __init__(self, sizes: tuple[int, ...]) -> None:
+    def __init__(self, sizes: tuple[int, ...], batch: int = 0) -> None:
         super().__init__()
-        self.sizes = sizes
-        self.register_buffer("shape", torch.tensor([0, *sizes]))
+        self.sizes, self.batch = sizes, batch
+        self.register_buffer("shape", torch.tensor([batch, *sizes]))
 
     def forward(self, x: Tensor) -> Tensor:
-        return emit("Reshape", (x, self.get_buffer("shape")), x.new_empty(x.shape[0], *self.sizes), torch.float32)
+        batch = x.shape[0] if self.batch == 0 else x.numel() // math.prod(self.sizes)
+        return emit("Reshape", (x, self.get_buffer("shape")), x.new_empty(batch, *self.sizes), torch.float32)
 
 
 class Flatten(nn.Module):

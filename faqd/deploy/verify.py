@@ -15,18 +15,18 @@ from numpy.typing import NDArray
 
 from faqd import bundle as names
 from faqd.bundle import Bundle
-from faqd.deploy.onnx_file import load_model
+from faqd.deploy.bundle_networks import load_network, torch_digests
 from faqd.deploy.onnx_session import OnnxSession
-from faqd.deploy.referee import Referee, Value
-from faqd.deploy.segments import segments
+from faqd.deploy.referee import Referee, Value, stored
+from faqd.deploy.segments import Segment, segments
 from faqd.deploy.teacher_float16 import TEACHER_IMAGES, run_stored
+from faqd.deploy.ties import distinct_roundings
 from faqd.deploy.uint8_input import compare_preprocessing, without_preprocessing
+from faqd.deploy.verify_float16 import verify_float16
+from faqd.deploy.whole_outputs import Outputs, compare_outputs, outputs_of
 from faqd.errors import UserError
 from faqd.files import sha256, write_json
 from faqd.reference import real
-
-Outputs = dict[str, NDArray[np.float32]]
-"""A network's outputs by name, images first."""
 
 FORMAT = "faqd-verify"
 VERSION = 1
@@ -36,8 +36,6 @@ EQUAL_CODES = 0.9999
 CHANCE = 1e-6
 """How rarely a layer whose codes differ at just that rate may be refused: rounding ties come by chance, and two among
 the 16,384 codes of a small layer say nothing of its rate. See `tolerated`."""
-EQUAL_CODES_FP16 = 0.999
-"""Least share of codes at most one apart between the FP16 and the FP32 file."""
 OUTPUT_ERROR = 1e-4
 """Largest difference of a float output, relative to its root mean square."""
 FLOAT32_BITS = 24
@@ -51,17 +49,24 @@ CEIL_NOTE = (
 )
 PROBES = 16
 """Evaluation images among the probe inputs; half as many enlarged fourfold and half as many of noise join them."""
+PROBE_PIXELS = 224 * 224
 ENLARGED = 4.0
 AGREEMENT_IMAGES = 2000
-BATCH = 250
+MOST_VALUES = 2**29
+"""Of one tensor for all probe images: 4 GiB in the referee's float64."""
+TEACHER_SNR_DB = 60
+"""Least signal-to-noise ratio of the teacher's file to torch: sums of floats in another order lie far above."""
 
 FLAVOURS = {"tensorrt": names.STUDENT_TENSORRT_FP32, "onnxruntime": names.STUDENT_ONNXRUNTIME}
 
 
 def probe_inputs(bundle_images: NDArray[np.uint8], normalise: Any) -> NDArray[np.float32]:
-    """Network inputs that reach beyond every clip: images, enlarged images, and noise of the same reach."""
-    images = normalise(bundle_images[:PROBES])
-    enlarged = images[: PROBES // 2] * np.float32(ENLARGED)
+    """Network inputs that reach beyond every clip: images, enlarged images, and noise of the same reach; of images
+    larger than PROBE_PIXELS fewer, because the referee holds every tensor of all of them."""
+    height, width = bundle_images.shape[1:3]
+    count = max(2, min(PROBES, PROBES * PROBE_PIXELS // (height * width)))
+    images = normalise(bundle_images[:count])
+    enlarged = images[: count // 2] * np.float32(ENLARGED)
     reach = np.abs(enlarged).max()
     noise = np.random.default_rng(0).uniform(-reach, reach, enlarged.shape).astype(np.float32)
     return np.concatenate([images, enlarged, noise])
@@ -93,15 +98,15 @@ def verification(bundle: Bundle) -> dict[str, Any]:
     for flavour, file in FLAVOURS.items():
         if not bundle.has(file):
             continue
-        model = load_model(bundle.path(file))
+        model = load_network(bundle, file)
         if bundle.takes_pixels:
             model = without_preprocessing(model)
-        torch_digests = bundle.manifest["torch_digests"][flavour]
+        _refuse_oversized(model, len(inputs))
         # onnxruntime's optimizer rounds float biases to int32 when it fuses, so that only the flavour which stores
         # int32 biases keeps its arithmetic under optimization.
         modes = [False, True] if flavour == "onnxruntime" else [False]
-        flavours[flavour] = verify_file(model, inputs, torch_digests, modes)
-        outputs[flavour] = _outputs(OnnxSession(bundle.path(file), optimise=modes[-1]), images)
+        flavours[flavour] = verify_file(model, inputs, torch_digests(bundle, flavour), modes)
+        outputs[flavour] = outputs_of(OnnxSession(bundle.path(file), optimise=modes[-1]), images)
     record: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
@@ -122,11 +127,14 @@ def verification(bundle: Bundle) -> dict[str, Any]:
     if len(outputs) == 2:
         record["between_flavours"] = compare_outputs(outputs["onnxruntime"], outputs["tensorrt"])
     if bundle.has(names.STUDENT_TENSORRT) and "tensorrt" in flavours:
-        record["float16"] = _verify_float16(bundle, inputs, images, outputs["tensorrt"])
+        record["float16"] = verify_float16(bundle, inputs, images, outputs["tensorrt"])
         failures += record["float16"]["failures"]
+    if bundle.has(names.TEACHER):
+        record["teacher"] = _verify_teacher(bundle, images[:PROBES], evaluation.teacher)
+        failures += record["teacher"]["failures"]
     if bundle.has(names.TEACHER_FP16):
         try:
-            record["teacher_float16"] = _verify_teacher(bundle, images[:TEACHER_IMAGES])
+            record["teacher_float16"] = _teacher_in_float16(bundle, images[:TEACHER_IMAGES])
         except UserError as error:
             failures.append(f"{names.TEACHER_FP16}: {error}")
     record["failures"] = failures
@@ -134,10 +142,14 @@ def verification(bundle: Bundle) -> dict[str, Any]:
     return record
 
 
-def _verify_teacher(bundle: Bundle, images: NDArray[Any]) -> dict[str, Any]:
-    """What FP16 does to the teacher's outputs: its FP16 file, each tensor stored in FP16, against its FP32 file."""
-    half = load_model(bundle.path(names.TEACHER_FP16))
-    return compare_outputs(run_stored(half, images), _outputs(OnnxSession(bundle.path(names.TEACHER)), images))
+def _refuse_oversized(model: onnx.ModelProto, images: int) -> None:
+    for value in onnx.shape_inference.infer_shapes(model).graph.value_info:
+        elements = images * math.prod(max(1, size.dim_value) for size in value.type.tensor_type.shape.dim)
+        if elements > MOST_VALUES:
+            raise UserError(
+                f"tensor {value.name} has {elements:,} elements for {images} probe images; the referee holds at most "
+                f"{MOST_VALUES:,} of one. Verify a smaller --image-size."
+            )
 
 
 def _verify_preprocessing(bundle: Bundle, images: NDArray[np.uint8]) -> dict[str, Any]:
@@ -146,7 +158,29 @@ def _verify_preprocessing(bundle: Bundle, images: NDArray[np.uint8]) -> dict[str
     pixels = np.concatenate([images, noise])
     wanted, fed = bundle.preprocess.normalise(pixels), bundle.network_input(pixels)
     files = [name for name in bundle.manifest["files"] if name.endswith(".onnx")]
-    return {name: compare_preprocessing(load_model(bundle.path(name)), fed, wanted) for name in files}
+    return {name: compare_preprocessing(load_network(bundle, name), fed, wanted) for name in files}
+
+
+def _verify_teacher(bundle: Bundle, images: NDArray[Any], wanted: Outputs) -> dict[str, Any]:
+    """The float teacher's file against what torch gave for the same images, which eval.npz holds."""
+    load_network(bundle, names.TEACHER)
+    found = outputs_of(OnnxSession(bundle.path(names.TEACHER)), images)
+    rows = {name: min(len(values), len(wanted[name])) for name, values in found.items()}
+    compared = compare_outputs(
+        {name: found[name][:n] for name, n in rows.items()}, {name: wanted[name][:n] for name, n in rows.items()}
+    )
+    failures = [
+        f"teacher: {names.TEACHER} is {snr:.0f} dB from torch's {name}, at least {TEACHER_SNR_DB} are needed"
+        for name, snr in compared["snr_db"].items()
+        if snr is not None and not snr >= TEACHER_SNR_DB
+    ]
+    return {**compared, "failures": failures}
+
+
+def _teacher_in_float16(bundle: Bundle, images: NDArray[Any]) -> dict[str, Any]:
+    """What FP16 does to the teacher's outputs: its FP16 file, each tensor stored in FP16, against its FP32 file."""
+    half = load_network(bundle, names.TEACHER_FP16)
+    return compare_outputs(run_stored(half, images), outputs_of(OnnxSession(bundle.path(names.TEACHER)), images))
 
 
 def verify_file(
@@ -175,7 +209,7 @@ def verify_file(
         feeds = {name: stored(values[name]) for name in segment.inputs}
         for optimise in modes:
             found = OnnxSession(segment.model.SerializeToString(), optimise=optimise).run(feeds)[segment.output]
-            row["optimised" if optimise else "plain"] = compared = _compare(found, wanted)
+            row["optimised" if optimise else "plain"] = compared = _compare(found, wanted, segment, values)
             if not compared["passed"]:
                 failures.append(_failure(segment.layer, compared, optimise))
         layers.append(row)
@@ -192,7 +226,7 @@ def _differing_in_all(layers: list[dict[str, Any]]) -> list[str]:
     failures = []
     for mode in ("plain", "optimised"):
         compared = [row[mode] for row in layers if "codes" in row.get(mode, {})]
-        differing, total = (sum(c[key] for c in compared) for key in ("differing", "codes"))
+        differing, total = (sum(c[key] for c in compared) for key in ("roundings", "codes"))
         if differing > max(1, (1 - EQUAL_CODES) * total):
             failures.append(f"all layers: {differing} of {total} codes differ in {mode} onnxruntime")
     return failures
@@ -206,24 +240,20 @@ def centred(model: onnx.ModelProto, name: str, codes: NDArray[Any]) -> NDArray[A
     return codes.astype(np.int16) - int(zero_point)
 
 
-def stored(value: Value) -> NDArray[Any]:
-    """A referee value in the type the file declares: integers as they are, real values as float32."""
-    array = real(value)
-    return array.astype(np.float32) if array.dtype.kind == "f" else array
-
-
-def _compare(found: NDArray[Any], wanted: Value) -> dict[str, Any]:
+def _compare(found: NDArray[Any], wanted: Value, segment: Segment, values: dict[str, Value]) -> dict[str, Any]:
     if found.dtype.kind == "f":
         reference = real(wanted)
         error = float(np.abs(found - reference).max() / max(float(np.sqrt(np.square(reference).mean())), 1e-30))
         return {"relative_error": error, "passed": error <= OUTPUT_ERROR}
     difference = np.abs(found.astype(np.int16) - wanted.astype(np.int16))
-    differing, largest = int(np.count_nonzero(difference)), int(difference.max(initial=0))
+    largest = int(difference.max(initial=0))
+    roundings = distinct_roundings(segment, values, difference > 0)
     return {
         "codes": int(difference.size),
-        "differing": differing,
+        "differing": int(np.count_nonzero(difference)),
+        "roundings": roundings,
         "largest_difference": largest,
-        "passed": differing <= tolerated(difference.size) and largest <= 1,
+        "passed": roundings <= tolerated(difference.size) and largest <= 1,
     }
 
 
@@ -265,52 +295,3 @@ def _clipping(codes: NDArray[Any]) -> dict[str, float]:
 def agreement_images(teacher: Outputs) -> int:
     """How many evaluation images whole outputs are compared on: no more than dense outputs were stored for."""
     return min(AGREEMENT_IMAGES, max(len(values) for values in teacher.values()))
-
-
-def _outputs(session: OnnxSession, inputs: NDArray[Any]) -> Outputs:
-    name = next(iter(session.inputs))
-    parts = [session.run({name: inputs[i : i + BATCH]}) for i in range(0, len(inputs), BATCH)]
-    return {output: np.concatenate([part[output] for part in parts]).astype(np.float32) for output in session.outputs}
-
-
-def compare_outputs(found: Outputs, wanted: Outputs) -> dict[str, Any]:
-    """Signal-to-noise ratio of each output in dB (None where equal), and for the first output of class scores the share
-    of equal top-1 answers; n images."""
-    result: dict[str, Any] = {
-        "images": max(len(values) for values in found.values()),
-        "snr_db": {name: _snr_db(found[name], values) for name, values in wanted.items()},
-    }
-    scores = next((name for name, values in wanted.items() if values.ndim == 2), None)
-    if scores is not None:
-        result["top1_agreement"] = float(np.mean(found[scores].argmax(1) == wanted[scores].argmax(1)))
-    return result
-
-
-def _snr_db(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> float | None:
-    noise = float(np.square(found.astype(np.float64) - wanted).sum())
-    signal = float(np.square(wanted.astype(np.float64)).sum())
-    return float(10 * np.log10(signal / noise)) if noise and signal else None
-
-
-def _verify_float16(
-    bundle: Bundle, inputs: NDArray[np.float32], images: NDArray[Any], wanted: Outputs
-) -> dict[str, Any]:
-    """The FP16 file against the FP32 one: whole networks' outputs, and every layer on the referee's inputs."""
-    half = load_model(bundle.path(names.STUDENT_TENSORRT))
-    full = load_model(bundle.path(names.STUDENT_TENSORRT_FP32))
-    if bundle.takes_pixels:
-        half, full = without_preprocessing(half), without_preprocessing(full)
-    values = Referee(full).run({full.graph.input[0].name: inputs})
-    layers, failures = [], []
-    for segment in segments(half):
-        if segment.output not in values or real(values[segment.output]).dtype.kind == "f":
-            continue
-        feeds = {name: stored(values[name]) for name in segment.inputs}
-        found = OnnxSession(segment.model.SerializeToString(), optimise=False).run(feeds)[segment.output]
-        difference = np.abs(found.astype(np.int16) - values[segment.output].astype(np.int16))
-        close = float(np.mean(difference <= 1))
-        layers.append({"layer": segment.layer, "within_one_code": close, "largest_difference": int(difference.max())})
-        if close < EQUAL_CODES_FP16:
-            failures.append(f"{segment.layer}: only {100 * close:.3f} % of FP16 codes are within one of FP32")
-    session = OnnxSession(bundle.path(names.STUDENT_TENSORRT), optimise=False)
-    return {"layers": layers, "failures": failures, "outputs": compare_outputs(_outputs(session, images), wanted)}

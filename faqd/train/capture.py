@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import traceback
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -70,8 +71,29 @@ def _traced(network: nn.Module) -> fx.GraphModule:
             node.target = node.target[:-1]
         if node.target is F.relu:
             node.args, node.kwargs = (operand(node),), {}  # without inplace=True
+        if _hands_on(node):
+            node.replace_all_uses_with(operand(node))
+            traced.graph.erase_node(node)
     traced.recompile()
     return traced
+
+
+def _hands_on(node: fx.Node) -> bool:
+    """Whether a function that is kept whole (torch.fx.wrap), such as stochastic depth in evaluation mode, returns its
+    tensor itself: it is called with a stand-in that has no values, so what holds for that holds for all."""
+    function = node.target
+    if not isinstance(function, FunctionType) or function.__module__.startswith("torch."):
+        return False
+    tensors = node.all_input_nodes
+    if node.op != "call_function" or len(tensors) != 1:
+        return False
+    stand_in: Any = fx.Proxy(fx.Graph().placeholder("x"))
+    arguments = [stand_in if argument in tensors else argument for argument in node.args]
+    named = {name: stand_in if argument in tensors else argument for name, argument in node.kwargs.items()}
+    try:
+        return bool(function(*arguments, **named) is stand_in)
+    except Exception:  # it asks for values, or for anything else that a stand-in has not
+        return False
 
 
 def _outputs(network: nn.Module, x: Tensor) -> list[Any]:

@@ -26,7 +26,7 @@ from faqd.train.curves import Curve, Interpolate, deployed_clamp
 from faqd.train.deployed import ChannelAffine, IntegerAverage, IntegerLayer, Requantize
 from faqd.train.elementwise import CURVES, Bilinear, Clamp, Scaled
 from faqd.train.layers import latent_weight, output_channels, output_first, weight_codes, weight_quantizer
-from faqd.train.prepare import Student, input_quantizer
+from faqd.train.prepare import Student, computes_floats, input_quantizer
 from faqd.train.quantizers import ActivationQuantizer
 from faqd.train.roundings import Again, after_norm, float_outputs, quantize_outputs, requantize_behind_moves
 from faqd.train.shifts import place_shifts
@@ -43,7 +43,8 @@ at 127, half of it would be 63.5, a tie that float32 and exact arithmetic round 
 @dataclass(frozen=True)
 class Deployed:
     """network: a graph module over float64 tensors. zeroed: channels per layer whose tiny batch-norm factor would
-    overflow an int32 bias, made exact zeros there. integers_only: no layer multiplies floats."""
+    overflow an int32 bias, made exact zeros there. integers_only: no layer multiplies floats, and there is no operator
+    that only --exclude let in."""
 
     network: fx.GraphModule
     flavour: Flavour
@@ -71,6 +72,7 @@ def convert(student: Student, flavour: Flavour, output_scales: dict[str, float] 
         raise UserError("a student with 32-bit activations has no integer form; distil it with --act-bits 1 to 8.")
     network = copy.deepcopy(student.network).eval().cpu()
     zeroed: dict[str, int] = {}
+    integers_only = not any(computes_floats(network, node) for node in network.graph.nodes)
     _remove_idle(network)
     _unshare(network)
     shifts: dict[fx.Node, Tensor] = {}
@@ -85,7 +87,7 @@ def convert(student: Student, flavour: Flavour, output_scales: dict[str, float] 
         kind = graph.role(network, node)
         if kind == "compute":
             _fold_layer(network, node, flavour, zeroed, shifts)
-        elif kind == "average" and flavour != "float":
+        elif kind == "average" and flavour != "float" and input_quantizer(network, node) is not None:
             _replace(network, node, _average(network, node))
     for node in network.graph.nodes:
         new = _deployed_module(network, node, flavour, shifts)
@@ -97,7 +99,6 @@ def convert(student: Student, flavour: Flavour, output_scales: dict[str, float] 
     network.graph.eliminate_dead_code()
     network.graph.lint()
     network.recompile()
-    integers_only = not any(isinstance(module, graph.COMPUTE) for module in network.modules())
     return Deployed(network.double(), flavour, zeroed, integers_only)
 
 
@@ -116,9 +117,9 @@ def _deployed_module(
         offset = offset + shifts.get(node, 0.0)
         return ChannelAffine(factor.reshape(per_channel), offset.reshape(per_channel))
     if flavour != "float" and isinstance(module, CURVES):
-        return Curve(module)
+        return Curve(module, len(graph.shape(node)))
     if flavour != "float" and isinstance(module, Scaled):
-        return ChannelAffine(torch.tensor(module.factor), torch.tensor(module.offset))
+        return ChannelAffine(torch.as_tensor(module.factor).detach(), torch.as_tensor(module.offset).detach())
     return deployed_clamp(module) if flavour != "float" and isinstance(module, Clamp) else None
 
 

@@ -22,18 +22,28 @@ GELU_FACTOR = float(np.float32((2 / np.pi) ** 0.5))
 
 
 class Curve(nn.Module):
-    """An activation. kind: the torch class in lower case, `gelu-tanh` for that approximation. slope: of leakyrelu."""
+    """An activation. kind: the torch class in lower case, `gelu-tanh` for that approximation.
 
-    def __init__(self, module: Any) -> None:
+    dimensions: of the input of a prelu, whose slopes meet its channels. slope: of leakyrelu a number, of prelu a
+    tensor; float32 values.
+    """
+
+    slope: float | Tensor
+
+    def __init__(self, module: Any, dimensions: int = 4) -> None:
         super().__init__()
         assert isinstance(module, CURVES)
         self.kind = type(module).__name__.lower()
         if self.kind == "gelu" and module.approximate == "tanh":
             self.kind = "gelu-tanh"
-        self.slope = float(np.float32(getattr(module, "negative_slope", 0.0)))
+        if isinstance(module, nn.PReLU):
+            slopes = module.weight.detach().float()
+            self.register_buffer("slope", slopes.reshape(-1, *[1] * (dimensions - 2)))
+        else:
+            self.slope = float(np.float32(getattr(module, "negative_slope", 0.0)))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.kind == "leakyrelu":
+        if self.kind in ("leakyrelu", "prelu"):
             return torch.where(x >= 0, x, x * self.slope)
         if self.kind == "sigmoid":
             return _sigmoid(x)

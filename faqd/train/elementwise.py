@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 CURVES: tuple[type[nn.Module], ...] = (
     nn.LeakyReLU,
+    nn.PReLU,
     nn.SiLU,
     nn.Hardswish,
     nn.Sigmoid,
@@ -37,17 +38,27 @@ class Clamp(nn.Module):
 
 
 class Scaled(nn.Module):
-    """Plain numbers: x * factor + offset."""
+    """Numbers of the network's own: x * factor + offset.
 
-    def __init__(self, factor: float, offset: float) -> None:
+    A tensor meets x without changing its shape; a parameter is trained.
+    """
+
+    factor: float | Tensor
+    offset: float | Tensor
+
+    def __init__(self, factor: float | Tensor, offset: float | Tensor) -> None:
         super().__init__()
-        self.factor, self.offset = factor, offset
+        for name, value in (("factor", factor), ("offset", offset)):
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+                self.register_buffer(name, value)
+            else:
+                setattr(self, name, value)
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.factor + self.offset
 
     def extra_repr(self) -> str:
-        return f"{self.factor:g}, {self.offset:g}"
+        return ", ".join(f"{n:g}" if isinstance(n, float) else str(tuple(n.shape)) for n in (self.factor, self.offset))
 
 
 class Part(nn.Module):
@@ -59,6 +70,17 @@ class Part(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.narrow(self.axis, self.start, self.end - self.start)
+
+
+class Rows(nn.Module):
+    """All axes but the last in one, and back: (-1, *sizes)."""
+
+    def __init__(self, sizes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.sizes = sizes
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape(-1, *self.sizes)
 
 
 class Nearest(nn.Module):

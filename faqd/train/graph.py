@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from faqd.train.elementwise import CURVES, Bilinear, Clamp, Nearest, Part, Scaled
+from faqd.train.elementwise import CURVES, Bilinear, Clamp, Nearest, Part, Rows, Scaled
 
 Role = Literal[
     "input", "compute", "norm", "rectify", "clamp", "curve", "average", "add", "multiply", "concat", "reshape",
@@ -40,7 +40,7 @@ _MODULES: dict[Role, tuple[type[nn.Module], ...]] = {
     "average": (nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, Bilinear),
     # Reshaping operators only move or drop values, or pad with zeros: codes pass through them unchanged.
     "reshape": (
-        *(nn.MaxPool1d, nn.MaxPool2d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, Nearest, Part),
+        *(nn.MaxPool1d, nn.MaxPool2d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, Nearest, Part, Rows),
         *(nn.Flatten, nn.Unflatten, nn.ChannelShuffle, nn.PixelShuffle, nn.PixelUnshuffle),
         *(nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d),
         *IDLE_MODULES,
@@ -113,6 +113,13 @@ def module_of(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     return traced.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
+def held_tensor(traced: fx.GraphModule, node: fx.Node) -> Tensor:
+    """The parameter or buffer that `node` fetches."""
+    path, _, name = str(node.target).rpartition(".")
+    found: Tensor = getattr(traced.get_submodule(path), name)
+    return found
+
+
 def tensor_inputs(node: fx.Node) -> list[fx.Node]:
     return [argument for argument in node.all_input_nodes if is_tensor(argument)]
 
@@ -128,9 +135,10 @@ def read_instead(node: fx.Node, new: fx.Node) -> None:
 
 
 def places(traced: fx.GraphModule) -> dict[fx.Node, str]:
-    """A unique place for every node; a module or function used again gets _1, _2 ... appended."""
+    """A unique place for every node; a module or function used again gets _1, _2 ... appended, and so does a function
+    with the name of a parameter or a buffer."""
     own = {str(node.target) for node in traced.graph.nodes if node.op == "call_module"}
-    taken = set(own)
+    taken = own | {name for name, _ in (*traced.named_parameters(), *traced.named_buffers())}
     found = {}
     for node in traced.graph.nodes:
         place = _place(node)

@@ -59,7 +59,11 @@ def weight_codes(layer: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def output_first(layer: nn.Module, weight: Tensor) -> Tensor:
-    return weight.transpose(0, 1).contiguous() if isinstance(layer, TRANSPOSED) else weight
+    """The weight of a transposed convolution, inputs first in each group, with outputs first; and back again."""
+    if not isinstance(layer, TRANSPOSED):
+        return weight
+    groups = weight.reshape(layer.groups, -1, *weight.shape[1:])
+    return groups.transpose(1, 2).reshape(-1, groups.shape[1], *weight.shape[2:])
 
 
 def output_channels(layer: Any) -> int:

@@ -9,6 +9,7 @@ import sys
 import traceback
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -180,6 +181,9 @@ def load_weights(network: nn.Module, path: Path, say: Callable[[str], None] = la
     infinite = next((key for key, value in state.items() if not value.isfinite().all()), None)
     if infinite is not None:
         raise UserError(f"{path}: {infinite} holds NaN or infinite values; give weights from before they broke down.")
+    # Modules that read several versions of their own weights ask for it, and not every file keeps it.
+    state = OrderedDict(state)
+    state._metadata = wanted._metadata  # type: ignore[attr-defined]
     network.load_state_dict(state, strict=False)
 
 

@@ -180,7 +180,7 @@ class _Reader:
 
     def sources(self, node: fx.Node) -> set[fx.Node]:
         """The nodes that made the values of `node`, behind operators that only move or join them."""
-        if self.role(node) == "reshape":
+        if self.role(node) == "reshape" and graph.is_tensor(graph.operand(node)):
             return self.sources(graph.operand(node))
         if self.role(node) == "concat":
             joined = set().union(*(self.sources(operand) for operand in graph.tensor_inputs(node)))

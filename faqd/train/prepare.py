@@ -127,6 +127,17 @@ def origin(network: fx.GraphModule, node: fx.Node) -> ActivationQuantizer | None
     return module if isinstance(module, ActivationQuantizer) else None
 
 
+def computes_floats(network: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether --exclude left `node` something to compute whose last bits depend on how it is done."""
+    kind, module = graph.role(network, node), graph.module_of(network, node)
+    if kind == "compute":
+        return module is None or weight_quantizer(module) is None
+    if kind == "average":
+        return input_quantizer(network, node) is None
+    unknown = kind == "other" and "tensor_meta" in node.meta and node.op.startswith("call")
+    return unknown and not isinstance(module, ActivationQuantizer)
+
+
 @torch.no_grad()
 def calibrate(student: Student, batches: Iterable[Tensor], method: Method, *, batch_statistics: bool = False) -> None:
     """Set every activation scale from what the float network shows on unlabelled `batches` (N, C, H, W).

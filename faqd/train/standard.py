@@ -16,18 +16,24 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from faqd.train import graph
-from faqd.train.elementwise import Bilinear, Clamp, Nearest, Part, Scaled
+from faqd.train.elementwise import Bilinear, Clamp, Nearest, Part, Rows, Scaled
+from faqd.train.own_tensors import with_own_tensors
 
 
 def standardise(traced: fx.GraphModule) -> None:
     """Rewrite `traced` (shapes propagated) in place; what has no standard term stays as it is."""
     names = graph.places(traced)
-    for node in traced.graph.nodes:
-        if graph.is_tensor(node) and node.op.startswith("call"):
-            piece = _piece(traced, node)
-            module = piece or _standard(traced, node)
-            if module is not None:
-                _call(traced, node, names[node], module)
+    for node in list(traced.graph.nodes):
+        if not graph.is_tensor(node) or not node.op.startswith("call"):
+            continue
+        if _is_idle(node):
+            node.replace_all_uses_with(graph.operand(node))
+            continue
+        module = _piece(traced, node) or with_own_tensors(traced, node) or _standard(traced, node)
+        if module is not None:
+            _call(traced, node, names[node], module)
+        if isinstance(graph.module_of(traced, node), nn.Linear) and len(graph.shape(node)) > 2:
+            _on_rows(traced, node)
     for node in traced.graph.nodes:
         for join in (_hard_sigmoid, _gated, _divided_gate):
             join(traced, node)
@@ -46,6 +52,26 @@ def _call(traced: fx.GraphModule, node: fx.Node, place: str, module: nn.Module) 
             place += "_"
         traced.add_submodule(place, module)
     node.op, node.target, node.args, node.kwargs = "call_module", place, (source,), {}
+
+
+def _is_idle(node: fx.Node) -> bool:
+    """Whether nothing but memory comes of a method here."""
+    return node.op == "call_method" and node.target in ("clone", "detach", "float") and len(_tensors(node)) == 1
+
+
+def _on_rows(traced: fx.GraphModule, node: fx.Node) -> None:
+    """A linear layer on vectors, whatever axes they stand in: one axis before it, all of them behind."""
+    before, place = graph.operand(node), str(node.target)
+    for name, sizes in (("rows", graph.shape(before)[-1:]), ("whole", graph.shape(node)[1:])):
+        traced.add_submodule(f"{place}_{name}", Rows(sizes))
+    with traced.graph.inserting_before(node):
+        rows = traced.graph.call_module(f"{place}_rows", (before,))
+    with traced.graph.inserting_after(node):
+        whole = traced.graph.call_module(f"{place}_whole", (node,))
+    for new, like in ((rows, before), (whole, node)):
+        new.meta, new.stack_trace = {"tensor_meta": like.meta["tensor_meta"]}, node.stack_trace
+    node.args, node.kwargs = (rows,), {}
+    graph.read_instead(node, whole)
 
 
 def _standard(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
@@ -84,11 +110,15 @@ def _of_module(module: Any, node: fx.Node) -> nn.Module | None:
         return Clamp(module.min_val, module.max_val)
     if isinstance(module, nn.Upsample):
         return _resize(node, module.mode, module.scale_factor, bool(module.align_corners))
-    if isinstance(module, nn.AdaptiveAvgPool2d):
-        return _windows(node, nn.AvgPool2d)
-    if isinstance(module, nn.AdaptiveMaxPool2d):
-        return _windows(node, nn.MaxPool2d)
-    return None
+    return next((_windows(node, pool) for kind, pool in _ADAPTIVE.items() if isinstance(module, kind)), None)
+
+
+_ADAPTIVE = {
+    nn.AdaptiveAvgPool1d: nn.AvgPool1d,
+    nn.AdaptiveAvgPool2d: nn.AvgPool2d,
+    nn.AdaptiveMaxPool1d: nn.MaxPool1d,
+    nn.AdaptiveMaxPool2d: nn.MaxPool2d,
+}
 
 
 # Functions and methods -------------------------------------------------------------------------------------------
@@ -148,9 +178,14 @@ def _resize(node: fx.Node, mode: str, factor: Any, align_corners: bool) -> nn.Mo
 
 
 def _windows(node: fx.Node, pool: Any) -> nn.Module | None:
-    """An adaptive pooling whose windows are all of one size, as ordinary pooling."""
+    """An adaptive pooling whose windows are all of one size, as ordinary pooling; where every window is one pixel, as
+    the repetition that it is. A global average stays one."""
     before, after = graph.shape(graph.operand(node))[2:], graph.shape(node)[2:]
-    if math.prod(after) == 1 or any(b % a for b, a in zip(before, after, strict=True)):
+    if math.prod(after) == 1 and issubclass(pool, nn.AvgPool1d | nn.AvgPool2d):
+        return None
+    if not any(a % b for b, a in zip(before, after, strict=True)):
+        return nn.Identity() if before == after else Nearest(before, after)
+    if any(b % a for b, a in zip(before, after, strict=True)):
         return None
     kernel = tuple(b // a for b, a in zip(before, after, strict=True))
     return pool(kernel, kernel)  # type: ignore[no-any-return]
@@ -184,6 +219,8 @@ _FUNCTIONS: dict[Any, Callable[[fx.Node], nn.Module | None]] = {
     torch.div: _DIV,
     operator.neg: lambda node: Scaled(-1.0, 0.0),
     F.interpolate: _interpolate,
+    F.adaptive_avg_pool1d: lambda node: _windows(node, nn.AvgPool1d),
+    F.adaptive_max_pool1d: lambda node: _windows(node, nn.MaxPool1d),
     F.adaptive_avg_pool2d: lambda node: _windows(node, nn.AvgPool2d),
     F.adaptive_max_pool2d: lambda node: _windows(node, nn.MaxPool2d),
 }
@@ -203,7 +240,9 @@ _METHODS: dict[str, Callable[[fx.Node], nn.Module | None]] = {
 
 
 def _is_scaled(module: nn.Module | None, factor: float, offset: float) -> bool:
-    return isinstance(module, Scaled) and math.isclose(module.factor, factor) and module.offset == offset
+    if not isinstance(module, Scaled) or not isinstance(module.factor, float) or not isinstance(module.offset, float):
+        return False
+    return math.isclose(module.factor, factor) and module.offset == offset
 
 
 def _is_relu6_of_x_plus_3(traced: fx.GraphModule, node: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch.nn.functional as F
@@ -11,9 +12,9 @@ from faqd.errors import UserError
 from faqd.train import graph
 
 KNOWN = (
-    "convolution, linear, batch norm, ReLU and its limited kin, LeakyReLU, SiLU, Hardswish, Sigmoid, Hardsigmoid, "
-    "GELU, Tanh, pooling, resizing (nearest, bilinear), sums and products of two tensors or a tensor and a number, "
-    "concatenation, splitting, shuffling, reshaping and dropout"
+    "convolution, linear, batch norm, ReLU and its limited kin, LeakyReLU, PReLU, SiLU, Hardswish, Sigmoid, "
+    "Hardsigmoid, GELU, Tanh, pooling, resizing (nearest, bilinear), sums and products of two tensors or with a number "
+    "or a parameter, concatenation, splitting, shuffling, reshaping and dropout"
 )
 
 
@@ -21,20 +22,22 @@ def refuse_unknown(traced: fx.GraphModule, excluded: set[fx.Node]) -> None:
     """UserError for the first node (shapes propagated) that would not be quantized exactly as it is written."""
     where = graph.places(traced)
     for node in traced.graph.nodes:
-        problem = None if node in excluded else _problem(traced, node)
+        problem = _uneven_windows(traced, node) or (None if node in excluded else _problem(traced, node))
         if problem:
             raise UserError(f"{where[node]}{graph.line_of_code(node)}: {problem}")
 
 
 def _problem(traced: fx.GraphModule, node: fx.Node) -> str | None:
     kind = graph.role(traced, node)
-    if kind == "other" and graph.is_tensor(node):
+    if "tensor_meta" not in node.meta or node.op == "get_attr":
+        return None  # numbers, sizes and parameters: whoever reads them is asked
+    if kind == "other":
         return (
             f"{_operator(traced, node)} cannot be quantized yet. Known are {KNOWN}. --exclude with a regular "
             "expression that fits this place keeps it float."
         )
-    if kind in ("add", "multiply") and (len(_tensor_arguments(node)) != 2 or "alpha" in node.kwargs):
-        return "only the plain sum or product of two tensors can be quantized yet, not one with a factor."
+    if kind in ("add", "multiply"):
+        return _arithmetic_problem(node)
     if kind == "compute":
         return _layer_problem(traced.get_submodule(str(node.target)), node)
     if kind == "norm" and getattr(traced.get_submodule(str(node.target)), "running_mean", None) is None:
@@ -46,6 +49,35 @@ def _problem(traced: fx.GraphModule, node: fx.Node) -> str | None:
     if kind == "average" and _divisor(traced, node):
         return "divisor_override has no ONNX operator; scale the result of a plain average instead."
     return None
+
+
+def _arithmetic_problem(node: fx.Node) -> str | None:
+    tensors = _tensor_arguments(node)
+    if len(tensors) != 2 or "alpha" in node.kwargs:
+        return "only the plain sum or product of two tensors can be quantized yet, not one with a factor."
+    if any(tensor.op == "get_attr" for tensor in tensors):
+        return (
+            "a parameter that makes the other operand larger, or that differs between images, cannot be quantized "
+            "yet; --exclude with a regular expression that fits this place keeps the operator float."
+        )
+    return None
+
+
+def _uneven_windows(traced: fx.GraphModule, node: fx.Node) -> str | None:
+    """Adaptive pooling that is neither global nor, in standard terms, ordinary pooling: it has no ONNX operator."""
+    adaptive = isinstance(graph.module_of(traced, node), _ADAPTIVE_MODULES) or node.target in _ADAPTIVE_FUNCTIONS
+    if not adaptive or math.prod(after := graph.shape(node)[2:]) == 1:
+        return None
+    before = "x".join(map(str, graph.shape(graph.operand(node))[2:]))
+    wanted = "x".join(map(str, after))
+    return (
+        f"adaptive pooling from {before} to {wanted} has windows of several sizes, which no ONNX operator has: choose "
+        f"an --image-size at which one of {before} and {wanted} divides the other, or pool to another size."
+    )
+
+
+_ADAPTIVE_MODULES = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d)
+_ADAPTIVE_FUNCTIONS = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_max_pool1d, F.adaptive_max_pool2d)
 
 
 def _divisor(traced: fx.GraphModule, node: fx.Node) -> Any:
@@ -63,8 +95,7 @@ def _layer_problem(layer: Any, node: fx.Node) -> str | None:
     if "weight" not in layer._parameters:
         return "its weight is computed (a parametrization such as weight norm); remove that before quantizing."
     if isinstance(layer, nn.Linear):
-        dimensions = len(graph.shape(graph.operand(node)))
-        return None if dimensions == 2 else f"a linear layer reads vectors (N, C); found {dimensions} dimensions."
+        return None
     if layer.padding_mode != "zeros":
         return f"padding_mode={layer.padding_mode!r} cannot be quantized yet, only zeros."
     if isinstance(layer, graph.TRANSPOSED) and layer.groups > 1:

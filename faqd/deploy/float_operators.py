@@ -1,0 +1,72 @@
+"""Operators that faqd never quantizes, for the referee: what --exclude kept float, ONNX's own reference computes.
+
+The arithmetic of the quantized part is stated in referee.py and operators.py; of these nothing is rounded to codes, and
+what they mean is ONNX's to say. They run in float64, so that torch in float64 has the same value but for its last bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx.reference import ReferenceEvaluator
+
+from faqd.reference import real
+
+FLOAT_OPERATORS = frozenset(
+    (
+        *(
+            "Softmax",
+            "LogSoftmax",
+            "LayerNormalization",
+            "InstanceNormalization",
+            "GroupNormalization",
+            "LpNormalization",
+        ),
+        *(
+            "Abs",
+            "Neg",
+            "Exp",
+            "Log",
+            "Pow",
+            "Reciprocal",
+            "Sin",
+            "Cos",
+            "Floor",
+            "Ceil",
+            "Round",
+            "Sign",
+            "Max",
+            "Min",
+        ),
+        *(
+            "Softplus",
+            "Softsign",
+            "Elu",
+            "Selu",
+            "Celu",
+            "Mish",
+            "ThresholdedRelu",
+            "MatMul",
+            "CumSum",
+            "Tile",
+            "Mod",
+            "CastLike",
+            "Range",
+        ),
+        *("ReduceMax", "ReduceMin", "ReduceSum", "ReduceL1", "ReduceL2", "ReduceProd", "GlobalMaxPool", "LpPool"),
+        *("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "And", "Or", "Not", "Where", "GridSample"),
+    )
+)
+
+
+def computed_in_float(node: onnx.NodeProto, operands: list[Any], opsets: Any) -> tuple[Any, ...]:
+    """The results of `node` for `operands` (arrays, Grids, None where an input is left out), in float64."""
+    feeds = {name: real(value) for name, value in zip(node.input, operands, strict=True) if name}
+    inputs = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.DOUBLE, None) for name in feeds]
+    outputs = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.DOUBLE, None) for name in node.output if name]
+    graph = onnx.helper.make_graph([node], "one", inputs, outputs)
+    model = onnx.helper.make_model(graph, opset_imports=opsets)
+    results: Any = ReferenceEvaluator(model).run(None, feeds)
+    return tuple(value.astype(np.float64) if value.dtype.kind == "f" else value for value in map(np.asarray, results))

@@ -1,0 +1,56 @@
+"""The FP16 file against the FP32 one, on which the exact gates run: what is deployed must be what was proved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from faqd import bundle as names
+from faqd.bundle import Bundle
+from faqd.deploy.bundle_networks import load_network
+from faqd.deploy.onnx_session import OnnxSession
+from faqd.deploy.referee import Referee, code_tensors, stored
+from faqd.deploy.segments import segments
+from faqd.deploy.uint8_input import without_preprocessing
+from faqd.deploy.whole_outputs import Outputs, compare_outputs, outputs_of, snr_db
+from faqd.reference import real
+
+EQUAL_CODES_FP16 = 0.999
+"""Least share of codes at most one apart between the FP16 and the FP32 file."""
+LEAST_SNR_DB = 30
+"""Of a float output, on the referee's own inputs of the layers that make it; FP16 has 11 bits, about 66 dB."""
+
+
+def verify_float16(
+    bundle: Bundle, inputs: NDArray[np.float32], images: NDArray[Any], wanted: Outputs
+) -> dict[str, Any]:
+    """Whole networks' outputs, reported, and every layer on the referee's inputs, bounded."""
+    half, full = load_network(bundle, names.STUDENT_TENSORRT), load_network(bundle, names.STUDENT_TENSORRT_FP32)
+    if bundle.takes_pixels:
+        half, full = without_preprocessing(half), without_preprocessing(full)
+    values = Referee(full).run({full.graph.input[0].name: inputs})
+    here = set(code_tensors(half.graph))
+    failures = [f"{name}: the FP16 file has no such codes" for name in code_tensors(full.graph) if name not in here]
+    layers = []
+    for segment in segments(half):
+        if not values.keys() >= {segment.output, *segment.inputs}:
+            failures.append(f"{segment.layer}: the FP32 file has no such layer")
+            continue
+        feeds = {name: stored(values[name]) for name in segment.inputs}
+        found = OnnxSession(segment.model.SerializeToString(), optimise=False).run(feeds)[segment.output]
+        expected = real(values[segment.output])
+        if expected.dtype.kind == "f":
+            snr = snr_db(found, expected)
+            layers.append({"layer": segment.layer, "snr_db": snr})
+            if snr is not None and not snr >= LEAST_SNR_DB:
+                failures.append(f"{segment.layer}: the FP16 output {segment.output} is {snr:.0f} dB from FP32")
+            continue
+        difference = np.abs(found.astype(np.int16) - expected.astype(np.int16))
+        close = float(np.mean(difference <= 1))
+        layers.append({"layer": segment.layer, "within_one_code": close, "largest_difference": int(difference.max())})
+        if close < EQUAL_CODES_FP16:
+            failures.append(f"{segment.layer}: only {100 * close:.3f} % of FP16 codes are within one of FP32")
+    session = OnnxSession(bundle.path(names.STUDENT_TENSORRT), optimise=False)
+    return {"layers": layers, "failures": failures, "outputs": compare_outputs(outputs_of(session, images), wanted)}
