@@ -178,6 +178,11 @@ def test_an_operator_that_cannot_be_quantized_is_named_with_the_way_out() -> Non
         calibrated(lively(WithUnknown(), 1), BITS)
 
 
+def test_a_refusal_lists_the_other_places() -> None:
+    with pytest.raises(UserError, match=r"^norm .*LayerNorm cannot.* So it is at 7 more places: group, .*softmax\."):
+        calibrated(lively(Floats(), 3), Bits(8, 8, exclude=("^up$",)), shape=SHAPE)
+
+
 class Floats(nn.Module):
     """What is never quantized: norms over channels, a choice, a maximum over channels, probabilities; and a gate and a
     grouped transposed convolution that could be, or not."""

@@ -19,12 +19,25 @@ KNOWN = (
 
 
 def refuse_unknown(traced: fx.GraphModule, excluded: set[fx.Node]) -> None:
-    """UserError for the first node (shapes propagated) that would not be quantized exactly as it is written."""
+    """UserError for the first node (shapes propagated) that would not be quantized exactly as it is written; it names
+    the places of the others."""
     where = graph.places(traced)
-    for node in traced.graph.nodes:
-        problem = _uneven_windows(traced, node) or (None if node in excluded else _problem(traced, node))
-        if problem:
-            raise UserError(f"{where[node]}{graph.line_of_code(node)}: {problem}")
+    problems = {
+        node: problem
+        for node in traced.graph.nodes
+        if (problem := _uneven_windows(traced, node) or (None if node in excluded else _problem(traced, node)))
+    }
+    if problems:
+        first, *others = problems
+        more = f" So it is at {len(others)} more places: {_listed([where[node] for node in others])}." if others else ""
+        raise UserError(f"{where[first]}{graph.line_of_code(first)}: {problems[first]}{more}")
+
+
+def _listed(places: list[str]) -> str:
+    return ", ".join(places[:MOST_LISTED]) + (" ..." if len(places) > MOST_LISTED else "")
+
+
+MOST_LISTED = 12
 
 
 def _problem(traced: fx.GraphModule, node: fx.Node) -> str | None:
