@@ -347,7 +347,7 @@ def test_a_teacher_changed_before_the_backward_pass_is_noticed(form: AffinityFor
     with torch.inference_mode(inference):
         teacher = drawn((2, 4, 6, 5), 58, torch.float32)
     loss = ours(student, teacher, form)
-    with pytest.raises(RuntimeError, match="[Ii]nplace"):
+    with pytest.raises(RuntimeError, match=r"[Ii]nplace"):
         teacher.add_(1.0)
         torch.autograd.grad(loss, student)
 
