@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from faqd.train import distill as distillation
-from faqd.train import loop
+from faqd.train import job, loop
 from faqd.train.batches import Batches
 from faqd.train.job import Job
 from tests.toy_runs import NET, Outcome, User, everything_in, new_user, succeeds, write_net
@@ -167,7 +167,7 @@ def test_each_goes_on_with_its_own_threads_to_the_end(
     succeeds(distilled(user, *line, "--time-limit", 0.001))
     position = tmp_path / "all" / "w1a4-s0" / "checkpoint-00000001" / "position.json"
     position.write_text(json.dumps({**json.loads(position.read_text()), "threads": threads + 1}))
-    plain = loop.settle_norms
+    plain = job.settle_norms
 
     def watched(*arguments: Any) -> None:
         settled.append(torch.get_num_threads())

@@ -157,11 +157,12 @@ def test_every_term_is_float32_for_outputs_in_half_precision(dtype: torch.dtype,
     recipe = DistillRecipe("", trainee.job.training, affinity="none", label_weight=1.0)
     source = NetworkSource(3, (8, 8), 10, architecture="resnet8")
     student = prepare(capture(source.build(), EXAMPLE), Bits(8, 8), EXAMPLE)
-    batch = replace(batches.at(0), labels=torch.arange(16) % 10)
+    labels = torch.arange(16) % 10
+    batch = replace(batches.at(0), labels=labels)
     outputs = (20 * torch.randn(16, 10)).to(dtype)
     terms = distill_job(Plan(recipe, tmp_path, source, {}), student, []).losses((outputs, []), batch, torch.Generator())
     assert {name: term.dtype for name, term in terms.items()} == {"logit": torch.float32, "label": torch.float32}
-    assert terms["label"] == nn.functional.cross_entropy(outputs.float(), batch.labels)
+    assert terms["label"] == nn.functional.cross_entropy(outputs.float(), labels)
 
 
 @pytest.mark.parametrize("autocast", ["bf16", "fp16"])
