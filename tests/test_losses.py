@@ -223,6 +223,17 @@ def test_dead_pixels_have_the_gradient_of_the_definition(form: AffinityForm) -> 
     assert_agrees(student, teacher, form, value=1e-6, gradient=3e-5)
 
 
+@pytest.mark.parametrize("form", EXACT)
+@pytest.mark.parametrize("shape", [(2, 96, 5, 5), (2, 4, 8, 8), (1, 8, 20, 20)])
+def test_dead_pixels_in_both_maps_have_the_gradient_of_the_definition(
+    shape: tuple[int, ...], form: AffinityForm
+) -> None:
+    """Where one pixel is dead in the student and another in the teacher, D is zero, and so is its sign."""
+    student, teacher = drawn(shape, 55, torch.float32).relu(), drawn(shape, 56, torch.float32).relu()
+    student[:, :, 2:4] = teacher[:, :, 1:3] = teacher[:, :, 4] = 0.0
+    assert_agrees(student, teacher, form, value=1e-6, gradient=1e-4)
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_float32(form: AffinityForm, dtype: torch.dtype) -> None:
@@ -326,6 +337,18 @@ def test_a_graph_that_is_kept_gives_its_gradient_again(
     with torch.no_grad():
         student.add_(1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, student)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_teacher_changed_before_the_backward_pass_is_noticed(form: AffinityForm, inference: bool) -> None:
+    student = drawn((2, 4, 6, 5), 57, torch.float32).requires_grad_()
+    with torch.inference_mode(inference):
+        teacher = drawn((2, 4, 6, 5), 58, torch.float32)
+    loss = ours(student, teacher, form)
+    with pytest.raises(RuntimeError, match=r"[Ii]nplace"):
+        teacher.add_(1.0)
         torch.autograd.grad(loss, student)
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from faqd.train import distill as distillation
+from faqd.train import job, loop
 from faqd.train.batches import Batches
 from faqd.train.job import Job
 from tests.toy_runs import NET, Outcome, User, everything_in, new_user, succeeds, write_net
@@ -155,6 +156,29 @@ def test_a_longer_list_trains_the_new_ones_only(user: User, whole: Path, tmp_pat
     assert succeeds(distilled(user, run, *longer, *FROM_SCRATCH, "--resume")).stderr.count("is finished") == 4
     after = weights_in(run)
     assert after.keys() == {*before, "w2a4-s0", "w2a4-s1"} and after.items() >= before.items()
+
+
+def test_each_goes_on_with_its_own_threads_to_the_end(
+    user: User, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batch norm is settled after the last iteration: sums of floats as well."""
+    threads, settled = torch.get_num_threads(), []
+    line = (tmp_path / "all", *LISTS, *FROM_SCRATCH)
+    succeeds(distilled(user, *line, "--time-limit", 0.001))
+    position = tmp_path / "all" / "w1a4-s0" / "checkpoint-00000001" / "position.json"
+    position.write_text(json.dumps({**json.loads(position.read_text()), "threads": threads + 1}))
+    plain = job.settle_norms
+
+    def watched(*arguments: Any) -> None:
+        settled.append(torch.get_num_threads())
+        plain(*arguments)
+
+    monkeypatch.setattr(loop, "settle_norms", watched)
+    try:
+        succeeds(distilled(user, *line, "--resume"))
+    finally:
+        torch.set_num_threads(threads)
+    assert settled == [threads] * 3 + [threads + 1]
 
 
 def test_one_that_diverges_leaves_the_others_alone(

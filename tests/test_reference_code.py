@@ -12,13 +12,16 @@ from torch import nn
 from faqd.bundle import VERIFY
 from faqd.train import graph
 from faqd.train.adaptors import Adapted
+from faqd.train.capture import capture
 from faqd.train.distill import decay_groups
 from faqd.train.job import Job
 from faqd.train.models import reference_resnet
 from faqd.train.network import read_tensors
 from faqd.train.placement import Bits
+from faqd.train.prepare import prepare, student_table
 from faqd.train.recipes import Training, distill_recipe
 from faqd.train.run import WEIGHTS
+from faqd.train.student import recipe_bits
 from tests.networks import Residual, calibrated, images, lively
 from tests.toy_runs import faqd_deploy, new_user, succeeds
 
@@ -82,3 +85,14 @@ def test_the_reference_student_has_a_bare_stem() -> None:
     quantizers = student.quantizers()
     assert quantizers["stem.0"].quant.signed and quantizers["stages.3.1"].shift > 0
     assert student.network(images(1, 2, (3, 16, 16))).shape == (2, 10)
+
+
+def test_all_but_what_is_excluded_has_the_bits_that_are_asked_for() -> None:
+    recipe, example = distill_recipe("reference-code"), torch.zeros(2, 3, 32, 32)
+    student = prepare(capture(reference_resnet(20, 3, 10), example), recipe_bits(recipe), example)
+    grids = {row["name"]: (row["weights"], row["inputs"]) for row in student_table(student)}
+    floats = {name for name, grid in grids.items() if grid == ("float", "float")}
+    assert floats == {"stem.0", "stages.1.0.shortcut.0", "stages.2.0.shortcut.0", "classifier"}
+    # What the bare stem gives has both signs.
+    assert grids.pop("stages.0.0.conv1") == ("4 (±7)", "8 (-128..127)")
+    assert {grids[name] for name in grids.keys() - floats} == {("4 (±7)", "4")}

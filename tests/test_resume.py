@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
+from faqd.train.checkpoint import Position, load_checkpoint, save_checkpoint
 from faqd.train.run import held
 from tests.toy_runs import Outcome, User, everything_in, faqd_train, new_user, succeeds
 
@@ -184,3 +187,16 @@ def test_a_time_limit_pauses_with_success_and_the_pieces_make_the_whole(
     assert pieces == STEPS
     assert everything_in(run)["weights.safetensors"] == everything_in(whole)["weights.safetensors"]
     assert metrics(run) == metrics(whole)
+
+
+def test_the_optimizer_goes_on_in_the_layout_of_the_weights(tmp_path: Path) -> None:
+    """A fused one, as on GPUs, refuses another."""
+    network = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    before, after = (torch.optim.SGD(network.parameters(), 0.1, momentum=0.9) for _ in range(2))
+    network(torch.randn(2, 3, 8, 8)).sum().backward()
+    before.step()
+    save_checkpoint(tmp_path, network, before, Position(1))
+    load_checkpoint(tmp_path / "checkpoint-00000001", network, after)
+    for parameter in network.parameters():
+        ours, wanted = (each.state[parameter]["momentum_buffer"] for each in (after, before))
+        assert ours.equal(wanted) and ours.stride() == parameter.stride()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,20 @@ def test_quantizers_and_losses_stay_float32_under_autocast(autocast: Autocast, t
     assert {p.dtype for p in parameters} == {torch.float32}
     gradients = [p.grad for p in parameters if p.grad is not None]
     assert {g.dtype for g in gradients} == {torch.float32} and all(bool(g.isfinite().all()) for g in gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_term_is_float32_for_outputs_in_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
+    trainee, batches = trainee_of(tmp_path)
+    recipe = DistillRecipe("", trainee.job.training, affinity="none", label_weight=1.0)
+    source = NetworkSource(3, (8, 8), 10, architecture="resnet8")
+    student = prepare(capture(source.build(), EXAMPLE), Bits(8, 8), EXAMPLE)
+    labels = torch.arange(16) % 10
+    batch = replace(batches.at(0), labels=labels)
+    outputs = (20 * torch.randn(16, 10)).to(dtype)
+    terms = distill_job(Plan(recipe, tmp_path, source, {}), student, []).losses((outputs, []), batch, torch.Generator())
+    assert {name: term.dtype for name, term in terms.items()} == {"logit": torch.float32, "label": torch.float32}
+    assert terms["label"] == nn.functional.cross_entropy(outputs.float(), labels)
 
 
 @pytest.mark.parametrize("autocast", ["bf16", "fp16"])

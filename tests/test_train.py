@@ -252,6 +252,24 @@ def test_a_users_file_may_import_its_neighbours_and_use_dataclasses(user: User, 
     )
 
 
+@pytest.mark.parametrize("package", [False, True])
+def test_neighbours_of_one_name_beside_teacher_and_student(user: User, package: bool, tmp_path: Path) -> None:
+    code = NET.replace("from torch import nn", "from torch import nn\nfrom toy_parts.width import WIDTH")
+    code = code if package else code.replace("toy_parts.width", "toy_parts")
+    for folder, width in (("teacher", 8), ("student", 4)):
+        parts = tmp_path / folder / ("toy_parts/width.py" if package else "toy_parts.py")
+        parts.parent.mkdir(parents=True)
+        parts.write_text(f"WIDTH = {width}\n")
+        (tmp_path / folder / "net.py").write_text(code.replace("8,", "WIDTH,").replace("2d(8)", "2d(WIDTH)"))
+    teacher, student = (f"{tmp_path / folder / 'net.py'}:build" for folder in ("teacher", "student"))
+    line = ("--teacher", teacher, *user.teacher[2:], *user.data, "--arch", student, "--steps", 1)
+    succeeds(faqd_train("distill", *line, "--out", tmp_path / "run"))
+    convolution = next(
+        layer for layer in load_student(tmp_path / "run").network.modules() if hasattr(layer, "kernel_size")
+    )
+    assert convolution.out_channels == 4
+
+
 def test_one_module_in_two_places_can_be_saved(user: User, tmp_path: Path) -> None:
     twice = NET.replace("self.head = ", "self.again = self.features[3]\n        self.head = ")
     net = write_net(tmp_path / "user", twice)

@@ -94,6 +94,13 @@ def test_options_of_distill(user: User, more: list[str], words: list[str], tmp_p
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("option", ["--seed", "--data-seed"])
+def test_a_seed_that_torch_does_not_know(user: User, option: str, tmp_path: Path) -> None:
+    outcome = user.distill(tmp_path / "out", option, 2**70)
+    assert outcome.code == 2 and f"Invalid value for '{option}'" in outcome.stderr
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("value", ["nan", "inf", "0", "-1"])
 def test_numbers_that_are_none(user: User, value: str, tmp_path: Path) -> None:
     outcome = user.distill(tmp_path / "out", "--lr", value)

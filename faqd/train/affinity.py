@@ -62,8 +62,9 @@ class AffinityDistance(torch.autograd.Function):
         generator: torch.Generator | None,
         dtype: torch.dtype,
     ) -> Tensor:
-        ctx.save_for_backward(student)
-        ctx.teacher = teacher  # A tensor made in inference mode cannot be saved the other way.
+        # A tensor made in inference mode cannot be saved like this, nor changed in place before the backward pass.
+        ctx.save_for_backward(student, None if teacher.is_inference() else teacher)
+        ctx.teacher = teacher if teacher.is_inference() else None
         ctx.dtype = dtype
         ctx.parts = []
         values = []
@@ -78,7 +79,8 @@ class AffinityDistance(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
-        (student,), teacher = ctx.saved_tensors, ctx.teacher
+        student, teacher = ctx.saved_tensors
+        teacher = ctx.teacher if teacher is None else teacher
         # One of the two layouts whose pixels flatten without a copy.
         inner = student.is_contiguous(memory_format=torch.channels_last)
         layout = torch.channels_last if inner else torch.contiguous_format
@@ -259,14 +261,20 @@ def _sum(products: Iterator[Tensor]) -> Tensor:
 
 
 def _l1(pair: Pair, differentiable: bool) -> tuple[Tensor, WriteGradient]:
-    """Row strips of the upper triangle; what is off the diagonal counts twice."""
-    left, right = pair.halves, torch.cat([pair.t, pair.u], dim=1)
+    """Row strips of the upper triangle; what is off the diagonal counts twice.
+
+    The two products are summed one after the other: where no channel is alive in both pixels of a pair, in either map,
+    they are equal but for the sign and D is exactly zero. The sign of a rounding error instead would be an arbitrary
+    gradient, and at a dead pixel of the student one of the length 1 / eps.
+    """
+    t = pair.t
     slope = torch.zeros_like(pair.s)
     total = torch.zeros(len(slope), dtype=torch.float64, device=slope.device)
     for start in range(0, pair.pixels, TILE_ROWS):
         stop = min(start + TILE_ROWS, pair.pixels)
         rows = slice(start, stop)
-        strip = left[:, :, rows].mT @ right[:, :, start:]
+        strip = pair.u[:, :, rows].mT @ t[:, :, start:]
+        strip.baddbmm_(pair.s[:, :, rows].mT, pair.u[:, :, start:])
         size = strip.abs()
         total += 2 * size.sum((1, 2)).double() - size[:, :, : stop - start].sum((1, 2)).double()
         if differentiable:

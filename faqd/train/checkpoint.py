@@ -70,7 +70,8 @@ def load_checkpoint(folder: Path, network: nn.Module, optimizer: torch.optim.Opt
             prefix = f"{index}."
             state = {key.removeprefix(prefix): value for key, value in saved.items() if key.startswith(prefix)}
             if state:
-                optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
+                # In the parameter's layout too: a fused optimizer refuses another.
+                optimizer.state[parameter] = {k: torch.empty_like(parameter).copy_(v) for k, v in state.items()}
     except (RuntimeError, TypeError) as error:
         raise UserError(f"{folder}: the checkpoint does not fit this run; remove it to start over.") from error
     return position

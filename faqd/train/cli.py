@@ -27,6 +27,9 @@ from faqd.errors import UserError
 if TYPE_CHECKING:
     from faqd.train.recipes import DistillRecipe
 
+SEED = click.IntRange(0, 2**32 - 1)
+"""torch's generator on the CPU knows no more of them."""
+
 
 @click.group(context_settings=SETTINGS)
 @version_option
@@ -55,8 +58,8 @@ def _schedule(command: Any) -> Any:
             click.option("--steps", type=click.IntRange(1), help="Train so many iterations, whatever --epochs says."),
             click.option("--batch-size", type=click.IntRange(2), help="Take so many images per iteration."),
             click.option("--lr", type=Finite(0, min_open=True), help="Use this learning rate at its peak."),
-            click.option("--seed", type=click.IntRange(0), help="Draw the initial weights with this seed."),
-            click.option("--data-seed", type=click.IntRange(0), help="Draw order and augmentation with this seed."),
+            click.option("--seed", type=SEED, help="Draw the initial weights with this seed."),
+            click.option("--data-seed", type=SEED, help="Draw order and augmentation with this seed."),
             click.option(
                 "--device",
                 type=click.Choice(["auto", "cpu", "cuda"]),

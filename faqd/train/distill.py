@@ -284,7 +284,8 @@ def distill_job(plan: Plan, student: Student, pairs: list[tuple[str, str]]) -> J
             terms["affinity"] = recipe.affinity_weight * torch.stack(distances).sum()
         if recipe.label_weight:
             assert batch.labels is not None
-            terms["label"] = recipe.label_weight * functional.cross_entropy(outputs, batch.labels)
+            # Autocast leaves the outputs in half precision.
+            terms["label"] = recipe.label_weight * functional.cross_entropy(outputs.float(), batch.labels)
         return terms
 
     network: nn.Module = graph.with_taps(student.network, [ours for _, ours in pairs])

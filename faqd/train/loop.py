@@ -35,10 +35,11 @@ def fit(jobs: Sequence[Job], batches: Batches, deadline: float = math.inf) -> di
         # Sums of floats depend on the number of threads: each goes on with its own.
         for threads in sorted({trainee.start.threads for trainee in trainees}):
             torch.set_num_threads(threads)
-            _iterate([trainee for trainee in trainees if trainee.start.threads == threads], batches, failed, deadline)
-        for job in jobs:
-            if job.run not in failed and resolved(job.training.frozen_norm) < 1:
-                settle_norms(job.network, batches.train, job.training)
+            together = [trainee for trainee in trainees if trainee.start.threads == threads]
+            _iterate(together, batches, failed, deadline)
+            for job in [trainee.job for trainee in together]:
+                if job.run not in failed and resolved(job.training.frozen_norm) < 1:
+                    settle_norms(job.network, batches.train, job.training)
     except KeyboardInterrupt:
         raise UserError(_interrupted([job.run for job in jobs]), exit_code=INTERRUPTED) from None
     except torch.OutOfMemoryError as error:

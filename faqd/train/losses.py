@@ -81,7 +81,7 @@ def affinity_loss(
     if form == "fast" and (generator is None or columns < 1):
         raise ValueError(
             f"fast affinity with columns={columns}, generator={generator}: expected at least one column and "
-            "a generator of its own; pass torch.Generator(), the checkpoint saves its state."
+            "a generator of its own; pass torch.Generator()."
         )
     dtype = _arithmetic(student, teacher)
     distance: Tensor = AffinityDistance.apply(  # type: ignore[no-untyped-call]

@@ -33,6 +33,9 @@ PREFIXES = ("module.", "_orig_mod.", "model.")
 COUNTERS = ("n_averaged",)
 """Entries of an averaged model that are no weights."""
 
+_neighbours: dict[str, Path] = {}
+"""Modules that files of the user imported from beside themselves, by name, and the folder of each."""
+
 
 @dataclass(frozen=True)
 class NetworkSource:
@@ -132,11 +135,28 @@ def _importable(path: Path) -> Iterator[Any]:
     assert spec is not None
     # Dataclasses and pickle look their module up there.
     sys.modules[name] = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.parent))
+    folder = path.parent
+    _forget_namesakes(folder)
+    before = set(sys.modules)
+    sys.path.insert(0, str(folder))
     try:
         yield sys.modules[name]
     finally:
-        sys.path.remove(str(path.parent))
+        sys.path.remove(str(folder))
+        _neighbours.update({new: folder for new in set(sys.modules) - before if _lies_in(folder, new)})
+
+
+def _forget_namesakes(folder: Path) -> None:
+    """Let the modules in `folder` be found where another user's file imported some of the same names from beside it."""
+    for name, other in list(_neighbours.items()):
+        if other != folder and _lies_in(folder, name):
+            sys.modules.pop(name, None)
+            del _neighbours[name]
+
+
+def _lies_in(folder: Path, module: str) -> bool:
+    top = folder / module.partition(".")[0]
+    return top.is_dir() or top.with_suffix(".py").is_file()
 
 
 def _run_of_the_user(path: Path, what: str, function: Callable[[], Any]) -> Any:

@@ -158,8 +158,9 @@ def _weight_grids(reader: _Reader, bits: Bits) -> dict[fx.Node, Quant]:
     if bits.weights == FLOAT_BITS:
         return {}
     axis = 0 if bits.per_channel else None
-    first = {node for node in layers if reader.layers_before(node) == 1}
-    last = {node for node in layers if not reader.layer_follows(node)}
+    whole = _Reader(reader.traced, set())  # where the first layer stays float, no other one becomes the first
+    first = {node for node in layers if whole.layers_before(node) == 1}
+    last = {node for node in layers if not whole.layer_follows(node)}
     outer = {node.target for node in first | last}
     return {node: weight_quant(8 if node.target in outer else bits.weights, axis) for node in layers}
 
