@@ -18,14 +18,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-EPSILON = 1e-5
+from faqd.train.pairs import Pair, Tile, write_gradient
+
 TILE_ROWS = 256
 # Elements of a map handled at once (of a strip of D: four times that): what fits a core's cache, or fills a GPU.
 CPU_ELEMENTS = 2**18
@@ -37,12 +38,10 @@ CANCELLATION = 3e-3
 SMALLEST_L2 = 1e-3
 # In float64, an |D|_F^2 below this share of its own terms is round-off: value and gradient are zero.
 RELATIVE_FLOOR = 1e-14
-TINY_NORM = 1e-18
 
 # What the backward pass needs of a part: (student, teacher, out, outer) writes outer * gradient to `out` (b, Cs, N).
 WriteGradient = Callable[[Tensor, Tensor, Tensor, Tensor], None]
-Norms = tuple[Tensor, Tensor]
-SlopeOf = Callable[["Pair"], Tensor]
+SlopeOf = Callable[[Pair], Tensor]
 
 
 class AffinityDistance(torch.autograd.Function):
@@ -125,86 +124,6 @@ def _distance(
     return value, write_all
 
 
-class Pair(NamedTuple):
-    """The maps of some samples, or some columns of them, as every form wants them.
-
-    halves (b, 2C, N): U over S. norms (b, 1, N) twice: lengths of the columns of student and teacher.
-    """
-
-    halves: Tensor
-    norms: Norms
-
-    @classmethod
-    def of(cls, student: Tensor, teacher: Tensor, norms: Norms | None = None) -> Pair:
-        samples, width, pixels = student.shape
-        channels = max(width, teacher.shape[1])
-        make = student.new_empty if width == teacher.shape[1] else student.new_zeros
-        halves = make((samples, 2 * channels, pixels))
-        u, s = halves[:, :channels], halves[:, channels:]
-        norms = norms or (_norm(student), _norm(teacher))
-        torch.mul(student, _weight(norms[0]), out=s[:, :width])
-        torch.mul(teacher, _weight(norms[1]), out=u[:, : teacher.shape[1]])
-        torch.sub(s, u, out=u)
-        return cls(halves, norms)
-
-    @property
-    def u(self) -> Tensor:
-        return self.halves[:, : self.halves.shape[1] // 2]
-
-    @property
-    def s(self) -> Tensor:
-        return self.halves[:, self.halves.shape[1] // 2 :]
-
-    @property
-    def t(self) -> Tensor:
-        return self.s - self.u
-
-    @property
-    def pixels(self) -> int:
-        return self.halves.shape[2]
-
-
-def _norm(features: Tensor) -> Tensor:
-    return (features * features).sum(1, keepdim=True).sqrt_()
-
-
-def _weight(norm: Tensor) -> Tensor:
-    return (norm + EPSILON).reciprocal_()
-
-
-def _write_gradient(out: Tensor, features: Tensor, norm: Tensor, slope: Tensor, factor: Tensor) -> None:
-    """To `out`: the gradient of `features` (b, Cs, N), of that `norm`, where that of S is factor * slope (b, C, N).
-
-    A zero column has the gradient slope / eps: its norm contributes nothing, instead of 0 / 0.
-    """
-    slope, weight = slope[:, : features.shape[1]], _weight(norm)
-    radial = (features * slope).sum(1, keepdim=True).mul_(weight).div_(norm.clamp_min(TINY_NORM))
-    torch.mul(torch.addcmul(slope, features, radial, value=-1), weight.mul_(factor), out=out)
-
-
-class Tile:
-    """Some columns of the maps as a pair, for the forward and again for the backward pass.
-
-    Kept in between where the tiles are few; of many only the lengths are. To make a pair again costs less than to
-    read it back from beyond the caches, and fresh memory, whose every page the system has to clear, most of all.
-    """
-
-    def __init__(self, columns: slice, dtype: torch.dtype, keep: bool) -> None:
-        self.columns, self._dtype, self._keep = columns, dtype, keep
-        self._pair: Pair | None = None
-        self._norms: Norms | None = None
-
-    def pair(self, student: Tensor, teacher: Tensor) -> Pair:
-        if self._pair is not None:
-            return self._pair
-        pair = Pair.of(self.of(student), self.of(teacher), self._norms)
-        self._norms, self._pair = pair.norms, pair if self._keep else None
-        return pair
-
-    def of(self, maps: Tensor) -> Tensor:
-        return maps[:, :, self.columns].to(self._dtype)
-
-
 def _l2(student: Tensor, teacher: Tensor, dtype: torch.dtype, form: str) -> tuple[Tensor, Tensor, WriteGradient]:
     """Values (b,), whether the arithmetic of `dtype` was good enough for them, and what writes their gradients."""
     pixels, channels = student.shape[2], max(student.shape[1], teacher.shape[1])
@@ -227,7 +146,7 @@ def _l2(student: Tensor, teacher: Tensor, dtype: torch.dtype, form: str) -> tupl
         factor = (steepness * outer).to(dtype).view(-1, 1, 1)
         for tile in tiles:
             pair = tile.pair(student, teacher)
-            _write_gradient(out[:, :, tile.columns], tile.of(student), pair.norms[0], slope_of(pair), factor)
+            write_gradient(out[:, :, tile.columns], tile.of(student), pair.norms[0], slope_of(pair), factor)
 
     return value, sure, write
 
@@ -284,7 +203,7 @@ def _l1(pair: Pair, differentiable: bool) -> tuple[Tensor, WriteGradient]:
     norm, steepness = pair.norms[0], 2 / pair.pixels**2
 
     def write(student: Tensor, teacher: Tensor, out: Tensor, outer: Tensor) -> None:
-        _write_gradient(out, student, norm, slope, steepness * outer)
+        write_gradient(out, student, norm, slope, steepness * outer)
 
     return total / pair.pixels**2, write
 
@@ -303,7 +222,7 @@ def _fast(pair: Pair, columns: int, generator: torch.Generator) -> tuple[Tensor,
     norm, steepness = pair.norms[0], 2 / (columns * pair.pixels**2)
 
     def write(student: Tensor, teacher: Tensor, out: Tensor, outer: Tensor) -> None:
-        _write_gradient(out, student, norm, left @ right, steepness * outer)
+        write_gradient(out, student, norm, left @ right, steepness * outer)
 
     return _total(y.square()) / (columns * pair.pixels**2), write
 
