@@ -114,6 +114,11 @@ def _plan(recipe: DistillRecipe, out: Path, lesson: Lesson, taps: list[str] | No
         raise UserError("--logit-weight 0: nothing is left to learn from; give one of the terms a weight.")
     if taps and recipe.affinity == "none":
         raise UserError(f"--tap {taps[0]}: nothing is compared there with --affinity none; leave one of them out.")
+    if recipe.autocast == "fp16" and recipe.scale_gradient != "lsq":
+        raise UserError(
+            f"--autocast fp16: the limit of --scale-gradient {recipe.scale_gradient} does not go with a loss that is "
+            "scaled up, as float16 needs it; use --autocast bf16, or --scale-gradient lsq."
+        )
     if recipe.label_weight:
         _refuse_without_labels(lesson)
     return Plan(recipe, out, source, _record(recipe, lesson, source, taps))
