@@ -14,51 +14,14 @@ from onnx.reference import ReferenceEvaluator
 
 from faqd.reference import real
 
-FLOAT_OPERATORS = frozenset(
-    (
-        *(
-            "Softmax",
-            "LogSoftmax",
-            "LayerNormalization",
-            "InstanceNormalization",
-            "GroupNormalization",
-            "LpNormalization",
-        ),
-        *(
-            "Abs",
-            "Neg",
-            "Exp",
-            "Log",
-            "Pow",
-            "Reciprocal",
-            "Sin",
-            "Cos",
-            "Floor",
-            "Ceil",
-            "Round",
-            "Sign",
-            "Max",
-            "Min",
-        ),
-        *(
-            "Softplus",
-            "Softsign",
-            "Elu",
-            "Selu",
-            "Celu",
-            "Mish",
-            "ThresholdedRelu",
-            "MatMul",
-            "CumSum",
-            "Tile",
-            "Mod",
-            "CastLike",
-            "Range",
-        ),
-        *("ReduceMax", "ReduceMin", "ReduceSum", "ReduceL1", "ReduceL2", "ReduceProd", "GlobalMaxPool", "LpPool"),
-        *("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "And", "Or", "Not", "Where", "GridSample"),
-    )
-)
+_NAMES = """
+    Softmax LogSoftmax LayerNormalization InstanceNormalization GroupNormalization LpNormalization
+    Abs Neg Exp Log Pow Reciprocal Sin Cos Floor Ceil Round Sign Max Min Mod MatMul CumSum Tile CastLike Range
+    Softplus Softsign Elu Selu Celu Mish ThresholdedRelu
+    ReduceMax ReduceMin ReduceSum ReduceL1 ReduceL2 ReduceProd GlobalMaxPool LpPool
+    Equal Greater GreaterOrEqual Less LessOrEqual And Or Not Where GridSample
+"""
+FLOAT_OPERATORS = frozenset(_NAMES.split())
 
 
 def computed_in_float(node: onnx.NodeProto, operands: list[Any], opsets: Any) -> tuple[Any, ...]:
