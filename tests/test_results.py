@@ -1,13 +1,15 @@
-"""The figures in the README are those of the committed results."""
+"""The figures in the README and the docs are those of the committed results."""
 
 from __future__ import annotations
 
 import io
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from faqd.benchmarks.table import WIDTH, print_result
+from faqd.benchmarks.training.worth_table import markdown
 from faqd.files import read_json
 
 ROOT = Path(__file__).parents[1]
@@ -21,3 +23,9 @@ def test_readme_shows_the_committed_cifar10_result() -> None:
     accuracy_table = lines[: next(i for i, line in enumerate(lines) if line.startswith("latency in ms"))]
     assert len(accuracy_table) > 10
     assert [line for line in accuracy_table if line not in shown] == []
+
+
+@pytest.mark.parametrize("data", ["digits", "cifar10"])
+def test_docs_show_what_each_part_is_worth(data: str) -> None:
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    assert markdown(read_json(ROOT / "results" / f"worth-{data}.json")) in text
