@@ -50,7 +50,7 @@ def study(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     def interrupted(path: Path, value: Any) -> None:
         write_json(path, value)
         written.append(path)
-        if len(written) == 4:
+        if len(written) == 3:
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:

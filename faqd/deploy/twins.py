@@ -143,27 +143,35 @@ class _FloatLayerTwin(nn.Module):
 _MANTISSA_BITS = 24
 
 
-class _TensorrtTwin(nn.Module):
+class _RequantizeTwin(nn.Module):
+    """bottom, top: the limits of a Clip, on values or on codes as the flavour has it."""
+
     scale: Tensor
     zero_point: Tensor
     bottom: Tensor
     top: Tensor
 
-    def __init__(self, requantize: Requantize) -> None:
+    def __init__(self, scale: Tensor, zero_point: Tensor, bottom: Tensor, top: Tensor) -> None:
         super().__init__()
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero_point", zero_point)
+        self.register_buffer("bottom", bottom)
+        self.register_buffer("top", top)
+
+
+class _TensorrtTwin(_RequantizeTwin):
+    def __init__(self, requantize: Requantize) -> None:
         quant = requantize.quant
         if quant.high > 127:
             raise UserError(
                 "this student has 8-bit activations 0..255, trained with --target onnxruntime; TensorRT has no such "
                 "grid. Train with --target tensorrt for an engine."
             )
+        scale = requantize.scale.float()
+        super().__init__(scale, torch.zeros((), dtype=torch.int8), scale * quant.low, scale * quant.high)
         # Codes saturate at -128 and 127 by themselves; whatever is narrower needs its limits stated.
         self.clipped = requantize.saturates and (quant.high < 127 or (quant.signed and quant.low > -128))
         self.rectified = requantize.rectifies
-        self.register_buffer("scale", requantize.scale.float())
-        self.register_buffer("zero_point", torch.zeros((), dtype=torch.int8))
-        self.register_buffer("bottom", requantize.scale.float() * quant.low)
-        self.register_buffer("top", requantize.scale.float() * quant.high)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.clipped:
@@ -174,21 +182,13 @@ class _TensorrtTwin(nn.Module):
         return emit("DequantizeLinear", (codes, self.scale, self.zero_point), x, torch.float32)
 
 
-class _OnnxruntimeTwin(nn.Module):
-    scale: Tensor
-    zero_point: Tensor
-    bottom: Tensor
-    top: Tensor
-
+class _OnnxruntimeTwin(_RequantizeTwin):
     def __init__(self, requantize: Requantize) -> None:
-        super().__init__()
         quant = requantize.quant
         zero = 128 if quant.signed else 0
+        stored = (torch.tensor(code + zero, dtype=torch.uint8) for code in (0, quant.low, quant.high))
+        super().__init__(requantize.scale.float(), *stored)
         self.clipped = requantize.saturates and (quant.low + zero > 0 or quant.high + zero < 255)
-        self.register_buffer("scale", requantize.scale.float())
-        self.register_buffer("zero_point", torch.tensor(zero, dtype=torch.uint8))
-        self.register_buffer("bottom", torch.tensor(quant.low + zero, dtype=torch.uint8))
-        self.register_buffer("top", torch.tensor(quant.high + zero, dtype=torch.uint8))
 
     def forward(self, x: Tensor) -> Tensor:
         codes = emit("QuantizeLinear", (x, self.scale, self.zero_point), x, torch.uint8)

@@ -9,14 +9,13 @@ Whatever is finished lies in WORK: the same command goes on where it was stopped
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +33,11 @@ from faqd.benchmarks.sessions import OnnxruntimeBackend
 from faqd.benchmarks.training import foreign_networks, scenes
 from faqd.benchmarks.training.foreign_table import DISTILLED, FLOAT, PTQ, Figure, Judged, markdown, rows
 from faqd.benchmarks.training.scene_teacher import train_on_scenes
+from faqd.benchmarks.training.study import STUDY, claim, going_on, say, training_seconds
 from faqd.bundle import MANIFEST, load_bundle
 from faqd.command import emit_json, json_option, run
 from faqd.deploy.student import export_run, quantize_after_training
-from faqd.errors import INTERRUPTED, UserError
+from faqd.errors import UserError
 from faqd.files import read_json, write_json, written_beside
 from faqd.quant import FLOAT_BITS
 from faqd.train.capture import capture
@@ -49,7 +49,7 @@ from faqd.train.outputs import SINGLE, run_batches
 from faqd.train.placement import Bits
 from faqd.train.prepare import calibrate, prepare
 from faqd.train.recipes import TeacherRecipe, Training, distill_default
-from faqd.train.run import METRICS, WEIGHTS, network_input
+from faqd.train.run import WEIGHTS, network_input
 from faqd.train.source import Lesson, lesson_from
 from faqd.train.student import load_student
 from faqd.train.teacher import train_teacher
@@ -131,7 +131,7 @@ class Work:
     @cached_property
     def lesson(self) -> Lesson:
         teacher = self.spec if self.dense else str(self.teacher)
-        return lesson_from(teacher, self.weights, self.data, with_labels=True, say=_say)
+        return lesson_from(teacher, self.weights, self.data, with_labels=True, say=say)
 
     @cached_property
     def inputs(self) -> Tensor:
@@ -162,19 +162,19 @@ def train(work: Work) -> None:
     """The teacher and all students, where they are not finished yet."""
     if work.dense:
         if not work.scenes.is_file():
-            published = load_cifar("cifar10", work.data_root, download=False, with_labels=True, say=_say)
+            published = load_cifar("cifar10", work.data_root, download=False, with_labels=True, say=say)
             photos, labels = published.batches[0]
             scenes.write_scenes(photos, np.asarray(labels), work.scenes)
         data = DataOptions(**work.data)
-        train_on_scenes(work.spec, data, work.scenes, work.study.teacher, work.teacher, _say, work.world)
+        train_on_scenes(work.spec, data, work.scenes, work.study.teacher, work.teacher, say, work.world)
     else:
         recipe = TeacherRecipe(f"float {work.network}", "cifar10", work.spec, work.study.teacher)
-        train_teacher(recipe, DataOptions(**work.data), work.teacher, True, _say, work.world)
+        train_teacher(recipe, DataOptions(**work.data), work.teacher, True, say, work.world)
     base = replace(distill_default(), about=f"{work.network}, label-free", training=work.study.student)
     variants = [replace(base, weight_bits=bits, act_bits=bits) for bits in BITS]
     recipes = with_seeds(variants, work.seeds, work.lesson.teacher)
     members = [(each, work.run(each.weight_bits, each.training.data_seed)) for each in recipes]
-    distill(members, work.lesson, None, True, _say, work.world)
+    distill(members, work.lesson, None, True, say, work.world)
 
 
 def judged(work: Work) -> list[Judged]:
@@ -182,14 +182,15 @@ def judged(work: Work) -> list[Judged]:
     found = [_judged(work, FLOAT, FLOAT_BITS, 0, lambda: work.lesson.teacher.network)]
     for bits in BITS:
         for seed in range(work.seeds):
-            found.append(_judged(work, PTQ, bits, seed, lambda b=bits, s=seed: quantized(work, b, s)))  # type: ignore[misc]
+            found.append(_judged(work, PTQ, bits, seed, partial(quantized, work, bits, seed)))
     for bits in BITS:
         for seed in range(work.seeds):
-            run_folder = work.run(bits, seed)
-            found.append(
-                _judged(work, DISTILLED, bits, seed, lambda r=run_folder: deployable(load_student(r)))  # type: ignore[misc]
-            )
+            found.append(_judged(work, DISTILLED, bits, seed, partial(_trained, work.run(bits, seed))))
     return found
+
+
+def _trained(run_folder: Path) -> Any:
+    return deployable(load_student(run_folder))
 
 
 def quantized(work: Work, bits: int, seed: int) -> Any:
@@ -213,7 +214,7 @@ def _judged(work: Work, method: str, bits: int, seed: int, network: Callable[[],
         with written_beside(path) as temporary, temporary.open("wb") as file:
             np.savez(file, counts=counts)
         shown = {name: round(100 * float(figure(counts.sum(0))), 2) for name, figure in figures(work).items()}
-        _say(f"{path.stem}: " + ", ".join(f"{name} {value} %" for name, value in shown.items()))
+        say(f"{path.stem}: " + ", ".join(f"{name} {value} %" for name, value in shown.items()))
     with np.load(path) as file:
         return Judged(method, f"{bits}/{bits}", seed, file["counts"])
 
@@ -246,8 +247,8 @@ def benched(work: Work) -> dict[str, Any]:
     if path.is_file():
         return dict(read_json(path))
     for bits in BITS:
-        _bundled(work.bundle(PTQ, bits), lambda out, b=bits: _quantize(work, b, out))  # type: ignore[misc]
-        _bundled(work.bundle(DISTILLED, bits), lambda out, b=bits: _export(work, b, out))  # type: ignore[misc]
+        _bundled(work.bundle(PTQ, bits), partial(_quantize, work, bits))
+        _bundled(work.bundle(DISTILLED, bits), partial(_export, work, bits))
     folders = [work.bundle(method, bits) for bits in BITS for method in (PTQ, DISTILLED)]
     backend = OnnxruntimeBackend(torch.get_num_threads(), "asked for")
     os.environ["FAQD_SCENES"] = str(work.scenes)
@@ -268,7 +269,7 @@ def benched(work: Work) -> dict[str, Any]:
 
 def _bundled(out: Path, make: Callable[[Path], Any]) -> None:
     if not (out / MANIFEST).is_file():
-        _say(f"{out.name}: bundle")
+        say(f"{out.name}: bundle")
         make(out)
 
 
@@ -276,12 +277,12 @@ def _quantize(work: Work, bits: int, out: Path) -> None:
     teacher = work.spec if work.dense else str(work.teacher)
     given = {**asdict(DataOptions(**work.data)), **({} if work.dense else {"source": None, "resize": None})}
     quantize_after_training(
-        teacher, work.weights, given, Bits(bits, bits), "mse", CALIBRATION_IMAGES, out, BUNDLED, "fp16", _say
+        teacher, work.weights, given, Bits(bits, bits), "mse", CALIBRATION_IMAGES, out, BUNDLED, "fp16", say
     )
 
 
 def _export(work: Work, bits: int, out: Path) -> None:
-    export_run(work.run(bits, 0), out, None, BUNDLED, "fp16", _say)
+    export_run(work.run(bits, 0), out, None, BUNDLED, "fp16", say)
 
 
 def _benched(entry: dict[str, Any]) -> dict[str, Any]:
@@ -316,17 +317,13 @@ def command(
         replace(study.teacher, steps=teacher_steps or study.teacher.steps),
         replace(study.student, steps=steps or study.student.steps),
     )
-    _refuse_another(out, {"network": network, "seeds": seeds, "limit": limit, **asdict(study)})
+    claim(out, {"network": network, "seeds": seeds, "limit": limit, **asdict(study)})
     with joined("cpu") as world:
         if world.size > 1:
             raise UserError("torchrun: this command trains in one process; start it by itself.")
         work = Work(network, study, out, data_root, limit, seeds, world)
-        try:
+        with going_on(out):
             train(work)
-        except UserError as error:
-            if error.exit_code != INTERRUPTED:
-                raise
-            raise UserError(f"{out}: interrupted; the same command goes on.", exit_code=INTERRUPTED) from None
     found = judged(work)
     measures = figures(work)
     dataset = work.lesson.dataset
@@ -337,7 +334,7 @@ def command(
         "environment": environment(),
         "versions": {"faqd": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "threads": torch.get_num_threads(),
-        "study": read_json(out / "study.json"),
+        "study": read_json(out / STUDY),
         "parameters": sum(p.numel() for p in work.lesson.teacher.network.parameters()),
         "training_images": len(dataset.train),
         "images": len(work.inputs),
@@ -345,30 +342,14 @@ def command(
         "seeds": seeds,
         "figures": list(measures),
         "training_s": {
-            run.name: _seconds(run) for run in [work.teacher, *(work.run(b, s) for b in BITS for s in range(seeds))]
+            run.name: training_seconds(run)
+            for run in [work.teacher, *(work.run(b, s) for b in BITS for s in range(seeds))]
         },
         "table": rows(found, measures),
         "bundles": benched(work),
     }
     click.echo(markdown(result), err=json_target == "-")
     emit_json(json_target, result)
-
-
-def _seconds(run_folder: Path) -> float:
-    """Of training; that of a student is of all students of its seed side by side."""
-    return float(json.loads((run_folder / METRICS).read_text(encoding="utf-8").splitlines()[-1])["seconds"])
-
-
-def _refuse_another(out: Path, asked: dict[str, Any]) -> None:
-    asked = json.loads(json.dumps(asked))
-    path = out / "study.json"
-    if path.is_file() and read_json(path) != asked:
-        raise UserError(f"{out}: holds a study with other options; give another --out.")
-    write_json(path, asked)
-
-
-def _say(text: str) -> None:
-    click.echo(text, err=True)
 
 
 def main() -> None:

@@ -7,7 +7,6 @@ cell is a file in WORK/cells: the same command goes on where it was stopped.
 
 from __future__ import annotations
 
-import json
 import platform
 import shlex
 import sys
@@ -24,9 +23,10 @@ from torch import Tensor
 
 from faqd import __version__
 from faqd.benchmarks.environment import environment
+from faqd.benchmarks.training.study import STUDY, claim, going_on, say, training_seconds
 from faqd.benchmarks.training.worth_table import markdown, summary
 from faqd.command import Finite, emit_json, json_option, run
-from faqd.errors import INTERRUPTED, UserError
+from faqd.errors import UserError
 from faqd.files import read_json, write_json
 from faqd.quant import FLOAT_BITS
 from faqd.train.batches import splits_on
@@ -45,7 +45,7 @@ from faqd.train.recipes import (
     digits_teacher,
     distill_default,
 )
-from faqd.train.run import METRICS, finished, network_input
+from faqd.train.run import finished, network_input
 from faqd.train.source import Lesson, lesson_from
 from faqd.train.student import load_student, new_student, student_source
 from faqd.train.teacher import train_teacher
@@ -165,16 +165,12 @@ def fill(work: Work, seed: int, world: World) -> None:
         return
     trained = [cell for cell in cells if cell.method != PTQ]
     members = [(recipe_of(cell, work.study), work.run(cell)) for cell in trained]
-    try:
-        distill(members, work.lesson, None, resume=True, say=_say, world=world)
-    except UserError as error:
-        if error.exit_code != INTERRUPTED:
-            raise
-        raise UserError(f"{work.folder}: interrupted; the same command goes on.", exit_code=INTERRUPTED) from None
+    with going_on(work.folder):
+        distill(members, work.lesson, None, resume=True, say=say, world=world)
     for cell in cells:
         if not work.file(cell).is_file():
             write_json(work.file(cell), measured(work, cell, work.run(cells[0])))
-            _say(f"{cell.name}: {100 * read_json(work.file(cell))['accuracy']:.2f} %")
+            say(f"{cell.name}: {100 * read_json(work.file(cell))['accuracy']:.2f} %")
 
 
 def measured(work: Work, cell: Cell, float_run: Path) -> dict[str, Any]:
@@ -198,9 +194,8 @@ def quantized_after_training(work: Work, cell: Cell, float_run: Path) -> Any:
 
 
 def seconds_of(work: Work, seed: int) -> float:
-    """Of training, all students of a seed together; what a kill threw away is not in it."""
-    lines = [(work.run(cell) / METRICS).read_text().splitlines()[-1] for cell in work.cells(seed) if cell.method != PTQ]
-    return max(float(json.loads(line)["seconds"]) for line in lines)
+    """Of training, all students of a seed together."""
+    return max(training_seconds(work.run(cell)) for cell in work.cells(seed) if cell.method != PTQ)
 
 
 @click.command(help=(__doc__ or "").splitlines()[0])
@@ -254,7 +249,7 @@ def command(
         "versions": {"faqd": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if world.device.type == "cuda" else "cpu",
-        "study": read_json(out / "study.json"),
+        "study": read_json(out / STUDY),
         "images": len(work.inputs),
         "teacher_accuracy": work.accuracy(work.teacher_outputs),
         "training_s": [seconds_of(work, seed) for seed in range(study.seeds)],
@@ -281,8 +276,8 @@ def begun(
     options = DataOptions(data, root=data_root)
     if teacher is None:
         teacher = out / "teacher"
-        train_teacher(study.teacher, options, teacher, resume=True, say=_say, world=world)
-    lesson = lesson_from(str(teacher), None, asdict(options), with_labels=True, say=_say)
+        train_teacher(study.teacher, options, teacher, resume=True, say=say, world=world)
+    lesson = lesson_from(str(teacher), None, asdict(options), with_labels=True, say=say)
     asked = {
         "data": data,
         "teacher": {"recipe": finished(teacher)["recipe"], "sha256": lesson.teacher.sha256},
@@ -291,9 +286,7 @@ def begun(
         "bits": list(bits),
         "losses": LOSSES,
     }
-    if (out / "study.json").is_file() and read_json(out / "study.json") != asked:
-        raise UserError(f"{out}: holds a study with other options; give another --out.")
-    write_json(out / "study.json", asked)
+    claim(out, asked)
     return Work(out, study, bits, lesson)
 
 
@@ -302,10 +295,6 @@ def _refuse_bits(pair: str) -> None:
     if not (weights.isdecimal() and activations.isdecimal()):
         raise UserError(f"--bits {pair}: expected weights and activations, such as 4/4.")
     Bits(int(weights), int(activations))
-
-
-def _say(text: str) -> None:
-    click.echo(text, err=True)
 
 
 def main() -> None:
