@@ -84,6 +84,8 @@ def test_a_residual_network_runs_in_integers(bits: Bits, limits: int, tmp_path: 
     assert set(found) <= INTEGER | AT_THE_ENDS | LIMITS
     # The input is quantized; nothing is taken back to float before the classifier, which may give floats itself.
     assert found["QuantizeLinear"] == 1 and found["DequantizeLinear"] <= 1 and found["Transpose"] <= 2
+    # The image's fourth channel is bytes, not floats.
+    assert optimised(model, tmp_path)[:2] == ["QuantizeLinear", "Pad"]
     # One for each rounding to a grid below 0..255: 7 behind a ReLU, and the average's, whose grid is 0..127.
     assert found["Clip"] == limits
 

@@ -389,6 +389,22 @@ def test_a_constant_map_at_a_tie_is_one_rounding(value: float, roundings: int) -
     assert distinct_roundings(segment, values, np.zeros(64, bool)) == 0
 
 
+def test_ties_are_found_in_front_of_spare_channels() -> None:
+    inputs = {"s": np.float32(1), "z": np.uint8(128), "pads": np.array([0, 1]), "axes": np.array([1])}
+    model = one_node("QuantizeLinear", {"s": inputs["s"], "z": inputs["z"]})
+    model.graph.initializer.extend(numpy_helper.from_array(inputs[name], name) for name in ("pads", "axes"))
+    model.graph.node.append(helper.make_node("Pad", ["y0", "pads", "z", "axes"], ["y1"]))
+    model.graph.node.append(helper.make_node("DequantizeLinear", ["y1", "s", "z"], ["y"]))
+    model.graph.output[0].name = "y"
+    for size in (2, 3, 5):
+        model.graph.input[0].type.tensor_type.shape.dim.add(dim_value=size)
+    values = Referee(model).run({"x": np.full((2, 3, 5), 10.49999, np.float32)})
+    assert (values["y1"] == [[[138]] * 3 + [[128]]] * 2).all()
+    differs = np.zeros((2, 4, 5), bool)
+    differs[:, :3] = True
+    assert distinct_roundings(next(segments(model)), values, differs) == 1
+
+
 @pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"\x00" * 99])
 def test_a_damaged_file_is_refused_in_a_sentence(
     bundle: Bundle, tmp_path: Path, damage: Callable[[bytes], bytes]

@@ -134,16 +134,17 @@ def _pad(operands: list[Value], attributes: Attributes) -> Value:
     x, pads, value, axes = [*operands, None, None][:4]
     mode = attributes.get("mode", b"constant").decode()
     number = 0.0 if value is None else float(real(value).reshape(()))
-    if mode == "constant" and number != 0:
-        raise ValueError("known only with zeros")
-    numpy_mode = {"constant": "constant", "reflect": "reflect", "edge": "edge"}[mode]
+    if mode == "constant" and number != 0 and isinstance(x, Grid):
+        raise ValueError("known on dequantized codes only with zeros")
+    numpy_mode: Any = {"constant": "constant", "reflect": "reflect", "edge": "edge"}[mode]
+    filling: dict[str, Any] = {"constant_values": number} if mode == "constant" else {}
 
     def padded(values: NDArray[Any]) -> NDArray[Any]:
         at = range(values.ndim) if axes is None else [int(a) % values.ndim for a in axes]
         widths = [(0, 0)] * values.ndim
         for index, axis in enumerate(at):
             widths[axis] = (int(pads[index]), int(pads[index + len(at)]))
-        result: NDArray[Any] = np.pad(values, widths, mode=numpy_mode)  # type: ignore[call-overload]
+        result: NDArray[Any] = np.pad(values, widths, mode=numpy_mode, **filling)
         return result
 
     return moved(x, padded)

@@ -24,7 +24,7 @@ def distinct_roundings(segment: Segment, values: dict[str, Any], differs: NDArra
     values: every tensor of the referee's run. differs: where the output's codes are not the referee's.
     """
     unrounded = _unrounded(segment, values)
-    if unrounded is None or unrounded.shape != differs.shape:
+    if unrounded is None:
         return int(np.count_nonzero(differs))
     found = unrounded[differs]
     tied = np.abs(found - np.floor(found) - 0.5) <= REACH
@@ -32,12 +32,14 @@ def distinct_roundings(segment: Segment, values: dict[str, Any], differs: NDArra
 
 
 def _unrounded(segment: Segment, values: dict[str, Any]) -> NDArray[np.float64] | None:
-    """What the segment rounds to its codes, in units of a code; None where something else makes them."""
+    """What the segment rounds to its codes, in units of a code and in their shape; None where something else makes
+    them."""
     producer = {name: node for node in segment.model.graph.node for name in node.output}
     node = producer[segment.output]
-    if node.op_type == "Clip" and node.input[0] in producer:  # on codes
+    while node.op_type in ("Clip", "Pad") and node.input[0] in producer:  # on codes
         node = producer[node.input[0]]
     if node.op_type != "QuantizeLinear":
         return None
     unrounded: NDArray[np.float64] = real(values[node.input[0]]) / float(values[node.input[1]].item())
-    return unrounded
+    behind = zip(values[segment.output].shape, unrounded.shape, strict=True)
+    return np.pad(unrounded, [(0, wanted - found) for wanted, found in behind])

@@ -1,7 +1,8 @@
 """Twins of the deployed modules: what they look like in an ONNX file of opset 19.
 
 tensorrt:     x -> Clip(low * scale, high * scale) or Relu -> QuantizeLinear int8, zero point 0 -> DequantizeLinear
-onnxruntime:  x -> QuantizeLinear uint8 -> Clip(low, high) on the codes where narrower -> DequantizeLinear
+onnxruntime:  x -> QuantizeLinear uint8 -> Clip(low, high) on the codes where narrower -> Pad with zero points, for the
+              image -> DequantizeLinear
 Weights are int8 initializers with one scale per output channel; biases are float32, or int32 for onnxruntime.
 """
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from faqd.errors import UserError
 from faqd.train.curves import GELU_CUBE, GELU_FACTOR, ROOT_HALF, SIXTH, Curve, Interpolate
-from faqd.train.deployed import ChannelAffine, IntegerAverage, IntegerLayer, Requantize, SpareChannels
+from faqd.train.deployed import ChannelAffine, IntegerAverage, IntegerLayer, Requantize
 from faqd.train.elementwise import CURVES, Bilinear, Clamp, Nearest, Part, Rows
 from faqd.train.graph import COMPUTE, TRANSPOSED
 
@@ -33,8 +34,6 @@ def deployed_twin(module: nn.Module, flavour: str) -> nn.Module | None:
         return _AffineTwin(module)
     if isinstance(module, IntegerAverage):
         return AverageTwin(module.average)
-    if isinstance(module, SpareChannels):
-        return _SpareTwin(module)
     if flavour == "onnxruntime" and isinstance(module, COMPUTE):
         return _FloatLayerTwin(module)
     return plain_twin(module)
@@ -189,11 +188,19 @@ class _OnnxruntimeTwin(_RequantizeTwin):
         stored = (torch.tensor(code + zero, dtype=torch.uint8) for code in (0, quant.low, quant.high))
         super().__init__(requantize.scale.float(), *stored)
         self.clipped = requantize.saturates and (quant.low + zero > 0 or quant.high + zero < 255)
+        self.spare_channels = requantize.spare_channels
+        if self.spare_channels:
+            self.register_buffer("pads", torch.tensor([0, self.spare_channels]))
+            self.register_buffer("axes", torch.tensor([1]))
 
     def forward(self, x: Tensor) -> Tensor:
         codes = emit("QuantizeLinear", (x, self.scale, self.zero_point), x, torch.uint8)
         if self.clipped:
             codes = emit("Clip", (codes, self.bottom, self.top), x, torch.uint8)
+        if self.spare_channels:
+            x = x.new_empty(x.shape[0], x.shape[1] + self.spare_channels, *x.shape[2:])
+            inputs = (codes, self.get_buffer("pads"), self.zero_point, self.get_buffer("axes"))
+            codes = emit("Pad", inputs, x, torch.uint8)
         return emit("DequantizeLinear", (codes, self.scale, self.zero_point), x, torch.float32)
 
 
@@ -217,18 +224,6 @@ class _AffineTwin(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return emit("Add", (emit("Mul", (x, self.factor), x, torch.float32), self.offset), x, torch.float32)
-
-
-class _SpareTwin(nn.Module):
-    def __init__(self, spare: SpareChannels) -> None:
-        super().__init__()
-        self.spare = spare
-        self.register_buffer("pads", torch.tensor([0, spare.count]))
-        self.register_buffer("axes", torch.tensor([1]))
-
-    def forward(self, x: Tensor) -> Tensor:
-        inputs = (x, self.get_buffer("pads"), None, self.get_buffer("axes"))
-        return emit("Pad", inputs, self.spare(x), torch.float32)
 
 
 class _ClampTwin(nn.Module):

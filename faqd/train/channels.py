@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from faqd.train import graph
-from faqd.train.deployed import IntegerLayer, Requantize, SpareChannels
+from faqd.train.deployed import IntegerLayer, Requantize
 
 TOGETHER = 4
 """Input channels that a dot-product instruction takes at once. Other counts go the slower way of im2col and a matrix
@@ -17,21 +17,19 @@ LEAST_OUTPUTS, OUTPUTS_TOGETHER = 16, 8
 def fill_up_channels(network: fx.GraphModule) -> None:
     """Let the convolutions that read the rounded network input read a multiple of four channels, if one is missing.
 
-    The input is filled up in float, before its rounding: behind it a backend would see no code.
+    The codes are filled up, not the image: a quarter of the bytes to copy.
     """
-    for node in list(network.graph.nodes):
+    for node in network.graph.nodes:
         if node.op != "placeholder" or len(node.users) != 1 or graph.shape(node)[1] % TOGETHER != TOGETHER - 1:
             continue
-        (rounding,) = node.users
-        modules = [graph.module_of(network, reader) for reader in rounding.users]
+        (reader,) = node.users
+        rounding = graph.module_of(network, reader)
+        modules = [graph.module_of(network, other) for other in reader.users]
         layers = [module for module in modules if isinstance(module, IntegerLayer) and _has_a_kernel(module)]
-        if isinstance(graph.module_of(network, rounding), Requantize) and len(layers) == len(modules):
+        if isinstance(rounding, Requantize) and len(layers) == len(modules):
+            rounding.spare_channels = 1
             for layer in layers:
                 layer.spare_inputs = 1
-            path = f"{node.target}_filled"
-            network.add_submodule(path, SpareChannels(1))
-            with network.graph.inserting_after(node):
-                graph.read_instead(node, network.graph.call_module(path, (node,)))
 
 
 def _has_a_kernel(layer: IntegerLayer) -> bool:

@@ -94,17 +94,6 @@ class IntegerLayer(nn.Module):
         return convolve(x, weight, bias, **self.geometry)
 
 
-class SpareChannels(nn.Module):
-    """Channels of zeros behind those of the input."""
-
-    def __init__(self, count: int) -> None:
-        super().__init__()
-        self.count = count
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _with_spare(x, self.count)
-
-
 def _with_spare(x: Tensor, count: int) -> Tensor:
     """x: channels on the second axis."""
     return F.pad(x, [0, 0] * (x.dim() - 2) + [0, count]) if count else x
@@ -114,6 +103,7 @@ class Requantize(nn.Module):
     """Quantize and dequantize: clip(round_half_even(x / scale), low, high) * scale. scale: float32 scalar.
 
     rectifies: whether negative values come in, to become zero. saturates: False where all that comes in is on the grid.
+    spare_channels: how many channels of zero codes follow those that came in.
     """
 
     scale: Tensor
@@ -123,10 +113,12 @@ class Requantize(nn.Module):
         self.quant = quant
         self.rectifies = rectifies
         self.saturates = saturates
+        self.spare_channels = 0
         self.register_buffer("scale", scale.detach().float().reshape(()))
 
     def codes(self, x: Tensor) -> Tensor:
-        return (x / self.scale.double()).round_().clamp_(self.quant.low, self.quant.high)
+        codes = (x / self.scale.double()).round_().clamp_(self.quant.low, self.quant.high)
+        return _with_spare(codes, self.spare_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.codes(x).mul_(self.scale.double())
