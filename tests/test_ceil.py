@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from faqd.calib.ranges import scale_mse
-from faqd.deploy.student import _as_trained, _torch_codes
+from faqd.deploy.torch_values import as_trained, torch_codes
 from faqd.quant import SHIFTS, Quant, activation_quant
 from faqd.reference import quantize
 from faqd.train.convert import convert
@@ -109,11 +109,11 @@ def test_rounding_up_is_lowered_exactly(name: str) -> None:
     student = undecided(calibrated(lively(network, 3), Bits(3, 3, rounding="ceil")), x)
     deployed, model = lowered(student, "tensorrt")
     assert failures(deployed, model, x) == []
-    trained = _as_trained(student, deployed, x)
+    trained = as_trained(student, deployed, x)
     assert min(trained["equal_codes_per_layer"].values()) > 0.998
     assert trained["top1_agreement"] == 1.0
     plain = convert(calibrated(lively(network, 3), Bits(3, 3)), "tensorrt")
-    ours, theirs = _torch_codes(deployed, x), _torch_codes(plain, x)
+    ours, theirs = torch_codes(deployed, x), torch_codes(plain, x)
     assert any(np.mean(ours[place] == theirs[place]) < 0.9 for place in ours)
     added = [m for m in deployed.network.modules() if isinstance(m, ChannelAffine) and m.factor.numel() == 1]
     assert len(added) == (2 if name == "unshared" else 0)
@@ -143,4 +143,4 @@ def test_the_onnxruntime_flavour_carries_it_too() -> None:
     student = undecided(calibrated(lively(NETWORKS["vgg"](), 3), Bits(3, 3, rounding="ceil")), x)
     deployed, model = lowered(student, "onnxruntime")
     assert failures(deployed, model, x) == []
-    assert min(_as_trained(student, deployed, x)["equal_codes_per_layer"].values()) > 0.998
+    assert min(as_trained(student, deployed, x)["equal_codes_per_layer"].values()) > 0.998

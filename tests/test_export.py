@@ -22,7 +22,7 @@ from faqd.deploy.onnx_file import load_model
 from faqd.deploy.onnx_session import OnnxSession
 from faqd.deploy.referee import Referee, stored
 from faqd.deploy.segments import segments
-from faqd.deploy.student import _torch_digests
+from faqd.deploy.torch_values import torch_digests
 from faqd.deploy.twins import OPSET
 from faqd.deploy.verify import verify_file
 from faqd.train.convert import Flavour, collect_output_scales, convert
@@ -180,7 +180,7 @@ def test_fp16_of_a_network_that_returns_a_rounded_map_and_an_inner_sum() -> None
     deployed = convert(calibrated(lively(TwoOutputs(), 1), Bits(4, 4)), "tensorrt")
     full = onnx_from_deployed(deployed, images(1, 2), {})
     x = images(2, 8)
-    digests = _torch_digests(deployed, x)
+    digests = torch_digests(deployed, x)
     assert list(digests["outputs"]) == ["logits_0", "logits_1", "logits_2"]
     assert verify_file(full, x.numpy(), digests, [False])["failures"] == []
     found = OnnxSession(float16_from_float32(full).SerializeToString(), optimise=False).run({"input": x.numpy()})

@@ -16,7 +16,7 @@ from faqd.deploy.export import onnx_from_deployed, save
 from faqd.deploy.float16 import float16_from_float32
 from faqd.deploy.int8_rules import int8_layers
 from faqd.deploy.onnx_file import load_model
-from faqd.deploy.student import _torch_digests
+from faqd.deploy.torch_values import torch_digests
 from faqd.deploy.verify import verify_file
 from faqd.errors import UserError
 from faqd.quant import Quant
@@ -51,7 +51,7 @@ def test_onnxruntime_computes_what_torch_and_the_referee_do(students: dict[str, 
     deployed = convert(student, "onnxruntime", collect_output_scales(student, [images(0, 16, SHAPE)]))
     model = onnx_from_deployed(deployed, images(1, 2, SHAPE), {})
     x = images(5, 16, SHAPE, reach=3.0)
-    assert verify_file(model, x.numpy(), _torch_digests(deployed, x), [False, True])["failures"] == []
+    assert verify_file(model, x.numpy(), torch_digests(deployed, x), [False, True])["failures"] == []
 
 
 @needs_rtx
@@ -62,7 +62,7 @@ def test_tensorrt_runs_every_layer_in_int8_that_no_rule_keeps_float(
     deployed = convert(students[name], "tensorrt")
     model = onnx_from_deployed(deployed, images(1, 2, SHAPE), {})
     x = images(5, 16, SHAPE, reach=3.0)
-    assert verify_file(model, x.numpy(), _torch_digests(deployed, x), [False])["failures"] == []
+    assert verify_file(model, x.numpy(), torch_digests(deployed, x), [False])["failures"] == []
     save(float16_from_float32(model), tmp_path / "student.onnx")
     record = engine_from_onnx(tmp_path / "student.onnx", tmp_path / "student.engine", BuildOptions(), lambda _: None)
     found = {entry["node"].rpartition(".")[0]: entry["int8"] for entry in record["int8"]["products"]}
@@ -170,7 +170,7 @@ def test_excluded_layers_stay_float_and_the_rest_stays_exact() -> None:
     assert not deployed.integers_only
     model = onnx_from_deployed(deployed, images(1, 2, SHAPE), {})
     x = images(5, 8, SHAPE, reach=3.0)
-    assert verify_file(model, x.numpy(), _torch_digests(deployed, x), [False, True])["failures"] == []
+    assert verify_file(model, x.numpy(), torch_digests(deployed, x), [False, True])["failures"] == []
 
 
 def test_an_operator_that_cannot_be_quantized_is_named_with_the_way_out() -> None:
@@ -212,7 +212,7 @@ def test_operators_that_stay_float_are_lowered_and_proved_all_the_same(tmp_path:
         deployed = convert(student, flavour, scales)  # type: ignore[arg-type]
         assert not deployed.integers_only
         model = onnx_from_deployed(deployed, images(1, 2, SHAPE), {})
-        assert verify_file(model, x.numpy(), _torch_digests(deployed, x), modes)["failures"] == []
+        assert verify_file(model, x.numpy(), torch_digests(deployed, x), modes)["failures"] == []
         if flavour == "tensorrt":
             save(float16_from_float32(model), tmp_path / "student.onnx")
     found = int8_layers(load_model(tmp_path / "student.onnx"))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from faqd.deploy.export import onnx_from_deployed
 from faqd.deploy.referee import Referee
-from faqd.deploy.student import _as_trained, _torch_codes, _torch_digests
+from faqd.deploy.torch_values import as_trained, torch_codes, torch_digests
 from faqd.deploy.verify import verify_file
 from faqd.errors import UserError
 from faqd.quant import FLOAT_BITS
@@ -106,16 +106,16 @@ def test_random_networks_are_lowered_exactly(seed: int) -> None:
     deployed, model = lowered(student, flavour, seed)
     assert failures(deployed, model, x) == []
     grids = {name.removesuffix("_quant"): module.quant for name, module in deployed.requantizers().items()}
-    assert_not_trivial(_torch_codes(deployed, x), grids, deployed(x))
+    assert_not_trivial(torch_codes(deployed, x), grids, deployed(x))
     if flavour == "tensorrt":  # the other one rounds where training did not
-        close = _as_trained(student, deployed, x)
+        close = as_trained(student, deployed, x)
         assert close["top1_agreement"] >= 0.95
         assert min(close["equal_codes_per_layer"].values()) >= 0.99, close
 
 
 def failures(deployed: Deployed, model: onnx.ModelProto, x: Tensor) -> list[str]:
     modes = [False, True] if deployed.flavour == "onnxruntime" else [False]
-    found: list[str] = verify_file(model, x.numpy(), _torch_digests(deployed, x), modes)["failures"]
+    found: list[str] = verify_file(model, x.numpy(), torch_digests(deployed, x), modes)["failures"]
     return found
 
 
@@ -213,7 +213,7 @@ def test_one_pooling_module_used_at_two_scales() -> None:
     student = calibrated(lively(Shared(), 1), Bits(8, 4))
     deployed, model = lowered(student, "tensorrt")
     assert failures(deployed, model, images(2)) == []
-    assert min(_as_trained(student, deployed, images(2))["equal_codes_per_layer"].values()) > 0.999
+    assert min(as_trained(student, deployed, images(2))["equal_codes_per_layer"].values()) > 0.999
 
 
 def test_a_signal_of_one_dimension_is_lowered_exactly() -> None:

@@ -15,7 +15,8 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from faqd.deploy.export import onnx_from_deployed
-from faqd.deploy.student import _size, _torch_digests
+from faqd.deploy.student import _size
+from faqd.deploy.torch_values import torch_digests
 from faqd.deploy.verify import verify_file
 from faqd.train.convert import Deployed, collect_output_scales, convert
 from faqd.train.models import build_architecture
@@ -103,7 +104,7 @@ def test_codes_are_moved_as_integers_for_every_reader(kind: str, operator: str, 
     # The rounding behind the operator gives what came in: it has no limits of its own.
     assert found.count("Clip") == (4 if kind == "concat" else 3)
     x = images(5, 16, SHAPE, reach=3.0)
-    assert verify_file(model, x.numpy(), _torch_digests(deployed, x), [False, True])["failures"] == []
+    assert verify_file(model, x.numpy(), torch_digests(deployed, x), [False, True])["failures"] == []
 
 
 @pytest.mark.parametrize(("inputs", "outputs", "stored"), [(3, 16, 4), (4, 16, 4), (1, 16, 1), (3, 12, 3)], ids=str)
@@ -116,4 +117,4 @@ def test_images_of_three_channels_get_a_fourth(inputs: int, outputs: int, stored
     assert _size(student, deployed) == _size(student, convert(student, "tensorrt"))
     assert model.graph.input[0].type.tensor_type.shape.dim[1].dim_value == inputs
     x = images(5, 8, shape, reach=3.0)
-    assert verify_file(model, x.numpy(), _torch_digests(deployed, x), [False, True])["failures"] == []
+    assert verify_file(model, x.numpy(), torch_digests(deployed, x), [False, True])["failures"] == []

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from faqd.deploy.export import onnx_from_deployed
-from faqd.deploy.student import _torch_codes, _torch_digests
+from faqd.deploy.torch_values import torch_codes, torch_digests
 from faqd.deploy.verify import verify_file
 from faqd.train.convert import Deployed, Flavour
 from tests.networks import images
@@ -31,7 +31,7 @@ def is_trivial(deployed: Deployed, seed: int) -> bool:
     """Fewer than five classes predicted, or less than 1 % of codes at the lower or the upper clip."""
     x = images(seed + 1, 64, reach=3.0)
     grids = {name.removesuffix("_quant"): module.quant for name, module in deployed.requantizers().items()}
-    codes = _torch_codes(deployed, x)
+    codes = torch_codes(deployed, x)
     low = np.concatenate([(codes[name] == quant.low).ravel() for name, quant in grids.items()])
     high = np.concatenate([(codes[name] == quant.high).ravel() for name, quant in grids.items()])
     return len(set(deployed(x).argmax(1).tolist())) < 5 or low.mean() < 0.01 or high.mean() < 0.01
@@ -43,7 +43,7 @@ def failures(networks: dict[int, Deployed], batch: int) -> dict[int, str]:
     x = images(7, batch, reach=3.0)
     model = onnx_from_deployed(together, images(1, 2), {})
     modes = [False, True] if together.flavour == "onnxruntime" else [False]
-    found = verify_file(model, x.numpy(), _torch_digests(together, x), modes)["failures"]
+    found = verify_file(model, x.numpy(), torch_digests(together, x), modes)["failures"]
     by_seed: dict[int, str] = {}
     for text in found:
         prefix = text.partition(".")[0].removeprefix("n")

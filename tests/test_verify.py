@@ -31,6 +31,7 @@ from faqd.bundle import (
     load_bundle,
     write_manifest,
 )
+from faqd.deploy.export import onnx_from_deployed
 from faqd.deploy.float16 import float16_from_float32
 from faqd.deploy.onnx_file import load_model
 from faqd.deploy.proof_table import print_verification
@@ -39,13 +40,15 @@ from faqd.deploy.segments import segments
 from faqd.deploy.student import quantize_after_training
 from faqd.deploy.teacher_float16 import TEACHER_IMAGES
 from faqd.deploy.ties import distinct_roundings
+from faqd.deploy.torch_values import file_against_torch
 from faqd.deploy.verify import CHANCE, EQUAL_CODES, probe_inputs, tolerated, verification, verify_file
 from faqd.errors import UserError
 from faqd.files import read_json
 from faqd.reference import real
+from faqd.train.convert import convert
 from faqd.train.data import DataOptions
 from faqd.train.placement import Bits
-from tests.networks import lively
+from tests.networks import Functional, calibrated, images, lively
 from tests.toy_runs import faqd_deploy
 
 FLAVOURS = {"tensorrt": STUDENT_TENSORRT_FP32, "onnxruntime": STUDENT_ONNXRUNTIME}
@@ -371,6 +374,29 @@ def test_a_file_beside_the_exact_ones_that_computes_something_else_fails(
     (folder / file).write_bytes(model.SerializeToString())
     record = verification(Bundle(folder, bundle.manifest))
     assert not record["passed"] and record["failures"][0].startswith(failure), record["failures"]
+
+
+def test_the_float_student_is_held_against_torch_when_it_is_written(
+    bundle: Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = read_json(bundle.folder / VERIFY)
+    assert record["float_student"]["snr_db"]["logits"] > 100
+    print_verification(record)
+    assert "student.float.onnx = float student in torch: " in capsys.readouterr().out
+    wrong = {**bundle.manifest, "float_student": {"images": 16, "snr_db": {"logits": 12.0}}}
+    found = verification(Bundle(bundle.folder, wrong))
+    assert found["failures"] == [
+        "float student: student.float.onnx is 12 dB from torch's logits, at least 60 are needed"
+    ]
+
+
+def test_a_float_file_of_another_network_is_far_from_torch() -> None:
+    x = images(0, 16)
+    student = convert(calibrated(lively(Functional(), 1), Bits(8, 8)), "float")
+    model = onnx_from_deployed(student, x, {})
+    assert file_against_torch(model.SerializeToString(), student, x)["snr_db"]["logits"] > 100
+    change(model, "fc2.bias", lambda bias: bias + 0.1)
+    assert file_against_torch(model.SerializeToString(), student, x)["snr_db"]["logits"] < 60
 
 
 @pytest.mark.parametrize(("value", "roundings"), [(10.49999, 1), (10.4, 64), (10.0, 64)])

@@ -11,7 +11,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from faqd import bundle as names
 from faqd.bundle import Bundle, Evaluation, write_manifest
@@ -21,17 +20,9 @@ from faqd.deploy.float16 import float16_from_float32
 from faqd.deploy.int8_rules import int8_layers
 from faqd.deploy.serving import Server, check_servers, serving_files
 from faqd.deploy.teacher_float16 import TEACHER_IMAGES, teacher_float16
+from faqd.deploy.torch_values import as_trained, file_against_torch, stored_outputs, torch_digests
 from faqd.deploy.uint8_input import with_preprocessing
-from faqd.deploy.verify import (
-    CEIL_NOTE,
-    FLOAT32_BITS,
-    FLOAT_LAYER_BITS,
-    agreement_images,
-    digest,
-    probe_inputs,
-    verify_bundle,
-)
-from faqd.deploy.whole_outputs import compare_outputs
+from faqd.deploy.verify import CEIL_NOTE, PROBES, agreement_images, probe_inputs, verify_bundle
 from faqd.errors import UserError
 from faqd.files import sha256, written_beside
 from faqd.preprocess import Preprocess
@@ -41,7 +32,6 @@ from faqd.train.data import load_dataset
 from faqd.train.deployed import IntegerLayer
 from faqd.train.fuse import fused
 from faqd.train.network import NetworkSource
-from faqd.train.outputs import named_outputs, run_batches
 from faqd.train.placement import Bits
 from faqd.train.prepare import Student, calibrate, prepare, student_table
 from faqd.train.run import WEIGHTS, data_options, finished, load_teacher, network_input, run_preprocess
@@ -51,10 +41,6 @@ from faqd.train.student import load_student
 FloatType = Literal["fp16", "fp32"]
 InputForm = Literal["float32-nchw", "uint8-nhwc"]
 Say = Callable[[str], None]
-
-STORED_VALUES = 2**24
-"""Values of one output kept in eval.npz, 64 MiB: dense outputs are stored for the first images only."""
-BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -195,7 +181,7 @@ def _write_bundle(
         for flavour in _flavours(parts.student.bits):
             deployed = convert(parts.student, flavour, parts.output_scales)
             flavours[flavour] = deployed
-            digests[flavour] = _torch_digests(deployed, probes)
+            digests[flavour] = torch_digests(deployed, probes)
             proto = onnx_from_deployed(deployed, inputs, metadata)
             if flavour == "onnxruntime":
                 put(names.STUDENT_ONNXRUNTIME, proto, parts.made_from)
@@ -205,7 +191,8 @@ def _write_bundle(
             put(names.STUDENT_TENSORRT, float16_from_float32(proto) if float_type == "fp16" else proto, parts.made_from)
         if "tensorrt" not in flavours:
             say("no TensorRT file: this student has 8-bit activations 0..255, which TensorRT has no grid for.")
-        float_student = onnx_from_deployed(convert(parts.student, "float"), inputs, metadata)
+        unquantized = convert(parts.student, "float")
+        float_student = onnx_from_deployed(unquantized, inputs, metadata)
         put(names.FLOAT_STUDENT, float_student, parts.made_from)
         put(names.FLOAT_STUDENT_FP16, float16_from_float32(float_student), parts.made_from)
         teacher_graph = fused(capture(parts.teacher, inputs[:2]))
@@ -216,14 +203,15 @@ def _write_bundle(
             say(f"no {names.TEACHER_FP16}: {why_not}. The teacher's engine will be FP32.")
         else:
             put(names.TEACHER_FP16, half, parts.teacher_sha256)
-        wanted = _stored_outputs(parts.teacher, inputs)
+        wanted = stored_outputs(parts.teacher, inputs)
         Evaluation(parts.evaluation, parts.labels, wanted).save(folder / names.EVAL)
         made_from[names.EVAL] = parts.teacher_sha256
         first = next(iter(flavours.values()))
         facts = {
             **_facts(parts, first, wanted, int8),
             "torch_digests": digests,
-            "as_trained": _as_trained(parts.student, first, inputs[: agreement_images(wanted)]),
+            "float_student": file_against_torch(float_student.SerializeToString(), unquantized, inputs[:PROBES]),
+            "as_trained": as_trained(parts.student, first, inputs[: agreement_images(wanted)]),
             "zeroed_channels": {flavour: deployed.zeroed for flavour, deployed in flavours.items() if deployed.zeroed},
             "float_type": float_type,
             "input": _input(parts, input_form),
@@ -237,19 +225,6 @@ def _write_bundle(
         say("verifying")
         verify_bundle(bundle)
     return Bundle(out, bundle.manifest)
-
-
-def _stored_outputs(teacher: torch.nn.Module, inputs: Tensor) -> dict[str, NDArray[np.float32]]:
-    """The float teacher's outputs, each for as many images as STORED_VALUES allows."""
-    with torch.no_grad():
-        first = named_outputs(teacher(inputs[:2]))
-    rows = {name: max(1, STORED_VALUES // values[0].numel()) for name, values in first.items()}
-    found = _arrays(run_batches(teacher, inputs[: max(rows.values())], BATCH))
-    return {name: values[: rows[name]] for name, values in found.items()}
-
-
-def _arrays(outputs: dict[str, Tensor]) -> dict[str, NDArray[np.float32]]:
-    return {name: values.numpy() for name, values in outputs.items()}
 
 
 def _flavours(bits: Bits) -> list[Flavour]:
@@ -318,51 +293,3 @@ def _metadata(parts: _Parts) -> dict[str, str]:
 def _licence(parts: _Parts) -> dict[str, str]:
     """Under the key that ONNX has for it; nothing where nobody said."""
     return {} if parts.licence is None else {"model_license": parts.licence}
-
-
-def _torch_digests(deployed: Deployed, inputs: Tensor) -> dict[str, Any]:
-    """What the exported file must compute for `inputs`, value for value: codes by place, outputs by name."""
-    results = named_outputs(deployed(inputs))
-    bits = FLOAT32_BITS if deployed.integers_only else FLOAT_LAYER_BITS
-    codes = {place: digest(values) for place, values in _torch_codes(deployed, inputs).items()}
-    outputs = {name: digest(result.numpy(), bits) for name, result in results.items()}
-    return {"codes": codes, "outputs": outputs, "output_bits": bits}
-
-
-def _torch_codes(deployed: Deployed, inputs: Tensor) -> dict[str, NDArray[Any]]:
-    """The integer codes at every rounding of the deployed student, by place."""
-    found: dict[str, NDArray[Any]] = {}
-
-    def watch(place: str) -> Any:
-        def keep(module: Any, operands: tuple[Tensor, ...], result: Tensor) -> None:
-            found[place] = module.codes(operands[0]).short().numpy()
-
-        return keep
-
-    modules = deployed.requantizers()
-    hooks = [module.register_forward_hook(watch(name.removesuffix("_quant"))) for name, module in modules.items()]
-    deployed(inputs)
-    for hook in hooks:
-        hook.remove()
-    return found
-
-
-@torch.no_grad()
-def _as_trained(student: Student, deployed: Deployed, inputs: Tensor) -> dict[str, Any]:
-    """The network as it was trained (batch norm apart, float32) against the deployed one: outputs, and each layer."""
-    trained: dict[str, Tensor] = {}
-    quantizers = student.quantizers()
-    hooks = [
-        module.register_forward_hook(lambda m, _, y, n=name: trained.update({n: (y / m.scale).round().short()}))
-        for name, module in quantizers.items()
-    ]
-    few = inputs[:64]
-    student.network.eval()(few)
-    for hook in hooks:
-        hook.remove()
-    codes = _torch_codes(deployed, few)
-    layers = {
-        name: round(float(np.mean(trained[name].numpy() == codes[name])), 6) for name in quantizers if name in codes
-    }
-    found, wanted = (_arrays(run_batches(network, inputs, BATCH)) for network in (deployed, student.network))
-    return {**compare_outputs(found, wanted), "equal_codes_per_layer": layers}

@@ -54,8 +54,8 @@ ENLARGED = 4.0
 AGREEMENT_IMAGES = 2000
 MOST_VALUES = 2**29
 """Of one tensor for all probe images: 4 GiB in the referee's float64."""
-TEACHER_SNR_DB = 60
-"""Least signal-to-noise ratio of the teacher's file to torch: sums of floats in another order lie far above."""
+FLOAT_SNR_DB = 60
+"""Least signal-to-noise ratio of a float network's file to torch: sums of floats in another order lie far above."""
 
 FLAVOURS = {"tensorrt": names.STUDENT_TENSORRT_FP32, "onnxruntime": names.STUDENT_ONNXRUNTIME}
 
@@ -129,6 +129,9 @@ def verification(bundle: Bundle) -> dict[str, Any]:
     if bundle.has(names.STUDENT_TENSORRT) and "tensorrt" in flavours:
         record["float16"] = verify_float16(bundle, inputs, images, outputs["tensorrt"])
         failures += record["float16"]["failures"]
+    if bundle.manifest.get("float_student"):
+        record["float_student"] = bundle.manifest["float_student"]
+        failures += _far_from_torch("float student", names.FLOAT_STUDENT, record["float_student"])
     if bundle.has(names.TEACHER):
         record["teacher"] = _verify_teacher(bundle, images[:PROBES], evaluation.teacher)
         failures += record["teacher"]["failures"]
@@ -169,12 +172,15 @@ def _verify_teacher(bundle: Bundle, images: NDArray[Any], wanted: Outputs) -> di
     compared = compare_outputs(
         {name: found[name][:n] for name, n in rows.items()}, {name: wanted[name][:n] for name, n in rows.items()}
     )
-    failures = [
-        f"teacher: {names.TEACHER} is {snr:.0f} dB from torch's {name}, at least {TEACHER_SNR_DB} are needed"
+    return {**compared, "failures": _far_from_torch("teacher", names.TEACHER, compared)}
+
+
+def _far_from_torch(what: str, file: str, compared: dict[str, Any]) -> list[str]:
+    return [
+        f"{what}: {file} is {snr:.0f} dB from torch's {name}, at least {FLOAT_SNR_DB} are needed"
         for name, snr in compared["snr_db"].items()
-        if snr is not None and not snr >= TEACHER_SNR_DB
+        if snr is not None and not snr >= FLOAT_SNR_DB
     ]
-    return {**compared, "failures": failures}
 
 
 def _teacher_in_float16(bundle: Bundle, images: NDArray[Any]) -> dict[str, Any]:

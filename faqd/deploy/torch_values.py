@@ -1,0 +1,88 @@
+"""What networks compute in torch, where a bundle is written: what the proof holds its files against."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from faqd.deploy.onnx_session import OnnxSession
+from faqd.deploy.verify import FLOAT32_BITS, FLOAT_LAYER_BITS, digest
+from faqd.deploy.whole_outputs import compare_outputs, outputs_of
+from faqd.train.convert import Deployed
+from faqd.train.outputs import named_outputs, run_batches
+from faqd.train.prepare import Student
+
+STORED_VALUES = 2**24
+"""Values of one output kept in eval.npz, 64 MiB: dense outputs are stored for the first images only."""
+BATCH = 64
+
+
+def stored_outputs(teacher: torch.nn.Module, inputs: Tensor) -> dict[str, NDArray[np.float32]]:
+    """The float teacher's outputs, each for as many images as STORED_VALUES allows."""
+    with torch.no_grad():
+        first = named_outputs(teacher(inputs[:2]))
+    rows = {name: max(1, STORED_VALUES // values[0].numel()) for name, values in first.items()}
+    found = _arrays(run_batches(teacher, inputs[: max(rows.values())], BATCH))
+    return {name: values[: rows[name]] for name, values in found.items()}
+
+
+def torch_digests(deployed: Deployed, inputs: Tensor) -> dict[str, Any]:
+    """What the exported file must compute for `inputs`, value for value: codes by place, outputs by name."""
+    results = named_outputs(deployed(inputs))
+    bits = FLOAT32_BITS if deployed.integers_only else FLOAT_LAYER_BITS
+    codes = {place: digest(values) for place, values in torch_codes(deployed, inputs).items()}
+    outputs = {name: digest(result.numpy(), bits) for name, result in results.items()}
+    return {"codes": codes, "outputs": outputs, "output_bits": bits}
+
+
+def torch_codes(deployed: Deployed, inputs: Tensor) -> dict[str, NDArray[Any]]:
+    """The integer codes at every rounding of the deployed student, by place."""
+    found: dict[str, NDArray[Any]] = {}
+
+    def watch(place: str) -> Any:
+        def keep(module: Any, operands: tuple[Tensor, ...], result: Tensor) -> None:
+            found[place] = module.codes(operands[0]).short().numpy()
+
+        return keep
+
+    modules = deployed.requantizers()
+    hooks = [module.register_forward_hook(watch(name.removesuffix("_quant"))) for name, module in modules.items()]
+    deployed(inputs)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+@torch.no_grad()
+def as_trained(student: Student, deployed: Deployed, inputs: Tensor) -> dict[str, Any]:
+    """The network as it was trained (batch norm apart, float32) against the deployed one: outputs, and each layer."""
+    trained: dict[str, Tensor] = {}
+    quantizers = student.quantizers()
+    hooks = [
+        module.register_forward_hook(lambda m, _, y, n=name: trained.update({n: (y / m.scale).round().short()}))
+        for name, module in quantizers.items()
+    ]
+    few = inputs[:64]
+    student.network.eval()(few)
+    for hook in hooks:
+        hook.remove()
+    codes = torch_codes(deployed, few)
+    layers = {
+        name: round(float(np.mean(trained[name].numpy() == codes[name])), 6) for name in quantizers if name in codes
+    }
+    found, wanted = (_arrays(run_batches(network, inputs, BATCH)) for network in (deployed, student.network))
+    return {**compare_outputs(found, wanted), "equal_codes_per_layer": layers}
+
+
+def file_against_torch(model: bytes, network: Deployed, inputs: Tensor) -> dict[str, Any]:
+    """A float network's ONNX file, in onnxruntime, beside the network that it was written from."""
+    found = outputs_of(OnnxSession(model), inputs.numpy())
+    return compare_outputs(found, _arrays(run_batches(network, inputs, BATCH)))
+
+
+def _arrays(outputs: dict[str, Tensor]) -> dict[str, NDArray[np.float32]]:
+    return {name: values.numpy() for name, values in outputs.items()}
