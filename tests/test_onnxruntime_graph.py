@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,32 @@ def test_codes_are_moved_as_integers_for_every_reader(kind: str, operator: str, 
     assert found.count("QuantizeLinear") == 1 and found.count("Transpose") <= 2
     # The rounding behind the operator gives what came in: it has no limits of its own.
     assert found.count("Clip") == (4 if kind == "concat" else 3)
+    x = images(5, 16, SHAPE, reach=3.0)
+    assert verify_file(model, x.numpy(), torch_digests(deployed, x), [False, True])["failures"] == []
+
+
+MEANS: dict[str, Callable[[Tensor], Tensor]] = {
+    "method": lambda x: x.mean((2, 3)),
+    "function": lambda x: torch.mean(x, dim=[-2, -1]),
+    "kept": lambda x: x.mean([2, 3], keepdim=True).flatten(1),
+    "pooled": lambda x: F.adaptive_avg_pool2d(x, 1).flatten(1),
+}
+
+
+@pytest.mark.parametrize("kind", MEANS)
+def test_every_way_to_average_all_pixels_runs_in_integers(kind: str, tmp_path: Path) -> None:
+    class Averaged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, CHANNELS, 3), nn.Linear(CHANNELS, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.fc(MEANS[kind](self.conv(x).relu()))
+            return result
+
+    deployed, model = lowered(calibrated(lively(Averaged(), 1), Bits(8, 8), shape=SHAPE))
+    found = optimised(model, tmp_path)
+    assert found.count("QLinearGlobalAveragePool") == 1 and set(found) <= INTEGER | AT_THE_ENDS | LIMITS
     x = images(5, 16, SHAPE, reach=3.0)
     assert verify_file(model, x.numpy(), torch_digests(deployed, x), [False, True])["failures"] == []
 

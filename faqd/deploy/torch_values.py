@@ -74,7 +74,9 @@ def as_trained(student: Student, deployed: Deployed, inputs: Tensor) -> dict[str
     layers = {}
     for name in (name for name in quantizers if name in codes):
         wanted = trained[name].numpy()
-        found = codes[name][:, : wanted.shape[1]].reshape(wanted.shape)  # without channels that nothing was trained with
+        found = codes[name][:, : wanted.shape[1]].reshape(
+            wanted.shape
+        )  # without channels that nothing was trained with
         layers[name] = round(float(np.mean(wanted == found)), 6)
     outputs = (_arrays(run_batches(network, inputs, BATCH)) for network in (deployed, student.network))
     return {**compare_outputs(*outputs), "equal_codes_per_layer": layers}

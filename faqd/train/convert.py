@@ -28,7 +28,14 @@ from faqd.train.elementwise import CURVES, Bilinear, Clamp, Scaled
 from faqd.train.layers import latent_weight, output_channels, output_first, weight_codes, weight_quantizer
 from faqd.train.prepare import Student, computes_floats, input_quantizer
 from faqd.train.quantizers import ActivationQuantizer
-from faqd.train.roundings import Again, after_norm, float_outputs, quantize_outputs, requantize_behind_moves
+from faqd.train.roundings import (
+    Again,
+    after_norm,
+    flatten_behind_rounding,
+    float_outputs,
+    quantize_outputs,
+    requantize_behind_moves,
+)
 from faqd.train.shifts import place_shifts
 
 Flavour = Literal["tensorrt", "onnxruntime", "float"]
@@ -80,6 +87,7 @@ def convert(student: Student, flavour: Flavour, output_scales: dict[str, float] 
         _absorb_clamps(network)
         shifts = place_shifts(network)
     if flavour == "onnxruntime":
+        flatten_behind_rounding(network)
         quantize_outputs(network, output_scales or {})
     if flavour != "float":
         requantize_behind_moves(network, flavour == "onnxruntime")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import fx, nn
 
 from faqd.quant import SIGNED_8
@@ -22,6 +25,38 @@ def quantize_outputs(network: fx.GraphModule, scales: dict[str, float]) -> None:
         quantizer = ActivationQuantizer(SIGNED_8, rectifies=False)
         quantizer.scale.data.fill_(scales[name])
         _insert_after(network, after_norm(network, node), f"{name}_out", quantizer)
+
+
+def flatten_behind_rounding(network: fx.GraphModule) -> None:
+    """Let averages of all pixels that drop their axes, as `x.mean((2, 3))`, keep them, and flatten behind the rounding.
+
+    onnxruntime computes an average in integers only where its rounding follows at once.
+    """
+    for node in list(network.graph.nodes):
+        if graph.role(network, node) != "average" or not _drops_all_pixels(node) or len(node.users) != 1:
+            continue
+        (rounding,) = node.users
+        if not isinstance(graph.module_of(network, rounding), ActivationQuantizer):
+            continue
+        axes = tuple(range(2, len(graph.shape(graph.operand(node)))))
+        node.args, node.kwargs = (graph.operand(node),), {"dim": axes, "keepdim": True}
+        with network.graph.inserting_after(rounding):
+            flat = network.graph.call_function(torch.flatten, (rounding, 1))
+        flat.meta = dict(rounding.meta)
+        kept_shape = (*graph.shape(node), *[1] * len(axes))
+        for kept in (node, rounding):
+            kept.meta["tensor_meta"] = kept.meta["tensor_meta"]._replace(shape=kept_shape)
+        graph.read_instead(rounding, flat)
+
+
+def _drops_all_pixels(node: fx.Node) -> bool:
+    """Whether an average is a mean over all axes behind the channels, with nothing else asked of it."""
+    given: dict[str, Any] = dict(zip(("input", "dim", "keepdim"), node.args, strict=False)) | node.kwargs
+    before = graph.shape(graph.operand(node))
+    if node.op == "call_module" or set(given) - {"input", "dim", "keepdim"} or graph.shape(node) != before[:2]:
+        return False
+    dims = given.get("dim") or ()
+    return {d % len(before) for d in ((dims,) if isinstance(dims, int) else dims)} == set(range(2, len(before)))
 
 
 class Again(ActivationQuantizer):
