@@ -82,6 +82,19 @@ def test_session_on_wrong_feeds(folders: dict[str, Path]) -> None:
         session.run({"other": np.ones((1, 1, 8, 8), np.float32)})
 
 
+def test_a_bound_query_computes_what_run_does(folders: dict[str, Path]) -> None:
+    session = OnnxSession(folders["student"] / TEACHER)
+    x = np.random.default_rng(0).standard_normal((8, 8, 1, 4), np.float32).transpose(3, 2, 0, 1)
+    query = session.bound({"input": x})
+    feed, result = query.feeds["input"], query.results["logits"]
+    for factor in (1.0, -2.0):
+        feed[:] = factor * x
+        query()
+        np.testing.assert_array_equal(result, session.run({"input": feed})["logits"])
+    with pytest.raises(UserError, match="cannot run the network"):
+        session.bound({"input": x[:, :, 1:]})
+
+
 def test_the_record_of_two_bundles(folders: dict[str, Path]) -> None:
     found = record(folders["student"], folders["ptq"])
     assert json.loads(json.dumps(found, allow_nan=False)) == found

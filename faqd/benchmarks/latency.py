@@ -130,6 +130,15 @@ def interleaved(
     return {name: Times(tuple(slices[name]), tuple(begins_ms[name]), wall_s[name]) for name in networks}
 
 
+def in_succession(measured: Sequence[Times]) -> Times:
+    """The rounds of several measurements of one network, each round's begin still that since its own first."""
+    return Times(
+        tuple(queries for times in measured for queries in times.rounds),
+        tuple(begin for times in measured for begin in times.begins_ms),
+        sum(times.wall_s for times in measured),
+    )
+
+
 def _one(submission: Submission) -> None:
     submission.submit()
     submission.collect()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as failures
@@ -27,6 +28,7 @@ _CANNOT_LOAD = (
     failures.NotImplemented,
     failures.RuntimeException,
 )
+_CANNOT_RUN = (failures.InvalidArgument, failures.Fail, failures.RuntimeException, ValueError)
 _FATAL_ONLY = 4  # Everything below is raised as an exception as well; printing it too would say it twice.
 onnxruntime.set_default_logger_severity(_FATAL_ONLY)
 
@@ -80,13 +82,36 @@ class OnnxSession:
         """One query. UserError where names, shapes or types of `feeds` are not the network's."""
         try:
             values = self._session.run(None, dict(feeds))
-        except (failures.InvalidArgument, failures.Fail, failures.RuntimeException, ValueError) as error:
+        except _CANNOT_RUN as error:
             raise UserError(f"onnxruntime cannot run the network: {first_line(error)}") from error
         return dict(zip(self.outputs, values, strict=True))
+
+    def bound(self, feeds: Mapping[str, NDArray[Any]]) -> BoundQuery:
+        """A query on arrays that stay where they are. UserError as `run` has it."""
+        results = {name: np.empty_like(values) for name, values in self.run(feeds).items()}
+        return BoundQuery(self._session, {name: np.ascontiguousarray(x) for name, x in feeds.items()}, results)
 
     def end_profile(self) -> str:
         """The file that the profile was written to."""
         return str(self._session.end_profiling())
+
+
+class BoundQuery:
+    """Call it to run the network: it reads `feeds` and overwrites `results`.
+
+    What else `OnnxSession.run` does in Python, every time, is 1 % of the time of a ResNet-20 at batch 1.
+    """
+
+    def __init__(self, session: Any, feeds: dict[str, NDArray[Any]], results: dict[str, NDArray[Any]]) -> None:
+        self.feeds, self.results = feeds, results  # which the binding does not keep alive
+        self._session, self._binding = session, session.io_binding()
+        for name, values in feeds.items():
+            self._binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(values))
+        for name, values in results.items():
+            self._binding.bind_ortvalue_output(name, onnxruntime.OrtValue.ortvalue_from_numpy(values))
+
+    def __call__(self) -> None:
+        self._session.run_with_iobinding(self._binding)
 
 
 def layer_times(source: Path, feeds: Mapping[str, NDArray[Any]], *, threads: int, runs: int) -> list[LayerTimes]:
