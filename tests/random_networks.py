@@ -18,7 +18,8 @@ from torch import Tensor, fx, nn
 
 from faqd.quant import POOLED_8, SIGNED_8, activation_quant, weight_quant
 from faqd.train import placement
-from faqd.train.convert import Deployed, Flavour, collect_output_scales, convert
+from faqd.train.convert import Deployed, collect_output_scales, convert
+from faqd.train.deployed import Flavour
 from faqd.train.placement import Bits, Placement
 from faqd.train.prepare import Student
 from tests.networks import CHANNELS, CLASSES, calibrated, images, lively, undecided

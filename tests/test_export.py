@@ -20,12 +20,13 @@ from faqd.deploy.export import onnx_from_deployed, save
 from faqd.deploy.float16 import float16_from_float32
 from faqd.deploy.onnx_file import load_model
 from faqd.deploy.onnx_session import OnnxSession
+from faqd.deploy.plain_twins import OPSET
 from faqd.deploy.referee import Referee, stored
 from faqd.deploy.segments import segments
 from faqd.deploy.torch_values import torch_digests
-from faqd.deploy.twins import OPSET
 from faqd.deploy.verify import verify_file
-from faqd.train.convert import Flavour, collect_output_scales, convert
+from faqd.train.convert import collect_output_scales, convert
+from faqd.train.deployed import Flavour
 from faqd.train.models import build_architecture
 from faqd.train.placement import Bits
 from faqd.train.prepare import Student

@@ -19,8 +19,9 @@ from faqd.deploy.verify import verify_file
 from faqd.errors import UserError
 from faqd.quant import FLOAT_BITS
 from faqd.reference import real
-from faqd.train.convert import LARGEST_INT32, Deployed, Flavour, collect_output_scales, convert
-from faqd.train.deployed import IntegerLayer
+from faqd.train.convert import Deployed, collect_output_scales, convert
+from faqd.train.deployed import Flavour, IntegerLayer
+from faqd.train.fold import LARGEST_INT32
 from faqd.train.placement import Bits
 from faqd.train.prepare import Student
 from tests.networks import CHANNELS, CLASSES, NETWORKS, SHAPE, calibrated, conv, images, lively, undecided

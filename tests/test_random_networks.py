@@ -17,7 +17,8 @@ import torch
 from faqd.deploy.export import onnx_from_deployed
 from faqd.deploy.torch_values import torch_codes, torch_digests
 from faqd.deploy.verify import verify_file
-from faqd.train.convert import Deployed, Flavour
+from faqd.train.convert import Deployed
+from faqd.train.deployed import Flavour
 from tests.networks import images
 from tests.random_networks import random_deployed, random_size, side_by_side
 

@@ -25,6 +25,7 @@ from faqd.train.loop import fit
 from faqd.train.network import load_weights, read_tensors, write_tensors
 from faqd.train.prepare import calibrate
 from faqd.train.recipes import DistillRecipe, Training
+from faqd.train.run import load_teacher
 from faqd.train.source import Lesson, lesson_from
 from faqd.train.student import load_student, new_student, student_source
 from faqd.train.taps import tap_pairs
@@ -234,9 +235,11 @@ def test_modules_that_ask_for_the_version_of_their_weights_get_it(name: str, tmp
 
 def test_which_of_several_weights_was_taken_is_said(user: User, tmp_path: Path) -> None:
     state = torch.load(user.folder / "best.pth", weights_only=True)
-    torch.save({"model": state, "model_ema": state}, tmp_path / "both.pth")
+    worse = {key: torch.zeros_like(value) for key, value in state.items()}
+    torch.save({"model": worse, "model_ema": state}, tmp_path / "both.pth")
     told = user.distill(tmp_path / "run", "--teacher-weights", tmp_path / "both.pth", "--steps", 1)
-    assert "takes the weights under 'model'; the file also holds 'model_ema'." in succeeds(told).stderr
+    assert "takes the weights under 'model_ema'; the file also holds 'model'." in succeeds(told).stderr
+    assert all(torch.equal(value, state[key]) for key, value in load_teacher(tmp_path / "run")[0].state_dict().items())
 
 
 def test_a_users_file_may_import_its_neighbours_and_use_dataclasses(user: User, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """A deployed student to ONNX Q/DQ: torch's exporter translates the network, this file states the quantization.
 
-faqd/deploy/twins.py says what each deployed module becomes.
+faqd/deploy/twins.py says what each deployed module becomes, plain_twins.py what others do.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from onnxscript.optimizer import fold_constants
 from torch import Tensor, fx, nn
 
 from faqd import __version__
-from faqd.deploy.twins import OPSET, AverageTwin, Flatten, GlobalAverage, Mean, Reshape, deployed_twin, plain_twin
+from faqd.deploy.plain_twins import OPSET, Flatten, GlobalAverage, Mean, Reshape, plain_twin
+from faqd.deploy.twins import AverageTwin, deployed_twin
 from faqd.errors import UserError, first_line
 from faqd.files import written_beside
 from faqd.train.convert import Deployed

@@ -27,9 +27,9 @@ from faqd.errors import UserError
 from faqd.files import sha256, written_beside
 from faqd.preprocess import Preprocess
 from faqd.train.capture import capture
-from faqd.train.convert import Deployed, Flavour, collect_output_scales, convert
+from faqd.train.convert import Deployed, collect_output_scales, convert
 from faqd.train.data import load_dataset
-from faqd.train.deployed import IntegerLayer
+from faqd.train.deployed import Flavour, IntegerLayer
 from faqd.train.fuse import fused
 from faqd.train.network import NetworkSource
 from faqd.train.placement import Bits

@@ -11,7 +11,7 @@ import copy
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,14 +23,13 @@ from faqd.quant import FLOAT_BITS, SIGNED_8
 from faqd.train import graph
 from faqd.train.channels import fill_up_channels
 from faqd.train.curves import Curve, Interpolate, deployed_clamp
-from faqd.train.deployed import ChannelAffine, IntegerAverage, IntegerLayer, Requantize
+from faqd.train.deployed import ChannelAffine, Flavour, IntegerAverage, Requantize
 from faqd.train.elementwise import CURVES, Bilinear, Clamp, Scaled
-from faqd.train.layers import latent_weight, output_channels, output_first, weight_codes, weight_quantizer
+from faqd.train.fold import affine, fold_layer, quantizer_of
 from faqd.train.prepare import Student, computes_floats, input_quantizer
 from faqd.train.quantizers import ActivationQuantizer
 from faqd.train.roundings import (
     Again,
-    after_norm,
     flatten_behind_rounding,
     float_outputs,
     quantize_outputs,
@@ -38,10 +37,6 @@ from faqd.train.roundings import (
 )
 from faqd.train.shifts import place_shifts
 
-Flavour = Literal["tensorrt", "onnxruntime", "float"]
-
-LARGEST_INT8 = 127
-LARGEST_INT32 = 2**31 - 1
 HIGHEST_OUTPUT = 126 + (5**0.5 - 1) / 2
 """What the largest output of a layer is in codes. Outputs of low-bit layers are often simple fractions of the largest:
 at 127, half of it would be 63.5, a tie that float32 and exact arithmetic round differently."""
@@ -94,7 +89,7 @@ def convert(student: Student, flavour: Flavour, output_scales: dict[str, float] 
     for node in list(network.graph.nodes):
         kind = graph.role(network, node)
         if kind == "compute":
-            _fold_layer(network, node, flavour, zeroed, shifts)
+            fold_layer(network, node, flavour, zeroed, shifts)
         elif kind == "average" and flavour != "float" and input_quantizer(network, node) is not None:
             _replace(network, node, _average(network, node))
     for node in network.graph.nodes:
@@ -121,7 +116,7 @@ def _deployed_module(
         return Requantize(module.scale, module.quant, module.rectifies, not isinstance(module, Again))
     if isinstance(module, graph.NORM) and flavour != "float":
         per_channel = (-1, *[1] * (len(graph.shape(node)) - 2))
-        factor, offset = _affine(module)
+        factor, offset = affine(module)
         offset = offset + shifts.get(node, 0.0)
         return ChannelAffine(factor.reshape(per_channel), offset.reshape(per_channel))
     if flavour != "float" and isinstance(module, CURVES):
@@ -132,7 +127,7 @@ def _deployed_module(
 
 
 def _average(network: fx.GraphModule, node: fx.Node) -> nn.Module:
-    module, scale = graph.module_of(network, node), _quantizer_of(network, node).scale
+    module, scale = graph.module_of(network, node), quantizer_of(network, node).scale
     if isinstance(module, Bilinear):
         return Interpolate(module, scale)
     return IntegerAverage(_callable(network, node), scale)
@@ -205,115 +200,6 @@ def collect_output_scales(student: Student, batches: Iterable[Tensor]) -> dict[s
         hook.remove()
     room = SIGNED_8.high / HIGHEST_OUTPUT
     return {name: room * scale_max(np.asarray(values, np.float32), SIGNED_8) for name, values in observed.items()}
-
-
-def _fold_layer(
-    network: fx.GraphModule,
-    node: fx.Node,
-    flavour: Flavour,
-    zeroed: dict[str, int],
-    shifts: dict[fx.Node, Tensor],
-) -> None:
-    """Replace a layer and its batch norm: sign into the codes, magnitude into the scale, the rest into the bias."""
-    layer: Any = network.get_submodule(str(node.target))
-    end = after_norm(network, node)
-    factor, offset = _layer_affine(layer, graph.module_of(network, end) if end is not node else None)
-    offset = offset + shifts.get(end, 0.0)
-    if flavour == "float" or weight_quantizer(layer) is None:
-        network.set_submodule(str(node.target), _float_layer(layer, factor, offset))
-    else:
-        new, overflowing = _integer_layer(layer, factor, offset, _quantizer_of(network, node), flavour)
-        network.set_submodule(str(node.target), new)
-        if overflowing:
-            zeroed[str(node.target)] = overflowing
-    if end is not node:
-        end.replace_all_uses_with(node)
-        network.graph.erase_node(end)
-
-
-def _layer_affine(layer: Any, norm: nn.Module | None) -> tuple[Tensor, Tensor]:
-    """float64 (channels,) each: bias and batch norm of a layer's sums, as sum * factor + offset."""
-    ones = torch.ones(output_channels(layer), dtype=torch.float64)
-    bias = ones * layer.bias.detach() if layer.bias is not None else 0 * ones
-    if norm is None:
-        return ones, bias
-    factor, offset = _affine(norm)
-    return factor, factor * bias + offset
-
-
-def _affine(norm: Any) -> tuple[Tensor, Tensor]:
-    """float64 (channels,) each: a batch norm in evaluation as x * factor + offset."""
-    deviation = (norm.running_var.double() + norm.eps).sqrt()
-    gamma = norm.weight.detach().double() if norm.affine else torch.ones_like(deviation)
-    beta = norm.bias.detach().double() if norm.affine else torch.zeros_like(deviation)
-    factor = gamma / deviation
-    return factor, beta - factor * norm.running_mean.double()
-
-
-def _float_layer(layer: Any, factor: Tensor, offset: Tensor) -> nn.Module:
-    # Built anew: taking the parametrization off a copy would take it off the class that the student's layer shares.
-    folded: Any
-    if isinstance(layer, nn.Linear):
-        folded = nn.Linear(layer.in_features, layer.out_features)
-    else:
-        kind = next(kind for kind in graph.COMPUTE if isinstance(layer, kind))
-        names = ["stride", "padding", "dilation", "groups"] + ["output_padding"] * isinstance(layer, graph.TRANSPOSED)
-        geometry = {name: getattr(layer, name) for name in names}
-        folded = kind(layer.in_channels, layer.out_channels, layer.kernel_size, **geometry)
-    weight = output_first(layer, latent_weight(layer).double())
-    folded.weight = nn.Parameter(output_first(layer, weight * _per_channel(factor, weight)).float())
-    folded.bias = nn.Parameter(offset.float())
-    return folded  # type: ignore[no-any-return]
-
-
-def _integer_layer(
-    layer: Any, factor: Tensor, offset: Tensor, read: ActivationQuantizer, flavour: Flavour
-) -> tuple[IntegerLayer, int]:
-    """The deployed layer, and the number of its channels that became zero because int32 could not hold their bias."""
-    quantizer = weight_quantizer(layer)
-    assert quantizer is not None
-    codes, unfolded = weight_codes(layer)
-    codes = codes.double() * _per_channel(factor.sign(), codes)
-    scale = _float32(unfolded.double() * factor.abs())
-    input_scale = read.scale.detach().float()
-    input_high = max(-read.quant.low, read.quant.high)
-    dead = scale < torch.finfo(torch.float32).tiny
-    overflows = torch.zeros_like(dead)
-    if flavour == "onnxruntime":
-        # Finer biases for coarse grids: the product of code and scale stays the same, the int32 bias step shrinks.
-        spread = LARGEST_INT8 // quantizer.quant.high
-        codes, scale = codes * spread, _float32(scale / spread)
-        reach = codes.abs().flatten(1).sum(1) * input_high
-        overflows = ~dead & (offset.abs() / (input_scale.double() * scale) + reach >= LARGEST_INT32)
-    zero = dead | overflows
-    if bool(zero.any()):
-        codes = codes * _per_channel(~zero, codes)
-        ordinary = scale[~zero] if not bool(zero.all()) else unfolded.double()
-        # Twice what the largest bias needs, so that its int32 code stays in range.
-        needed = 2 * float(offset.abs().max()) / float(input_scale) / LARGEST_INT32
-        scale = scale.masked_fill(zero, max(float(ordinary.median()), needed))
-    bias_codes = None
-    if flavour == "onnxruntime":
-        bias_codes = (offset / _float32(input_scale.double() * _float32(scale))).round().to(torch.int32)
-    integer = IntegerLayer(layer, codes, scale, input_scale, input_high, offset, bias_codes)
-    return integer, int(overflows.sum())
-
-
-def _float32(values: Tensor) -> Tensor:
-    """The nearest float32 values, which is what the file will hold, widened again."""
-    return values.float().double()
-
-
-def _per_channel(values: Tensor, weight: Tensor) -> Tensor:
-    """One value per output channel, in a shape that multiplies `weight`."""
-    return values.reshape(-1, *[1] * (weight.dim() - 1))
-
-
-def _quantizer_of(network: fx.GraphModule, node: fx.Node) -> ActivationQuantizer:
-    found = input_quantizer(network, node)
-    if found is None:
-        raise ValueError(f"{node.name} reads a tensor that was not quantized")
-    return found
 
 
 def _callable(network: fx.GraphModule, node: fx.Node) -> Any:

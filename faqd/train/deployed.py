@@ -7,7 +7,7 @@ that faqd/deploy/referee.py states for the exported file. Float32 numbers of the
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from faqd.quant import Quant
 from faqd.train.graph import TRANSPOSED
+
+Flavour = Literal["tensorrt", "onnxruntime", "float"]
 
 EXACT_FLOAT32 = 2**24
 """Sums of integers below this are exact in float32, whatever their order."""

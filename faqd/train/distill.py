@@ -115,7 +115,7 @@ def _plan(recipe: DistillRecipe, out: Path, lesson: Lesson, taps: list[str] | No
     if taps and recipe.affinity == "none":
         raise UserError(f"--tap {taps[0]}: nothing is compared there with --affinity none; leave one of them out.")
     if recipe.adaptors and not _has_affinity(recipe):
-        raise UserError("--adaptors: they stand before the affinity, which is off; give --no-adaptors or an --affinity.")
+        raise UserError("--adaptors: what they adapt to is off; give --no-adaptors, or an --affinity with a weight.")
     if recipe.autocast == "fp16" and recipe.scale_gradient != "lsq":
         raise UserError(
             f"--autocast fp16: the limit of --scale-gradient {recipe.scale_gradient} does not go with a loss that is "

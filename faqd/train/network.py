@@ -26,8 +26,8 @@ from faqd.errors import UserError, first_line
 from faqd.files import sha256, written_beside
 from faqd.train.models import build_architecture, check_architecture
 
-WRAPPINGS = ("state_dict", "model_state_dict", "model", "state_dict_ema", "ema", "model_ema", "net", "weights")
-"""Keys under which training scripts commonly store the state dict."""
+WRAPPINGS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model_state_dict", "model", "net", "weights")
+"""Keys under which training scripts commonly store the state dict; the averaged weights, by which they judge, first."""
 PREFIXES = ("module.", "_orig_mod.", "model.")
 """What DataParallel and averaged models, torch.compile, and Lightning put before every key."""
 COUNTERS = ("n_averaged",)

@@ -1,0 +1,127 @@
+"""Batch norm folded into the layer in front of it, exactly: codes keep their size, scales and biases take it in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from faqd.train import graph
+from faqd.train.deployed import Flavour, IntegerLayer
+from faqd.train.layers import latent_weight, output_channels, output_first, weight_codes, weight_quantizer
+from faqd.train.prepare import input_quantizer
+from faqd.train.quantizers import ActivationQuantizer
+from faqd.train.roundings import after_norm
+
+LARGEST_INT8 = 127
+LARGEST_INT32 = 2**31 - 1
+
+
+def fold_layer(
+    network: fx.GraphModule,
+    node: fx.Node,
+    flavour: Flavour,
+    zeroed: dict[str, int],
+    shifts: dict[fx.Node, Tensor],
+) -> None:
+    """Replace a layer and its batch norm: sign into the codes, magnitude into the scale, the rest into the bias."""
+    layer: Any = network.get_submodule(str(node.target))
+    end = after_norm(network, node)
+    factor, offset = _layer_affine(layer, graph.module_of(network, end) if end is not node else None)
+    offset = offset + shifts.get(end, 0.0)
+    if flavour == "float" or weight_quantizer(layer) is None:
+        network.set_submodule(str(node.target), _float_layer(layer, factor, offset))
+    else:
+        new, overflowing = _integer_layer(layer, factor, offset, quantizer_of(network, node), flavour)
+        network.set_submodule(str(node.target), new)
+        if overflowing:
+            zeroed[str(node.target)] = overflowing
+    if end is not node:
+        end.replace_all_uses_with(node)
+        network.graph.erase_node(end)
+
+
+def _layer_affine(layer: Any, norm: nn.Module | None) -> tuple[Tensor, Tensor]:
+    """float64 (channels,) each: bias and batch norm of a layer's sums, as sum * factor + offset."""
+    ones = torch.ones(output_channels(layer), dtype=torch.float64)
+    bias = ones * layer.bias.detach() if layer.bias is not None else 0 * ones
+    if norm is None:
+        return ones, bias
+    factor, offset = affine(norm)
+    return factor, factor * bias + offset
+
+
+def affine(norm: Any) -> tuple[Tensor, Tensor]:
+    """float64 (channels,) each: a batch norm in evaluation as x * factor + offset."""
+    deviation = (norm.running_var.double() + norm.eps).sqrt()
+    gamma = norm.weight.detach().double() if norm.affine else torch.ones_like(deviation)
+    beta = norm.bias.detach().double() if norm.affine else torch.zeros_like(deviation)
+    factor = gamma / deviation
+    return factor, beta - factor * norm.running_mean.double()
+
+
+def _float_layer(layer: Any, factor: Tensor, offset: Tensor) -> nn.Module:
+    # Built anew: taking the parametrization off a copy would take it off the class that the student's layer shares.
+    folded: Any
+    if isinstance(layer, nn.Linear):
+        folded = nn.Linear(layer.in_features, layer.out_features)
+    else:
+        kind = next(kind for kind in graph.COMPUTE if isinstance(layer, kind))
+        names = ["stride", "padding", "dilation", "groups"] + ["output_padding"] * isinstance(layer, graph.TRANSPOSED)
+        geometry = {name: getattr(layer, name) for name in names}
+        folded = kind(layer.in_channels, layer.out_channels, layer.kernel_size, **geometry)
+    weight = output_first(layer, latent_weight(layer).double())
+    folded.weight = nn.Parameter(output_first(layer, weight * _per_channel(factor, weight)).float())
+    folded.bias = nn.Parameter(offset.float())
+    return folded  # type: ignore[no-any-return]
+
+
+def _integer_layer(
+    layer: Any, factor: Tensor, offset: Tensor, read: ActivationQuantizer, flavour: Flavour
+) -> tuple[IntegerLayer, int]:
+    """The deployed layer, and the number of its channels that became zero because int32 could not hold their bias."""
+    quantizer = weight_quantizer(layer)
+    assert quantizer is not None
+    codes, unfolded = weight_codes(layer)
+    codes = codes.double() * _per_channel(factor.sign(), codes)
+    scale = _float32(unfolded.double() * factor.abs())
+    input_scale = read.scale.detach().float()
+    input_high = max(-read.quant.low, read.quant.high)
+    dead = scale < torch.finfo(torch.float32).tiny
+    overflows = torch.zeros_like(dead)
+    if flavour == "onnxruntime":
+        # Finer biases for coarse grids: the product of code and scale stays the same, the int32 bias step shrinks.
+        spread = LARGEST_INT8 // quantizer.quant.high
+        codes, scale = codes * spread, _float32(scale / spread)
+        reach = codes.abs().flatten(1).sum(1) * input_high
+        overflows = ~dead & (offset.abs() / (input_scale.double() * scale) + reach >= LARGEST_INT32)
+    zero = dead | overflows
+    if bool(zero.any()):
+        codes = codes * _per_channel(~zero, codes)
+        ordinary = scale[~zero] if not bool(zero.all()) else unfolded.double()
+        # Twice what the largest bias needs, so that its int32 code stays in range.
+        needed = 2 * float(offset.abs().max()) / float(input_scale) / LARGEST_INT32
+        scale = scale.masked_fill(zero, max(float(ordinary.median()), needed))
+    bias_codes = None
+    if flavour == "onnxruntime":
+        bias_codes = (offset / _float32(input_scale.double() * _float32(scale))).round().to(torch.int32)
+    integer = IntegerLayer(layer, codes, scale, input_scale, input_high, offset, bias_codes)
+    return integer, int(overflows.sum())
+
+
+def _float32(values: Tensor) -> Tensor:
+    """The nearest float32 values, which is what the file will hold, widened again."""
+    return values.float().double()
+
+
+def _per_channel(values: Tensor, weight: Tensor) -> Tensor:
+    """One value per output channel, in a shape that multiplies `weight`."""
+    return values.reshape(-1, *[1] * (weight.dim() - 1))
+
+
+def quantizer_of(network: fx.GraphModule, node: fx.Node) -> ActivationQuantizer:
+    found = input_quantizer(network, node)
+    if found is None:
+        raise ValueError(f"{node.name} reads a tensor that was not quantized")
+    return found
