@@ -16,9 +16,10 @@ import onnx
 from faqd.bundle import MANIFEST, STUDENT_TENSORRT, load_bundle
 from faqd.deploy.build_options import BuildOptions
 from faqd.deploy.engine import engine_from_onnx
-from faqd.deploy.int8_rules import Broken, Layer, Rule, code_type, first_broken, layers_of, refusals
+from faqd.deploy.int8_rules import Broken, Rule, first_broken, refusals
 from faqd.deploy.onnx_file import load_model
 from faqd.deploy.onnx_graph import Graph
+from faqd.deploy.qdq_layers import Layer, code_type, layers_of
 from faqd.deploy.record import engine_name, read_record, record_path
 from faqd.deploy.trt import installed
 from faqd.errors import UserError
