@@ -86,6 +86,17 @@ def test_a_student_of_the_digits_agrees_with_its_teacher(
     assert f"agreement: {result['agreement']}" in faqd_train("eval", run).stdout
 
 
+def test_the_losses_without_training_are_told(teacher: Path, tmp_path: Path) -> None:
+    line = ("distill", "--teacher", teacher, "--weight-bits", 4, "--act-bits", 4)
+    still = json_of(*line, "--steps", 1, "--lr", 1e-12, "--out", tmp_path / "still")
+    trained = json_of(*line, "--steps", 60, "--out", tmp_path / "trained")
+    assert still["select"] == pytest.approx(still["select_untrained"], rel=1e-5)
+    assert trained["select_untrained"] == still["select_untrained"]
+    assert trained["select"]["logit"] < 0.9 * trained["select_untrained"]["logit"]
+    told = faqd_train(*line, "--steps", 60, "--out", tmp_path / "trained", "--resume").stderr
+    assert f"(untrained {trained['select_untrained']['logit']:.4g})" in told
+
+
 @pytest.mark.parametrize("logit", ["mse", "kl"])
 @pytest.mark.parametrize("affinity", ["l1", "l2", "l2_squared", "fast", "none"])
 def test_every_form_of_the_loss_trains(user: User, logit: str, affinity: str, tmp_path: Path) -> None:

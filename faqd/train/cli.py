@@ -187,7 +187,11 @@ def distill(recipe: str, teacher: str, teacher_weights: Path | None, json_target
         runs = [out / name for name in names] if len(seeded) > 1 else [out]
         records = distillation.distill(list(zip(seeded, runs, strict=True)), lesson, taps, resume, say, world, deadline)
         for each, run_folder, record in zip(seeded, runs, records, strict=True):
-            losses = ", ".join(f"{name} {value:.4g}" for name, value in record["select"].items())
+            before = record.get("select_untrained") or {}
+            losses = ", ".join(
+                f"{name} {value:.4g}" + (f" (untrained {before[name]:.4g})" if name in before else "")
+                for name, value in record["select"].items()
+            )
             say(f"{run_folder}: student {each.weight_bits}/{each.act_bits}; select losses: {losses}.")
         if world.leads:
             emit_json(json_target, records[0] if len(records) == 1 else records)

@@ -187,17 +187,32 @@ def _distill_together(
         jobs = [distill_job(*of_one) for of_one in zip(plans, students, pairs, strict=True)]
         if len(plans) > 1:
             jobs = [replace(job, title=job.run.name) for job in jobs]
+        # Every start calibrates anew, resumed or not, so that these are the losses without training.
+        untrained, _ = _selected(jobs, batches)
         failed = fit(jobs, batches, deadline)
-        selection = batches.selection()
-        for plan, student, job, tapped in zip(plans, students, jobs, names, strict=True):
+        selected, broken = _selected([job for job in jobs if job.run not in failed], batches)
+        failed |= broken
+        for plan, student, tapped in zip(plans, students, names, strict=True):
             if plan.out not in failed:
-                try:
-                    losses = select_losses(job, batches, selection)
-                except UserError as error:
-                    failed[plan.out] = error
-                    continue
-                world.first(partial(_conclude, plan, student, {"taps": tapped, "select": losses}, train))
+                results = {
+                    "taps": tapped,
+                    "select": selected[plan.out],
+                    "select_untrained": untrained.get(plan.out),
+                }
+                world.first(partial(_conclude, plan, student, results, train))
     return failed
+
+
+def _selected(jobs: list[Job], batches: Batches) -> tuple[dict[Path, dict[str, float]], dict[Path, UserError]]:
+    """The losses on the select split by run, and the error where one is not finite."""
+    found, failed = {}, {}
+    selection = batches.selection()
+    for job in jobs:
+        try:
+            found[job.run] = select_losses(job, batches, selection)
+        except UserError as error:
+            failed[job.run] = error
+    return found, failed
 
 
 def _dtype_effect(
