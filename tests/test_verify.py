@@ -40,7 +40,7 @@ from faqd.deploy.segments import segments
 from faqd.deploy.student import quantize_after_training
 from faqd.deploy.teacher_float16 import TEACHER_IMAGES
 from faqd.deploy.ties import distinct_roundings
-from faqd.deploy.torch_values import file_against_torch
+from faqd.deploy.torch_values import float_file_against_torch
 from faqd.deploy.verify import CHANCE, EQUAL_CODES, probe_inputs, tolerated, verification, verify_file
 from faqd.errors import UserError
 from faqd.files import read_json
@@ -392,11 +392,11 @@ def test_the_float_student_is_held_against_torch_when_it_is_written(
 
 def test_a_float_file_of_another_network_is_far_from_torch() -> None:
     x = images(0, 16)
-    student = convert(calibrated(lively(Functional(), 1), Bits(8, 8)), "float")
-    model = onnx_from_deployed(student, x, {})
-    assert file_against_torch(model.SerializeToString(), student, x)["snr_db"]["logits"] > 100
+    student = calibrated(lively(Functional(), 1), Bits(8, 8))
+    model = onnx_from_deployed(convert(student, "float"), x, {})
+    assert float_file_against_torch(model.SerializeToString(), student, x)["snr_db"]["logits"] > 100
     change(model, "fc2.bias", lambda bias: bias + 0.1)
-    assert file_against_torch(model.SerializeToString(), student, x)["snr_db"]["logits"] < 60
+    assert float_file_against_torch(model.SerializeToString(), student, x)["snr_db"]["logits"] < 60
 
 
 @pytest.mark.parametrize(("value", "roundings"), [(10.49999, 1), (10.4, 64), (10.0, 64)])

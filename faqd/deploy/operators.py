@@ -136,7 +136,9 @@ def _pad(operands: list[Value], attributes: Attributes) -> Value:
     number = 0.0 if value is None else float(real(value).reshape(()))
     if mode == "constant" and number != 0 and isinstance(x, Grid):
         raise ValueError("known on dequantized codes only with zeros")
-    numpy_mode: Any = {"constant": "constant", "reflect": "reflect", "edge": "edge"}[mode]
+    if mode not in ("constant", "reflect", "edge", "wrap"):  # which numpy calls the same
+        raise ValueError(f"no mode {mode}")
+    numpy_mode: Any = mode
     filling: dict[str, Any] = {"constant_values": number} if mode == "constant" else {}
 
     def padded(values: NDArray[Any]) -> NDArray[Any]:

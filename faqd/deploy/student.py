@@ -20,7 +20,7 @@ from faqd.deploy.float16 import float16_from_float32
 from faqd.deploy.int8_rules import int8_layers
 from faqd.deploy.serving import Server, check_servers, serving_files
 from faqd.deploy.teacher_float16 import TEACHER_IMAGES, teacher_float16
-from faqd.deploy.torch_values import as_trained, file_against_torch, stored_outputs, torch_digests
+from faqd.deploy.torch_values import as_trained, float_file_against_torch, stored_outputs, torch_digests
 from faqd.deploy.uint8_input import with_preprocessing
 from faqd.deploy.verify import CEIL_NOTE, PROBES, agreement_images, probe_inputs, verify_bundle
 from faqd.errors import UserError
@@ -191,8 +191,7 @@ def _write_bundle(
             put(names.STUDENT_TENSORRT, float16_from_float32(proto) if float_type == "fp16" else proto, parts.made_from)
         if "tensorrt" not in flavours:
             say("no TensorRT file: this student has 8-bit activations 0..255, which TensorRT has no grid for.")
-        unquantized = convert(parts.student, "float")
-        float_student = onnx_from_deployed(unquantized, inputs, metadata)
+        float_student = onnx_from_deployed(convert(parts.student, "float"), inputs, metadata)
         put(names.FLOAT_STUDENT, float_student, parts.made_from)
         put(names.FLOAT_STUDENT_FP16, float16_from_float32(float_student), parts.made_from)
         teacher_graph = fused(capture(parts.teacher, inputs[:2]))
@@ -210,7 +209,9 @@ def _write_bundle(
         facts = {
             **_facts(parts, first, wanted, int8),
             "torch_digests": digests,
-            "float_student": file_against_torch(float_student.SerializeToString(), unquantized, inputs[:PROBES]),
+            "float_student": float_file_against_torch(
+                float_student.SerializeToString(), parts.student, inputs[:PROBES]
+            ),
             "as_trained": as_trained(parts.student, first, inputs[: agreement_images(wanted)]),
             "zeroed_channels": {flavour: deployed.zeroed for flavour, deployed in flavours.items() if deployed.zeroed},
             "float_type": float_type,

@@ -14,7 +14,7 @@ from faqd.deploy.verify import FLOAT32_BITS, FLOAT_LAYER_BITS, digest
 from faqd.deploy.whole_outputs import compare_outputs, outputs_of
 from faqd.train.convert import Deployed
 from faqd.train.outputs import named_outputs, run_batches
-from faqd.train.prepare import Student
+from faqd.train.prepare import Student, float_forward
 
 STORED_VALUES = 2**24
 """Values of one output kept in eval.npz, 64 MiB: dense outputs are stored for the first images only."""
@@ -82,10 +82,12 @@ def as_trained(student: Student, deployed: Deployed, inputs: Tensor) -> dict[str
     return {**compare_outputs(*outputs), "equal_codes_per_layer": layers}
 
 
-def file_against_torch(model: bytes, network: Deployed, inputs: Tensor) -> dict[str, Any]:
-    """A float network's ONNX file, in onnxruntime, beside the network that it was written from."""
+def float_file_against_torch(model: bytes, student: Student, inputs: Tensor) -> dict[str, Any]:
+    """The float student's ONNX file, in onnxruntime, beside the user's own modules with nothing rounded: what the
+    lowering forgot of them, both flavours have forgotten too."""
     found = outputs_of(OnnxSession(model), inputs.numpy())
-    return compare_outputs(found, _arrays(run_batches(network, inputs, BATCH)))
+    with float_forward(student):
+        return compare_outputs(found, _arrays(run_batches(student.network, inputs, BATCH)))
 
 
 def _arrays(outputs: dict[str, Tensor]) -> dict[str, NDArray[np.float32]]:

@@ -69,7 +69,7 @@ def _float_layer(layer: Any, factor: Tensor, offset: Tensor) -> nn.Module:
     else:
         kind = next(kind for kind in graph.COMPUTE if isinstance(layer, kind))
         names = ["stride", "padding", "dilation", "groups"] + ["output_padding"] * isinstance(layer, graph.TRANSPOSED)
-        geometry = {name: getattr(layer, name) for name in names}
+        geometry = {name: getattr(layer, name) for name in (*names, "padding_mode")}
         folded = kind(layer.in_channels, layer.out_channels, layer.kernel_size, **geometry)
     weight = output_first(layer, latent_weight(layer).double())
     folded.weight = nn.Parameter(output_first(layer, weight * _per_channel(factor, weight)).float())

@@ -35,12 +35,12 @@ def quantize_weight(layer: nn.Module, quant: Quant) -> None:
 
 
 def weight_quantizer(layer: nn.Module) -> WeightQuantizer | None:
-    """The quantizer of the layer's weight; None where it is float."""
+    """The quantizer of the layer's weight; None where it is float, whatever else computes it."""
     if not parametrize.is_parametrized(layer, "weight"):
         return None
     first: Any = layer.parametrizations.weight[0]  # type: ignore[union-attr,index]
-    found: WeightQuantizer = first.quantizer if isinstance(first, _InputFirst) else first
-    return found
+    found = first.quantizer if isinstance(first, _InputFirst) else first
+    return found if isinstance(found, WeightQuantizer) else None
 
 
 def latent_weight(layer: Any) -> Tensor:

@@ -57,6 +57,7 @@ def prepare(traced: fx.GraphModule, bits: Bits, example: Tensor) -> Student:
     """
     network = copy.deepcopy(traced)
     graph.propagate(network, example)
+    _refuse_hooks(network)
     placement = place(network, bits)
     names = graph.places(network)
     taps = {node.name: node.name for node in network.graph.nodes}
@@ -85,6 +86,21 @@ def prepare(traced: fx.GraphModule, bits: Bits, example: Tensor) -> Student:
     network.recompile()
     graph.propagate(network, example)
     return Student(network.train(), bits, taps)
+
+
+def _refuse_hooks(network: fx.GraphModule) -> None:
+    """A deployed module is made from parameters and sizes: what hooks add would be lost without a word."""
+    names = graph.places(network)
+    for node in network.graph.nodes:
+        module = graph.module_of(network, node)
+        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()] if module is not None else []
+        if hooks:
+            what = getattr(hooks[0], "__name__", type(hooks[0]).__name__)
+            raise UserError(
+                f"{names[node]}{graph.line_of_code(node)}: has a forward hook, {what}, which cannot be lowered. Take "
+                "it off where the network is built: torch.nn.utils.remove_weight_norm or remove_spectral_norm write "
+                "what theirs computes into the weights; anything else belongs into forward."
+            )
 
 
 def student_table(student: Student) -> list[dict[str, Any]]:
