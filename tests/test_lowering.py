@@ -217,6 +217,31 @@ def test_one_pooling_module_used_at_two_scales() -> None:
     assert min(as_trained(student, deployed, images(2))["equal_codes_per_layer"].values()) > 0.999
 
 
+@pytest.mark.parametrize("flavour", ["tensorrt", "onnxruntime"])
+@pytest.mark.parametrize("kind", ["pools", "enlarged", "bilinear"])
+def test_a_map_and_its_average_are_joined_without_ties(kind: str, flavour: Flavour) -> None:
+    """With one scale for both, one of four averages of 2 x 2 codes would lie between two codes."""
+
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.last = conv(3), nn.Conv2d(2 * CHANNELS, CLASSES, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.conv(x))
+            if kind == "pools":
+                parts = [F.max_pool2d(x, 2), F.avg_pool2d(x, 2)]
+            elif kind == "enlarged":
+                parts = [x, F.interpolate(F.avg_pool2d(x, 2), scale_factor=2)]
+            else:
+                parts = [F.interpolate(x, scale_factor=2), F.interpolate(x, scale_factor=2, mode="bilinear")]
+            return self.last(torch.cat(parts, 1)).mean((2, 3))  # type: ignore[no-any-return]
+
+    student = calibrated(lively(Joined(), 1), Bits(8, 8))
+    deployed, model = lowered(student, flavour)
+    assert failures(deployed, model, images(2)) == []
+
+
 def test_a_signal_of_one_dimension_is_lowered_exactly() -> None:
     class Signal(nn.Module):
         def __init__(self) -> None:

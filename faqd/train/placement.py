@@ -185,9 +185,14 @@ class _Reader:
             return self.sources(graph.operand(node))
         if self.role(node) == "concat":
             joined = set().union(*(self.sources(operand) for operand in graph.tensor_inputs(node)))
-            # The input's scale is that of its largest value: nothing else can share it.
-            return {node} if any(source.op == "placeholder" for source in joined) else joined
+            return {node} if any(self._needs_its_own_scale(source, joined) for source in joined) else joined
         return {node}
+
+    def _needs_its_own_scale(self, source: fx.Node, joined: set[fx.Node]) -> bool:
+        """Whether what is joined cannot share the scale of `source`: that of the network input is its largest value;
+        and averages of codes that are rounded to those very codes would be ties, one in four of 2 x 2 pixels."""
+        averaged = self.role(source) == "average" and bool(self.sources(graph.operand(source)) & joined)
+        return source.op == "placeholder" or averaged
 
     def can_be_negative(self, node: fx.Node) -> bool:
         kind = self.role(node)

@@ -48,6 +48,9 @@ class Student:
 
 
 _SUFFIX = "_quant"
+ASIDE = 127 / 126.618
+"""How far the scale of a concatenation is moved off what fits its values best. Those are codes already, and averages of
+codes; the best scale is often that of the codes, at which many averages lie between two."""
 
 
 def prepare(traced: fx.GraphModule, bits: Bits, example: Tensor) -> Student:
@@ -179,6 +182,7 @@ def calibrate(student: Student, batches: Iterable[Tensor], method: Method, *, ba
         for hook in hooks:
             hook.remove()
     inputs = {node.target for node in student.network.graph.nodes if node.op == "placeholder"}
+    joined = _concatenations(student.network)
     sharing: dict[int, list[str]] = {}
     for name, module in quantizers.items():
         sharing.setdefault(id(module.scale), []).append(name)
@@ -189,7 +193,14 @@ def calibrate(student: Student, batches: Iterable[Tensor], method: Method, *, ba
             raise UserError(f"{broken}: the float network gives infinite values or NaN here on the calibration images.")
         chosen: Method = "max" if names[0] in inputs else method
         module = quantizers[names[0]]
-        module.scale.fill_(scale_from(values, module.quant, chosen, module.shift))
+        scale = scale_from(values, module.quant, chosen, module.shift)
+        module.scale.fill_(scale * ASIDE if names[0] in joined else scale)
+
+
+def _concatenations(network: fx.GraphModule) -> set[str]:
+    """Places of the quantizers behind a concatenation."""
+    readers = [r for node in network.graph.nodes if graph.role(network, node) == "concat" for r in node.users]
+    return {str(reader.target).removesuffix(_SUFFIX) for reader in readers}
 
 
 def sampled(values: Tensor) -> Any:
