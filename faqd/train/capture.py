@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 import traceback
+from collections.abc import Iterator
 from types import FunctionType
 from typing import Any
 
@@ -30,13 +32,21 @@ def capture(network: nn.Module, example: Tensor) -> fx.GraphModule:
     The graph has no in-place operators: a quantized tensor has several readers. Raises UserError naming the line of
     the user's code that cannot be captured, and where the graph computes something else than the network.
     """
+    _refuse_scripts(network)
     network = network.eval()
     noise = torch.randn(example[:2].shape, generator=torch.Generator().manual_seed(0)).to(example)
     wanted = _outputs(network, noise)
     traced = _traced(network)
-    propagate(traced, example)
-    standardise(traced)
-    propagate(traced, example)
+    try:
+        propagate(traced, example)
+        standardise(traced)
+        propagate(traced, example)
+    except RuntimeError as error:  # what torch raises where sizes do not meet
+        raise UserError(
+            f"{type(network).__name__}: its forward was captured for one path through it, and that cannot be run on "
+            f"images of shape {tuple(example.shape)}: {first_line(error.__cause__ or error)}. Control flow that "
+            "depends on sizes or values is the usual cause; move it out of forward."
+        ) from error
     if not _same(traced, noise, wanted):
         raise UserError(
             f"{type(network).__name__}: the captured graph computes something else than its forward. Usual causes: an "
@@ -44,6 +54,15 @@ def capture(network: nn.Module, example: Tensor) -> fx.GraphModule:
             "at random in evaluation mode (F.dropout without training=self.training)."
         )
     return traced
+
+
+def _refuse_scripts(network: nn.Module) -> None:
+    for name, module in network.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UserError(
+                f"{name or type(network).__name__}: a TorchScript module has no Python forward to capture. Build the "
+                "network from its classes and give the weights of the script: torch.jit.load(...).state_dict()."
+            )
 
 
 def _same(traced: fx.GraphModule, x: Tensor, wanted: list[Any]) -> bool:
@@ -55,19 +74,19 @@ def _traced(network: nn.Module) -> fx.GraphModule:
     for module in network.modules():
         if hasattr(module, "inplace"):
             setattr(module, "inplace", False)  # noqa: B010 - mypy takes every attribute of a module for a tensor
-    tracer = fx.Tracer()
+    tracer = _Tracer()
     tracer.record_stack_traces = True
     try:
-        traced = fx.GraphModule(network, tracer.trace(network))
+        traced = fx.GraphModule(network, _with_one_input(tracer.trace(network, _defaults(network))))
     except Exception as error:  # whatever the user's forward raises under tracing
         raise UserError(
             f"{type(network).__name__}: its forward cannot be captured as a graph: "
             f"{first_line(error.__cause__ or error)}{_line_that_raised(error)}. "
-            "Control flow that depends on tensor values is the usual cause; move it out of forward."
+            "Control flow that depends on tensor values or sizes is the usual cause; move it out of forward."
         ) from error
     for node in traced.graph.nodes:
         node.target = _IN_PLACE_FREE.get(node.target, node.target)
-        if node.op == "call_method" and node.target in ("add_", "mul_", "relu_", "clamp_"):
+        if node.op == "call_method" and node.target in _IN_PLACE:
             node.target = node.target[:-1]
         if node.target is F.relu:
             node.args, node.kwargs = (operand(node),), {}  # without inplace=True
@@ -75,6 +94,58 @@ def _traced(network: nn.Module) -> fx.GraphModule:
             node.replace_all_uses_with(operand(node))
             traced.graph.erase_node(node)
     traced.recompile()
+    return traced
+
+
+_IN_PLACE = ("add_", "sub_", "mul_", "div_", "relu_", "sigmoid_", "tanh_", "clamp_", "clamp_min_")
+
+
+class _Tracer(fx.Tracer):
+    """Knows how many pieces come of chunk and split, so that forward may iterate over them."""
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return super().proxy(node) if _pieces(node) is None else _Pieces(node, self)
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        return iter([obj[index] for index in range(len(obj))]) if isinstance(obj, _Pieces) else super().iter(obj)
+
+
+class _Pieces(fx.Proxy):
+    """What chunk or split returned."""
+
+    def __len__(self) -> int:
+        return _pieces(self.node) or 0
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.getitem, (self, index), {})
+
+
+def _pieces(node: fx.Node) -> int | None:
+    """How many there are, where the call says it."""
+    asked = [*node.args[1:2], *(node.kwargs.get(name) for name in ("chunks", "split_size_or_sections"))]
+    first = next((value for value in asked if value is not None), None)
+    if node.target in (torch.chunk, "chunk"):
+        return first if isinstance(first, int) else None
+    return len(first) if node.target in (torch.split, "split") and isinstance(first, list | tuple) else None
+
+
+def _defaults(network: nn.Module) -> dict[str, Any]:
+    """The arguments of forward that are left to their defaults: an image is all that a deployed network is given."""
+    parameters = inspect.signature(network.forward).parameters.values()
+    return {each.name: each.default for each in parameters if each.default is not each.empty}
+
+
+def _with_one_input(traced: fx.Graph) -> fx.Graph:
+    """Without what fx notes of arguments with a fixed value: an input each, and assertions that it has that value."""
+    _, *fixed = (node for node in traced.nodes if node.op == "placeholder")
+    noted = set(fixed)
+    for node in traced.nodes:
+        if node.op == "call_function" and noted.intersection(node.all_input_nodes):
+            noted.add(node)
+    for node in reversed(list(traced.nodes)):
+        if node in noted:
+            traced.erase_node(node)
+    traced.set_codegen(fx.graph.CodeGen())
     return traced
 
 

@@ -27,8 +27,10 @@ Role = Literal[
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
 COMPUTE = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
-NORM = (nn.BatchNorm1d, nn.BatchNorm2d)
-IDLE_MODULES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)
+NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
+IDLE_MODULES = (
+    *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
+)
 IDLE_FUNCTIONS = (F.dropout, F.dropout1d, F.dropout2d)
 """What does nothing in evaluation mode; `capture` refuses dropout that stays on there."""
 _MODULES: dict[Role, tuple[type[nn.Module], ...]] = {
@@ -53,7 +55,15 @@ _FUNCTIONS: dict[Role, tuple[Any, ...]] = {
     "multiply": (operator.mul, operator.imul, torch.mul),
     "concat": (torch.cat, torch.concat),
     "reshape": (
-        *(F.max_pool1d, F.max_pool2d, F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.pad),
+        *(
+            torch.max_pool1d,
+            torch.max_pool2d,
+            F.max_pool1d,
+            F.max_pool2d,
+            F.adaptive_max_pool1d,
+            F.adaptive_max_pool2d,
+            F.pad,
+        ),
         *(torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze, torch.transpose, torch.permute),
         *(torch.chunk, torch.split, torch.narrow, operator.getitem),
         *(F.channel_shuffle, F.pixel_shuffle, F.pixel_unshuffle),

@@ -6,6 +6,7 @@ their names, their places and their lines in the user's code.
 
 from __future__ import annotations
 
+import copy
 import math
 import operator
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from faqd.train.own_tensors import with_own_tensors
 
 def standardise(traced: fx.GraphModule) -> None:
     """Rewrite `traced` (shapes propagated) in place; what has no standard term stays as it is."""
+    _unshare(traced)
     names = graph.places(traced)
     for node in list(traced.graph.nodes):
         if not graph.is_tensor(node) or not node.op.startswith("call"):
@@ -33,13 +35,23 @@ def standardise(traced: fx.GraphModule) -> None:
         if module is not None:
             _call(traced, node, names[node], module)
         if isinstance(graph.module_of(traced, node), nn.Linear) and len(graph.shape(node)) > 2:
-            _on_rows(traced, node)
+            _on_rows(traced, node, names[node])
     for node in traced.graph.nodes:
         for join in (_hard_sigmoid, _gated, _divided_gate):
             join(traced, node)
     traced.graph.eliminate_dead_code()
     traced.delete_all_unused_submodules()
     traced.recompile()
+
+
+def _unshare(traced: fx.GraphModule) -> None:
+    """Give every call of a module without weights one of its own: what two calls become differs where sizes do."""
+    for node, place in graph.places(traced).items():
+        module = graph.module_of(traced, node)
+        if module is not None and place != node.target and not module.state_dict():
+            traced.add_submodule(place, copy.deepcopy(module))
+            node.target = place
+            node.meta.pop("nn_module_stack", None)  # names the shared module, and with it nodes of the exported file
 
 
 def _call(traced: fx.GraphModule, node: fx.Node, place: str, module: nn.Module) -> None:
@@ -56,12 +68,15 @@ def _call(traced: fx.GraphModule, node: fx.Node, place: str, module: nn.Module) 
 
 def _is_idle(node: fx.Node) -> bool:
     """Whether nothing but memory comes of a method here."""
-    return node.op == "call_method" and node.target in ("clone", "detach", "float") and len(_tensors(node)) == 1
+    if node.op != "call_method" or len(_tensors(node)) != 1:
+        return False
+    same_type = node.meta["tensor_meta"].dtype == graph.operand(node).meta["tensor_meta"].dtype
+    return node.target in ("clone", "detach", "float") or (node.target == "to" and same_type)
 
 
-def _on_rows(traced: fx.GraphModule, node: fx.Node) -> None:
+def _on_rows(traced: fx.GraphModule, node: fx.Node, place: str) -> None:
     """A linear layer on vectors, whatever axes they stand in: one axis before it, all of them behind."""
-    before, place = graph.operand(node), str(node.target)
+    before = graph.operand(node)
     for name, sizes in (("rows", graph.shape(before)[-1:]), ("whole", graph.shape(node)[1:])):
         traced.add_submodule(f"{place}_{name}", Rows(sizes))
     with traced.graph.inserting_before(node):
@@ -107,7 +122,9 @@ def _tensors(node: fx.Node) -> list[fx.Node]:
 
 def _of_module(module: Any, node: fx.Node) -> nn.Module | None:
     if isinstance(module, nn.ReLU6 | nn.Hardtanh):
-        return Clamp(module.min_val, module.max_val)
+        return Clamp(float(module.min_val), float(module.max_val))
+    if isinstance(module, nn.ConstantPad2d) and not isinstance(module, nn.ZeroPad2d) and module.value == 0:
+        return nn.ZeroPad2d(module.padding)
     if isinstance(module, nn.Upsample):
         return _resize(node, module.mode, module.scale_factor, bool(module.align_corners))
     return next((_windows(node, pool) for kind, pool in _ADAPTIVE.items() if isinstance(module, kind)), None)
@@ -133,6 +150,10 @@ def _limits(node: fx.Node) -> nn.Module | None:
     if low == 0 and high is None:
         return nn.ReLU()
     return Clamp(float(low), float(high)) if isinstance(low, int | float) and isinstance(high, int | float) else None
+
+
+def _lower_limit(node: fx.Node) -> nn.Module | None:
+    return nn.ReLU() if _given(node, 1, "min", None) == 0 else None
 
 
 def _hard_tanh(node: fx.Node) -> nn.Module:
@@ -198,9 +219,12 @@ def _leaky(node: fx.Node) -> nn.Module:
 _FUNCTIONS: dict[Any, Callable[[fx.Node], nn.Module | None]] = {
     F.relu6: lambda node: Clamp(0.0, 6.0),
     F.hardtanh: _hard_tanh,
+    F.hardtanh_: _hard_tanh,
+    torch.clamp_min: _lower_limit,
     torch.clamp: _limits,
     torch.clip: _limits,
     F.leaky_relu: _leaky,
+    F.leaky_relu_: _leaky,
     F.silu: lambda node: nn.SiLU(),
     F.hardswish: lambda node: nn.Hardswish(),
     F.sigmoid: lambda node: nn.Sigmoid(),
@@ -218,6 +242,7 @@ _FUNCTIONS: dict[Any, Callable[[fx.Node], nn.Module | None]] = {
     operator.truediv: _DIV,
     torch.div: _DIV,
     operator.neg: lambda node: Scaled(-1.0, 0.0),
+    torch.neg: lambda node: Scaled(-1.0, 0.0),
     F.interpolate: _interpolate,
     F.adaptive_avg_pool1d: lambda node: _windows(node, nn.AvgPool1d),
     F.adaptive_max_pool1d: lambda node: _windows(node, nn.MaxPool1d),
@@ -227,6 +252,8 @@ _FUNCTIONS: dict[Any, Callable[[fx.Node], nn.Module | None]] = {
 _METHODS: dict[str, Callable[[fx.Node], nn.Module | None]] = {
     "clamp": _limits,
     "clip": _limits,
+    "clamp_min": _lower_limit,
+    "neg": lambda node: Scaled(-1.0, 0.0),
     "sigmoid": lambda node: nn.Sigmoid(),
     "tanh": lambda node: nn.Tanh(),
     "add": _ADD,

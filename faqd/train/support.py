@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 import torch.nn.functional as F
@@ -59,6 +60,13 @@ def _problem(traced: fx.GraphModule, node: fx.Node) -> str | None:
         return "circular padding has no ONNX operator yet; use zeros, reflect or replicate."
     if kind == "reshape" and node.target is F.pad and _argument(node, "value", 3) not in (None, 0, 0.0):
         return "padding with another number than zero would not lie on the grid of the padded tensor."
+    if kind == "average" and graph.shape(node)[:1] != graph.shape(graph.operand(node))[:1]:
+        return "a mean over the batch axis mixes images: what one image gives would depend on the others beside it."
+    if node.target is operator.getitem and _picks(node):
+        return (
+            "indexing with a list of places cannot be quantized yet; view and transpose, or nn.ChannelShuffle, shuffle "
+            "channels."
+        )
     if kind == "average" and _divisor(traced, node):
         return "divisor_override has no ONNX operator; scale the result of a plain average instead."
     return None
@@ -67,7 +75,10 @@ def _problem(traced: fx.GraphModule, node: fx.Node) -> str | None:
 def _arithmetic_problem(node: fx.Node) -> str | None:
     tensors = _tensor_arguments(node)
     if len(tensors) != 2 or "alpha" in node.kwargs:
-        return "only the plain sum or product of two tensors can be quantized yet, not one with a factor."
+        return (
+            "only the plain sum or product of two tensors can be quantized yet, not one with a factor; --exclude with "
+            "a regular expression that fits this place keeps it float."
+        )
     if any(tensor.op == "get_attr" for tensor in tensors):
         return (
             "a parameter that makes the other operand larger, or that differs between images, cannot be quantized "
@@ -95,7 +106,13 @@ _ADAPTIVE_FUNCTIONS = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_
 
 def _divisor(traced: fx.GraphModule, node: fx.Node) -> Any:
     module = traced.get_submodule(str(node.target)) if node.op == "call_module" else None
-    return getattr(module, "divisor_override", None) or node.kwargs.get("divisor_override")
+    given = node.args[6] if node.target is F.avg_pool2d and len(node.args) > 6 else node.kwargs.get("divisor_override")
+    return getattr(module, "divisor_override", None) or given
+
+
+def _picks(node: fx.Node) -> bool:
+    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    return any(isinstance(part, list | fx.Node) for part in index)
 
 
 def _argument(node: fx.Node, name: str, index: int) -> Any:

@@ -1,0 +1,161 @@
+"""Networks as users write them: the forms of Python and of torch that stand around the operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from faqd.deploy.export import onnx_from_deployed
+from faqd.deploy.torch_values import float_file_against_torch, torch_digests
+from faqd.deploy.verify import verify_file
+from faqd.errors import UserError
+from faqd.train.capture import capture
+from faqd.train.convert import collect_output_scales, convert
+from faqd.train.placement import Bits
+from tests.networks import calibrated, images, lively
+
+SHAPE = (3, 16, 16)
+
+
+class Base(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.down = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, 2, 1)
+        self.last, self.rows = nn.Conv2d(8, 8, 1), nn.Linear(8, 5)
+        self.up, self.pool = nn.Upsample(scale_factor=2), nn.AdaptiveAvgPool2d(4)
+        self.sized = nn.Upsample((16, 16))
+
+
+class Optional(Base):
+    def forward(
+        self, x: Tensor, targets: Any = None, return_feature: bool = False, scale: float = 2.0, *, mode: str = "plain"
+    ) -> Any:
+        feature = self.last(self.first(x).relu()) * scale
+        if targets is not None:
+            return F.mse_loss(feature, targets)
+        if return_feature or mode != "plain":
+            return feature, x
+        return feature.relu()
+
+
+def three_levels(self: Base, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    a = self.first(x).relu()
+    b = self.down(a).relu()
+    return a, b, self.down(b).relu()
+
+
+class Pyramid(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, c = three_levels(self, x)
+        return self.last(a + self.up(b + self.up(c)))  # type: ignore[no-any-return]
+
+
+class PooledTwice(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, _ = three_levels(self, x)
+        return self.last(self.pool(a) + self.pool(b))  # type: ignore[no-any-return]
+
+
+class EnlargedTwice(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        _, b, c = three_levels(self, x)
+        return self.last(self.sized(b) + self.sized(c))  # type: ignore[no-any-return]
+
+
+class Heads(Base):
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [self.rows(level.flatten(2).transpose(1, 2)) for level in three_levels(self, x)[:2]]
+
+
+def form(operator: Callable[[Tensor], Any], inputs: int = 8) -> Callable[[], nn.Module]:
+    class Form(Base):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = nn.Conv2d(inputs, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(operator(self.first(x)))  # type: ignore[no-any-return]
+
+    return Form
+
+
+def behind(*modules: nn.Module) -> Callable[[], nn.Module]:
+    return lambda: nn.Sequential(nn.Conv2d(3, 8, 3), *modules, nn.Conv2d(8, 4, 1))
+
+
+def listed(x: Tensor) -> Tensor:
+    pieces = list(x.relu().chunk(2, 1))
+    pieces.extend(piece * 2 for piece in pieces[-1:])
+    return torch.cat(pieces, 1)
+
+
+TAKEN: dict[str, Callable[[], nn.Module]] = {
+    "optional arguments": Optional,
+    "one upsampling at two sizes": Pyramid,
+    "one adaptive pooling at two sizes": PooledTwice,
+    "one size for two maps": EnlargedTwice,
+    "one linear head on two levels": Heads,
+    "whole limits": behind(nn.Hardtanh(0, 6)),
+    "list of chunks": form(listed, 12),
+    "pieces of sizes": form(lambda x: torch.cat([p.relu() for p in x.split([2, 6], 1)], 1)),
+    "hardtanh_": form(lambda x: F.hardtanh_(x, 0.0, 3.0)),
+    "leaky_relu_": form(lambda x: F.leaky_relu_(x, 0.2)),
+    "clamp_min": form(lambda x: torch.clamp_min(x, 0)),
+    "clamp_min method": form(lambda x: x.clamp_min(0)),
+    "neg": form(lambda x: torch.neg(x).relu() + x.neg().relu()),
+    "sigmoid_": form(lambda x: x.sigmoid_()),
+    "sub_ and div_": form(lambda x: x.sub_(0.5).div_(2).relu()),
+    "torch.max_pool2d": form(lambda x: torch.max_pool2d(x.relu(), 2)),
+    "to": form(lambda x: x.to(torch.float32).relu()),
+    "constant padding": behind(nn.ReLU(), nn.ConstantPad2d(1, 0.0)),
+    "alpha dropout": behind(nn.ReLU(), nn.FeatureAlphaDropout(), nn.AlphaDropout()),
+    "synchronised norm": behind(nn.SyncBatchNorm(8), nn.ReLU()),
+}
+
+
+@pytest.mark.parametrize("kind", TAKEN)
+def test_is_taken_as_it_stands(kind: str) -> None:
+    x = images(3, 8, SHAPE)
+    student = calibrated(lively(TAKEN[kind](), 1), Bits(8, 8), shape=SHAPE)
+    scales = collect_output_scales(student, [images(0, 16, SHAPE)])
+    for flavour in ("tensorrt", "onnxruntime"):
+        deployed = convert(student, flavour, scales)
+        model = onnx_from_deployed(deployed, x, {})
+        assert len(model.graph.input) == 1
+        modes = [False, True] if flavour == "onnxruntime" else [False]
+        assert verify_file(model, x.numpy(), torch_digests(deployed, x), modes)["failures"] == []
+    unquantized = onnx_from_deployed(convert(student, "float"), x, {}).SerializeToString()
+    assert all(snr is None or snr > 100 for snr in float_file_against_torch(unquantized, student, x)["snr_db"].values())
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "script": (lambda: torch.jit.script(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())), "a TorchScript module"),
+    "mean of everything": (form(lambda x: x - x.mean()), r"mean \(.*test_user_code.py:\d+\): .* mixes images"),
+    "mean over the batch": (form(lambda x: x - x.mean(0, keepdim=True)), "mixes images"),
+    "list of places": (form(lambda x: x.relu()[:, [1, 0, 3, 2, 5, 4, 7, 6]]), "indexing with a list of places"),
+    "divisor": (form(lambda x: F.avg_pool2d(x.relu(), 2, 2, 0, False, True, 3)), "divisor_override"),
+    "factor": (form(lambda x: torch.add(x, x.relu(), alpha=0.5)), "--exclude"),
+    "sizes": (form(lambda x: x if x.shape[2] == 16 else x.relu()), "depends on tensor values or sizes"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_is_refused_in_a_sentence(kind: str) -> None:
+    make, words = REFUSED[kind]
+    with pytest.raises(UserError, match=words):
+        calibrated(make(), Bits(8, 8), shape=SHAPE)
+
+
+def test_a_path_that_other_sizes_would_take_is_refused() -> None:
+    class Fixed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.zeros(1, 3, 8, 8)
+
+    with pytest.raises(UserError, match="does not accept an input of shape"):
+        capture(Fixed(), torch.zeros(2, *SHAPE))
