@@ -21,6 +21,7 @@ from torch import Tensor
 
 from faqd import reference
 from faqd.bundle import (
+    FLOAT_STUDENT_FP16,
     STUDENT_ONNXRUNTIME,
     STUDENT_TENSORRT,
     STUDENT_TENSORRT_FP32,
@@ -350,6 +351,16 @@ def rename_everything(model: onnx.ModelProto) -> None:
     del model.graph.value_info[:]
 
 
+def one_more(codes: NDArray[np.int8]) -> NDArray[np.int8]:
+    changed: NDArray[np.int8] = codes.copy()
+    changed.flat[7] += 1 if changed.flat[7] < 127 else -1
+    return changed
+
+
+def rename_one(model: onnx.ModelProto) -> None:
+    next(node for node in model.graph.node if node.op_type == "Conv").name += "_"
+
+
 def made(model: onnx.ModelProto) -> set[str]:
     return {name for node in model.graph.node for name in node.output}
 
@@ -359,10 +370,15 @@ def made(model: onnx.ModelProto) -> set[str]:
     [
         (STUDENT_TENSORRT, lambda m: change(m, "conv2.bias", lambda b: b + np.float16(3)), "relu_1: only"),
         (STUDENT_TENSORRT, lambda m: change(m, "fc.codes", lambda c: 0 * c), "logits: the FP16 output logits is"),
+        (STUDENT_TENSORRT, lambda m: change(m, "conv2.codes", one_more), "conv2.codes: the FP16 file has not the"),
+        (STUDENT_TENSORRT, lambda m: change(m, "relu_quant.scale", lambda s: s * 1.001), "relu_quant.scale: the FP16"),
+        (STUDENT_TENSORRT, rename_one, "the FP16 file has other operators"),
         (STUDENT_TENSORRT, rename_everything, "x.codes: the FP16 file has no such codes"),
+        (TEACHER_FP16, lambda m: change(m, "fc.bias", lambda b: 2 * b), f"{TEACHER_FP16}: fc.bias: the FP16 file has"),
+        (FLOAT_STUDENT_FP16, rename_one, f"{FLOAT_STUDENT_FP16}: the FP16 file has other operators"),
         (TEACHER, lambda m: change(m, "fc.bias", lambda b: b + 0.1), "teacher: teacher.onnx is"),
     ],
-    ids=["layer", "classifier", "renamed", "teacher"],
+    ids=["layer", "classifier", "one code", "scale", "one name", "renamed", "half teacher", "half float", "teacher"],
 )
 def test_a_file_beside_the_exact_ones_that_computes_something_else_fails(
     bundle: Bundle, tmp_path: Path, file: str, edit: Callable[[onnx.ModelProto], None], failure: str

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 _FLOAT32_INPUTS = {"QuantizeLinear", "DequantizeLinear", "Resize"}
 """Operators whose scales stay FP32; Resize knows no others."""
-_STATED = {"Cast", "Constant", "ConstantOfShape"}
+STATED = {"Cast", "Constant", "ConstantOfShape"}
 """Operators that state the type of their output."""
 LARGEST = float(np.finfo(np.float16).max)
 
@@ -67,7 +67,7 @@ def _convert_constants(graph: onnx.GraphProto, scales: set[str]) -> None:
         if tensor.name not in scales:
             _narrow(tensor)
     for node in graph.node:
-        if node.op_type not in _STATED or node.output[0] in scales:
+        if node.op_type not in STATED or node.output[0] in scales:
             continue
         for attribute in node.attribute:
             if attribute.name == "value":
@@ -76,15 +76,16 @@ def _convert_constants(graph: onnx.GraphProto, scales: set[str]) -> None:
                 attribute.i = TensorProto.FLOAT16
             elif attribute.name in ("value_float", "value_floats"):
                 value = attribute.f if attribute.name == "value_float" else list(attribute.floats)
-                attribute.CopyFrom(helper.make_attribute("value", numpy_helper.from_array(_half(np.asarray(value)))))
+                attribute.CopyFrom(helper.make_attribute("value", numpy_helper.from_array(narrowed(np.asarray(value)))))
 
 
 def _narrow(tensor: onnx.TensorProto) -> None:
     if tensor.data_type == TensorProto.FLOAT:
-        tensor.CopyFrom(numpy_helper.from_array(_half(numpy_helper.to_array(tensor)), tensor.name))
+        tensor.CopyFrom(numpy_helper.from_array(narrowed(numpy_helper.to_array(tensor)), tensor.name))
 
 
-def _half(values: NDArray[Any]) -> NDArray[np.float16]:
+def narrowed(values: NDArray[Any]) -> NDArray[np.float16]:
+    """What a float32 constant is in the FP16 file."""
     return np.asarray(np.clip(values, -LARGEST, LARGEST), np.float16)
 
 

@@ -22,7 +22,7 @@ from faqd.deploy.segments import Segment, segments
 from faqd.deploy.teacher_float16 import TEACHER_IMAGES, run_stored
 from faqd.deploy.ties import distinct_roundings
 from faqd.deploy.uint8_input import compare_preprocessing, without_preprocessing
-from faqd.deploy.verify_float16 import verify_float16
+from faqd.deploy.verify_float16 import changed, verify_float16
 from faqd.deploy.whole_outputs import Outputs, compare_outputs, outputs_of
 from faqd.errors import UserError
 from faqd.files import sha256, write_json
@@ -135,6 +135,9 @@ def verification(bundle: Bundle) -> dict[str, Any]:
     if bundle.has(names.TEACHER):
         record["teacher"] = _verify_teacher(bundle, images[:PROBES], evaluation.teacher)
         failures += record["teacher"]["failures"]
+    for half, full in ((names.FLOAT_STUDENT_FP16, names.FLOAT_STUDENT), (names.TEACHER_FP16, names.TEACHER)):
+        if bundle.has(half) and bundle.has(full):
+            failures += [f"{half}: {text}" for text in changed(load_network(bundle, half), load_network(bundle, full))]
     if bundle.has(names.TEACHER_FP16):
         try:
             record["teacher_float16"] = _teacher_in_float16(bundle, images[:TEACHER_IMAGES])
