@@ -143,6 +143,12 @@ def _no_zero_point(model: onnx.ModelProto) -> None:
     del model.graph.node[1].input[2:]
 
 
+def _moved_zero_point(model: onnx.ModelProto) -> None:
+    """For both of a pair: the codes are the same, and saturate elsewhere."""
+    zero = next(t for t in model.graph.initializer if t.name == model.graph.node[0].input[2])
+    zero.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(zero) + np.int8(3), zero.name))
+
+
 def _computed_scale(model: onnx.ModelProto) -> None:
     model.graph.node.insert(0, onnx.helper.make_node("Abs", ["scale"], ["computed"], "abs"))
     model.graph.node[1].input[1] = "computed"
@@ -156,6 +162,7 @@ def _computed_scale(model: onnx.ModelProto) -> None:
         (_input_as_output, "is computed by no node", {"outputs": [{"name": "input"}]}),
         (_wide, "tensor wide has 2,013,265,920 elements for 12 probe images", {}),
         (_no_zero_point, "conv.dq (DequantizeLinear) has no zero point", {}),
+        (_moved_zero_point, "conv.q (QuantizeLinear) has the zero point 3", {}),
         (_computed_scale, "conv.q (QuantizeLinear) computes its scale", {}),
         (lambda model: None, "no digests of torch's tensorrt student", {"torch_digests": "none"}),
         (lambda model: None, "no digests of torch's tensorrt student", {"torch_digests": {"tensorrt": {"codes": {}}}}),

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import onnx
 
 from faqd.bundle import MANIFEST, Bundle
 from faqd.deploy.onnx_file import load_model
 from faqd.errors import UserError
+
+ZERO_POINTS = {"int8": (0,), "uint8": (0, 128), "int32": (0,)}
+"""By type of the codes."""
 
 
 def load_network(bundle: Bundle, file: str) -> onnx.ModelProto:
@@ -45,9 +49,17 @@ def _interface(manifest: dict[str, Any], graph: onnx.GraphProto) -> Iterator[str
 
 
 def _grids(graph: onnx.GraphProto) -> Iterator[str]:
-    constants = {tensor.name for tensor in graph.initializer}
+    constants = {tensor.name: tensor for tensor in graph.initializer}
     for node in graph.node:
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and not constants.issuperset(node.input[1:3]):
-            yield f"node {node.name or node.output[0]} ({node.op_type}) computes its scale or its zero point"
-        elif node.op_type in ("QuantizeLinear", "DequantizeLinear") and len(node.input) != 3:
-            yield f"node {node.name or node.output[0]} ({node.op_type}) has no zero point"
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            continue
+        where = f"node {node.name or node.output[0]} ({node.op_type})"
+        if not constants.keys() >= set(node.input[1:3]):
+            yield f"{where} computes its scale or its zero point"
+        elif len(node.input) != 3:
+            yield f"{where} has no zero point"
+        else:
+            # Codes are compared without their zero point; another one would move where they saturate.
+            zero = onnx.numpy_helper.to_array(constants[node.input[2]])
+            if not np.isin(zero, ZERO_POINTS.get(str(zero.dtype), ())).all():
+                yield f"{where} has the zero point {zero.flat[0]}"
