@@ -337,13 +337,13 @@ def distill_job(plan: Plan, student: Student, pairs: list[tuple[str, str]]) -> J
 
 
 def decay_groups(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Parameters with and without weight decay: the float weights of layers have it.
+    """What is trained, with and without weight decay: the float weights of layers have it.
 
     Norms, biases and activation scales do not: none of them has a direction in which smaller is simpler, and a scale
     that shrinks clips.
     """
     groups: tuple[list[nn.Parameter], list[nn.Parameter]] = [], []
-    for parameter in network.parameters():
+    for parameter in filter(lambda parameter: parameter.requires_grad, network.parameters()):
         groups[parameter.dim() <= 1].append(parameter)
     return groups
 

@@ -55,9 +55,15 @@ def _listed(shapes: dict[str, tuple[int, ...]]) -> str:
 
 
 def new_student(recipe: DistillRecipe, source: NetworkSource, teacher: Teacher, example: Tensor) -> Student:
-    """The student before training: the teacher's weights, fresh ones, or those of the run `recipe.init` names."""
+    """The student before training: the teacher's weights, fresh ones, or those of the run `recipe.init` names.
+
+    All its parameters learn: code that freezes a teacher means the teacher. A filter that is a buffer stays as it is.
+    """
     torch.manual_seed(recipe.training.seed)
     network = source.build()
+    for parameter in network.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(True)
     if recipe.init == "teacher":
         network.load_state_dict(teacher.network.state_dict())
     elif recipe.init != "scratch":
