@@ -25,17 +25,23 @@ def fused(traced: fx.GraphModule) -> fx.GraphModule:
         if calls[layer.target] > 1:
             continue
         float_layer: Any = network.get_submodule(str(layer.target))
-        norm: Any = network.get_submodule(str(node.target))
-        if isinstance(float_layer, nn.Linear):
-            merged = fuse_linear_bn_eval(float_layer, norm)
-        else:
-            merged = fuse_conv_bn_eval(float_layer, norm, isinstance(float_layer, graph.TRANSPOSED))
+        if isinstance(float_layer, graph.TRANSPOSED) and float_layer.groups > 1:
+            continue  # torch takes its second weight axis for all output channels, and it is those of one group
+        merged = _merged(float_layer, network.get_submodule(str(node.target)))
         network.set_submodule(str(layer.target), merged)
         node.replace_all_uses_with(layer)
         network.graph.erase_node(node)
     network.delete_all_unused_submodules()
     network.recompile()
     return network
+
+
+def _merged(layer: Any, norm: Any) -> nn.Module:
+    if not norm.affine:  # torch's function for linear layers cannot do without the factors
+        norm.weight, norm.bias = nn.Parameter(torch.ones_like(norm.running_var)), nn.Parameter(0 * norm.running_mean)
+    if isinstance(layer, nn.Linear):
+        return fuse_linear_bn_eval(layer, norm)
+    return fuse_conv_bn_eval(layer, norm, isinstance(layer, graph.TRANSPOSED))
 
 
 def in_place(network: fx.GraphModule) -> fx.GraphModule:
