@@ -7,12 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from faqd.deploy.export import onnx_from_deployed
+from faqd.deploy.torch_values import as_trained, torch_digests
+from faqd.deploy.verify import verify_file
 from faqd.train.capture import capture
+from faqd.train.convert import collect_output_scales, convert
 from faqd.train.fuse import fused
+from faqd.train.placement import Bits
 from faqd.train.student import load_student
-from tests.networks import lively
+from tests.networks import CHANNELS, SHAPE, calibrated, captured, conv, images, lively
 from tests.toy_runs import NET, User, faqd_train, new_user, succeeds, write_net
 
 # Frozen parameters ------------------------------------------------------------------------------------------------
@@ -81,3 +87,56 @@ def test_a_teacher_with_batch_norm_taken_in_computes_the_same(pair: str) -> None
     smaller = fused(capture(network, x))
     assert is_taken_in != any(isinstance(module, type(norm)) for module in smaller.modules())
     torch.testing.assert_close(smaller(x), network(x))
+
+# Own tensors that are moved -----------------------------------------------------------------------------------------
+
+
+class Own(nn.Module):
+    """A parameter of one number for each channel, made to fit by `formula`."""
+
+    def __init__(self, formula: Callable[[Own, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.formula, self.first, self.last = formula, conv(3), conv()
+        self.g = nn.Parameter(torch.linspace(-1, 1, CHANNELS))
+        self.register_buffer("filters", torch.linspace(-1, 1, CHANNELS * 9).reshape(CHANNELS, 9))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.formula(self, self.first(x)))  # type: ignore[no-any-return]
+
+
+MOVED: dict[str, Callable[[Own, Tensor], Tensor]] = {
+    "view": lambda s, x: x + torch.relu(x) * s.g.view(1, -1, 1, 1),
+    "indices": lambda s, x: x * s.g[None, :, None, None],
+    "one of them": lambda s, x: x / s.g[0],
+    "by sizes": lambda s, x: s.g.reshape(x.shape[1], 1, 1) - x,
+    "expanded": lambda s, x: x * s.g.view(1, -1, 1, 1).expand_as(x),
+    "twice": lambda s, x: x * s.g.unsqueeze(-1).unsqueeze(-1),
+    "a piece": lambda s, x: x + s.g.chunk(4)[1].view(2, 1, 1)[0],
+    "filters": lambda s, x: F.conv2d(x, s.filters.view(CHANNELS, 1, 3, 3), groups=CHANNELS),
+}
+
+
+@pytest.mark.parametrize("how", MOVED)
+def test_a_moved_parameter_is_a_constant(how: str) -> None:
+    network = Own(MOVED[how])
+    traced = captured(lively(network, 2))
+    assert not any(node.op == "get_attr" for node in traced.graph.nodes)
+    torch.testing.assert_close(traced(images(1)), network(images(1)))
+    proved(network)
+
+
+def test_a_parameter_behind_an_activation_is_rounded_alone() -> None:
+    proved(Own(lambda s, x: x * torch.sigmoid(s.g).view(1, -1, 1, 1)))
+
+
+def proved(network: nn.Module, shape: tuple[int, ...] = SHAPE) -> None:
+    """The student of `network` computes in both flavours what torch, the referee and onnxruntime say."""
+    student = calibrated(lively(network, 3), Bits(8, 8), shape=shape)
+    x = images(5, 8, shape, reach=3.0)
+    for flavour, modes in (("tensorrt", [False]), ("onnxruntime", [False, True])):
+        scales = collect_output_scales(student, [images(0, 16, shape)])
+        deployed = convert(student, flavour, scales)  # type: ignore[arg-type]
+        model = onnx_from_deployed(deployed, images(1, 2, shape), {})
+        assert verify_file(model, x.numpy(), torch_digests(deployed, x), modes)["failures"] == []
+        equal = as_trained(student, deployed, x)["equal_codes_per_layer"]
+        assert min(equal.values()) > 0.99 or flavour == "onnxruntime"  # which rounds more often

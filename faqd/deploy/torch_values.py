@@ -74,9 +74,10 @@ def as_trained(student: Student, deployed: Deployed, inputs: Tensor) -> dict[str
     layers = {}
     for name in (name for name in quantizers if name in codes):
         wanted = trained[name].numpy()
-        found = codes[name][:, : wanted.shape[1]].reshape(
-            wanted.shape
-        )  # without channels that nothing was trained with
+        found = codes[name]
+        if wanted.ndim > 1:  # without channels that nothing was trained with; a tensor of the user's own has none
+            found = found[:, : wanted.shape[1]]
+        found = found.reshape(wanted.shape)
         layers[name] = round(float(np.mean(wanted == found)), 6)
     outputs = (_arrays(run_batches(network, inputs, BATCH)) for network in (deployed, student.network))
     return {**compare_outputs(*outputs), "equal_codes_per_layer": layers}

@@ -1,6 +1,7 @@
 """Operators that read a parameter or a buffer of the user's module: as the layer or the numbers that they are.
 
-F.conv2d(x, self.weight) becomes a convolution, self.scale * x and (x - self.mean) / self.std become Scaled.
+F.conv2d(x, self.weight) becomes a convolution, self.scale * x and (x - self.mean) / self.std become Scaled. A tensor of
+the user's that is only moved, such as self.scale.view(1, -1, 1, 1), is one more; moved once, here, not for every image.
 """
 
 from __future__ import annotations
@@ -22,22 +23,53 @@ def with_own_tensors(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     if node.op == "call_function" and node.target in _LAYERS:
         return _layer(traced, node)
     make = _SUMS.get(node.target if node.op == "call_function" else str(node.target))
-    held = [argument for argument in node.all_input_nodes if argument.op == "get_attr"]
-    if make is None or len(held) != 1 or len(node.args) != 2 or node.kwargs or node.op == "call_module":
+    if make is None or len(node.args) != 2 or node.kwargs or node.op == "call_module":
         return None
-    (own,) = held
-    x = next((argument for argument in node.all_input_nodes if argument is not own), None)
+    held = [(argument, own) for argument in node.args if (own := _own(traced, _unexpanded(argument))) is not None]
+    if len(held) != 1:
+        return None
+    ((place, own),) = held
+    x = next((argument for argument in node.all_input_nodes if argument is not place), None)
     if x is None or graph.shape(node) != graph.shape(x) or not _spares_the_batch(own, x):
         return None
-    scaled = make(graph.held_tensor(traced, own), node.args[0] is own)
+    scaled = make(own, node.args[0] is place)
     if scaled is not None:
         node.args = (x,)
     return scaled
 
 
-def _spares_the_batch(own: fx.Node, x: fx.Node) -> bool:
-    sizes, dimensions = graph.shape(own), len(graph.shape(x))
-    return len(sizes) < dimensions or (len(sizes) == dimensions and sizes[0] == 1)
+def _spares_the_batch(own: Tensor, x: fx.Node) -> bool:
+    dimensions = len(graph.shape(x))
+    return own.dim() < dimensions or (own.dim() == dimensions and own.shape[0] == 1)
+
+
+def _unexpanded(argument: Any) -> Any:
+    """What is expanded to the size of an operator's other side, which the operator does by itself."""
+    expands = isinstance(argument, fx.Node) and argument.target in ("expand", "expand_as")
+    return argument.args[0] if expands else argument
+
+
+def _own(traced: fx.GraphModule, node: Any) -> Tensor | None:
+    """The parameter or buffer that `node` is, where operators move its values in their new places; None for a tensor
+    that something else makes."""
+    if not isinstance(node, fx.Node):
+        return None
+    if node.op == "get_attr":
+        return graph.held_tensor(traced, node)
+    if graph.role(traced, node) != "reshape" or not graph.is_tensor(node) or not node.args:
+        return None
+    first, *others = node.args
+    own = _own(traced, first)
+    if own is None:
+        return None
+    if len(node.all_input_nodes) > 1:  # a size that was read from another tensor
+        return _like(own, own.reshape(graph.shape(node))) if node.target in _BY_SIZES else None
+    function: Any = graph.module_of(traced, node) or node.target
+    function = getattr(Tensor, function) if isinstance(function, str) else function
+    return _like(own, function(own, *others, **node.kwargs))
+
+
+_BY_SIZES = ("view", "reshape", torch.reshape)
 
 
 # Sums and products: (the tensor, whether it stands first) -> module ------------------------------------------------
@@ -85,10 +117,9 @@ def _layer(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     names = ("input", "weight", "bias", *_LAYERS[node.target])
     given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
     x, weight, bias = given.pop("input", None), given.pop("weight", None), given.pop("bias", None)
-    held = [own for own in (weight, bias) if own is not None]
-    if not isinstance(x, fx.Node) or any(not isinstance(n, fx.Node) or n.op != "get_attr" for n in held):
+    values, offset = _own(traced, weight), _own(traced, bias)
+    if not isinstance(x, fx.Node) or values is None or (offset is None) != (bias is None):
         return None
-    values = graph.held_tensor(traced, weight)
     layer: Any
     if node.target is F.linear:
         layer = nn.Linear(values.shape[1], values.shape[0], bias is not None)
@@ -96,8 +127,8 @@ def _layer(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
         inputs, kernel = values.shape[1] * given.get("groups", 1), tuple(values.shape[2:])
         layer = _KINDS[node.target](inputs, values.shape[0], kernel, bias=bias is not None, **given)
     layer.weight = _parameter(values)
-    if bias is not None:
-        layer.bias = _parameter(graph.held_tensor(traced, bias))
+    if offset is not None:
+        layer.bias = _parameter(offset)
     node.args, node.kwargs = (x,), {}
     return layer  # type: ignore[no-any-return]
 
