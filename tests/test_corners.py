@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 import torch
 import torch.nn.functional as F
+from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from faqd.deploy.export import onnx_from_deployed
+from faqd.deploy.build_options import BuildOptions
+from faqd.deploy.engine import engine_from_onnx
+from faqd.deploy.export import onnx_from_deployed, save
+from faqd.deploy.float16 import float16_from_float32
+from faqd.deploy.referee import Referee
 from faqd.deploy.torch_values import as_trained, torch_digests
 from faqd.deploy.verify import verify_file
 from faqd.train.capture import capture
@@ -19,7 +26,23 @@ from faqd.train.fuse import fused
 from faqd.train.placement import Bits
 from faqd.train.student import load_student
 from tests.networks import CHANNELS, SHAPE, calibrated, captured, conv, images, lively
+from tests.test_export import needs_rtx
 from tests.toy_runs import NET, User, faqd_train, new_user, succeeds, write_net
+
+
+def proved(network: nn.Module) -> onnx.ModelProto:
+    """The student's file for TensorRT, once both flavours compute what torch, the referee and onnxruntime say."""
+    student = calibrated(lively(network, 3), Bits(8, 8))
+    x = images(5, 8, SHAPE, reach=3.0)
+    for flavour, modes in (("onnxruntime", [False, True]), ("tensorrt", [False])):
+        scales = collect_output_scales(student, [images(0, 16)])
+        deployed = convert(student, flavour, scales)  # type: ignore[arg-type]
+        model = onnx_from_deployed(deployed, images(1, 2), {})
+        assert verify_file(model, x.numpy(), torch_digests(deployed, x), modes)["failures"] == []
+        equal = as_trained(student, deployed, x)["equal_codes_per_layer"]
+        assert min(equal.values()) > 0.99 or flavour == "onnxruntime"  # which rounds more often
+    return model
+
 
 # Frozen parameters ------------------------------------------------------------------------------------------------
 
@@ -129,14 +152,103 @@ def test_a_parameter_behind_an_activation_is_rounded_alone() -> None:
     proved(Own(lambda s, x: x * torch.sigmoid(s.g).view(1, -1, 1, 1)))
 
 
-def proved(network: nn.Module, shape: tuple[int, ...] = SHAPE) -> None:
-    """The student of `network` computes in both flavours what torch, the referee and onnxruntime say."""
-    student = calibrated(lively(network, 3), Bits(8, 8), shape=shape)
-    x = images(5, 8, shape, reach=3.0)
-    for flavour, modes in (("tensorrt", [False]), ("onnxruntime", [False, True])):
-        scales = collect_output_scales(student, [images(0, 16, shape)])
-        deployed = convert(student, flavour, scales)  # type: ignore[arg-type]
-        model = onnx_from_deployed(deployed, images(1, 2, shape), {})
-        assert verify_file(model, x.numpy(), torch_digests(deployed, x), modes)["failures"] == []
-        equal = as_trained(student, deployed, x)["equal_codes_per_layer"]
-        assert min(equal.values()) > 0.99 or flavour == "onnxruntime"  # which rounds more often
+# Reshapes -----------------------------------------------------------------------------------------------------------
+
+
+class Reshaped(nn.Module):
+    """Two layers and what lies between them; behind them `last` where the shapes ask for it."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor], channels: int = CHANNELS) -> None:
+        super().__init__()
+        self.between, self.first, self.last = between, conv(3), conv(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.between(torch.relu(self.first(x))))  # type: ignore[no-any-return]
+
+
+class PerPixel(nn.Module):
+    """A linear layer on the pixels of all images, in one axis, and back."""
+
+    def __init__(self, keeps_map: bool) -> None:
+        super().__init__()
+        self.keeps_map, self.first, self.inner, self.last = keeps_map, conv(3), nn.Linear(CHANNELS, 16), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        n, c, h, w = x.shape
+        pixels = x.permute(0, 2, 3, 1)
+        pixels = pixels.reshape(-1, c) if self.keeps_map else pixels.reshape(n * h * w, c)
+        scores: Tensor = self.last(torch.relu(self.inner(pixels)))
+        return scores.reshape(n, h, w, 5) if self.keeps_map else scores.view(n, h * w, -1)
+
+
+RESHAPED: dict[str, Callable[[], nn.Module]] = {
+    "channels shuffled": lambda: Reshaped(nn.ChannelShuffle(2)),
+    "channels shuffled by a function": lambda: Reshaped(lambda x: F.channel_shuffle(x, groups=4)),
+    "pixels into channels": lambda: Reshaped(nn.PixelUnshuffle(2), 4 * CHANNELS),
+    "pixels into channels by a function": lambda: Reshaped(lambda x: F.pixel_unshuffle(x, 2), 4 * CHANNELS),
+    "pixels in one axis": lambda: PerPixel(False),
+    "pixels in one axis and back": lambda: PerPixel(True),
+}
+
+
+@pytest.fixture(scope="module")
+def reshaped() -> dict[str, onnx.ModelProto]:
+    return {name: proved(make()) for name, make in RESHAPED.items()}
+
+
+@pytest.mark.parametrize("name", RESHAPED)
+def test_reshapes_keep_to_the_shapes_that_backends_know(reshaped: dict[str, onnx.ModelProto], name: str) -> None:
+    """And not to chains of Shape and Concat around an allowzero = 1."""
+    kinds = {node.op_type for node in reshaped[name].graph.node}
+    assert kinds <= {"QuantizeLinear", "DequantizeLinear", "Clip", "Relu", "Conv", "Gemm", "Reshape", "Transpose"}
+    assert not any(a.name == "allowzero" and a.i for node in reshaped[name].graph.node for a in node.attribute)
+
+
+@needs_rtx
+@pytest.mark.parametrize("name", RESHAPED)
+def test_tensorrt_runs_what_stands_around_a_reshape_in_int8(
+    reshaped: dict[str, onnx.ModelProto], name: str, tmp_path: Path
+) -> None:
+    save(float16_from_float32(reshaped[name]), tmp_path / "student.onnx")
+    record = engine_from_onnx(tmp_path / "student.onnx", tmp_path / "student.engine", BuildOptions(), lambda _: None)
+    assert [entry["node"] for entry in record["int8"]["products"] if not entry["int8"]] == []
+
+
+def test_the_referee_takes_a_zero_as_the_file_means_it() -> None:
+    value, shape = (helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("x", "y"))
+    for allowzero, wanted in ((0, (2, 3)), (1, (0, 3))):
+        node = helper.make_node("Reshape", ["x", "sizes"], ["y"], allowzero=allowzero)
+        sizes = numpy_helper.from_array(np.array([0, 3]), "sizes")
+        graph = helper.make_graph([node], "g", [value], [shape], [sizes])
+        referee = Referee(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)]))
+        x = np.zeros((2, 3) if allowzero == 0 else (0, 5), np.float32)
+        assert referee.run({"x": x})["y"].shape == wanted
+
+
+# Outputs ------------------------------------------------------------------------------------------------------------
+
+
+class Returns(nn.Module):
+    def __init__(self, returned: Callable[[Tensor, Tensor], object]) -> None:
+        super().__init__()
+        self.returned, self.first, self.last = returned, conv(3), nn.Linear(CHANNELS, 5)
+
+    def forward(self, x: Tensor) -> object:
+        return self.returned(self.last(torch.relu(self.first(x)).mean((2, 3))), x)
+
+
+RETURNED: dict[str, tuple[Callable[[Tensor, Tensor], object], list[str]]] = {
+    "two names": (lambda k, x: {"a": k, "b": k}, ["a", "b"]),
+    "nested": (lambda k, x: {"a": k, "b": [k, {"c": k}]}, ["a", "b_0", "b_1_c"]),
+    "as it is": (lambda k, x: (k, k.flatten(1)), ["logits_0", "logits_1"]),
+    "the input": (lambda k, x: (k, x), ["logits_0", "logits_1"]),
+}
+
+
+@pytest.mark.parametrize("how", RETURNED)
+def test_every_output_has_its_name_in_the_file(how: str) -> None:
+    returned, names = RETURNED[how]
+    model = proved(Returns(returned))
+    assert [value.name for value in model.graph.output] == names
+    assert [value.name for value in model.graph.input] == ["input"]

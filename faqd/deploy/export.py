@@ -17,12 +17,13 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import torch
+import torch.nn.functional as F
 from onnx_ir.passes import common
 from onnxscript.optimizer import fold_constants
 from torch import Tensor, fx, nn
 
 from faqd import __version__
-from faqd.deploy.plain_twins import OPSET, Flatten, GlobalAverage, Mean, Reshape, plain_twin
+from faqd.deploy.plain_twins import OPSET, Flatten, GlobalAverage, Mean, Regrouped, Reshape, plain_twin
 from faqd.deploy.twins import AverageTwin, deployed_twin
 from faqd.errors import UserError, first_line
 from faqd.files import written_beside
@@ -72,6 +73,7 @@ def onnx_from_network(network: fx.GraphModule, example: Tensor, metadata: dict[s
     assert program is not None
     model = program.model
     _fold_constants(model)
+    _keep_outputs_apart(model.graph)
     _name(model, list(graph_outputs(network)))
     _strip(model)
     model.producer_name, model.producer_version = "faqd", __version__
@@ -96,6 +98,19 @@ def _fold_constants(model: ir.Model) -> None:
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
 
 
+def _keep_outputs_apart(graph: ir.Graph) -> None:
+    """What a network returns twice, or returns as it came in, under names of its own."""
+    taken = set(graph.inputs)
+    for index, value in enumerate(graph.outputs):
+        if value in taken:
+            again = ir.node("Identity", [value])
+            (copied,) = again.outputs
+            copied.type, copied.shape = value.type, value.shape
+            graph.append(again)
+            graph.outputs[index] = copied
+        taken.add(value)
+
+
 def _replace_modules(network: fx.GraphModule, twin: Callable[[nn.Module], nn.Module | None]) -> None:
     for node in network.graph.nodes:
         new = twin(network.get_submodule(str(node.target))) if node.op == "call_module" else None
@@ -117,7 +132,8 @@ def _with_plain_operators(network: fx.GraphModule, example: Tensor) -> fx.GraphM
     propagate(network, example[:2])
     finder = _AverageFinder(network)
     finder.run(example[:2])
-    found = {node: _plain_operator(network, node, finder.found) for node in network.graph.nodes}
+    sizes = _sizes_behind_the_batch(network, example)
+    found = {node: _plain_operator(network, node, finder.found, sizes) for node in network.graph.nodes}
     names = places(network)
     for node, plain in found.items():
         if plain is None:
@@ -133,7 +149,17 @@ def _with_plain_operators(network: fx.GraphModule, example: Tensor) -> fx.GraphM
     return network
 
 
-def _plain_operator(network: fx.GraphModule, node: fx.Node, averages: set[fx.Node]) -> nn.Module | None:
+def _sizes_behind_the_batch(network: fx.GraphModule, example: Tensor) -> dict[fx.Node, tuple[int, ...]]:
+    """The sizes of all axes but the first, of the tensors that have the same for every number of images."""
+    more = copy.deepcopy(network)
+    propagate(more, torch.cat([example[:2], example[:1]]))
+    pairs = [pair for pair in zip(network.graph.nodes, more.graph.nodes, strict=True) if all(map(is_tensor, pair))]
+    return {node: shape(node)[1:] for node, other in pairs if shape(node)[1:] == shape(other)[1:]}
+
+
+def _plain_operator(
+    network: fx.GraphModule, node: fx.Node, averages: set[fx.Node], sizes: dict[fx.Node, tuple[int, ...]]
+) -> nn.Module | None:
     """What stands for `node`; None where torch's exporter does well."""
     if node in averages:
         flat = len(shape(node)) == 2
@@ -145,8 +171,36 @@ def _plain_operator(network: fx.GraphModule, node: fx.Node, averages: set[fx.Nod
     before, after = shape(operand(node)), shape(node)
     if after == (before[0], math.prod(before[1:])):
         return Flatten() if len(before) > 2 else nn.Identity()
+    if (regrouped := _regrouped(network, node)) is not None:
+        return regrouped
     reshapes = node.target in _RESHAPES or isinstance(module_of(network, node), nn.Flatten | nn.Unflatten)
-    return Reshape(after[1:]) if reshapes and after[0] == before[0] and math.prod(before) == math.prod(after) else None
+    if not reshapes or math.prod(before) != math.prod(after):
+        return None
+    if after[0] == before[0]:
+        return Reshape(after[1:])
+    return Reshape(after[1:], batch=-1) if node in sizes and operand(node) in sizes else None
+
+
+def _regrouped(network: fx.GraphModule, node: fx.Node) -> Regrouped | None:
+    """A shuffle of channels, or of pixels into channels; None for any other operator."""
+    module: Any = module_of(network, node)
+    if len(shape(node)) != 4 or len(shape(operand(node))) != 4:
+        return None
+    (_, c, h, w), after = shape(operand(node)), shape(node)[1:]
+    given = [*node.args[1:], *node.kwargs.values()]
+    if isinstance(module, nn.ChannelShuffle) or node.target is F.channel_shuffle:
+        groups = module.groups if module is not None else _number(given)
+        return Regrouped((groups, c // groups, h, w), (0, 2, 1, 3, 4), after)
+    if isinstance(module, nn.PixelUnshuffle) or node.target is F.pixel_unshuffle:
+        block = module.downscale_factor if module is not None else _number(given)
+        return Regrouped((c, h // block, block, w // block, block), (0, 1, 3, 5, 2, 4), after)
+    return None
+
+
+def _number(given: list[Any]) -> int:
+    """The number that a shuffle was given besides its tensor."""
+    (number,) = (value for value in given if isinstance(value, int))
+    return number
 
 
 _MEANS = (torch.mean, Tensor.mean, "mean")

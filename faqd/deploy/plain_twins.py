@@ -161,6 +161,26 @@ class Reshape(nn.Module):
         return emit("Reshape", (x, self.get_buffer("shape")), x.new_empty(batch, *self.sizes), torch.float32)
 
 
+class Regrouped(nn.Module):
+    """Axes behind the batch taken apart, put in another order and joined again, as shuffles of channels and pixels do.
+
+    parts: sizes of the axes taken apart. order: of the axes, the batch included. sizes: of the result, without it.
+    """
+
+    def __init__(self, parts: tuple[int, ...], order: tuple[int, ...], sizes: tuple[int, ...]) -> None:
+        super().__init__()
+        self._parts, self._sizes, self.order = parts, sizes, order
+        self.register_buffer("parts", torch.tensor([0, *parts]))
+        self.register_buffer("sizes", torch.tensor([0, *sizes]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        apart = x.new_empty(x.shape[0], *self._parts)
+        apart = emit("Reshape", (x, self.get_buffer("parts")), apart, torch.float32)
+        ordered = emit("Transpose", (apart,), apart.permute(self.order), torch.float32, perm=list(self.order))
+        joined = x.new_empty(x.shape[0], *self._sizes)
+        return emit("Reshape", (ordered, self.get_buffer("sizes")), joined, torch.float32)
+
+
 class Flatten(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return emit("Flatten", (x,), x.new_empty(x.shape[0], math.prod(x.shape[1:])), torch.float32, axis=1)

@@ -27,7 +27,6 @@ Attributes = dict[str, Any]
 OPSETS = range(13, 21)
 _NEUTRAL: Attributes = {
     "auto_pad": b"NOTSET",
-    "allowzero": 0,
     "noop_with_empty_axes": 0,
     "storage_order": 0,
     "training_mode": 0,
@@ -257,8 +256,10 @@ def _mean(operands: list[Value], attributes: Attributes) -> Value:
 
 
 def _reshape(operands: list[Value], attributes: Attributes) -> Value:
+    zero_keeps = not attributes.get("allowzero", 0)
+
     def reshaped(values: Array) -> Array:
-        wanted = [values.shape[i] if int(n) == 0 else int(n) for i, n in enumerate(operands[1])]
+        wanted = [values.shape[i] if int(n) == 0 and zero_keeps else int(n) for i, n in enumerate(operands[1])]
         return values.reshape(wanted)
 
     return moved(operands[0], reshaped)
