@@ -23,7 +23,7 @@ from faqd.deploy.verify import verify_file
 from faqd.train.capture import capture
 from faqd.train.convert import collect_output_scales, convert
 from faqd.train.fuse import fused
-from faqd.train.placement import Bits
+from faqd.train.placement import Bits, place
 from faqd.train.student import load_student
 from tests.networks import CHANNELS, SHAPE, calibrated, captured, conv, images, lively
 from tests.test_export import needs_rtx
@@ -252,3 +252,28 @@ def test_every_output_has_its_name_in_the_file(how: str) -> None:
     model = proved(Returns(returned))
     assert [value.name for value in model.graph.output] == names
     assert [value.name for value in model.graph.input] == ["input"]
+
+
+# Many paths ---------------------------------------------------------------------------------------------------------
+
+
+class Parting(nn.Module):
+    """Blocks with two ways through each, which is 2^40 in all."""
+
+    def __init__(self, joins: bool) -> None:
+        super().__init__()
+        self.joins, self.first, self.last = joins, conv(3), conv()
+        self.gates = nn.ModuleList(conv(kernel=1) for _ in range(0 if joins else 40))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        for gate in self.gates:
+            x = x + x * torch.sigmoid(gate(x.mean((2, 3), keepdim=True)))
+        for _ in range(40 if self.joins else 0):
+            x = torch.cat([x, F.max_pool2d(x, 3, 1, 1)], 1)[:, :CHANNELS]
+        return self.last(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("joins", [False, True])
+def test_quantizers_are_placed_without_walking_every_path(joins: bool) -> None:
+    place(captured(Parting(joins), (3, 4, 4)), Bits(8, 8))

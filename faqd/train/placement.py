@@ -166,25 +166,33 @@ def _weight_grids(reader: _Reader, bits: Bits) -> dict[fx.Node, Quant]:
 
 
 class _Reader:
-    """Questions about one captured network, answered by walking its graph."""
+    """Questions about one captured network, answered by walking its graph once: paths that part and meet again, as
+    around every gate, double with each."""
 
     def __init__(self, traced: fx.GraphModule, excluded: set[fx.Node]) -> None:
         self.traced = traced
         self._excluded = excluded
         self._depth: dict[fx.Node, int] = {}
+        self._sources: dict[fx.Node, set[fx.Node]] = {}
+        self._negative: dict[fx.Node, bool] = {}
         for node in traced.graph.nodes:
             before = max((self._depth[n] for n in node.all_input_nodes), default=0)
             self._depth[node] = before + (self.role(node) == "compute")
+            self._sources[node] = self._find_sources(node)
+            self._negative[node] = self._find_negative(node)
 
     def role(self, node: fx.Node) -> graph.Role:
         return "other" if node in self._excluded else graph.role(self.traced, node)
 
     def sources(self, node: fx.Node) -> set[fx.Node]:
         """The nodes that made the values of `node`, behind operators that only move or join them."""
+        return self._sources[node]
+
+    def _find_sources(self, node: fx.Node) -> set[fx.Node]:
         if self.role(node) == "reshape" and graph.is_tensor(graph.operand(node)):
-            return self.sources(graph.operand(node))
+            return self._sources[graph.operand(node)]
         if self.role(node) == "concat":
-            joined = set().union(*(self.sources(operand) for operand in graph.tensor_inputs(node)))
+            joined = set().union(*(self._sources[operand] for operand in graph.tensor_inputs(node)))
             return {node} if any(self._needs_its_own_scale(source, joined) for source in joined) else joined
         return {node}
 
@@ -195,14 +203,17 @@ class _Reader:
         return source.op == "placeholder" or averaged
 
     def can_be_negative(self, node: fx.Node) -> bool:
+        return self._negative[node]
+
+    def _find_negative(self, node: fx.Node) -> bool:
         kind = self.role(node)
         module: Any = self.traced.get_submodule(str(node.target)) if node.op == "call_module" else None
         if kind == "rectify" or isinstance(module, NEVER_NEGATIVE) or (kind == "clamp" and module.low >= 0):
             return False
         if kind == "reshape":
-            return self.can_be_negative(graph.operand(node))
+            return self._negative[graph.operand(node)]
         if kind in ("average", "add", "multiply", "concat") and node.target not in graph.SUBTRACT:
-            return any(self.can_be_negative(operand) for operand in graph.tensor_inputs(node))
+            return any(self._negative[operand] for operand in graph.tensor_inputs(node))
         return True
 
     def ends_a_layer(self, node: fx.Node) -> bool:
