@@ -38,7 +38,8 @@ FLAGS = {
     "faqd-train eval": "--data-root --json",
     "faqd-train recipes": "--json",
     "faqd-train inspect": (
-        "--teacher --arch --weight-bits --act-bits --target --scales --exclude --image-size --input-channels --json"
+        "--teacher --teacher-weights --arch --weight-bits --act-bits --target --scales --exclude --image-size "
+        "--input-channels --json"
     ),
     "faqd-deploy": "--version",
     "faqd-deploy export": f"--data-root {BUNDLE} --json",

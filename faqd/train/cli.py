@@ -105,12 +105,15 @@ def teacher(recipe: str, json_target: str | None, **options: Any) -> None:
             emit_json(json_target, record)
 
 
+_teacher_weights = click.option(
+    "--teacher-weights", type=click.Path(path_type=Path), help="Read its weights from a .safetensors, .pt or .pth file."
+)
+
+
 @cli.command()
 @click.option("--recipe", default="default", show_default=True, help="Set everything; `recipes` lists them.")
 @click.option("--teacher", required=True, metavar="RUN|FILE.py:callable", help="Learn from this float network.")
-@click.option(
-    "--teacher-weights", type=click.Path(path_type=Path), help="Read its weights from a .safetensors, .pt or .pth file."
-)
+@_teacher_weights
 @_arch("Train this network, of the zoo or your own, instead of the teacher's.")
 @click.option("--init", metavar="teacher|scratch|RUN", help="Start the student from these weights.")
 @click.option("--weight-bits", metavar="BITS[,BITS]", help="Use 1 to 8 bits; a list trains all side by side.")
@@ -227,6 +230,7 @@ def recipes(json_target: str | None) -> None:
 
 @cli.command()
 @click.option("--teacher", required=True, metavar="RUN|FILE.py:callable", help="Look at this network.")
+@_teacher_weights
 @_arch("Look at this student of it instead, of the zoo or your own.")
 @click.option("--weight-bits", type=int, default=8, show_default=True, help="Give weights 1 to 8 bits.")
 @click.option("--act-bits", type=int, default=8, show_default=True, help="Give activations 1 to 8 bits, or 32.")
@@ -254,7 +258,7 @@ def inspect(json_target: str | None, **options: Any) -> None:
     """Show what each layer would get before training: weight and input grids, and the affinity taps."""
     from faqd.train.inspect import inspect_network
 
-    table = inspect_network(**options)
+    table = inspect_network(**options, say=_say)
     if json_target is None:
         click.echo(f"{'layer':34} {'operator':10} {'weights':12} {'inputs':14} shape")
         for row in table["layers"]:

@@ -8,17 +8,19 @@ from typing import Any
 from faqd.command import parse_size
 from faqd.errors import UserError
 from faqd.train.capture import capture
-from faqd.train.network import NetworkSource, user_source
+from faqd.train.data import Say
+from faqd.train.network import NetworkSource, load_weights, user_source
 from faqd.train.placement import Bits
 from faqd.train.prepare import prepare, student_table
 from faqd.train.run import read_record
-from faqd.train.source import Teacher
+from faqd.train.source import Teacher, refuse_weights_of_a_run
 from faqd.train.student import student_source
 from faqd.train.taps import tap_names, tap_pairs
 
 
 def inspect_network(
     teacher: str,
+    teacher_weights: Path | None,
     arch: str | None,
     weight_bits: int,
     act_bits: int,
@@ -27,10 +29,18 @@ def inspect_network(
     exclude: tuple[str, ...],
     image_size: str | None,
     input_channels: int,
+    say: Say,
 ) -> dict[str, Any]:
-    """The scheme of each layer and the taps: of the network of a run or FILE.py:callable, or of its student `arch`."""
+    """The scheme of each layer and the taps: of the network of a run or FILE.py:callable, or of its student `arch`.
+
+    teacher_weights: read so that a file of another network is refused here already; no scheme depends on weights.
+    """
+    if teacher_weights is not None:
+        refuse_weights_of_a_run(teacher)
     source = _source(teacher, image_size, input_channels)
     network, example = source.build(), source.example()
+    if teacher_weights is not None:
+        load_weights(network, teacher_weights, say)
     bits = Bits(weight_bits, act_bits, target, scales == "channel", exclude=exclude)
     traced = capture(network, example)
     source = student_source(arch, Teacher(network, source, ""))

@@ -56,9 +56,9 @@ def lesson_from(
 
 
 def _is_run(spec: str, weights: Path | None) -> bool:
+    if weights is not None:
+        refuse_weights_of_a_run(spec)
     if Path(spec).is_dir():
-        if weights is not None:
-            raise UserError(f"--teacher-weights: the run {spec} has its own weights; leave the option out.")
         return True
     if not is_users(spec):
         raise UserError(f"--teacher {spec}: no such run folder, and not FILE.py:callable.")
@@ -66,6 +66,11 @@ def _is_run(spec: str, weights: Path | None) -> bool:
         raise UserError(f"--teacher {spec}: needs --teacher-weights FILE, the trained weights of that network.")
     user_source(spec, 1, (1, 1))  # refuses a wrong name before images are read
     return False
+
+
+def refuse_weights_of_a_run(spec: str) -> None:
+    if Path(spec).is_dir():
+        raise UserError(f"--teacher-weights: the run {spec} has its own weights; leave the option out.")
 
 
 def _as_given(data: dict[str, Any]) -> DataOptions:
