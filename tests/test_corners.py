@@ -18,8 +18,10 @@ from faqd.deploy.engine import engine_from_onnx
 from faqd.deploy.export import onnx_from_deployed, save
 from faqd.deploy.float16 import float16_from_float32
 from faqd.deploy.referee import Referee
+from faqd.deploy.segments import segments
 from faqd.deploy.torch_values import as_trained, torch_digests
 from faqd.deploy.verify import verify_file
+from faqd.deploy.verify_float16 import _beyond
 from faqd.train.capture import capture
 from faqd.train.convert import collect_output_scales, convert
 from faqd.train.fuse import fused
@@ -27,7 +29,7 @@ from faqd.train.placement import Bits, place
 from faqd.train.student import load_student
 from tests.networks import CHANNELS, SHAPE, calibrated, captured, conv, images, lively
 from tests.test_export import needs_rtx
-from tests.toy_runs import NET, User, faqd_train, new_user, succeeds, write_net
+from tests.toy_runs import NET, User, faqd_deploy, faqd_train, new_user, succeeds, write_net
 
 
 def proved(network: nn.Module) -> onnx.ModelProto:
@@ -57,7 +59,9 @@ BLUR = """
 def build():
 """
 FROZEN: dict[str, str] = {
-    "the first layer": NET.replace("return Net()", "net = Net()\n    net.features[0].requires_grad_(False)\n    return net"),
+    "the first layer": NET.replace(
+        "return Net()", "net = Net()\n    net.features[0].requires_grad_(False)\n    return net"
+    ),
     "the network": NET.replace("return Net()", "return Net().requires_grad_(False)"),
     "a filter": NET.partition("\n    def forward")[0] + BLUR + "    return Net()\n",
 }
@@ -111,11 +115,14 @@ def test_a_teacher_with_batch_norm_taken_in_computes_the_same(pair: str) -> None
     assert is_taken_in != any(isinstance(module, type(norm)) for module in smaller.modules())
     torch.testing.assert_close(smaller(x), network(x))
 
+
 # Own tensors that are moved -----------------------------------------------------------------------------------------
 
 
 class Own(nn.Module):
     """A parameter of one number for each channel, made to fit by `formula`."""
+
+    filters: Tensor
 
     def __init__(self, formula: Callable[[Own, Tensor], Tensor]) -> None:
         super().__init__()
@@ -171,7 +178,12 @@ class PerPixel(nn.Module):
 
     def __init__(self, keeps_map: bool) -> None:
         super().__init__()
-        self.keeps_map, self.first, self.inner, self.last = keeps_map, conv(3), nn.Linear(CHANNELS, 16), nn.Linear(16, 5)
+        self.keeps_map, self.first, self.inner, self.last = (
+            keeps_map,
+            conv(3),
+            nn.Linear(CHANNELS, 16),
+            nn.Linear(16, 5),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.first(x))
@@ -277,3 +289,35 @@ class Parting(nn.Module):
 @pytest.mark.parametrize("joins", [False, True])
 def test_quantizers_are_placed_without_walking_every_path(joins: bool) -> None:
     place(captured(Parting(joins), (3, 4, 4)), Bits(8, 8))
+
+
+# Beyond FP16 --------------------------------------------------------------------------------------------------------
+
+
+def test_numbers_beyond_fp16_are_named_with_the_way_out(user: User, tmp_path: Path) -> None:
+    enormous = "net = Net()\n    nn.init.constant_(net.features[1].bias, 1e30)\n    return net"
+    net = write_net(tmp_path, NET.replace("return Net()", enormous))
+    line = ("ptq", "--teacher", f"{net}:build", "--teacher-weights", net.parent / "best.pth", *user.data)
+    told = faqd_deploy(*line, "--eval-samples", 16, "--calibration-images", 16, "--out", tmp_path / "bundle")
+    assert told.code == 1
+    assert "features.0.bias reaches 1e+30, beyond FP16's 65504" in told.stderr and "--float-type fp32" in told.stderr
+
+
+def test_sums_that_leave_fp16_are_told_from_small_differences() -> None:
+    (segment, *_) = segments(proved(Reshaped(nn.Identity())))
+    assert "range" in _beyond(segment, {}, np.array([np.inf]))
+    assert _beyond(segment, {}, np.ones(1)) == ""
+
+
+# What inspect takes -------------------------------------------------------------------------------------------------
+
+
+def test_inspect_takes_the_weights_that_ptq_and_distill_ask_for(user: User, tmp_path: Path) -> None:
+    shown = ("inspect", "--teacher", user.teacher[1], "--image-size", "8")
+    told = succeeds(faqd_train(*shown, *user.teacher[2:]))
+    assert told.stdout == succeeds(faqd_train(*shown)).stdout
+    torch.save({"other.weight": torch.ones(1)}, tmp_path / "other.pth")
+    refused = faqd_train(*shown, "--teacher-weights", tmp_path / "other.pth")
+    assert refused.code == 2 and "other.pth: these are not weights of Net" in refused.stderr
+    refused = faqd_train("inspect", "--teacher", tmp_path, *user.teacher[2:])
+    assert refused.code == 2 and "has its own weights" in refused.stderr

@@ -13,10 +13,10 @@ from onnx import numpy_helper
 from faqd import bundle as names
 from faqd.bundle import Bundle
 from faqd.deploy.bundle_networks import load_network
-from faqd.deploy.float16 import STATED, narrowed
+from faqd.deploy.float16 import LARGEST, STATED, narrowed
 from faqd.deploy.onnx_session import OnnxSession
 from faqd.deploy.referee import Referee, code_tensors, stored
-from faqd.deploy.segments import segments
+from faqd.deploy.segments import Segment, segments
 from faqd.deploy.uint8_input import without_preprocessing
 from faqd.deploy.whole_outputs import Outputs, compare_outputs, outputs_of, snr_db
 from faqd.reference import real
@@ -49,16 +49,31 @@ def verify_float16(
             snr = snr_db(found, expected)
             layers.append({"layer": segment.layer, "snr_db": snr})
             if snr is not None and not snr >= LEAST_SNR_DB:
-                failures.append(f"{segment.layer}: the FP16 output {segment.output} is {snr:.0f} dB from FP32")
+                apart = f"{segment.layer}: the FP16 output {segment.output} is {snr:.0f} dB from FP32"
+                failures.append(apart + _beyond(segment, values, found))
             continue
         difference = np.abs(found.astype(np.int16) - expected.astype(np.int16))
         close = float(np.mean(difference <= 1))
         layers.append({"layer": segment.layer, "within_one_code": close, "largest_difference": int(difference.max())})
         if close < EQUAL_CODES_FP16:
-            failures.append(f"{segment.layer}: only {100 * close:.3f} % of FP16 codes are within one of FP32")
+            apart = f"{segment.layer}: only {100 * close:.3f} % of FP16 codes are within one of FP32"
+            failures.append(apart + _beyond(segment, values, found))
     failures += changed(half, full)
     session = OnnxSession(bundle.path(names.STUDENT_TENSORRT), optimise=False)
     return {"layers": layers, "failures": failures, "outputs": compare_outputs(outputs_of(session, images), wanted)}
+
+
+def _beyond(segment: Segment, values: dict[str, Any], found: NDArray[Any]) -> str:
+    """Why FP16 is so far off, where a number of this layer does not fit in it; nothing where all do."""
+    here = {name for node in segment.model.graph.node for name in (*node.input, *node.output)}
+    reached = {name: float(np.abs(real(values[name])).max(initial=0.0)) for name in sorted(here & values.keys())}
+    name = max(reached, key=lambda name: reached[name], default="")
+    way_out = "write the bundle again with --float-type fp32"
+    if reached.get(name, 0.0) > LARGEST:
+        return f": {name} reaches {reached[name]:.3g}, beyond FP16's {LARGEST:.0f}; {way_out}"
+    if not np.isfinite(found).all():
+        return f": sums inside the layer leave FP16's range, which ends at {LARGEST:.0f}; {way_out}"
+    return ""
 
 
 def changed(half: onnx.ModelProto, full: onnx.ModelProto) -> list[str]:
