@@ -41,7 +41,8 @@ def _merged(layer: Any, norm: Any) -> nn.Module:
         norm.weight, norm.bias = nn.Parameter(torch.ones_like(norm.running_var)), nn.Parameter(0 * norm.running_mean)
     if isinstance(layer, nn.Linear):
         return fuse_linear_bn_eval(layer, norm)
-    return fuse_conv_bn_eval(layer, norm, isinstance(layer, graph.TRANSPOSED))
+    merged: nn.Module = fuse_conv_bn_eval(layer, norm, isinstance(layer, graph.TRANSPOSED))
+    return merged
 
 
 def in_place(network: fx.GraphModule) -> fx.GraphModule:
