@@ -33,7 +33,14 @@ class Base(nn.Module):
 
 class Optional(Base):
     def forward(
-        self, x: Tensor, targets: Any = None, return_feature: bool = False, scale: float = 2.0, *, mode: str = "plain"
+        self,
+        x: Tensor,
+        targets: Any = None,
+        return_feature: bool = False,
+        scale: float = 2.0,
+        sizes: tuple[int, ...] = (1, 2),
+        *,
+        mode: str = "plain",
     ) -> Any:
         feature = self.last(self.first(x).relu()) * scale
         if targets is not None:
@@ -152,10 +159,19 @@ def test_is_refused_in_a_sentence(kind: str) -> None:
         calibrated(make(), Bits(8, 8), shape=SHAPE)
 
 
+def test_a_network_of_two_inputs_is_refused() -> None:
+    class Two(Base):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.first(x) + y  # type: ignore[no-any-return]
+
+    with pytest.raises(UserError, match=r"one input of shape .* and nothing else: .*'y'"):
+        capture(Two(), torch.zeros(2, *SHAPE))
+
+
 def test_a_path_that_other_sizes_would_take_is_refused() -> None:
     class Fixed(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x + torch.zeros(1, 3, 8, 8)
 
-    with pytest.raises(UserError, match="does not accept an input of shape"):
+    with pytest.raises(UserError, match="does not accept one input of shape"):
         capture(Fixed(), torch.zeros(2, *SHAPE))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 import traceback
+import warnings
 from collections.abc import Iterator
 from types import FunctionType
 from typing import Any
@@ -77,7 +78,9 @@ def _traced(network: nn.Module) -> fx.GraphModule:
     tracer = _Tracer()
     tracer.record_stack_traces = True
     try:
-        traced = fx.GraphModule(network, _with_one_input(tracer.trace(network, _defaults(network))))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of defaults that fx cannot assert to be what they are
+            traced = fx.GraphModule(network, _with_one_input(tracer.trace(network, _defaults(network))))
     except Exception as error:  # whatever the user's forward raises under tracing
         raise UserError(
             f"{type(network).__name__}: its forward cannot be captured as a graph: "
@@ -172,9 +175,9 @@ def _outputs(network: nn.Module, x: Tensor) -> list[Any]:
     with torch.no_grad():
         try:
             return tree_leaves(network(x.clone()))
-        except RuntimeError as error:
+        except (RuntimeError, TypeError) as error:
             raise UserError(
-                f"the network does not accept an input of shape {tuple(x.shape)}: "
+                f"the network does not accept one input of shape {tuple(x.shape)} and nothing else: "
                 f"{first_line(error.__cause__ or error)}"
             ) from error
 
