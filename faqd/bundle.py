@@ -87,8 +87,11 @@ class Bundle:
                 found = Evaluation(arrays["images"], arrays.get("labels"), outputs)
         except (KeyError, ValueError, AttributeError, OSError, zipfile.BadZipFile) as error:
             raise UserError(f"{path}: not the evaluation data of a bundle ({error}); export the run again.") from error
-        if found.images.dtype != np.uint8 or found.images.ndim != 4 or not len(found.images) or not outputs:
+        if found.images.dtype != np.uint8 or found.images.ndim != 4 or not found.images.size or not outputs:
             raise UserError(f"{path}: holds no images or no outputs of the teacher; export the run again.")
+        for name, values in outputs.items():
+            if values.dtype.kind != "f" or not values.size:
+                raise UserError(f"{path}: teacher.{name} holds no numbers of a network; export the run again.")
         return found
 
 
@@ -128,6 +131,7 @@ def load_bundle(folder: Path) -> Bundle:
             f"{folder}: bundle version {manifest.get('version')}, this faqd reads version {VERSION}: "
             "export the run again with this faqd, or install the one that made the bundle."
         )
+    _refuse_damaged(manifest, folder / MANIFEST)
     for name, record in manifest["files"].items():
         if Path(name).name != name:
             raise UserError(f"{folder / MANIFEST}: the file name {name!r} leaves the folder.")
@@ -139,6 +143,25 @@ def load_bundle(folder: Path) -> Bundle:
         if sha256(path) != record["sha256"]:
             raise UserError(f"{path}: changed since the bundle was written (SHA-256 differs); export the run again.")
     return Bundle(folder, manifest)
+
+
+def _refuse_damaged(manifest: dict[str, Any], path: Path) -> None:
+    """UserError where an entry that is there has not the form that readers take for granted."""
+    outputs = manifest.get("outputs", [])
+    forms = {
+        "input": _describes(manifest.get("input", {"name": ""})),
+        "outputs": isinstance(outputs, list) and all(map(_describes, outputs)),
+        "float_student": isinstance(manifest.get("float_student", {}), dict),
+    }
+    for name, good in forms.items():
+        if not good:
+            raise UserError(f"{path}: damaged at {name!r}; export the run again.")
+
+
+def _describes(tensor: Any) -> bool:
+    return (
+        isinstance(tensor, dict) and isinstance(tensor.get("name"), str) and isinstance(tensor.get("shape", []), list)
+    )
 
 
 def without_fp16_teacher(bundle: Bundle) -> str:

@@ -165,6 +165,10 @@ def _computed_scale(model: onnx.ModelProto) -> None:
         (_moved_zero_point, "conv.q (QuantizeLinear) has the zero point 3", {}),
         (_computed_scale, "conv.q (QuantizeLinear) computes its scale", {}),
         (lambda model: None, "no digests of torch's tensorrt student", {"torch_digests": "none"}),
+        (lambda model: None, "damaged at 'input'", {"input": 3}),
+        (lambda model: None, "damaged at 'input'", {"input": {}}),
+        (lambda model: None, "damaged at 'outputs'", {"outputs": [None]}),
+        (lambda model: None, "damaged at 'float_student'", {"float_student": "x"}),
         (lambda model: None, "no digests of torch's tensorrt student", {"torch_digests": {"tensorrt": {"codes": {}}}}),
     ],
 )
@@ -182,10 +186,13 @@ def test_verify_refuses_a_network_that_is_not_what_the_manifest_says(
         {"images": np.zeros((0, 8, 8, 3), np.uint8), "teacher.logits": np.zeros((0, 10), np.float32)},
         {"images": np.zeros((4, 8, 8, 3), np.uint8)},
         {"teacher.logits": np.zeros((4, 10), np.float32)},
+        {"images": np.zeros((4, 8, 0, 3), np.uint8), "teacher.logits": np.zeros((4, 10), np.float32)},
+        {"images": np.zeros((4, 8, 8, 3), np.uint8), "teacher.logits": np.array("ten")},
+        {"images": np.zeros((4, 8, 8, 3), np.uint8), "teacher.logits": np.zeros((0, 10), np.float32)},
         {"images": np.array([{}], object)},
         None,
     ],
-    ids=["no images", "no outputs", "nothing", "pickled", "no npz"],
+    ids=["no images", "no outputs", "no width", "words", "no rows", "nothing", "pickled", "no npz"],
 )
 def test_verify_refuses_evaluation_data_that_is_none(tmp_path: Path, data: dict[str, Any] | None) -> None:
     for network in NETWORKS:

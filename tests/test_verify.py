@@ -357,6 +357,22 @@ def one_more(codes: NDArray[np.int8]) -> NDArray[np.int8]:
     return changed
 
 
+def rewire(model: onnx.ModelProto) -> None:
+    """Every constant is there as it was; another one is read."""
+    node = next(n for n in model.graph.node if n.op_type == "DequantizeLinear" and n.input[0] == "conv2.codes")
+    codes = next(t for t in model.graph.initializer if t.name == "conv2.codes")
+    model.graph.initializer.append(numpy_helper.from_array(one_more(numpy_helper.to_array(codes)), "more"))
+    node.input[0] = "more"
+
+
+def through_another_type(model: onnx.ModelProto) -> None:
+    last = model.graph.node[-1]
+    model.graph.node.insert(
+        len(model.graph.node) - 1, helper.make_node("Cast", [last.input[0]], ["less"], "less", to=TensorProto.BFLOAT16)
+    )
+    last.input[0] = "less"
+
+
 def rename_one(model: onnx.ModelProto) -> None:
     next(node for node in model.graph.node if node.op_type == "Conv").name += "_"
 
@@ -372,13 +388,27 @@ def made(model: onnx.ModelProto) -> set[str]:
         (STUDENT_TENSORRT, lambda m: change(m, "fc.codes", lambda c: 0 * c), "logits: the FP16 output logits is"),
         (STUDENT_TENSORRT, lambda m: change(m, "conv2.codes", one_more), "conv2.codes: the FP16 file has not the"),
         (STUDENT_TENSORRT, lambda m: change(m, "relu_quant.scale", lambda s: s * 1.001), "relu_quant.scale: the FP16"),
+        (STUDENT_TENSORRT, rewire, "the FP16 file has other operators"),
+        (STUDENT_TENSORRT, through_another_type, "the FP16 file has other operators"),
         (STUDENT_TENSORRT, rename_one, "the FP16 file has other operators"),
         (STUDENT_TENSORRT, rename_everything, "x.codes: the FP16 file has no such codes"),
         (TEACHER_FP16, lambda m: change(m, "fc.bias", lambda b: 2 * b), f"{TEACHER_FP16}: fc.bias: the FP16 file has"),
         (FLOAT_STUDENT_FP16, rename_one, f"{FLOAT_STUDENT_FP16}: the FP16 file has other operators"),
         (TEACHER, lambda m: change(m, "fc.bias", lambda b: b + 0.1), "teacher: teacher.onnx is"),
     ],
-    ids=["layer", "classifier", "one code", "scale", "one name", "renamed", "half teacher", "half float", "teacher"],
+    ids=[
+        "layer",
+        "classifier",
+        "one code",
+        "scale",
+        "wiring",
+        "bfloat16",
+        "one name",
+        "renamed",
+        "half teacher",
+        "half float",
+        "teacher",
+    ],
 )
 def test_a_file_beside_the_exact_ones_that_computes_something_else_fails(
     bundle: Bundle, tmp_path: Path, file: str, edit: Callable[[onnx.ModelProto], None], failure: str

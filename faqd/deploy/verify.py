@@ -129,7 +129,7 @@ def verification(bundle: Bundle) -> dict[str, Any]:
     if bundle.has(names.STUDENT_TENSORRT) and "tensorrt" in flavours:
         record["float16"] = verify_float16(bundle, inputs, images, outputs["tensorrt"])
         failures += record["float16"]["failures"]
-    if bundle.manifest.get("float_student"):
+    if "snr_db" in bundle.manifest.get("float_student", {}):
         record["float_student"] = bundle.manifest["float_student"]
         failures += _far_from_torch("float student", names.FLOAT_STUDENT, record["float_student"])
     if bundle.has(names.TEACHER):
@@ -171,6 +171,9 @@ def _verify_teacher(bundle: Bundle, images: NDArray[Any], wanted: Outputs) -> di
     """The float teacher's file against what torch gave for the same images, which eval.npz holds."""
     load_network(bundle, names.TEACHER)
     found = outputs_of(OnnxSession(bundle.path(names.TEACHER)), images)
+    for name, values in found.items():
+        if name not in wanted or wanted[name].shape[1:] != values.shape[1:]:
+            raise UserError(f"{bundle.path(names.EVAL)}: has no teacher.{name} of that shape; export the run again.")
     rows = {name: min(len(values), len(wanted[name])) for name, values in found.items()}
     compared = compare_outputs(
         {name: found[name][:n] for name, n in rows.items()}, {name: wanted[name][:n] for name, n in rows.items()}

@@ -93,7 +93,26 @@ def _changes(half: onnx.GraphProto, full: onnx.GraphProto) -> Iterator[str]:
         yield "the FP16 file has other operators than the FP32 file"
 
 
-def _operators(graph: onnx.GraphProto) -> list[tuple[str, str, list[bytes]]]:
-    """Names, types and attributes of the nodes, but for those that state a type."""
-    nodes = [node for node in graph.node if node.op_type not in STATED]
-    return [(n.op_type, n.name, [a.SerializeToString(deterministic=True) for a in n.attribute]) for n in nodes]
+def _operators(graph: onnx.GraphProto) -> list[Any]:
+    """The nodes, their attributes and what they read, and what the outputs are, as if there were no casts between float
+    types; a cast to another type counts."""
+    makers = {name: (node, index) for node in graph.node for index, name in enumerate(node.output)}
+
+    def source(name: str) -> tuple[str, int]:
+        while name in makers and _is_float_cast(makers[name][0]):
+            name = makers[name][0].input[0]
+        node, index = makers.get(name, (None, -1))
+        return (name, -1) if node is None else (node.name, index)
+
+    found: list[Any] = [source(value.name) for value in graph.output]
+    for node in graph.node:
+        if not _is_float_cast(node):
+            stated = node.op_type in STATED
+            attributes = [] if stated else [a.SerializeToString(deterministic=True) for a in node.attribute]
+            found.append((node.op_type, node.name, attributes, [source(name) for name in node.input]))
+    return found
+
+
+def _is_float_cast(node: onnx.NodeProto) -> bool:
+    floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
+    return node.op_type == "Cast" and all(a.i in floats for a in node.attribute if a.name == "to")
