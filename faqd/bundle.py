@@ -149,7 +149,7 @@ def _refuse_damaged(manifest: dict[str, Any], path: Path) -> None:
     """UserError where an entry that is there has not the form that readers take for granted."""
     outputs = manifest.get("outputs", [])
     forms = {
-        "input": _describes(manifest.get("input", {"name": ""})),
+        "input": _describes(manifest.get("input", {})),
         "outputs": isinstance(outputs, list) and all(map(_describes, outputs)),
         "float_student": isinstance(manifest.get("float_student", {}), dict),
     }
@@ -159,9 +159,9 @@ def _refuse_damaged(manifest: dict[str, Any], path: Path) -> None:
 
 
 def _describes(tensor: Any) -> bool:
-    return (
-        isinstance(tensor, dict) and isinstance(tensor.get("name"), str) and isinstance(tensor.get("shape", []), list)
-    )
+    """Whether a name and a shape, where they are given, are such."""
+    given = isinstance(tensor, dict)
+    return given and isinstance(tensor.get("name", ""), str) and isinstance(tensor.get("shape", []), list)
 
 
 def without_fp16_teacher(bundle: Bundle) -> str:

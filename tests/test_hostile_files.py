@@ -166,7 +166,7 @@ def _computed_scale(model: onnx.ModelProto) -> None:
         (_computed_scale, "conv.q (QuantizeLinear) computes its scale", {}),
         (lambda model: None, "no digests of torch's tensorrt student", {"torch_digests": "none"}),
         (lambda model: None, "damaged at 'input'", {"input": 3}),
-        (lambda model: None, "damaged at 'input'", {"input": {}}),
+        (lambda model: None, "has the inputs input, the manifest says nothing of it", {"input": {}}),
         (lambda model: None, "damaged at 'outputs'", {"outputs": [None]}),
         (lambda model: None, "damaged at 'float_student'", {"float_student": "x"}),
         (lambda model: None, "no digests of torch's tensorrt student", {"torch_digests": {"tensorrt": {"codes": {}}}}),

@@ -35,13 +35,16 @@ def torch_digests(bundle: Bundle, flavour: str) -> dict[str, Any]:
 
 
 def _interface(manifest: dict[str, Any], graph: onnx.GraphProto) -> Iterator[str]:
-    wanted = manifest["input"]["name"]
+    wanted = manifest.get("input", {}).get("name", "nothing of it")
     inputs = [value.name for value in graph.input]
     if inputs != [wanted]:
         yield f"has the inputs {', '.join(inputs) or 'none'}, the manifest says {wanted}"
-    outputs, promised = [value.name for value in graph.output], [output["name"] for output in manifest["outputs"]]
+    outputs, promised = (
+        [value.name for value in graph.output],
+        [output.get("name", "one without a name") for output in manifest.get("outputs", [])],
+    )
     if outputs != promised:
-        yield f"has the outputs {', '.join(outputs) or 'none'}, the manifest says {', '.join(promised)}"
+        yield f"has the outputs {', '.join(outputs) or 'none'}, the manifest says {', '.join(promised) or 'none'}"
     made = {name for node in graph.node for name in node.output}
     for name in outputs:
         if name not in made:
