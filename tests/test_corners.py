@@ -24,6 +24,7 @@ from faqd.deploy.verify import verify_file
 from faqd.deploy.verify_float16 import _beyond
 from faqd.train.capture import capture
 from faqd.train.convert import collect_output_scales, convert
+from faqd.train.deployed import Flavour
 from faqd.train.fuse import fused
 from faqd.train.placement import Bits, place
 from faqd.train.student import load_student
@@ -31,14 +32,17 @@ from tests.networks import CHANNELS, SHAPE, calibrated, captured, conv, images, 
 from tests.test_export import needs_rtx
 from tests.toy_runs import NET, User, faqd_deploy, faqd_train, new_user, succeeds, write_net
 
+FLAVOURS: dict[Flavour, list[bool]] = {"onnxruntime": [False, True], "tensorrt": [False]}
+"""With the modes of onnxruntime, optimised or not; the file of the last one is returned."""
+
 
 def proved(network: nn.Module) -> onnx.ModelProto:
     """The student's file for TensorRT, once both flavours compute what torch, the referee and onnxruntime say."""
     student = calibrated(lively(network, 3), Bits(8, 8))
     x = images(5, 8, SHAPE, reach=3.0)
-    for flavour, modes in (("onnxruntime", [False, True]), ("tensorrt", [False])):
+    for flavour, modes in FLAVOURS.items():
         scales = collect_output_scales(student, [images(0, 16)])
-        deployed = convert(student, flavour, scales)  # type: ignore[arg-type]
+        deployed = convert(student, flavour, scales)
         model = onnx_from_deployed(deployed, images(1, 2), {})
         assert verify_file(model, x.numpy(), torch_digests(deployed, x), modes)["failures"] == []
         equal = as_trained(student, deployed, x)["equal_codes_per_layer"]
@@ -108,8 +112,9 @@ PAIRS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
 def test_a_teacher_with_batch_norm_taken_in_computes_the_same(pair: str) -> None:
     make, is_taken_in = PAIRS[pair]
     network = lively(make(), 1)
-    norm: nn.Module = network.get_submodule(str(len(network) - 1))  # type: ignore[arg-type]
-    norm.running_mean = torch.linspace(-1, 1, len(norm.running_mean))  # type: ignore[arg-type]
+    *_, norm = network.children()
+    mean = norm.get_buffer("running_mean")
+    mean.copy_(torch.linspace(-1, 1, len(mean)))
     x: Tensor = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     smaller = fused(capture(network, x))
     assert is_taken_in != any(isinstance(module, type(norm)) for module in smaller.modules())

@@ -428,7 +428,7 @@ def test_the_float_student_is_held_against_torch_when_it_is_written(
     record = read_json(bundle.folder / VERIFY)
     assert record["float_student"]["snr_db"]["logits"] > 100
     print_verification(record)
-    assert "student.float.onnx = float student in torch: " in capsys.readouterr().out
+    assert "student.float.onnx = float student in torch, when exported: " in capsys.readouterr().out
     wrong = {**bundle.manifest, "float_student": {"images": 16, "snr_db": {"logits": 12.0}}}
     found = verification(Bundle(bundle.folder, wrong))
     assert found["failures"] == [

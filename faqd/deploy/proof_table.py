@@ -47,7 +47,8 @@ def print_verification(record: dict[str, Any]) -> None:
         outputs = _outputs(record["float16"]["outputs"])
         console.print(f"FP16 = FP32: {outputs}; worst layer {100 * worst:.3f} % within one code")
     if "float_student" in record:
-        console.print(f"student.float.onnx = float student in torch: {_outputs(record['float_student'])}")
+        found = _outputs(record["float_student"])
+        console.print(f"student.float.onnx = float student in torch, when exported: {found}")
     if "teacher" in record:
         console.print(f"teacher.onnx = teacher in torch: {_outputs(record['teacher'])}")
     if "teacher_float16" in record:

@@ -76,7 +76,7 @@ def convert(student: Student, flavour: Flavour, output_scales: dict[str, float] 
     zeroed: dict[str, int] = {}
     integers_only = not any(computes_floats(network, node) for node in network.graph.nodes)
     _remove_idle(network)
-    _unshare(network)
+    graph.unshare(network)
     shifts: dict[fx.Node, Tensor] = {}
     if flavour != "float":
         _absorb_clamps(network)
@@ -168,15 +168,6 @@ def _remove_idle(network: fx.GraphModule) -> None:
         if idle or (node.op == "call_function" and node.target in graph.IDLE_FUNCTIONS):
             node.replace_all_uses_with(graph.operand(node))
             network.graph.erase_node(node)
-
-
-def _unshare(network: fx.GraphModule) -> None:
-    """Give every call a module of its own: what two calls of one pooling module become differs in scale."""
-    for node, place in graph.places(network).items():
-        if node.op == "call_module" and place != node.target:
-            network.add_submodule(place, copy.deepcopy(network.get_submodule(str(node.target))))
-            node.target = place
-            node.meta.pop("nn_module_stack", None)  # names the shared module, and with it nodes of the exported file
 
 
 @torch.no_grad()

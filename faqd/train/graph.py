@@ -6,9 +6,11 @@ the enclosing module and the function's name, such as `stages.0.1.add`. Messages
 
 from __future__ import annotations
 
+import copy
 import operator
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +31,8 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
 COMPUTE = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
 NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 IDLE_MODULES = (
-    *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
+    *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+    *(nn.AlphaDropout, nn.FeatureAlphaDropout),
 )
 IDLE_FUNCTIONS = (F.dropout, F.dropout1d, F.dropout2d)
 """What does nothing in evaluation mode; `capture` refuses dropout that stays on there."""
@@ -55,15 +58,8 @@ _FUNCTIONS: dict[Role, tuple[Any, ...]] = {
     "multiply": (operator.mul, operator.imul, torch.mul),
     "concat": (torch.cat, torch.concat),
     "reshape": (
-        *(
-            torch.max_pool1d,
-            torch.max_pool2d,
-            F.max_pool1d,
-            F.max_pool2d,
-            F.adaptive_max_pool1d,
-            F.adaptive_max_pool2d,
-            F.pad,
-        ),
+        *(torch.max_pool1d, torch.max_pool2d),
+        *(F.max_pool1d, F.max_pool2d, F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.pad),
         *(torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze, torch.transpose, torch.permute),
         *(torch.chunk, torch.split, torch.narrow, operator.getitem),
         *(F.channel_shuffle, F.pixel_shuffle, F.pixel_unshuffle),
@@ -158,6 +154,16 @@ def places(traced: fx.GraphModule) -> dict[fx.Node, str]:
             place = unused(place, taken)
         found[node] = place
     return found
+
+
+def unshare(traced: fx.GraphModule, wanted: Callable[[nn.Module], bool] = lambda module: True) -> None:
+    """Give every call of a `wanted` module a copy of its own: what two calls of one become differs in size or scale."""
+    for node, place in places(traced).items():
+        module = module_of(traced, node)
+        if module is not None and place != node.target and wanted(module):
+            traced.add_submodule(place, copy.deepcopy(module))
+            node.target = place
+            node.meta.pop("nn_module_stack", None)  # names the shared module, and with it nodes of the exported file
 
 
 def _place(node: fx.Node) -> str:

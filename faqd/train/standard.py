@@ -6,7 +6,6 @@ their names, their places and their lines in the user's code.
 
 from __future__ import annotations
 
-import copy
 import math
 import operator
 from collections.abc import Callable
@@ -23,7 +22,8 @@ from faqd.train.own_tensors import with_own_tensors
 
 def standardise(traced: fx.GraphModule) -> None:
     """Rewrite `traced` (shapes propagated) in place; what has no standard term stays as it is."""
-    _unshare(traced)
+    # What has weights keeps them together until it is deployed.
+    graph.unshare(traced, lambda module: not module.state_dict())
     names = graph.places(traced)
     for node in list(traced.graph.nodes):
         if not graph.is_tensor(node) or not node.op.startswith("call"):
@@ -42,16 +42,6 @@ def standardise(traced: fx.GraphModule) -> None:
     traced.graph.eliminate_dead_code()
     traced.delete_all_unused_submodules()
     traced.recompile()
-
-
-def _unshare(traced: fx.GraphModule) -> None:
-    """Give every call of a module without weights one of its own: what two calls become differs where sizes do."""
-    for node, place in graph.places(traced).items():
-        module = graph.module_of(traced, node)
-        if module is not None and place != node.target and not module.state_dict():
-            traced.add_submodule(place, copy.deepcopy(module))
-            node.target = place
-            node.meta.pop("nn_module_stack", None)  # names the shared module, and with it nodes of the exported file
 
 
 def _call(traced: fx.GraphModule, node: fx.Node, place: str, module: nn.Module) -> None:
