@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import zipfile
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from faqd import __version__
 from faqd.errors import UserError
 from faqd.files import read_json, sha256, write_json
 from faqd.preprocess import Preprocess
+from faqd.schema import COUNT, Each, Many, Maybe, wrong
 
 FORMAT = "faqd-bundle"
 VERSION = 1
@@ -32,6 +33,26 @@ STUDENT_TENSORRT = "student.tensorrt.onnx"
 STUDENT_TENSORRT_FP32 = "student.tensorrt.fp32.onnx"
 """The same graph with FP32 outside the integer layers: what the exact gates run on."""
 STUDENT_ONNXRUNTIME = "student.onnxruntime.onnx"
+
+
+_TENSOR = {"name": str, "shape": list}
+_LAYER = {**dict.fromkeys(("name", "operator", "weights", "inputs"), str), "weight_shape": Many(COUNT)}
+_FACTS = {
+    **dict.fromkeys(("faqd", "name", "kind", "architecture"), str),
+    "weight_bits": COUNT,
+    "act_bits": COUNT,
+    "target": ("tensorrt", "onnxruntime"),
+    "preprocess": {"height": COUNT, "width": COUNT, "mean": Many(float), "std": Many(float), "channels": str},
+    "classes": Maybe(Many(str)),
+    "input": _TENSOR,
+    "outputs": Many(_TENSOR, 1),
+    "layers": Many(_LAYER),
+    "size": dict.fromkeys(("parameters", "float32_bytes", "int8_bytes", "packed_bytes"), float),
+    "teacher": {"name": str, "sha256": str},
+    "files": Each({"sha256": str, "bytes": float}),
+}
+"""What every manifest holds; `verify` asks for more."""
+_CONTROL = frozenset(chr(code) for code in (*range(32), *range(127, 160)))
 
 
 @dataclass(frozen=True)
@@ -76,43 +97,56 @@ class Bundle:
             raise UserError(f"{self.folder}: this bundle holds no {name}; it has {', '.join(self.manifest['files'])}.")
         return self.folder / name
 
+    def onnx_files(self) -> list[str]:
+        return [name for name in self.manifest["files"] if name.endswith(".onnx")]
+
     def evaluation(self) -> Evaluation:
         """eval.npz; UserError where it is no such file, or holds nothing to evaluate on."""
         path = self.path(EVAL)
         try:
             with np.load(path, allow_pickle=False) as arrays:
-                outputs = {
-                    key.removeprefix(_TEACHER_KEY): arrays[key] for key in arrays if key.startswith(_TEACHER_KEY)
-                }
-                found = Evaluation(arrays["images"], arrays.get("labels"), outputs)
-        except (KeyError, ValueError, AttributeError, OSError, zipfile.BadZipFile) as error:
+                found = Evaluation(
+                    np.asarray(arrays["images"]),
+                    arrays.get("labels"),
+                    _by_output(arrays, _TEACHER_KEY),
+                    _by_output(arrays, _FLOAT_STUDENT_KEY),
+                )
+        except Exception as error:  # zipfile, zlib, numpy and its header's parser raise many kinds
             raise UserError(f"{path}: not the evaluation data of a bundle ({error}); export the run again.") from error
-        if found.images.dtype != np.uint8 or found.images.ndim != 4 or not found.images.size or not outputs:
+        if found.images.dtype != np.uint8 or found.images.ndim != 4 or not found.images.size or not found.teacher:
             raise UserError(f"{path}: holds no images or no outputs of the teacher; export the run again.")
-        for name, values in outputs.items():
+        for name, values in (*found.teacher.items(), *found.float_student.items()):
             if values.dtype.kind != "f" or not values.size:
-                raise UserError(f"{path}: teacher.{name} holds no numbers of a network; export the run again.")
+                raise UserError(f"{path}: the output {name} has no numbers of a network; export the run again.")
         return found
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """What eval.npz holds: fitted uint8 images (N, H, W, C), labels (N,) int64 if there are any, and per network
-    output the float teacher's values (first axis N, or fewer where dense outputs were capped)."""
+    output the values of the float teacher, and of the student's own modules with nothing rounded, in torch (first axis
+    N, or fewer where dense outputs were capped)."""
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int64] | None
     teacher: dict[str, NDArray[np.float32]]
+    float_student: dict[str, NDArray[np.float32]] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         arrays: dict[str, Any] = {"images": self.images}
         if self.labels is not None:
             arrays["labels"] = self.labels.astype(np.int64)
         arrays |= {_TEACHER_KEY + name: values for name, values in self.teacher.items()}
+        arrays |= {_FLOAT_STUDENT_KEY + name: values for name, values in self.float_student.items()}
         np.savez(path, **arrays)
 
 
 _TEACHER_KEY = "teacher."
+_FLOAT_STUDENT_KEY = "float_student."
+
+
+def _by_output(arrays: Any, prefix: str) -> dict[str, NDArray[np.float32]]:
+    return {key.removeprefix(prefix): np.asarray(arrays[key]) for key in arrays if key.startswith(prefix)}
 
 
 def load_bundle(folder: Path) -> Bundle:
@@ -131,12 +165,12 @@ def load_bundle(folder: Path) -> Bundle:
             f"{folder}: bundle version {manifest.get('version')}, this faqd reads version {VERSION}: "
             "export the run again with this faqd, or install the one that made the bundle."
         )
-    _refuse_damaged(manifest, folder / MANIFEST)
-    for name, record in manifest["files"].items():
+    for name in manifest["files"]:
         if Path(name).name != name:
             raise UserError(f"{folder / MANIFEST}: the file name {name!r} leaves the folder.")
-        if not isinstance(record, dict) or not isinstance(record.get("sha256"), str):
-            raise UserError(f"{folder / MANIFEST}: damaged, {name} has no SHA-256; export the run again.")
+    for complaint in _complaints(manifest):
+        raise UserError(f"{folder / MANIFEST}: damaged, {complaint}; export the run again.")
+    for name, record in manifest["files"].items():
         path = folder / name
         if not path.is_file():
             raise UserError(f"{path}: missing from the bundle; copy the whole folder, or export the run again.")
@@ -145,23 +179,28 @@ def load_bundle(folder: Path) -> Bundle:
     return Bundle(folder, manifest)
 
 
-def _refuse_damaged(manifest: dict[str, Any], path: Path) -> None:
-    """UserError where an entry that is there has not the form that readers take for granted."""
-    outputs = manifest.get("outputs", [])
-    forms = {
-        "input": _describes(manifest.get("input", {})),
-        "outputs": isinstance(outputs, list) and all(map(_describes, outputs)),
-        "float_student": isinstance(manifest.get("float_student", {}), dict),
-    }
-    for name, good in forms.items():
-        if not good:
-            raise UserError(f"{path}: damaged at {name!r}; export the run again.")
+def _complaints(manifest: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with a manifest; its strings are printed, so none may hold what a terminal obeys."""
+    yield from wrong(manifest, _FACTS)
+    for text in _strings({key: value for key, value in manifest.items() if key != "classes"}):
+        if not _CONTROL.isdisjoint(text):
+            yield f"{text[:40]!r} holds control characters"
+    try:
+        Preprocess.from_json(manifest["preprocess"])
+    except (TypeError, UserError) as error:
+        yield f"preprocess: {error}".rstrip(".")
 
 
-def _describes(tensor: Any) -> bool:
-    """Whether a name and a shape, where they are given, are such."""
-    given = isinstance(tensor, dict)
-    return given and isinstance(tensor.get("name", ""), str) and isinstance(tensor.get("shape", []), list)
+def _strings(document: Any) -> Iterator[str]:
+    stack = [document]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict):
+            stack += [*value, *value.values()]
+        elif isinstance(value, list):
+            stack += value
 
 
 def without_fp16_teacher(bundle: Bundle) -> str:

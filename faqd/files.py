@@ -96,6 +96,8 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refused)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file.") from None
+    except RecursionError:
+        raise UserError(f"{path}: not a JSON of ours, it is nested too deep; write it again.") from None
     except (ValueError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); the file is damaged, write it again.") from None
 

@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from faqd.deploy.onnx_session import OnnxSession
+from faqd.deploy.torch_values import float_outputs_in_torch
+from faqd.deploy.whole_outputs import compare_outputs, outputs_of
 from faqd.train import graph
 from faqd.train.capture import capture
 from faqd.train.placement import Bits
@@ -189,3 +192,11 @@ def calibrated(network: nn.Module, bits: Bits, seed: int = 0, shape: tuple[int, 
     student.network.eval()
     calibrate(student, [images(seed, 64, shape)], "mse")
     return student
+
+
+def float_file_db(model: bytes, student: Student, x: Tensor) -> dict[str, float]:
+    """How far a float student's file is from its own modules in torch, per output; infinitely where it is equal."""
+    wanted = float_outputs_in_torch(student, x)
+    images = max(map(len, wanted.values()))
+    compared = compare_outputs(outputs_of(OnnxSession(model), x.numpy()[:images]), wanted)
+    return {name: float("inf") if snr is None else snr for name, snr in compared["snr_db"].items()}

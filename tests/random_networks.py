@@ -202,6 +202,7 @@ def side_by_side(networks: dict[str, Deployed]) -> Deployed:
                 outputs.append(copied[node.args[0]])
             else:
                 copied[node] = graph.node_copy(node, copied.__getitem__)
+                copied[node].meta.pop("nn_module_stack", None)  # where it was before, which names in a file come from
                 if node.op == "call_module":
                     copied[node].target = f"{name}.{node.target}"
     graph.output(tuple(outputs))

@@ -21,7 +21,7 @@ from faqd.benchmarks.sessions import OnnxruntimeBackend
 from faqd.bundle import STUDENT_ONNXRUNTIME, TEACHER, load_bundle
 from faqd.deploy.onnx_session import OnnxSession
 from faqd.errors import UserError
-from tests.tiny_bundles import PREPROCESS, make_bundle, network
+from tests.tiny_bundles import PREPROCESS, make_bundle, network, write_verify
 
 QUICK = Options(batch=(1, 4), length=Length(duration_s=0.02, rounds=2, warm_up_ms=0.0))
 
@@ -148,7 +148,7 @@ def test_a_bundle_whose_verify_speaks_of_another_file(tmp_path: Path) -> None:
     make_bundle(tmp_path / "b", verify=False)
     options = Options(skip_latency=True)
     assert record(tmp_path / "b", options=options)["bundles"][0]["verify"] == "failed"
-    (tmp_path / "b/verify.json").write_text('{"passed": true, "onnx_sha256": {"student.onnxruntime.onnx": "0"}}')
+    write_verify(load_bundle(tmp_path / "b"), onnx_sha256={"student.onnxruntime.onnx": "0"})
     assert record(tmp_path / "b", options=options)["bundles"][0]["verify"] == "stale"
 
 
@@ -261,8 +261,8 @@ def test_a_manifest_that_lacks_something_is_a_sentence(
     (folder / "manifest.json").write_text(json.dumps(damaged))
     assert call(monkeypatch, folder, "--skip-latency", "--backend", "onnxruntime") == 2
     error = capsys.readouterr().err
-    assert "manifest.json: damaged (" in error and key in error and "export the run again" in error
+    assert "manifest.json: damaged, " in error and key in error and "export the run again" in error
     manifest["files"]["eval.npz"] = {}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     assert call(monkeypatch, folder) == 2
-    assert "manifest.json: damaged, eval.npz has no SHA-256" in capsys.readouterr().err
+    assert "manifest.json: damaged, files/eval.npz/sha256 is missing" in capsys.readouterr().err

@@ -19,6 +19,7 @@ from faqd.deploy.build_progress import Phase, Watch, interruptible, watched
 from faqd.deploy.engine import engine_from_onnx
 from faqd.deploy.trt import TensorRT
 from tests.qdq_network import residual_network, written
+from tests.tiny_bundles import facts_of
 
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None,
@@ -74,7 +75,7 @@ def test_an_error_of_the_build_comes_out_of_its_thread() -> None:
 @needs_rtx
 def test_ctrl_c_ends_the_build_and_leaves_nothing(tmp_path: Path) -> None:
     written(residual_network(further_blocks=40), tmp_path / STUDENT_TENSORRT)
-    write_manifest(tmp_path, {"name": "deep 8/8"}, {STUDENT_TENSORRT: "0" * 64})
+    write_manifest(tmp_path, facts_of("deep 8/8"), {STUDENT_TENSORRT: "0" * 64})
     before = {path.name for path in tmp_path.iterdir()}
     command = [sys.executable, "-c", COMMAND, "build-engine", str(tmp_path)]
     said = []

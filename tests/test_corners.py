@@ -20,8 +20,8 @@ from faqd.deploy.float16 import float16_from_float32
 from faqd.deploy.referee import Referee
 from faqd.deploy.segments import segments
 from faqd.deploy.torch_values import as_trained, torch_digests
-from faqd.deploy.verify import verify_file
 from faqd.deploy.verify_float16 import _beyond
+from faqd.deploy.verify_layers import verify_file
 from faqd.train.capture import capture
 from faqd.train.convert import collect_output_scales, convert
 from faqd.train.deployed import Flavour

@@ -25,6 +25,7 @@ from faqd.deploy.trt import Messages, TensorRT, builder_here
 from faqd.errors import UserError
 from faqd.files import sha256, write_json
 from tests.qdq_network import LAYERS, residual_network, unbuildable_network, written
+from tests.tiny_bundles import facts_of, write_verify
 
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None,
@@ -255,19 +256,15 @@ def make_bundle(
     for name in names:
         network = residual_network()
         written(float16_from_float32(network) if "fp16" in name else network, folder / name)
-    facts = {"name": "tiny 8/8", "layers": [{"name": name, "operator": "Conv", "runs_int8": True} for name in layers]}
-    return write_manifest(folder, facts, dict.fromkeys(names, "0" * 64))
-
-
-def verify(bundle: Bundle, **changes: Any) -> None:
-    hashes = {STUDENT_TENSORRT: sha256(bundle.folder / STUDENT_TENSORRT)}
-    write_json(bundle.folder / VERIFY, {"passed": True, "onnx_sha256": hashes} | changes)
+    known = {"operator": "Conv", "weights": "8", "inputs": "8", "weight_shape": [8, 8, 3, 3], "runs_int8": True}
+    rows = [{"name": name, **known} for name in layers]
+    return write_manifest(folder, facts_of("tiny 8/8", layers=rows), dict.fromkeys(names, "0" * 64))
 
 
 @needs_rtx
 def test_a_bundle_is_built_and_its_record_bound_to_the_verification(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "bundle")
-    verify(bundle)
+    write_verify(bundle)
     said: list[str] = []
     records = build_bundle(bundle, all=True, force=False, options=BuildOptions(), say=said.append)
     assert [record["engine"]["file"] for record in records] == [
@@ -290,12 +287,14 @@ def test_a_bundle_is_built_and_its_record_bound_to_the_verification(tmp_path: Pa
         ({"passed": False}, "the verification failed"),
         ({"onnx_sha256": {STUDENT_TENSORRT: "0" * 64}}, "another student.tensorrt.onnx"),
         ({"onnx_sha256": {}}, "another student.tensorrt.onnx"),
+        ({"manifest_sha256": "0" * 64}, "another manifest.json"),
+        ({"manifest_sha256": None}, "another manifest.json"),
         ({"onnx_sha256": None}, "not the result of a verification"),
     ],
 )
 def test_only_verified_files_are_built(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
     bundle = make_bundle(tmp_path / "bundle")
-    verify(bundle, **changes)
+    write_verify(bundle, **changes)
     with pytest.raises(UserError, match=says) as caught:
         build_bundle(bundle, all=False, force=False, options=BuildOptions(), say=lambda text: None)
     assert caught.value.exit_code == 1
@@ -319,7 +318,7 @@ def test_missing_verification_and_missing_int8_layers_are_said(tmp_path: Path) -
 @needs_rtx
 def test_a_bundle_without_an_fp16_teacher_gets_an_fp32_one_and_is_told(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "bundle", teacher=TEACHER)
-    verify(bundle)
+    write_verify(bundle)
     said: list[str] = []
     records = build_bundle(bundle, all=True, force=False, options=BuildOptions(), say=said.append)
     assert records[2]["engine"]["file"] == "teacher.engine" and records[2]["float_type"] == "fp32"

@@ -11,13 +11,13 @@ from torch.nn.utils import parametrizations
 
 from faqd.deploy.export import onnx_from_deployed
 from faqd.deploy.onnx_session import OnnxSession
-from faqd.deploy.torch_values import float_file_against_torch, torch_digests
-from faqd.deploy.verify import verify_file
+from faqd.deploy.torch_values import torch_digests
+from faqd.deploy.verify_layers import verify_file
 from faqd.deploy.whole_outputs import compare_outputs
 from faqd.errors import UserError
 from faqd.train.convert import collect_output_scales, convert
 from faqd.train.placement import Bits
-from tests.networks import calibrated, images, lively
+from tests.networks import calibrated, float_file_db, images, lively
 
 SHAPE = (3, 16, 16)
 FIRST_FLOAT = Bits(8, 8, exclude=("^0$",))
@@ -54,7 +54,7 @@ def check(network: nn.Module) -> None:
         (found,) = OnnxSession(model.SerializeToString()).run({"input": x.numpy()}).values()
         assert compare_outputs({"out": found}, wanted)["snr_db"]["out"] > 30
     unquantized = onnx_from_deployed(convert(student, "float"), x, {}).SerializeToString()
-    assert min(float_file_against_torch(unquantized, student, x)["snr_db"].values()) > 100
+    assert min(float_file_db(unquantized, student, x).values()) > 100
 
 
 def tripled(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -87,4 +87,4 @@ def test_what_the_lowering_forgot_shows_in_the_float_file(monkeypatch: pytest.Mo
     student = calibrated(network, Bits(8, 8), shape=SHAPE)
     x = images(3, 16, SHAPE)
     model = onnx_from_deployed(convert(student, "float"), x, {}).SerializeToString()
-    assert max(float_file_against_torch(model, student, x)["snr_db"].values()) < 20
+    assert max(float_file_db(model, student, x).values()) < 20

@@ -26,6 +26,7 @@ from faqd.deploy.int8_rules import RULES
 from faqd.errors import UserError
 from tests.qdq_layers import LAYER, MIDDLES, float_stem, network
 from tests.qdq_network import LAYERS, residual_network, written
+from tests.tiny_bundles import facts_of
 from tests.toy_runs import faqd_deploy, succeeds
 
 RTX = importlib.util.find_spec("tensorrt_rtx") is not None
@@ -161,8 +162,9 @@ def make_bundle(folder: Path, file: str = STUDENT_TENSORRT) -> Path:
         node.name = f"net.{node.name}.conv" if node.name in LAYERS else node.name
     written(model, folder / file)
     labels = {"weights": "4", "inputs": "3", "weight_bits": 4, "act_bits": 3}
-    layers = [{"name": f"net.{name}", "operator": "Conv", **labels, "runs_int8": True} for name in LAYERS]
-    write_manifest(folder, {"name": "tiny 4/3", "kind": "ptq", "layers": layers}, {file: ""})
+    known = {"operator": "Conv", "weight_shape": [8, 8, 3, 3], "runs_int8": True}
+    layers = [{"name": f"net.{name}", **known, **labels} for name in LAYERS]
+    write_manifest(folder, facts_of("tiny 4/3", layers=layers), {file: ""})
     return folder
 
 

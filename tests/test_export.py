@@ -24,7 +24,7 @@ from faqd.deploy.plain_twins import OPSET
 from faqd.deploy.referee import Referee, stored
 from faqd.deploy.segments import segments
 from faqd.deploy.torch_values import torch_digests
-from faqd.deploy.verify import verify_file
+from faqd.deploy.verify_layers import verify_file
 from faqd.train.convert import collect_output_scales, convert
 from faqd.train.deployed import Flavour
 from faqd.train.models import build_architecture

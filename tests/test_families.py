@@ -17,7 +17,7 @@ from faqd.deploy.float16 import float16_from_float32
 from faqd.deploy.int8_rules import int8_layers
 from faqd.deploy.onnx_file import load_model
 from faqd.deploy.torch_values import torch_digests
-from faqd.deploy.verify import verify_file
+from faqd.deploy.verify_layers import verify_file
 from faqd.errors import UserError
 from faqd.quant import Quant
 from faqd.train.convert import collect_output_scales, convert

@@ -17,6 +17,7 @@ from faqd.benchmarks.cli import bench_command
 from faqd.bundle import (
     EVAL,
     FLOAT_STUDENT,
+    FLOAT_STUDENT_FP16,
     MANIFEST,
     STUDENT_ONNXRUNTIME,
     STUDENT_TENSORRT,
@@ -29,10 +30,10 @@ from faqd.deploy.onnx_file import load_bytes, load_model
 from faqd.deploy.onnx_scan import read_scanned, scan
 from faqd.errors import UserError
 from tests.hostile_files import SHELF, WORST, Edit, edited, good, shelve
-from tests.tiny_bundles import PREPROCESS
+from tests.tiny_bundles import PREPROCESS, facts_of
 from tests.toy_runs import Outcome, faqd_deploy, outcome_of
 
-NETWORKS = (STUDENT_TENSORRT, STUDENT_TENSORRT_FP32, STUDENT_ONNXRUNTIME, FLOAT_STUDENT, TEACHER)
+NETWORKS = (STUDENT_TENSORRT, STUDENT_TENSORRT_FP32, STUDENT_ONNXRUNTIME, FLOAT_STUDENT, FLOAT_STUDENT_FP16, TEACHER)
 TENSORRT_TAKES = ("infinite scale", "a tensor that fills memory")
 """Legal ONNX whose harm shows when it runs: `verify` comes before the board."""
 LEGAL_PROTOBUF = (
@@ -61,23 +62,16 @@ def described(folder: Path, **other: Any) -> Path:
     images = np.zeros((4, 8, 8, 3), np.uint8)
     Evaluation(images, None, {"logits": np.zeros((4, 10), np.float32)}).save(folder / EVAL)
     preprocess = {**PREPROCESS.to_json(), "channels": "rgb", "mean": (0, 0, 0), "std": (1, 1, 1)}
-    digests: dict[str, Any] = {flavour: {"codes": {}, "outputs": {}} for flavour in ("tensorrt", "onnxruntime")}
+    empty = {"codes": {}, "outputs": {}, "output_bits": 24, "driven": 8, "layers": [], "roundings": [], "others": []}
+    digests: dict[str, Any] = dict.fromkeys(("tensorrt", "onnxruntime"), empty)
     facts = {
-        "name": "hostile",
-        "kind": "ptq",
-        "architecture": "hostile",
-        "weight_bits": 8,
-        "act_bits": 8,
-        "target": "tensorrt",
         "preprocess": preprocess,
         "input": {"name": "input", "shape": ["batch", 3, 8, 8]},
         "outputs": [{"name": "logits", "shape": ["batch", 10]}],
-        "layers": [],
-        "size": {"float32_bytes": 1, "int8_bytes": 1, "packed_bytes": 1, "parameters": 1},
-        "teacher": {"name": "none", "sha256": ""},
         "torch_digests": digests,
     }
-    write_manifest(folder, facts | other, dict.fromkeys((*NETWORKS, EVAL), ""))
+    facts = facts_of("hostile", **(facts | other))
+    write_manifest(folder, facts, dict.fromkeys((*NETWORKS, EVAL), ""))
     return folder
 
 
@@ -159,16 +153,15 @@ def _computed_scale(model: onnx.ModelProto) -> None:
     [
         (_another_input, "has the inputs input, more, the manifest says input", {}),
         (_another_name, "has the outputs scores, the manifest says logits", {}),
-        (_input_as_output, "is computed by no node", {"outputs": [{"name": "input"}]}),
-        (_wide, "tensor wide has 2,013,265,920 elements for 12 probe images", {}),
+        (_input_as_output, "is computed by no node", {"outputs": [{"name": "input", "shape": []}]}),
+        (_wide, "layer logits takes 4,026,558,528 numbers for 24 probe images", {}),
         (_no_zero_point, "conv.dq (DequantizeLinear) has no zero point", {}),
         (_moved_zero_point, "conv.q (QuantizeLinear) has the zero point 3", {}),
         (_computed_scale, "conv.q (QuantizeLinear) computes its scale", {}),
         (lambda model: None, "no digests of torch's tensorrt student", {"torch_digests": "none"}),
-        (lambda model: None, "damaged at 'input'", {"input": 3}),
-        (lambda model: None, "has the inputs input, the manifest says nothing of it", {"input": {}}),
-        (lambda model: None, "damaged at 'outputs'", {"outputs": [None]}),
-        (lambda model: None, "damaged at 'float_student'", {"float_student": "x"}),
+        (lambda model: None, "damaged, input is a int, not an object", {"input": 3}),
+        (lambda model: None, "damaged, input/name is missing", {"input": {}}),
+        (lambda model: None, "damaged, outputs/0 is null", {"outputs": [None]}),
         (lambda model: None, "no digests of torch's tensorrt student", {"torch_digests": {"tensorrt": {"codes": {}}}}),
     ],
 )

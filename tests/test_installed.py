@@ -131,9 +131,13 @@ def test_a_bundle_is_read_and_a_changed_one_refused(tmp_path: Path) -> None:
         "act_bits": 8,
         "target": "tensorrt",
         "layers": [],
-        "size": dict.fromkeys(("float32_bytes", "int8_bytes", "packed_bytes"), 1024),
-        "input": {"shape": ["batch", 1, 8, 8]},
-        "outputs": [{"shape": ["batch", 10]}],
+        "size": dict.fromkeys(("parameters", "float32_bytes", "int8_bytes", "packed_bytes"), 1024),
+        "architecture": "tiny",
+        "preprocess": {"height": 8, "width": 8, "mean": [0.5], "std": [0.5], "resize": "stretch", "channels": "grey"},
+        "classes": None,
+        "input": {"name": "input", "shape": ["batch", 1, 8, 8]},
+        "outputs": [{"name": "logits", "shape": ["batch", 10]}],
+        "teacher": {"name": "tiny", "sha256": "0" * 64},
     }
     write_manifest(tmp_path, facts, {"teacher.onnx": "0" * 64})
     code = f"from faqd.deploy.cli import main; sys.argv[1:] = ['inspect', {str(tmp_path)!r}]; main()"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from faqd.deploy.export import onnx_from_deployed
 from faqd.deploy.referee import Referee
 from faqd.deploy.torch_values import as_trained, torch_codes, torch_digests
-from faqd.deploy.verify import verify_file
+from faqd.deploy.verify_layers import verify_file
 from faqd.errors import UserError
 from faqd.quant import FLOAT_BITS
 from faqd.reference import real

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from faqd.deploy.export import onnx_from_deployed
 from faqd.deploy.student import _size
 from faqd.deploy.torch_values import as_trained, torch_digests
-from faqd.deploy.verify import verify_file
+from faqd.deploy.verify_layers import verify_file
 from faqd.train.convert import Deployed, collect_output_scales, convert
 from faqd.train.models import build_architecture
 from faqd.train.placement import Bits

@@ -25,6 +25,7 @@ from faqd.deploy.uint8_input import with_preprocessing
 from faqd.errors import UserError
 from faqd.preprocess import Preprocess
 from tests.qdq_network import SHAPE, residual_network, written
+from tests.tiny_bundles import facts_of
 
 PLAIN = Preprocess(*SHAPE[1:], (0.5, 0.4, 0.3), (0.25, 0.25, 0.25))
 PIXEL = np.array([10, 100, 250], np.uint8)
@@ -38,12 +39,11 @@ def make_bundle(folder: Path, preprocess: Preprocess = PLAIN, pixels: bool = Fal
     for name in (STUDENT_TENSORRT, STUDENT_ONNXRUNTIME):
         written(model, folder / name)
     dtype, channels = ("uint8", "rgb") if pixels else ("float32", preprocess.channels)
-    known = {
-        "preprocess": preprocess.to_json(),
-        "input": {"dtype": dtype, "channels": channels},
-        "classes": ["a cat", "a\ndog"],
-    }
-    return write_manifest(folder, known | facts, dict.fromkeys((STUDENT_TENSORRT, STUDENT_ONNXRUNTIME), ""))
+    facts = {"classes": ["a cat", "a\ndog"], **facts, "preprocess": preprocess.to_json()}
+    facts["input"] = {"name": "images", "shape": [], "dtype": dtype, "channels": channels}
+    return write_manifest(
+        folder, facts_of("served", **facts), dict.fromkeys((STUDENT_TENSORRT, STUDENT_ONNXRUNTIME), "")
+    )
 
 
 def tensors(text: str) -> dict[str, list[tuple[str, str, list[int]]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import onnx
 import pytest
 import torch
 from numpy.typing import NDArray
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from faqd.benchmarks.bench import Options, bench
 from faqd.benchmarks.latency import Length
@@ -152,6 +153,37 @@ def test_a_wrong_mean_inside_fails_the_verification(bundle: Bundle, tmp_path: Pa
     (folder / STUDENT_TENSORRT).write_bytes(model.SerializeToString())
     record = verification(Bundle(folder, bundle.manifest))
     assert record["failures"] == [f"{STUDENT_TENSORRT}: input: its preprocessing is not the record's"]
+
+
+def _past_it(model: onnx.ModelProto) -> None:
+    """The image once more, added to what the preprocessing made of it."""
+    graph = model.graph
+    first = next(node for node in graph.node if "preprocess/input" in node.input)
+    graph.node.insert(4, helper.make_node("Cast", ["input"], ["again"], "again", to=TensorProto.FLOAT))
+    graph.node.insert(5, helper.make_node("Transpose", ["again"], ["turned"], "turned", perm=[0, 3, 1, 2]))
+    graph.node.insert(6, helper.make_node("Add", ["preprocess/input", "turned"], ["both"], "both"))
+    first.input[0] = "both"
+
+
+def _half_of_it(model: onnx.ModelProto) -> None:
+    next(node for node in model.graph.node if "preprocess/input" in node.input).input[0] = "preprocess/again"
+    turn = next(node for node in model.graph.node if "preprocess/input" in node.output)
+    again = helper.make_node("Transpose", [turn.input[0]], ["preprocess/again"], "preprocess/again.transpose")
+    again.attribute.extend(turn.attribute)
+    model.graph.node.insert(4, again)
+
+
+@pytest.mark.parametrize("edit", [_past_it, _half_of_it])
+def test_a_network_that_reads_pixels_past_the_preprocessing_is_refused(
+    bundle: Bundle, tmp_path: Path, edit: Callable[[onnx.ModelProto], None]
+) -> None:
+    folder = copy_of(bundle, tmp_path / "copy").folder
+    model = load_model(folder / STUDENT_ONNXRUNTIME)
+    edit(model)
+    onnx.checker.check_model(model, full_check=True)
+    (folder / STUDENT_ONNXRUNTIME).write_bytes(model.SerializeToString())
+    with pytest.raises(UserError, match="reads the pixels past their preprocessing"):
+        verification(Bundle(folder, bundle.manifest))
 
 
 def test_the_bench_feeds_pixels_and_finds_the_same_accuracy(bundle: Bundle, plain: Bundle) -> None:

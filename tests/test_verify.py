@@ -21,6 +21,7 @@ from torch import Tensor
 
 from faqd import reference
 from faqd.bundle import (
+    FLOAT_STUDENT,
     FLOAT_STUDENT_FP16,
     STUDENT_ONNXRUNTIME,
     STUDENT_TENSORRT,
@@ -32,24 +33,27 @@ from faqd.bundle import (
     load_bundle,
     write_manifest,
 )
+from faqd.deploy.constants import wrong_constants
 from faqd.deploy.export import onnx_from_deployed
 from faqd.deploy.float16 import float16_from_float32
 from faqd.deploy.onnx_file import load_model
+from faqd.deploy.probes import Drive, driven_codes, probe_inputs
 from faqd.deploy.proof_table import print_verification
 from faqd.deploy.referee import Referee
 from faqd.deploy.segments import segments
 from faqd.deploy.student import quantize_after_training
 from faqd.deploy.teacher_float16 import TEACHER_IMAGES
 from faqd.deploy.ties import distinct_roundings
-from faqd.deploy.torch_values import float_file_against_torch
-from faqd.deploy.verify import CHANCE, EQUAL_CODES, probe_inputs, tolerated, verification, verify_file
+from faqd.deploy.verify import verification, verify_bundle
+from faqd.deploy.verify_layers import CHANCE, EQUAL_CODES, tolerated, trace_of, verify_file
+from faqd.deploy.whole_outputs import snr_db
 from faqd.errors import UserError
 from faqd.files import read_json
 from faqd.reference import real
 from faqd.train.convert import convert
 from faqd.train.data import DataOptions
 from faqd.train.placement import Bits
-from tests.networks import Functional, calibrated, images, lively
+from tests.networks import Functional, calibrated, float_file_db, images, lively
 from tests.toy_runs import faqd_deploy
 
 FLAVOURS = {"tensorrt": STUDENT_TENSORRT_FP32, "onnxruntime": STUDENT_ONNXRUNTIME}
@@ -91,7 +95,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 @pytest.fixture(scope="module")
 def probes(bundle: Bundle) -> NDArray[np.float32]:
-    return probe_inputs(bundle.evaluation().images, bundle.preprocess.normalise)
+    return probe_inputs(bundle.evaluation().images, bundle.preprocess.normalise)[0]
 
 
 def test_a_good_bundle_passes(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,15 +118,55 @@ def test_the_probes_reach_beyond_every_clip(bundle: Bundle) -> None:
         for row in result["layers"]:
             if row["layer"] in ("relu", "relu_1"):
                 assert (row["lowest"], row["highest"]) == (0, 15)
-                assert row["share_at_lowest"] > 0.01 and row["share_at_highest"] > 0.01
+                assert row["beyond"] == {"low": True, "high": True}
+
+
+def test_dark_images_hide_no_clip(tmp_path: Path) -> None:
+    """The first images, which the probes are made of, reach a 20th of what the others do."""
+    (tmp_path / "net.py").write_text(NETWORK)
+    space: dict[str, Any] = {}
+    exec(NETWORK, space)
+    torch.save(lively(space["Net"](), 1).state_dict(), tmp_path / "best.pth")
+    pixels = np.random.default_rng(0).integers(0, 256, (400, 8, 8, 1), np.uint8)
+    pixels[:376] //= 20
+    np.savez(tmp_path / "images.npz", images=pixels)
+    data = asdict(DataOptions(f"npz:{tmp_path}/images.npz", mean=(0.0,), std=(1.0,)))
+    net, out = f"{tmp_path}/net.py:Net", tmp_path / "out"
+    dark = quantize_after_training(
+        net, tmp_path / "best.pth", data, Bits(4, 4), "mse", 256, out, 100, "fp16", lambda _: None
+    )
+    assert dark.evaluation().images[:8].max() < 13
+    for result in read_json(dark.folder / VERIFY)["flavours"].values():
+        limited = [row for row in result["layers"] if row["layer"] in ("relu", "relu_1")]
+        assert [row["beyond"] for row in limited] == [{"low": True, "high": True}] * 2
+    model = load_model(dark.path(STUDENT_TENSORRT_FP32))
+    next(node for node in model.graph.node if node.name == "relu_1.clip").op_type = "Relu"
+    del next(node for node in model.graph.node if node.name == "relu_1.clip").input[1:]
+    inputs, _ = probe_inputs(dark.evaluation().images, dark.preprocess.normalise)
+    digests = dark.manifest["torch_digests"]["tensorrt"]
+    assert verify_file(model, inputs, digests, [])["failures"][0] == "relu_1: the file has not torch's upper limit"
+    found = verify_file(model, inputs, without_numbers(digests), [])["failures"]
+    assert found[0] == "relu_1: the torch student and the referee differ"
 
 
 def test_large_images_give_fewer_probes() -> None:
     counts = [
-        len(probe_inputs(np.ones((20, size, size, 1), np.uint8), lambda pixels: pixels.astype(np.float32)))
+        len(probe_inputs(np.ones((20, size, size, 1), np.uint8), lambda pixels: pixels.astype(np.float32))[0])
         for size in (32, 224, 448, 2000)
     ]
     assert counts == [32, 32, 8, 4]
+
+
+def test_driven_codes_fill_the_grid_and_reach_both_ends_of_an_average() -> None:
+    codes = driven_codes("relu", (8, 16, 12, 12), 0, 15)
+    assert codes.dtype == np.int16 and set(np.unique(codes)) == set(range(16))
+    means = codes[1::2].mean((2, 3))
+    assert means.min() < 1.5 and means.max() > 13.5
+    assert np.array_equal(codes, driven_codes("relu", (8, 16, 12, 12), 0, 15))
+    assert not np.array_equal(codes, driven_codes("relu_1", (8, 16, 12, 12), 0, 15))
+    assert codes.sum() == 144_275  # the same on every machine, with every numpy
+    kept = Drive({"relu": (0, 15)}, 3)("relu", np.zeros((5, 2, 2), np.int16))
+    assert not kept[:2].any() and kept[2:].any()
 
 
 def test_a_convolution_in_pieces_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,18 +257,19 @@ def change_the_classifier(model: onnx.ModelProto) -> None:
     change(model, "fc.codes", edit)
 
 
-FAULTS: list[tuple[Callable[[onnx.ModelProto], None], str]] = [
-    (swap_two_scales, "relu_1"),
-    (flip_a_weight_code, "relu_1"),
-    (transpose_the_weights, "relu_1"),
-    (shift_a_bias_by_one_code, "relu_1"),
-    (drop_the_clip, "relu_1"),
-    (stretch_an_activation_scale, "relu_1"),
-    (merge_two_scales, "relu_1"),
-    (merge_two_biases, "relu_1"),
-    (turn_the_axis, "relu_1"),
-    (change_the_classifier, "fc"),
+FAULTS: list[tuple[Callable[[onnx.ModelProto], None], str, str]] = [
+    (swap_two_scales, "conv2: the file has not torch's weight scales", "relu_1"),
+    (flip_a_weight_code, "conv2: the file has not torch's weight codes", "relu_1"),
+    (transpose_the_weights, "conv2: the file has not torch's weight codes", "relu_1"),
+    (shift_a_bias_by_one_code, "conv2: the file has not torch's bias", "relu_1"),
+    (drop_the_clip, "relu_1: the file has not torch's ", "relu_1"),
+    (stretch_an_activation_scale, "relu_1: the file has not torch's scale", "relu_1"),
+    (merge_two_scales, "relu_1: the file has not torch's scale", "relu_1"),
+    (merge_two_biases, "conv2: the file has not torch's bias", "relu_1"),
+    (turn_the_axis, "conv2: the file has not torch's weight codes", "relu_1"),
+    (change_the_classifier, "fc: the file has not torch's weight codes", "fc"),
 ]
+"""The fault; how the failure by number begins; the layer whose codes are the first wrong ones."""
 
 
 SEEN_BEFORE_THE_SUM = (
@@ -234,16 +279,30 @@ SEEN_BEFORE_THE_SUM = (
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
-@pytest.mark.parametrize(("fault", "layer"), FAULTS, ids=[fault.__name__ for fault, _ in FAULTS])
+@pytest.mark.parametrize(("fault", "number", "layer"), FAULTS, ids=[fault.__name__ for fault, _, _ in FAULTS])
 def test_a_fault_is_found_at_its_layer(
-    bundle: Bundle, probes: NDArray[np.float32], flavour: str, fault: Callable[[onnx.ModelProto], None], layer: str
+    bundle: Bundle,
+    probes: NDArray[np.float32],
+    flavour: str,
+    fault: Callable[[onnx.ModelProto], None],
+    number: str,
+    layer: str,
 ) -> None:
+    """By the number that is wrong, and apart from that by the codes that it leads to."""
     model = load_model(bundle.path(FLAVOURS[flavour]))
     fault(model)
-    found = verify_file(model, probes, bundle.manifest["torch_digests"][flavour], [False])["failures"]
+    digests = bundle.manifest["torch_digests"][flavour]
+    assert verify_file(model, probes, digests, [False])["failures"][0].startswith(number)
+    found = verify_file(model, probes, without_numbers(digests), [False])["failures"]
     # onnxruntime rounds conv2's output before the sum: its own place is the first that can be wrong.
     first = "conv2_out" if flavour == "onnxruntime" and fault in SEEN_BEFORE_THE_SUM else layer
     assert found and found[0].startswith(f"{first}: "), found[:3]
+
+
+def without_numbers(digests: dict[str, Any]) -> dict[str, Any]:
+    """As if the numbers of the file had not been read: only what they lead to."""
+    grids = [{"layer": entry["layer"], "grid": entry["grid"]} for entry in digests["roundings"]]
+    return {**digests, "layers": [], "others": [], "roundings": grids}
 
 
 @pytest.mark.parametrize("name", ["relu_1_quant.scale", "conv2.weight_scale"])
@@ -251,13 +310,18 @@ def test_a_scale_off_by_so_little_that_few_codes_change_is_found(
     bundle: Bundle, probes: NDArray[np.float32], name: str
 ) -> None:
     """Grown in float32 steps until the first codes change: those few are enough."""
-    path, digests = bundle.path(STUDENT_TENSORRT_FP32), bundle.manifest["torch_digests"]["tensorrt"]
-    wanted = Referee(load_model(path)).run({"input": probes})["relu_1.codes"]
+    path, digests = bundle.path(STUDENT_TENSORRT_FP32), without_numbers(bundle.manifest["torch_digests"]["tensorrt"])
+
+    def codes(model: onnx.ModelProto) -> NDArray[Any]:
+        trace = trace_of(model, probes, digests)
+        return next(trace.computed["relu_1.codes"] for segment, _ in trace if segment.output == "relu_1.codes")
+
+    wanted = codes(load_model(path))
     for exponent in range(16):
         model = load_model(path)
         grown = np.float32(1 + 2.0 ** (exponent - 23))
         change(model, name, partial(np.multiply, grown))
-        differing = np.count_nonzero(Referee(model).run({"input": probes})["relu_1.codes"] != wanted)
+        differing = np.count_nonzero(codes(model) != wanted)
         found = verify_file(model, probes, digests, [])["failures"]
         if differing:
             break
@@ -333,6 +397,58 @@ def test_a_missing_rounding_is_named(bundle: Bundle, probes: NDArray[np.float32]
     assert found == ["forgotten: the file has no codes of this layer"]
 
 
+@pytest.mark.parametrize("name", [STUDENT_TENSORRT_FP32, STUDENT_TENSORRT, STUDENT_ONNXRUNTIME, TEACHER])
+def test_a_bundle_without_one_of_its_files_is_refused(bundle: Bundle, name: str) -> None:
+    files = {key: entry for key, entry in bundle.manifest["files"].items() if key != name}
+    with pytest.raises(UserError, match=rf"manifest\.json: lists no {name}"):
+        verification(Bundle(bundle.folder, {**bundle.manifest, "files": files}))
+
+
+def test_numbers_that_are_none_fail_and_are_written(bundle: Bundle, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(bundle.folder, folder)
+    for name in (STUDENT_ONNXRUNTIME, TEACHER):
+        model = load_model(folder / name)
+        where, value = ("fc.weight_scale", 1e38) if name == STUDENT_ONNXRUNTIME else ("fc.bias", np.nan)
+        change(model, where, partial(np.full_like, fill_value=value))
+        (folder / name).write_bytes(model.SerializeToString())
+    record = verify_bundle(Bundle(folder, bundle.manifest))
+    assert not record["passed"] and read_json(folder / VERIFY) == json.loads(json.dumps(record, allow_nan=False))
+    assert f"{TEACHER} is -400 dB from torch's logits, at least 60 are needed" in record["failures"]
+    print_verification(record)
+
+
+def test_outputs_where_nothing_is_wanted_are_far_off() -> None:
+    zeros = np.zeros(3, np.float32)
+    assert snr_db(zeros, zeros) is None
+    assert snr_db(zeros + 1, zeros) == snr_db(zeros + np.inf, zeros + 1) == snr_db(zeros * np.nan, zeros + 1) == -400
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_every_number_of_the_file_is_bound(bundle: Bundle, flavour: str) -> None:
+    """One unit more in one place of each constant, wherever that leads."""
+    model = load_model(bundle.path(FLAVOURS[flavour]))
+    digests = bundle.manifest["torch_digests"][flavour]
+    assert list(wrong_constants(model, digests)) == []
+    generator = np.random.default_rng(0)
+    tried = 0
+    for constant in model.graph.initializer:
+        values = numpy_helper.to_array(constant)
+        if values.dtype == np.int64 or constant.name.endswith("zero_point"):
+            continue  # shapes, which the checker binds; zero points, which load_network does
+        for at in generator.integers(0, values.size, 3):
+            changed = values.copy()
+            more = np.nextafter(changed.flat[at], np.float32(np.inf)) if values.dtype.kind == "f" else 1
+            changed.flat[at] = more if values.dtype.kind == "f" else changed.flat[at] ^ more
+            mutant = onnx.ModelProto()
+            mutant.CopyFrom(model)
+            tensor(mutant, constant.name).CopyFrom(numpy_helper.from_array(changed, constant.name))
+            limit = constant.name.endswith((".bottom", ".top")) and values.dtype.kind == "f"
+            assert bool(list(wrong_constants(mutant, digests))) != limit, (constant.name, at)
+            tried += 1
+    assert tried > 40
+
+
 @pytest.mark.parametrize("codes", [10, 320, 16_384, 500_000])
 def test_a_layer_is_refused_for_a_count_that_chance_does_not_give(codes: int) -> None:
     counts = np.random.default_rng(0).poisson((1 - EQUAL_CODES) * codes, 1_000_000)
@@ -394,7 +510,8 @@ def made(model: onnx.ModelProto) -> set[str]:
         (STUDENT_TENSORRT, rename_everything, "x.codes: the FP16 file has no such codes"),
         (TEACHER_FP16, lambda m: change(m, "fc.bias", lambda b: 2 * b), f"{TEACHER_FP16}: fc.bias: the FP16 file has"),
         (FLOAT_STUDENT_FP16, rename_one, f"{FLOAT_STUDENT_FP16}: the FP16 file has other operators"),
-        (TEACHER, lambda m: change(m, "fc.bias", lambda b: b + 0.1), "teacher: teacher.onnx is"),
+        (TEACHER, lambda m: change(m, "fc.bias", lambda b: b + 0.1), "teacher.onnx is"),
+        (FLOAT_STUDENT, lambda m: change(m, "fc.bias", lambda b: b + 0.1), "student.float.onnx is"),
     ],
     ids=[
         "layer",
@@ -408,6 +525,7 @@ def made(model: onnx.ModelProto) -> set[str]:
         "half teacher",
         "half float",
         "teacher",
+        "float student",
     ],
 )
 def test_a_file_beside_the_exact_ones_that_computes_something_else_fails(
@@ -422,27 +540,20 @@ def test_a_file_beside_the_exact_ones_that_computes_something_else_fails(
     assert not record["passed"] and record["failures"][0].startswith(failure), record["failures"]
 
 
-def test_the_float_student_is_held_against_torch_when_it_is_written(
-    bundle: Bundle, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_float_student_is_held_against_torch(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
     record = read_json(bundle.folder / VERIFY)
-    assert record["float_student"]["snr_db"]["logits"] > 100
+    assert record["float_student"]["images"] == 16 and record["float_student"]["snr_db"]["logits"] > 100
     print_verification(record)
-    assert "student.float.onnx = float student in torch, when exported: " in capsys.readouterr().out
-    wrong = {**bundle.manifest, "float_student": {"images": 16, "snr_db": {"logits": 12.0}}}
-    found = verification(Bundle(bundle.folder, wrong))
-    assert found["failures"] == [
-        "float student: student.float.onnx is 12 dB from torch's logits, at least 60 are needed"
-    ]
+    assert "student.float.onnx = float student in torch: " in capsys.readouterr().out
 
 
 def test_a_float_file_of_another_network_is_far_from_torch() -> None:
     x = images(0, 16)
     student = calibrated(lively(Functional(), 1), Bits(8, 8))
     model = onnx_from_deployed(convert(student, "float"), x, {})
-    assert float_file_against_torch(model.SerializeToString(), student, x)["snr_db"]["logits"] > 100
+    assert float_file_db(model.SerializeToString(), student, x)["logits"] > 100
     change(model, "fc2.bias", lambda bias: bias + 0.1)
-    assert float_file_against_torch(model.SerializeToString(), student, x)["snr_db"]["logits"] < 60
+    assert float_file_db(model.SerializeToString(), student, x)["logits"] < 60
 
 
 @pytest.mark.parametrize(("value", "roundings"), [(10.49999, 1), (10.4, 64), (10.0, 64)])
@@ -461,6 +572,20 @@ def test_a_constant_map_at_a_tie_is_one_rounding(value: float, roundings: int) -
     assert distinct_roundings(segment, values, np.zeros(64, bool)) == 0
 
 
+def test_ties_in_a_map_that_is_not_constant_count_one_by_one() -> None:
+    """Such as a quarter of the averages of four codes."""
+    model = one_node("QuantizeLinear", {"s": np.float32(1), "z": np.int8(0)})
+    model.graph.node.append(helper.make_node("DequantizeLinear", ["y0", "s", "z"], ["y"]))
+    model.graph.output[0].name = "y"
+    for size in (4, 2, 8):
+        model.graph.input[0].type.tensor_type.shape.dim.add(dim_value=size)
+    x = np.random.default_rng(0).integers(0, 40, (4, 2, 8)).astype(np.float32) / np.float32(4)
+    values = Referee(model).run({"x": x})
+    ties = x % 1 == 0.5
+    assert ties.sum() > 10
+    assert distinct_roundings(next(segments(model)), values, ties) == ties.sum()
+
+
 def test_ties_are_found_in_front_of_spare_channels() -> None:
     inputs = {"s": np.float32(1), "z": np.uint8(128), "pads": np.array([0, 1]), "axes": np.array([1])}
     model = one_node("QuantizeLinear", {"s": inputs["s"], "z": inputs["z"]})
@@ -474,7 +599,7 @@ def test_ties_are_found_in_front_of_spare_channels() -> None:
     assert (values["y1"] == [[[138]] * 3 + [[128]]] * 2).all()
     differs = np.zeros((2, 4, 5), bool)
     differs[:, :3] = True
-    assert distinct_roundings(next(segments(model)), values, differs) == 1
+    assert distinct_roundings(next(segments(model)), values, differs) == 3
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"\x00" * 99])

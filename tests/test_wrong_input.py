@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from faqd.bundle import write_manifest
+from tests.tiny_bundles import facts_of
 from tests.toy_runs import (
     NET,
     Outcome,
@@ -467,7 +468,7 @@ def bundle(tmp_path: Path) -> Path:
     folder.mkdir()
     for name in ("student.onnx", "eval.npz"):
         (folder / name).write_bytes(b"content of " + name.encode())
-    write_manifest(folder, {"name": "toy", "kind": "ptq"}, {"student.onnx": "a", "eval.npz": "b"})
+    write_manifest(folder, facts_of("toy"), {"student.onnx": "a", "eval.npz": "b"})
     return folder
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,19 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from faqd.bundle import EVAL, FLOAT_STUDENT, STUDENT_ONNXRUNTIME, TEACHER, VERIFY, Bundle, Evaluation, write_manifest
+from faqd.bundle import (
+    EVAL,
+    FLOAT_STUDENT,
+    MANIFEST,
+    STUDENT_ONNXRUNTIME,
+    TEACHER,
+    VERIFY,
+    Bundle,
+    Evaluation,
+    write_manifest,
+)
 from faqd.deploy.onnx_session import OnnxSession
-from faqd.files import sha256
+from faqd.files import sha256, write_json
 from faqd.preprocess import Preprocess
 
 SIDE, CLASSES = 8, 10
@@ -54,27 +63,41 @@ def make_bundle(
         truth[::10] = (truth[::10] + 1) % CLASSES  # The teacher gets every tenth image wrong.
     Evaluation(pixels, truth, {key: values.astype(np.float32) for key, values in outputs.items()}).save(folder / EVAL)
     teacher_sha256 = sha256(folder / TEACHER)
-    facts: dict[str, Any] = {
+    classes = [f"class {index}" for index in range(CLASSES)]
+    teacher = {"name": "tiny teacher", "sha256": teacher_sha256}
+    facts = facts_of(name, kind=kind, classes=classes, teacher=teacher)
+    files = (TEACHER, FLOAT_STUDENT, STUDENT_ONNXRUNTIME, EVAL)
+    bundle = write_manifest(folder, facts, dict.fromkeys(files, teacher_sha256))
+    if verify is not None:
+        write_verify(bundle, passed=verify)
+    return bundle
+
+
+def facts_of(name: str, **other: Any) -> dict[str, Any]:
+    """What every manifest says; other: facts that are not the usual ones."""
+    return {
         "name": name,
-        "kind": kind,
+        "kind": "ptq",
         "architecture": "linear",
         "weight_bits": 8,
         "act_bits": 8,
         "target": "tensorrt",
         "preprocess": PREPROCESS.to_json(),
-        "classes": [f"class {index}" for index in range(CLASSES)],
+        "classes": None,
         "input": {"name": "input", "shape": ["batch", 1, SIDE, SIDE]},
         "outputs": [{"name": "logits", "shape": ["batch", CLASSES]}],
         "layers": [],
         "size": {"float32_bytes": 2560, "int8_bytes": 640, "packed_bytes": 640, "parameters": 640},
-        "teacher": {"name": "tiny teacher", "sha256": teacher_sha256},
+        "teacher": {"name": "tiny teacher", "sha256": ""},
+        **other,
     }
-    files = (TEACHER, FLOAT_STUDENT, STUDENT_ONNXRUNTIME, EVAL)
-    bundle = write_manifest(folder, facts, dict.fromkeys(files, teacher_sha256))
-    if verify is not None:
-        hashes = {STUDENT_ONNXRUNTIME: bundle.manifest["files"][STUDENT_ONNXRUNTIME]["sha256"]}
-        (folder / VERIFY).write_text(json.dumps({"passed": verify, "onnx_sha256": hashes}), encoding="utf-8")
-    return bundle
+
+
+def write_verify(bundle: Bundle, **other: Any) -> None:
+    """A verify.json that speaks of this bundle; other: entries that are not the usual ones."""
+    hashes = {name: bundle.manifest["files"][name]["sha256"] for name in bundle.onnx_files()}
+    record = {"passed": True, "onnx_sha256": hashes, "manifest_sha256": sha256(bundle.folder / MANIFEST)}
+    write_json(bundle.folder / VERIFY, record | other)
 
 
 def network(weights: NDArray[np.float32], dense: bool = False) -> bytes:

@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from faqd.benchmarks.latency import Submission
-from faqd.bundle import EVAL, FLOAT_STUDENT_FP16, MANIFEST, TEACHER_FP16, VERIFY, Bundle, Evaluation
+from faqd.bundle import EVAL, FLOAT_STUDENT_FP16, MANIFEST, TEACHER_FP16, Bundle, Evaluation
 from faqd.errors import UserError
-from faqd.files import read_json, sha256
+from faqd.files import sha256
+from faqd.proof import proof_of
 
 Array = NDArray[Any]
 Role = Literal["teacher", "teacher_fp16", "student", "float"]
@@ -54,22 +55,8 @@ class Backend(Protocol):
     def open(self, bundle: Bundle, role: Role) -> AbstractContextManager[Network]: ...
 
 
-_NEEDED = (
-    *("name", "kind", "architecture", "weight_bits", "act_bits", "size", "target"),
-    *("preprocess", "teacher", "input"),
-)
-"""Of a manifest; the last three are objects."""
-
-
 def check_comparable(bundles: Sequence[Bundle]) -> None:
-    """UserError where a manifest lacks what a record says of it, or the bundles cannot stand in one table."""
-    for bundle in bundles:
-        manifest = bundle.manifest
-        objects = {key: isinstance(manifest.get(key), dict) for key in _NEEDED[-3:]}
-        wrong = [key for key in _NEEDED if key not in manifest or not objects.get(key, True)]
-        if wrong or "name" not in manifest["teacher"] or "name" not in manifest["input"]:
-            what = ", ".join(wrong) or "the name of teacher or input"
-            raise UserError(f"{bundle.folder / MANIFEST}: damaged ({what} missing); export the run again.")
+    """UserError where the bundles cannot stand in one table."""
     first = bundles[0]
     for other in bundles[1:]:
         pair = f"{first.folder} and {other.folder}"
@@ -148,24 +135,11 @@ def feeds_of(bundle: Bundle, data: Evaluation, batch: int) -> dict[str, Array]:
     return {bundle.manifest["input"]["name"]: bundle.network_input(images)}
 
 
-def bundle_record(bundle: Bundle, student_file: str) -> dict[str, Any]:
+def bundle_record(bundle: Bundle) -> dict[str, Any]:
     keys = ("name", "kind", "architecture", "weight_bits", "act_bits", "target", "teacher")
     return {
         "folder": str(bundle.folder),
         **{key: bundle.manifest[key] for key in keys},
         "manifest_sha256": sha256(bundle.folder / MANIFEST),
-        "verify": _verify_status(bundle, student_file),
+        "verify": proof_of(bundle).status,
     }
-
-
-def _verify_status(bundle: Bundle, student_file: str) -> str:
-    """passed, failed, stale (it does not speak of this student file) or missing."""
-    path = bundle.folder / VERIFY
-    if not path.is_file():
-        return "missing"
-    found = read_json(path)
-    if not isinstance(found, dict) or found.get("passed") is not True:
-        return "failed"
-    hashes = found.get("onnx_sha256")
-    here = bundle.manifest["files"].get(student_file, {}).get("sha256")
-    return "passed" if isinstance(hashes, dict) and here and hashes.get(student_file) == here else "stale"

@@ -1,44 +1,12 @@
-"""What stands in a record of the bench, version 2: every key that a table, a page, a gate or a comparison reads.
-
-A rule is a type; Maybe(rule), null or that; a dict, these keys at least; Each(rule), any keys with such values; a
-Many(rule), a list; or a tuple, one of these strings. Numbers are finite.
-"""
+"""What stands in a record of the bench, version 2: every key that a table, a page, a gate or a comparison reads."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from faqd.benchmarks.bars import KINDS
-
-
-@dataclass(frozen=True)
-class Maybe:
-    rule: Any
-
-
-@dataclass(frozen=True)
-class Each:
-    rule: Any
-
-
-@dataclass(frozen=True)
-class Many:
-    rule: Any
-    least: int = 0
-
-
-@dataclass(frozen=True)
-class Above:
-    """A number above this."""
-
-    limit: float
-
-
-COUNT = Above(0)
-POSITIVE = Above(0)
+from faqd.schema import COUNT, POSITIVE, Each, Many, Maybe, wrong
 
 _SHARE = {"value": float, "low": float, "high": float, "n": COUNT}
 _ACCURACY = {
@@ -151,7 +119,7 @@ def complaint(record: Mapping[str, Any]) -> str | None:
 
 
 def _complaints(record: Mapping[str, Any]) -> Iterator[str]:
-    yield from _wrong(record, RECORD, "")
+    yield from wrong(record, RECORD, "")
     networks = record["networks"]
     if networks[0]["role"] != "teacher":
         yield "networks/0 is not the teacher"
@@ -159,55 +127,21 @@ def _complaints(record: Mapping[str, Any]) -> Iterator[str]:
     if not students:
         yield "networks has no student"
     for path, student in students:
-        yield from _wrong(student, _STUDENT, path)
+        yield from wrong(student, _STUDENT, path)
         if record["metric"]:
-            yield from _wrong(student["metric"], Each(float), f"{path}/metric")
+            yield from wrong(student["metric"], Each(float), f"{path}/metric")
     labels, classes = record["evaluation"]["labels"], record["evaluation"]["classification"]
     judged = [("networks/0", networks[0]), *students] if labels and classes else []
     for path, network in judged:
         keys = ("top1",) if network["role"] == "teacher" else ("top1", "gap_to_teacher", "agreement")
-        yield from _wrong(network["accuracy"], dict.fromkeys(keys, _SHARE), f"{path}/accuracy")
+        yield from wrong(network["accuracy"], dict.fromkeys(keys, _SHARE), f"{path}/accuracy")
     for i, network in enumerate(networks):
         if not 0 <= network["bundle"] < len(record["bundles"]):
             yield f"networks/{i}/bundle is {network['bundle']}, not one of {len(record['bundles'])}"
         for j, latency in enumerate(network["latency"]):
             wanted = {f"{p:g}": Maybe(float) for p in (*record["switches"]["percentiles"], 99)}
-            yield from _wrong(latency["percentiles_ms"], wanted, f"networks/{i}/latency/{j}/percentiles_ms")
+            yield from wrong(latency["percentiles_ms"], wanted, f"networks/{i}/latency/{j}/percentiles_ms")
             on_gpu = {"parts": dict, "one_ahead": dict} if record["backend"]["name"] == "engine" else {}
-            yield from _wrong(latency, on_gpu, f"networks/{i}/latency/{j}")
+            yield from wrong(latency, on_gpu, f"networks/{i}/latency/{j}")
     if record["backend"]["device"] == "CPU":
-        yield from _wrong(record, _ON_CPU, "")
-
-
-def _wrong(value: Any, rule: Any, path: str) -> Iterator[str]:
-    if isinstance(rule, Maybe):
-        if value is not None:
-            yield from _wrong(value, rule.rule, path)
-    elif isinstance(rule, (dict, Each)):
-        if not isinstance(value, dict):
-            yield f"{path} is {_kind(value)}, not an object"
-            return
-        for key, inner in rule.items() if isinstance(rule, dict) else dict.fromkeys(value, rule.rule).items():
-            if key not in value:
-                yield f"{path}/{key} is missing".removeprefix("/")
-            else:
-                yield from _wrong(value[key], inner, f"{path}/{key}".removeprefix("/"))
-    elif isinstance(rule, Many):
-        if not isinstance(value, list) or len(value) < rule.least:
-            yield f"{path} is {_kind(value)}, not a list of at least {rule.least}"
-            return
-        for index, inner in enumerate(value):
-            yield from _wrong(inner, rule.rule, f"{path}/{index}")
-    elif isinstance(rule, tuple):
-        if value not in rule:
-            yield f"{path} is {value!r}, not one of {', '.join(rule)}"
-    elif isinstance(rule, Above) or rule is float:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if not number or (isinstance(rule, Above) and value <= rule.limit):
-            yield f"{path} is {value!r}, not a number{f' above {rule.limit:g}' if isinstance(rule, Above) else ''}"
-    elif not isinstance(value, rule):
-        yield f"{path} is {_kind(value)}, not a {rule.__name__}"
-
-
-def _kind(value: Any) -> str:
-    return "null" if value is None else f"a {type(value).__name__}"
+        yield from wrong(record, _ON_CPU, "")

@@ -18,7 +18,8 @@ from faqd.deploy.build_progress import Say
 from faqd.deploy.engine import engine_from_onnx
 from faqd.deploy.record import engine_name
 from faqd.errors import UserError
-from faqd.files import read_json, sha256
+from faqd.files import sha256
+from faqd.proof import proof_of
 
 
 def build_bundle(bundle: Bundle, *, all: bool, force: bool, options: BuildOptions, say: Say) -> list[dict[str, Any]]:
@@ -35,7 +36,7 @@ def build_bundle(bundle: Bundle, *, all: bool, force: bool, options: BuildOption
             "train with --target tensorrt to get an engine."
         )
     names = [STUDENT_TENSORRT, *(_baselines(bundle, say) if all else ())]
-    verify = _verified(bundle, names, force, say)
+    verify = _verified(bundle, force, say)
     records = []
     for name in names:
         source = bundle.path(name)
@@ -66,30 +67,15 @@ def _expected_int8(bundle: Bundle) -> list[str] | None:
     return [str(layer.get("name")) for layer in known if layer["runs_int8"]] if known else None
 
 
-def _verified(bundle: Bundle, names: list[str], force: bool, say: Say) -> dict[str, Any] | None:
+def _verified(bundle: Bundle, force: bool, say: Say) -> dict[str, Any] | None:
     """What the records say of verify.json: None where there is none, `complaint` where --force built all the same."""
     path = bundle.folder / VERIFY
-    if not path.is_file():
-        say(f"warning: no {VERIFY} in {bundle.folder}; `faqd-deploy verify {bundle.folder}` proves the files first.")
+    proof = proof_of(bundle)
+    if proof.status == "missing":
+        say(f"warning: {proof.complaint}")
         return None
-    complaint = _complaint(bundle, names)
-    if complaint is not None:
+    if proof.complaint is not None:
         if not force:
-            raise UserError(f"{path}: {complaint} No engine is built from it without --force.", exit_code=1)
-        say(f"warning: {path}: {complaint} Building all the same (--force).")
-    return {"file": VERIFY, "sha256": sha256(path), "passed": complaint is None, "complaint": complaint}
-
-
-def _complaint(bundle: Bundle, names: list[str]) -> str | None:
-    verify = read_json(bundle.folder / VERIFY)
-    hashes = verify.get("onnx_sha256") if isinstance(verify, dict) else None
-    if not isinstance(hashes, dict):
-        return f"not the result of a verification; run `faqd-deploy verify {bundle.folder}`."
-    if verify.get("passed") is not True:
-        return "the verification failed: export the run again, or see its report."
-    files = bundle.manifest["files"]
-    stale = [name for name in names if name in hashes and hashes[name] != files[name]["sha256"]]
-    if stale or STUDENT_TENSORRT not in hashes:
-        which = ", ".join(stale) or STUDENT_TENSORRT
-        return f"it speaks of another {which} than the one here; run `faqd-deploy verify {bundle.folder}`."
-    return None
+            raise UserError(f"{path}: {proof.complaint} No engine is built from it without --force.", exit_code=1)
+        say(f"warning: {path}: {proof.complaint} Building all the same (--force).")
+    return {"file": VERIFY, "sha256": sha256(path), "passed": proof.complaint is None, "complaint": proof.complaint}

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import onnx
 
-from faqd.bundle import MANIFEST, Bundle
+from faqd import bundle as names
+from faqd.bundle import Bundle
 from faqd.deploy.onnx_file import load_model
 from faqd.errors import UserError
+from faqd.schema import COUNT, POSITIVE, Each, Many, Maybe, wrong
 
 ZERO_POINTS = {"int8": (0,), "uint8": (0, 128), "int32": (0,)}
 """By type of the codes."""
@@ -25,26 +27,58 @@ def load_network(bundle: Bundle, file: str) -> onnx.ModelProto:
     return model
 
 
+_LISTED = Many({"layer": str, **dict.fromkeys(("codes", "weight_scale", "bias"), str)})
+_LIMITS = {"grid": Many(float, 2), "low": Maybe(float), "high": Maybe(float), "nonnegative": bool}
+_ROUNDING = {"layer": str, "scale": POSITIVE, **_LIMITS}
+_DIGESTS = {
+    "codes": Each(str),
+    "outputs": Each(str),
+    "output_bits": COUNT,
+    "driven": float,
+    "layers": _LISTED,
+    "roundings": Many(_ROUNDING),
+    "others": Many({"layer": str, "number": str, "sha256": str}),
+}
+
+
+def flavours(bundle: Bundle) -> list[str]:
+    """What the student was deployed as: both, but no grid of TensorRT has the 8-bit activations of onnxruntime's."""
+    alone = bundle.manifest["target"] == "onnxruntime" and bundle.manifest["act_bits"] == 8
+    return ["onnxruntime"] if alone else ["tensorrt", "onnxruntime"]
+
+
+def refuse_incomplete(bundle: Bundle) -> None:
+    """UserError where a file is not listed that such a bundle has: what is not there cannot be proved."""
+    needed = [names.STUDENT_ONNXRUNTIME, names.FLOAT_STUDENT, names.FLOAT_STUDENT_FP16, names.TEACHER, names.EVAL]
+    if "tensorrt" in flavours(bundle):
+        needed += [names.STUDENT_TENSORRT_FP32, names.STUDENT_TENSORRT]
+    for name in needed:
+        if not bundle.has(name):
+            raise UserError(f"{bundle.folder / names.MANIFEST}: lists no {name}; export the run again.")
+
+
 def torch_digests(bundle: Bundle, flavour: str) -> dict[str, Any]:
-    """What the manifest says of torch's values in this flavour: `codes` by layer and `outputs` by name."""
+    """What the manifest says of torch in this flavour, as `torch_values.torch_digests` wrote it."""
     digests = bundle.manifest.get("torch_digests")
     found = digests.get(flavour) if isinstance(digests, dict) else None
-    if not isinstance(found, dict) or not all(isinstance(found.get(key), dict) for key in ("codes", "outputs")):
-        raise UserError(f"{bundle.folder / MANIFEST}: no digests of torch's {flavour} student; export the run again.")
+    complaint = next(wrong(found, _DIGESTS, flavour), None)
+    if complaint is not None:
+        raise UserError(
+            f"{bundle.folder / names.MANIFEST}: no digests of torch's {flavour} student ({complaint}); export the run "
+            "again."
+        )
+    assert isinstance(found, dict)
     return found
 
 
 def _interface(manifest: dict[str, Any], graph: onnx.GraphProto) -> Iterator[str]:
-    wanted = manifest.get("input", {}).get("name", "nothing of it")
+    wanted = manifest["input"]["name"]
     inputs = [value.name for value in graph.input]
     if inputs != [wanted]:
         yield f"has the inputs {', '.join(inputs) or 'none'}, the manifest says {wanted}"
-    outputs, promised = (
-        [value.name for value in graph.output],
-        [output.get("name", "one without a name") for output in manifest.get("outputs", [])],
-    )
+    outputs, promised = [value.name for value in graph.output], [output["name"] for output in manifest["outputs"]]
     if outputs != promised:
-        yield f"has the outputs {', '.join(outputs) or 'none'}, the manifest says {', '.join(promised) or 'none'}"
+        yield f"has the outputs {', '.join(outputs) or 'none'}, the manifest says {', '.join(promised)}"
     made = {name for node in graph.node for name in node.output}
     for name in outputs:
         if name not in made:

@@ -18,8 +18,7 @@ from faqd.deploy.build_options import BuildOptions
 from faqd.deploy.engine import engine_from_onnx
 from faqd.deploy.int8_rules import Broken, Rule, first_broken, refusals
 from faqd.deploy.onnx_file import load_model
-from faqd.deploy.onnx_graph import Graph
-from faqd.deploy.qdq_layers import Layer, code_type, layers_of
+from faqd.deploy.qdq_layers import Layer, QdqGraph, code_type, layers_of
 from faqd.deploy.record import engine_name, read_record, record_path
 from faqd.deploy.trt import installed
 from faqd.errors import UserError
@@ -40,7 +39,7 @@ def explanation(source: Path, *, rules_only: bool = False) -> dict[str, Any]:
     path, manifest = _network(source)
     model = load_model(path)
     named = _with_unique_names(model)
-    graph = Graph(onnx.shape_inference.infer_shapes(named, strict_mode=True, data_prop=True))
+    graph = QdqGraph(onnx.shape_inference.infer_shapes(named, strict_mode=True, data_prop=True))
     labels = _labels(model, manifest)
     layers = [(layer, first_broken(layer)) for layer in layers_of(graph)]
     refused = refusals(graph) | {found: rule for _, (rule, found) in _broken(layers) if rule.effect == "refused"}

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from faqd.bundle import MANIFEST, VERIFY, load_bundle
+from faqd.bundle import MANIFEST, load_bundle
 from faqd.deploy.onnx_scan import read_scanned
 from faqd.errors import UserError
 from faqd.files import read_json
+from faqd.proof import proof_of
 
 RUN_RECORD = "run.json"
 
@@ -25,9 +26,8 @@ def inspect_folder(folder: Path) -> tuple[dict[str, Any], list[str]]:
 
 def _bundle(folder: Path) -> tuple[dict[str, Any], list[str]]:
     bundle = load_bundle(folder)
-    for name in bundle.manifest["files"]:
-        if name.endswith(".onnx"):
-            read_scanned(folder / name)
+    for name in bundle.onnx_files():
+        read_scanned(folder / name)
     facts = bundle.manifest
     size = facts["size"]
     lines = [
@@ -45,9 +45,10 @@ def _bundle(folder: Path) -> tuple[dict[str, Any], list[str]]:
     lines.append("")
     for name, record in facts["files"].items():
         lines.append(f"{name:30} {record['bytes']:>10} bytes  sha256 {record['sha256'][:16]}")
-    proof = folder / VERIFY
-    verdict = "not verified yet" if not proof.is_file() else "passed" if read_json(proof)["passed"] else "FAILED"
-    return facts, [*lines, f"verify: {verdict}"]
+    proof = proof_of(bundle)
+    said = {"passed": "passed", "missing": "not verified yet", "failed": "FAILED", "stale": "STALE"}[proof.status]
+    why = f": {proof.complaint}" if proof.status in ("failed", "stale") else ""
+    return facts, [*lines, f"verify: {said}{why}"]
 
 
 def _run_lines(folder: Path, record: dict[str, Any]) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Literal
 import onnx
 
 from faqd.deploy.onnx_graph import Graph, attributes_of, operand, scale_of
-from faqd.deploy.qdq_layers import INTEGER_OPERATORS, Layer, code_type, layers_of, name_of
+from faqd.deploy.qdq_layers import INTEGER_OPERATORS, Layer, QdqGraph, code_type, layers_of, name_of
 
 _AVERAGES = ("AveragePool", "GlobalAveragePool", "ReduceMean")
 
@@ -48,11 +48,11 @@ def first_broken(layer: Layer) -> Broken | None:
 
 def int8_layers(model: onnx.ModelProto) -> dict[str, bool]:
     """Whether each layer of a file that faqd wrote runs in INT8 by the rules, by its place in the torch network."""
-    layers = layers_of(Graph(onnx.shape_inference.infer_shapes(model)))
+    layers = layers_of(QdqGraph(onnx.shape_inference.infer_shapes(model)))
     return {name_of(layer.node).rpartition(".")[0]: first_broken(layer) is None for layer in layers}
 
 
-def refusals(graph: Graph) -> dict[str, Rule]:
+def refusals(graph: QdqGraph) -> dict[str, Rule]:
     """What makes TensorRT refuse the whole file, also where no layer has a part in it: by what was found."""
     quantizers = [node for node in graph.nodes if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
     operators = {found: _OPERATOR for node in graph.nodes if (found := _integer_operator(Layer(graph, node)))}

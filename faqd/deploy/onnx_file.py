@@ -13,6 +13,10 @@ from faqd.deploy.onnx_graph import Graph, attributes_of, scale_of
 from faqd.deploy.onnx_scan import MAX_ELEMENTS, read_scanned
 from faqd.errors import UserError, first_line
 
+MAX_SIZES = 2**16
+"""Of one computed list of integers; what networks compute are the sizes of a shape, and masks of a few thousand."""
+_INDICES = (onnx.TensorProto.INT64, onnx.TensorProto.INT32)
+
 
 def load_model(path: Path) -> onnx.ModelProto:
     """Read and fully check an ONNX file; UserError (exit code 2) if it is damaged, hostile or no network of ours."""
@@ -29,10 +33,15 @@ def _checked(path: Path) -> tuple[onnx.ModelProto, bytes]:
     try:
         model = onnx.ModelProto.FromString(data)
         onnx.checker.check_model(model, full_check=True)
-        inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+        for values_too in (False, True):  # Sizes alone first: values of shapes are propagated only where those are few.
+            inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=values_too)
+            for complaint in _oversized(inferred):
+                raise UserError(f"{path}: {complaint}.")
+    except UserError:
+        raise
     except Exception as error:  # protobuf, the checker and shape inference raise many kinds
         raise UserError(f"{path}: not a valid ONNX file ({first_line(error)}).") from error
-    for complaint in (*_oversized(inferred), *_bad_quantization(inferred)):
+    for complaint in _bad_quantization(inferred):
         raise UserError(f"{path}: {complaint}.")
     return model, data
 
@@ -41,9 +50,12 @@ def _oversized(model: onnx.ModelProto) -> Iterator[str]:
     """Tensors that the file does not declare and shape inference finds: what a few bytes can make a runtime fill."""
     for value in model.graph.value_info:
         sizes = [size.dim_value for size in value.type.tensor_type.shape.dim]
-        if math.prod(max(1, size) for size in sizes) > MAX_ELEMENTS:
-            shape = "x".join(map(str, sizes))
+        elements = math.prod(max(1, size) for size in sizes)
+        shape = "x".join(map(str, sizes))
+        if elements > MAX_ELEMENTS:
             yield f"tensor {value.name}, of {shape} elements, is larger than anything that runs here"
+        elif len(sizes) == 1 and elements > MAX_SIZES and value.type.tensor_type.elem_type in _INDICES:
+            yield f"tensor {value.name} computes {elements:,} indices or sizes; store them, or fold what is constant"
 
 
 def _bad_quantization(model: onnx.ModelProto) -> Iterator[str]:

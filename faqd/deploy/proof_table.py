@@ -30,9 +30,8 @@ def print_verification(record: dict[str, Any]) -> None:
         ):
             table.add_column(column, overflow="fold")
         for row in result["layers"]:
-            reached = f"{row['lowest']}..{row['highest']}" if "lowest" in row else ""
-            equal = {True: "equal", False: "DIFFERS", None: ""}[row.get("torch_equal")]
-            table.add_row(row["layer"], equal, _cell(row.get("plain")), _cell(row.get("optimised")), reached)
+            equal = "equal" if row["torch_equal"] else "DIFFERS"
+            table.add_row(row["layer"], equal, _cell(row.get("plain")), _cell(row.get("optimised")), _reached(row))
         console.print(table)
     if record.get("rounding") == "ceil":
         console.print(CEIL_NOTE)
@@ -46,11 +45,8 @@ def print_verification(record: dict[str, Any]) -> None:
         worst = min(layer.get("within_one_code", 1.0) for layer in record["float16"]["layers"])
         outputs = _outputs(record["float16"]["outputs"])
         console.print(f"FP16 = FP32: {outputs}; worst layer {100 * worst:.3f} % within one code")
-    if "float_student" in record:
-        found = _outputs(record["float_student"])
-        console.print(f"student.float.onnx = float student in torch, when exported: {found}")
-    if "teacher" in record:
-        console.print(f"teacher.onnx = teacher in torch: {_outputs(record['teacher'])}")
+    console.print(f"student.float.onnx = float student in torch: {_outputs(record['float_student'])}")
+    console.print(f"teacher.onnx = teacher in torch: {_outputs(record['teacher'])}")
     if "teacher_float16" in record:
         console.print(f"teacher FP16 = FP32: {_outputs(record['teacher_float16'])}")
     console.print("passed" if record["passed"] else _first_failure(record["failures"]))
@@ -61,11 +57,20 @@ def _first_failure(failures: list[str]) -> str:
     return f"FAILED: {failures[0]}" + (f" (and {len(failures) - 1} more)" if len(failures) > 1 else "")
 
 
+def _reached(row: dict[str, Any]) -> str:
+    """The codes that occur, and the limits that no value was beyond: what those would change was not seen."""
+    if "lowest" not in row:
+        return ""
+    kept = [{"low": "lower", "high": "upper"}[limit] for limit, beyond in row["beyond"].items() if not beyond]
+    return f"{row['lowest']}..{row['highest']}" + (f", {' and '.join(kept)} limit not passed" if kept else "")
+
+
 def _cell(compared: dict[str, Any] | None) -> str:
     if compared is None:
         return ""
     if "codes" not in compared:
-        return f"{compared['relative_error']:.1e}"
+        error = compared["relative_error"]
+        return "not finite" if error is None else f"{error:.1e}"
     if compared["differing"] == 0:
         return "equal"
     return f"{compared['differing']} of {compared['codes']}, by {compared['largest_difference']}"

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
+import numpy as np
 import onnx
+from numpy.typing import NDArray
+from onnx import numpy_helper
 
-from faqd.deploy.referee import code_tensors
+from faqd.deploy.probes import Drive
+from faqd.deploy.referee import Referee, Value, code_tensors, stored
+from faqd.errors import UserError
+
+MOST_VALUES = 2**29
+"""Held at once for all probes: 4 GiB in the referee's float64."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +31,34 @@ class Segment:
     @property
     def layer(self) -> str:
         """The torch module whose result `output` is: `stages.0.1.relu2` for the node `stages.0.1.relu2.codes`."""
-        return self.model.graph.node[-1].name.rpartition(".")[0] or self.output
+        return place_of(self.model.graph.node[-1]) or self.output
+
+    @cached_property
+    def _makers(self) -> dict[str, onnx.NodeProto]:
+        return {name: node for node in self.model.graph.node for name in node.output}
+
+    @cached_property
+    def quantize(self) -> onnx.NodeProto | None:
+        """What rounds to the codes `output`, behind it at most Clip and Pad on codes; None where something else makes
+        them."""
+        node = self._makers[self.output]
+        while node.op_type in ("Clip", "Pad") and node.input[0] in self._makers:
+            node = self._makers[node.input[0]]
+        return node if node.op_type == "QuantizeLinear" else None
+
+    @property
+    def unclipped(self) -> str:
+        """The tensor that is limited and rounded to `output`."""
+        assert self.quantize is not None
+        name = str(self.quantize.input[0])
+        limits = name in self._makers and self._makers[name].op_type in ("Clip", "Relu")
+        return str(self._makers[name].input[0]) if limits else name
+
+
+def place_of(node: onnx.NodeProto) -> str:
+    """The torch module of a node, by its name."""
+    place: str = node.name.rpartition(".")[0]
+    return place
 
 
 def segments(model: onnx.ModelProto) -> Iterator[Segment]:
@@ -30,28 +67,92 @@ def segments(model: onnx.ModelProto) -> Iterator[Segment]:
     graph = inferred.graph
     codes = code_tensors(graph)
     known = {v.name: v for v in [*graph.value_info, *graph.input, *graph.output]}
-    producer = {name: node for node in graph.node for name in node.output}
+    producer = {name: index for index, node in enumerate(graph.node) for name in node.output}
     constants = {t.name: t for t in graph.initializer}
     borders = {*codes, *(v.name for v in graph.input)}
     for target in [*codes, *(v.name for v in graph.output)]:
-        needed: set[str] = set()
-        stack, inputs = [target], []
+        needed: set[int] = set()
+        stack, inputs = [target], set()
         while stack:
             name = stack.pop()
             if name in borders and name != target:
-                inputs.append(name)
-            elif name in producer and name not in needed:
-                needed.add(name)
-                stack.extend(producer[name].input)
-        nodes = [node for node in graph.node if needed & set(node.output)]
-        used = {name for node in nodes for name in node.input}
-        inputs = sorted(set(inputs))
+                inputs.add(name)
+            elif name in producer and producer[name] not in needed:
+                needed.add(producer[name])
+                stack.extend(graph.node[producer[name]].input)
+        nodes = [graph.node[index] for index in sorted(needed)]
+        used = dict.fromkeys(name for node in nodes for name in node.input if name in constants)
         part = onnx.helper.make_graph(
             nodes,
             "segment",
-            [known[name] for name in inputs],
+            [known[name] for name in sorted(inputs)],
             [known[target]],
-            [tensor for name, tensor in constants.items() if name in used],
+            [constants[name] for name in used],
+            value_info=[known[name] for node in nodes for name in node.output if name in known and name != target],
         )
         cut = onnx.helper.make_model(part, opset_imports=model.opset_import, ir_version=model.ir_version)
-        yield Segment(cut, tuple(inputs), target)
+        yield Segment(cut, tuple(sorted(inputs)), target)
+
+
+class Trace:
+    """The referee's run of a file, segment by segment: each is fed what the segments in front of it hand on.
+
+    computed: codes and outputs by tensor, as the file stores them. drive: hands on other codes for driven probes.
+    probes: how many there are, driven ones included.
+    """
+
+    def __init__(self, model: onnx.ModelProto, inputs: NDArray[np.float32], drive: Drive) -> None:
+        self.computed: dict[str, NDArray[Any]] = {}
+        self.probes = len(inputs)
+        self._model = model
+        self._inputs = {model.graph.input[0].name: inputs}
+        self.drive = drive
+        self._zero_points = _zero_points(model)
+        self._places: dict[str, str] = {}
+
+    def __iter__(self) -> Iterator[tuple[Segment, dict[str, Value]]]:
+        """Each segment, with the values of all its tensors."""
+        for segment in segments(self._model):
+            self._refuse_oversized(segment)
+            self._places[segment.output] = segment.layer
+            values = Referee(segment.model).run(self.feeds(segment) or {})
+            self.computed[segment.output] = stored(values[segment.output])
+            yield segment, values
+
+    def feeds(self, segment: Segment) -> dict[str, NDArray[Any]] | None:
+        """What a segment is fed, by name; None where it reads what this file does not compute."""
+        if not self.computed.keys() | self._inputs.keys() >= set(segment.inputs):
+            return None
+        return {name: self._handed_on(name) for name in segment.inputs}
+
+    def _handed_on(self, name: str) -> NDArray[Any]:
+        if name in self._inputs:
+            return self._inputs[name]
+        codes = self.centred(name)
+        driven = self.drive(self._places[name], codes) + self._zero_points[name]
+        return driven.astype(self.computed[name].dtype)
+
+    def centred(self, name: str) -> NDArray[np.int16]:
+        """The codes that were computed for an integer tensor, zero point removed."""
+        return self.computed[name].astype(np.int16) - self._zero_points[name]
+
+    def _refuse_oversized(self, segment: Segment) -> None:
+        elements = self.probes * sum(_elements(value) for value in segment.model.graph.value_info)
+        if elements > MOST_VALUES:
+            raise UserError(
+                f"layer {segment.layer} takes {elements:,} numbers for {self.probes} probe images; the referee holds "
+                f"at most {MOST_VALUES:,} at once. Verify a smaller --image-size."
+            )
+
+
+def _zero_points(model: onnx.ModelProto) -> dict[str, int]:
+    """Of every integer tensor that activations are dequantized from."""
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    readers = {node.input[0]: node for node in reversed(model.graph.node) if node.op_type == "DequantizeLinear"}
+    return {name: int(numpy_helper.to_array(constants[readers[name].input[2]])) for name in code_tensors(model.graph)}
+
+
+def _elements(value: onnx.ValueInfoProto) -> int:
+    """For one image."""
+    sizes = [size.dim_value for size in value.type.tensor_type.shape.dim]
+    return int(np.prod([max(1, size) for size in sizes], dtype=object))

@@ -18,11 +18,12 @@ from faqd.calib.ranges import Method
 from faqd.deploy.export import INPUT, onnx_from_deployed, onnx_from_network, save
 from faqd.deploy.float16 import float16_from_float32
 from faqd.deploy.int8_rules import int8_layers
+from faqd.deploy.probes import probe_inputs
 from faqd.deploy.serving import Server, check_servers, serving_files
 from faqd.deploy.teacher_float16 import TEACHER_IMAGES, teacher_float16
-from faqd.deploy.torch_values import as_trained, float_file_against_torch, stored_outputs, torch_digests
+from faqd.deploy.torch_values import as_trained, float_outputs_in_torch, stored_outputs, torch_digests
 from faqd.deploy.uint8_input import with_preprocessing
-from faqd.deploy.verify import CEIL_NOTE, PROBES, agreement_images, probe_inputs, verify_bundle
+from faqd.deploy.verify import CEIL_NOTE, agreement_images, verify_bundle
 from faqd.errors import UserError
 from faqd.files import sha256, written_beside
 from faqd.preprocess import Preprocess
@@ -174,14 +175,14 @@ def _write_bundle(
             made_from[name] = source
             say(f"wrote {name}")
 
-        probes = torch.from_numpy(probe_inputs(parts.evaluation, parts.preprocess.normalise))
+        probes, driven = probe_inputs(parts.evaluation, parts.preprocess.normalise)
         digests: dict[str, dict[str, Any]] = {}
         flavours: dict[str, Deployed] = {}
         int8: dict[str, bool] = {}
         for flavour in _flavours(parts.student.bits):
             deployed = convert(parts.student, flavour, parts.output_scales)
             flavours[flavour] = deployed
-            digests[flavour] = torch_digests(deployed, probes)
+            digests[flavour] = torch_digests(deployed, torch.from_numpy(probes), driven)
             proto = onnx_from_deployed(deployed, inputs, metadata)
             if flavour == "onnxruntime":
                 put(names.STUDENT_ONNXRUNTIME, proto, parts.made_from)
@@ -203,15 +204,13 @@ def _write_bundle(
         else:
             put(names.TEACHER_FP16, half, parts.teacher_sha256)
         wanted = stored_outputs(parts.teacher, inputs)
-        Evaluation(parts.evaluation, parts.labels, wanted).save(folder / names.EVAL)
+        unrounded = float_outputs_in_torch(parts.student, inputs)
+        Evaluation(parts.evaluation, parts.labels, wanted, unrounded).save(folder / names.EVAL)
         made_from[names.EVAL] = parts.teacher_sha256
         first = next(iter(flavours.values()))
         facts = {
             **_facts(parts, first, wanted, int8),
             "torch_digests": digests,
-            "float_student": float_file_against_torch(
-                float_student.SerializeToString(), parts.student, inputs[:PROBES]
-            ),
             "as_trained": as_trained(parts.student, first, inputs[: agreement_images(wanted)]),
             "zeroed_channels": {flavour: deployed.zeroed for flavour, deployed in flavours.items() if deployed.zeroed},
             "float_type": float_type,

@@ -9,15 +9,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from faqd.deploy.onnx_session import OnnxSession
-from faqd.deploy.verify import FLOAT32_BITS, FLOAT_LAYER_BITS, digest
-from faqd.deploy.whole_outputs import compare_outputs, outputs_of
+from faqd.deploy.constants import grids
+from faqd.deploy.probes import UNDRIVEN, Drive
+from faqd.deploy.torch_constants import place_of_module, torch_constants
+from faqd.deploy.verify_layers import FLOAT32_BITS, FLOAT_LAYER_BITS, digest
+from faqd.deploy.whole_outputs import compare_outputs
 from faqd.train.convert import Deployed
 from faqd.train.outputs import named_outputs, run_batches
 from faqd.train.prepare import Student, float_forward
 
 STORED_VALUES = 2**24
 """Values of one output kept in eval.npz, 64 MiB: dense outputs are stored for the first images only."""
+FLOAT_IMAGES = 16
+"""On which the float student's file is held against the student's own modules."""
 BATCH = 64
 
 
@@ -30,31 +34,40 @@ def stored_outputs(teacher: torch.nn.Module, inputs: Tensor) -> dict[str, NDArra
     return {name: values[: rows[name]] for name, values in found.items()}
 
 
-def torch_digests(deployed: Deployed, inputs: Tensor) -> dict[str, Any]:
-    """What the exported file must compute for `inputs`, value for value: codes by place, outputs by name."""
-    results = named_outputs(deployed(inputs))
+def torch_digests(deployed: Deployed, inputs: Tensor, driven: int = 0) -> dict[str, Any]:
+    """What the exported file must hold, number for number, and compute for `inputs`, value for value: codes by place,
+    outputs by name. driven: how many of the inputs, the last, are driven probes."""
+    constants = torch_constants(deployed)
+    found, results = _traced(deployed, inputs, Drive(grids(constants), driven))
     bits = FLOAT32_BITS if deployed.integers_only else FLOAT_LAYER_BITS
-    codes = {place: digest(values) for place, values in torch_codes(deployed, inputs).items()}
+    codes = {place: digest(values) for place, values in found.items()}
     outputs = {name: digest(result.numpy(), bits) for name, result in results.items()}
-    return {"codes": codes, "outputs": outputs, "output_bits": bits}
+    return {"codes": codes, "outputs": outputs, "output_bits": bits, "driven": driven, **constants}
 
 
 def torch_codes(deployed: Deployed, inputs: Tensor) -> dict[str, NDArray[Any]]:
     """The integer codes at every rounding of the deployed student, by place."""
+    return _traced(deployed, inputs, UNDRIVEN)[0]
+
+
+def _traced(deployed: Deployed, inputs: Tensor, drive: Drive) -> tuple[dict[str, NDArray[Any]], dict[str, Tensor]]:
+    """The codes at every rounding, each before others are handed on for them, and the outputs."""
     found: dict[str, NDArray[Any]] = {}
 
     def watch(place: str) -> Any:
-        def keep(module: Any, operands: tuple[Tensor, ...], result: Tensor) -> None:
+        def keep(module: Any, operands: tuple[Tensor, ...], result: Tensor) -> Tensor:
             found[place] = module.codes(operands[0]).short().numpy()
+            handed_on = drive(place, found[place])
+            return result if handed_on is found[place] else torch.from_numpy(handed_on) * module.scale.double()
 
         return keep
 
     modules = deployed.requantizers()
-    hooks = [module.register_forward_hook(watch(name.removesuffix("_quant"))) for name, module in modules.items()]
-    deployed(inputs)
+    hooks = [module.register_forward_hook(watch(place_of_module(name))) for name, module in modules.items()]
+    results = named_outputs(deployed(inputs))
     for hook in hooks:
         hook.remove()
-    return found
+    return found, results
 
 
 @torch.no_grad()
@@ -83,12 +96,13 @@ def as_trained(student: Student, deployed: Deployed, inputs: Tensor) -> dict[str
     return {**compare_outputs(*outputs), "equal_codes_per_layer": layers}
 
 
-def float_file_against_torch(model: bytes, student: Student, inputs: Tensor) -> dict[str, Any]:
-    """The float student's ONNX file, in onnxruntime, beside the user's own modules with nothing rounded: what the
-    lowering forgot of them, both flavours have forgotten too."""
-    found = outputs_of(OnnxSession(model), inputs.numpy())
+def float_outputs_in_torch(student: Student, inputs: Tensor) -> dict[str, NDArray[np.float32]]:
+    """The outputs of the user's own modules with nothing rounded, for the first inputs: what the lowering forgets of
+    them, both flavours have forgotten too."""
     with float_forward(student):
-        return compare_outputs(found, _arrays(run_batches(student.network, inputs, BATCH)))
+        first = named_outputs(student.network(inputs[:2]))
+        rows = min(FLOAT_IMAGES, *(max(1, STORED_VALUES // values[0].numel()) for values in first.values()))
+        return _arrays(run_batches(student.network, inputs[:rows], BATCH))
 
 
 def _arrays(outputs: dict[str, Tensor]) -> dict[str, NDArray[np.float32]]:

@@ -83,19 +83,27 @@ def _node(operator: str, inputs: list[str], output: str, **attributes: Any) -> o
 
 
 def _part(model: onnx.ModelProto, *, inside: bool) -> onnx.ModelProto:
-    """The preprocessing alone, or all but it."""
+    """The preprocessing, which is all that `preprocess/input` is computed from, or all but it.
+
+    UserError where the network has none, or reads the pixels past it.
+    """
     part = onnx.ModelProto()
     part.CopyFrom(model)
     graph = part.graph
-    if not any(_INSIDE in node.output for node in graph.node):
-        raise UserError("a network of this bundle takes no uint8 pixels, as its manifest says; export it again.")
     (pixels,) = graph.input
+    before = _nodes_of(graph, _INSIDE)
+    if not before:
+        raise UserError("a network of this bundle takes no uint8 pixels, as its manifest says; export it again.")
+    hidden = {pixels.name, *(name for index in before for name in graph.node[index].output)} - {_INSIDE}
+    for index, node in enumerate(graph.node):
+        if index not in before and not hidden.isdisjoint(node.input):
+            raise UserError(f"node {node.name} reads the pixels past their preprocessing; export the run again.")
     batch, height, width, channels = pixels.type.tensor_type.shape.dim
     shape = [batch.dim_param or batch.dim_value, channels.dim_value, height.dim_value, width.dim_value]
-    name = _INSIDE if inside else pixels.name
-    real = helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
-    nodes = [node for node in graph.node if node.name.startswith(_PREFIX) == inside]
-    constants = [tensor for tensor in graph.initializer if tensor.name.startswith(_PREFIX) == inside]
+    real = helper.make_tensor_value_info(_INSIDE if inside else pixels.name, TensorProto.FLOAT, shape)
+    nodes = [node for index, node in enumerate(graph.node) if (index in before) == inside]
+    read = {name for node in nodes for name in node.input}
+    constants = [tensor for tensor in graph.initializer if tensor.name in read]
     for field, kept in ((graph.node, nodes), (graph.initializer, constants)):
         copies = [type(entry).FromString(entry.SerializeToString()) for entry in kept]
         del field[:]
@@ -106,3 +114,16 @@ def _part(model: onnx.ModelProto, *, inside: bool) -> onnx.ModelProto:
     del target[:], graph.value_info[:]
     target.append(real)
     return part
+
+
+def _nodes_of(graph: onnx.GraphProto, tensor: str) -> set[int]:
+    """Which nodes a tensor is computed by, itself and all in front of it."""
+    makers = {name: index for index, node in enumerate(graph.node) for name in node.output}
+    found: set[int] = set()
+    stack = [tensor]
+    while stack:
+        index = makers.get(stack.pop())
+        if index is not None and index not in found:
+            found.add(index)
+            stack.extend(graph.node[index].input)
+    return found

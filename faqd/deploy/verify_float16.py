@@ -15,8 +15,8 @@ from faqd.bundle import Bundle
 from faqd.deploy.bundle_networks import load_network
 from faqd.deploy.float16 import LARGEST, STATED, narrowed
 from faqd.deploy.onnx_session import OnnxSession
-from faqd.deploy.referee import Referee, code_tensors, stored
-from faqd.deploy.segments import Segment, segments
+from faqd.deploy.referee import Referee, code_tensors
+from faqd.deploy.segments import Segment, Trace, segments
 from faqd.deploy.uint8_input import without_preprocessing
 from faqd.deploy.whole_outputs import Outputs, compare_outputs, outputs_of, snr_db
 from faqd.reference import real
@@ -27,40 +27,52 @@ LEAST_SNR_DB = 30
 """Of a float output, on the referee's own inputs of the layers that make it; FP16 has 11 bits, about 66 dB."""
 
 
-def verify_float16(
-    bundle: Bundle, inputs: NDArray[np.float32], images: NDArray[Any], wanted: Outputs
-) -> dict[str, Any]:
-    """Whole networks' outputs, reported, and every layer on the referee's inputs, bounded."""
+def verify_float16(bundle: Bundle, trace: Trace, images: NDArray[Any], wanted: Outputs) -> dict[str, Any]:
+    """Whole networks' outputs, reported, and every layer on the referee's inputs, bounded.
+
+    trace: of the FP32 file. Driven probes are left out: sums that no image leads to may be too large for FP16.
+    """
     half, full = load_network(bundle, names.STUDENT_TENSORRT), load_network(bundle, names.STUDENT_TENSORRT_FP32)
     if bundle.takes_pixels:
         half, full = without_preprocessing(half), without_preprocessing(full)
-    values = Referee(full).run({full.graph.input[0].name: inputs})
     here = set(code_tensors(half.graph))
     failures = [f"{name}: the FP16 file has no such codes" for name in code_tensors(full.graph) if name not in here]
     layers = []
     for segment in segments(half):
-        if not values.keys() >= {segment.output, *segment.inputs}:
+        feeds = trace.feeds(segment)
+        if segment.output not in trace.computed or feeds is None:
             failures.append(f"{segment.layer}: the FP32 file has no such layer")
             continue
-        feeds = {name: stored(values[name]) for name in segment.inputs}
+        feeds = {name: _undriven(trace, array) for name, array in feeds.items()}
         found = OnnxSession(segment.model.SerializeToString(), optimise=False).run(feeds)[segment.output]
-        expected = real(values[segment.output])
+        expected = _undriven(trace, trace.computed[segment.output])
         if expected.dtype.kind == "f":
             snr = snr_db(found, expected)
             layers.append({"layer": segment.layer, "snr_db": snr})
-            if snr is not None and not snr >= LEAST_SNR_DB:
+            if snr is not None and snr < LEAST_SNR_DB:
                 apart = f"{segment.layer}: the FP16 output {segment.output} is {snr:.0f} dB from FP32"
-                failures.append(apart + _beyond(segment, values, found))
+                failures.append(apart + _beyond(segment, _values(full, trace, segment), found))
             continue
         difference = np.abs(found.astype(np.int16) - expected.astype(np.int16))
         close = float(np.mean(difference <= 1))
         layers.append({"layer": segment.layer, "within_one_code": close, "largest_difference": int(difference.max())})
         if close < EQUAL_CODES_FP16:
             apart = f"{segment.layer}: only {100 * close:.3f} % of FP16 codes are within one of FP32"
-            failures.append(apart + _beyond(segment, values, found))
+            failures.append(apart + _beyond(segment, _values(full, trace, segment), found))
     failures += changed(half, full)
     session = OnnxSession(bundle.path(names.STUDENT_TENSORRT), optimise=False)
     return {"layers": layers, "failures": failures, "outputs": compare_outputs(outputs_of(session, images), wanted)}
+
+
+def _undriven(trace: Trace, array: NDArray[Any]) -> NDArray[Any]:
+    return array[: trace.probes - trace.drive.driven] if len(array) == trace.probes else array
+
+
+def _values(full: onnx.ModelProto, trace: Trace, half: Segment) -> dict[str, Any]:
+    """Every tensor of the layer of the FP32 file that `half` is the FP16 form of."""
+    segment = next(segment for segment in segments(full) if segment.output == half.output)
+    feeds = trace.feeds(segment) or {}
+    return Referee(segment.model).run({name: _undriven(trace, array) for name, array in feeds.items()})
 
 
 def _beyond(segment: Segment, values: dict[str, Any], found: NDArray[Any]) -> str:

@@ -12,6 +12,8 @@ from faqd.deploy.onnx_session import OnnxSession
 Outputs = dict[str, NDArray[np.float32]]
 """A network's outputs by name, images first."""
 BATCH = 250
+NO_SIGNAL_DB = -400.0
+"""Stands for numbers that are not finite as well: JSON has none of those."""
 
 
 def outputs_of(session: OnnxSession, inputs: NDArray[Any]) -> Outputs:
@@ -34,7 +36,10 @@ def compare_outputs(found: Outputs, wanted: Outputs) -> dict[str, Any]:
 
 
 def snr_db(found: NDArray[Any], wanted: NDArray[Any]) -> float | None:
-    """10 log10 of the sum of squares over that of the differences; None where there is no difference."""
+    """10 log10 of the sum of squares over that of the differences; None where there is no difference, NO_SIGNAL_DB
+    where nothing of the signal is left, or there is none."""
     noise = float(np.square(found.astype(np.float64) - wanted).sum())
     signal = float(np.square(wanted.astype(np.float64)).sum())
-    return float(10 * np.log10(signal / noise)) if noise and signal else None
+    if noise == 0:
+        return None
+    return float(10 * np.log10(signal / noise)) if 0 < signal < np.inf and noise < np.inf else NO_SIGNAL_DB

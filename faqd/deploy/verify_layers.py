@@ -1,0 +1,167 @@
+"""One file of a student, layer by layer: torch, the referee and onnxruntime held against each other."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from faqd.deploy.constants import grids, wrong_constants
+from faqd.deploy.onnx_session import OnnxSession
+from faqd.deploy.probes import Drive
+from faqd.deploy.referee import Value
+from faqd.deploy.segments import Segment, Trace, place_of
+from faqd.deploy.ties import distinct_roundings
+from faqd.reference import real
+
+EQUAL_CODES = 0.9999
+"""Least share of all codes on which onnxruntime and the referee agree; no code may differ by more than one."""
+CHANCE = 1e-6
+"""How rarely a layer whose codes differ at just that rate may be refused: rounding ties come by chance, and two among
+the 16,384 codes of a small layer say nothing of its rate. See `tolerated`."""
+OUTPUT_ERROR = 1e-4
+"""Largest difference of a float output, relative to its root mean square."""
+FLOAT32_BITS = 24
+FLOAT_LAYER_BITS = 10
+"""Significant bits of the outputs that torch and the referee must have equal: all of float32, but ten where a layer was
+excluded and sums floats, whose last bits depend on the order. At ten bits two right sums are told apart about once in
+1e11 values."""
+
+
+def digest(values: NDArray[Any], bits: int = FLOAT32_BITS) -> str:
+    """SHA-256 of a tensor, so that equal means every value equal: codes (zero point removed) as int16, the network's
+    own outputs as float32 without negative zeros, rounded to `bits` significant bits."""
+    if values.dtype.kind != "f":
+        return hashlib.sha256(values.astype("<i2").tobytes()).hexdigest()
+    mantissa, exponent = np.frexp(values.astype(np.float64))
+    rounded = np.ldexp(np.rint(np.ldexp(mantissa, bits)), exponent - bits)
+    return hashlib.sha256((rounded.astype("<f4") + np.float32(0)).tobytes()).hexdigest()
+
+
+def verify_file(
+    model: onnx.ModelProto, inputs: NDArray[np.float32], torch_digests: dict[str, Any], modes: list[bool]
+) -> dict[str, Any]:
+    """One flavour: every number, code and output of torch against the file in the referee, then onnxruntime layer by
+    layer on the referee's inputs.
+
+    torch_digests: as `torch_values.torch_digests` writes them. modes: whether onnxruntime optimizes. Returns
+    {"layers": [...], "failures": [...]}, the failures of the first wrong layer first.
+    """
+    return verify_trace(trace_of(model, inputs, torch_digests), model, torch_digests, modes)
+
+
+def trace_of(model: onnx.ModelProto, inputs: NDArray[np.float32], torch_digests: dict[str, Any]) -> Trace:
+    """The referee's run on probe inputs, the last of them driven as they were in torch."""
+    return Trace(model, inputs, Drive(grids(torch_digests), torch_digests["driven"]))
+
+
+def verify_trace(
+    trace: Trace, model: onnx.ModelProto, torch_digests: dict[str, Any], modes: list[bool]
+) -> dict[str, Any]:
+    """The same for a run that has not begun; afterwards the trace holds all that was computed."""
+    wrong: dict[str, list[str]] = defaultdict(list)
+    for place, text in wrong_constants(model, torch_digests):
+        wrong[place].append(text)
+    roundings = {entry["layer"]: entry for entry in torch_digests["roundings"] if "scale" in entry}
+    layers, failures = [], []
+    for segment, values in trace:
+        for place in dict.fromkeys(map(place_of, segment.model.graph.node)):
+            failures += [f"{place}: {text}" for text in wrong.pop(place, [])]
+        wanted = values[segment.output]
+        row: dict[str, Any] = {"layer": segment.layer, "tensor": segment.output}
+        if real(wanted).dtype.kind == "f":
+            bits = torch_digests["output_bits"]
+            row["torch_equal"] = digest(real(wanted), bits) == torch_digests["outputs"].get(segment.output)
+        else:
+            codes = trace.centred(segment.output)
+            row |= {"lowest": int(codes.min()), "highest": int(codes.max())}
+            row["beyond"] = _beyond(segment, values, roundings.get(segment.layer))
+            row["torch_equal"] = digest(codes) == torch_digests["codes"].get(segment.layer)
+        if not row["torch_equal"]:
+            failures.append(f"{segment.layer}: the torch student and the referee differ")
+        for optimise in modes:
+            session = OnnxSession(segment.model.SerializeToString(), optimise=optimise)
+            found = session.run(trace.feeds(segment) or {})[segment.output]
+            row["optimised" if optimise else "plain"] = compared = _compare(found, wanted, segment, values)
+            if not compared["passed"]:
+                failures.append(_failure(segment.layer, compared, optimise))
+        layers.append(row)
+    failures += [f"{place}: {text}" for place, texts in wrong.items() for text in texts]
+    failures += _missing(layers, torch_digests["codes"]) + _differing_in_all(layers)
+    return {"layers": layers, "failures": failures}
+
+
+def _beyond(segment: Segment, values: dict[str, Value], wanted: dict[str, Any] | None) -> dict[str, bool]:
+    """Whether a value came in that the lower limit changes, and one that the upper does, of the limits there are."""
+    if wanted is None or segment.quantize is None:
+        return {}
+    unclipped = real(values[segment.unclipped]) / wanted["scale"]
+    low, high = wanted["low"], wanted["high"]
+    reached = {
+        "low": None if low is None or wanted["nonnegative"] else bool(unclipped.min() < low - 0.5),
+        "high": None if high is None else bool(unclipped.max() > high + 0.5),
+    }
+    return {limit: passed for limit, passed in reached.items() if passed is not None}
+
+
+def _missing(layers: list[dict[str, Any]], wanted: dict[str, str]) -> list[str]:
+    found = {row["layer"] for row in layers}
+    return [f"{layer}: the file has no codes of this layer" for layer in wanted if layer not in found]
+
+
+def _differing_in_all(layers: list[dict[str, Any]]) -> list[str]:
+    failures = []
+    for mode in ("plain", "optimised"):
+        compared = [row[mode] for row in layers if "codes" in row.get(mode, {})]
+        differing, total = (sum(c[key] for c in compared) for key in ("roundings", "codes"))
+        if differing > max(1, (1 - EQUAL_CODES) * total):
+            failures.append(f"all layers: {differing} of {total} codes differ in {mode} onnxruntime")
+    return failures
+
+
+def _compare(found: NDArray[Any], wanted: Value, segment: Segment, values: dict[str, Value]) -> dict[str, Any]:
+    if found.dtype.kind == "f":
+        reference = real(wanted)
+        error = float(np.abs(found - reference).max() / max(float(np.sqrt(np.square(reference).mean())), 1e-30))
+        return {"relative_error": error if math.isfinite(error) else None, "passed": error <= OUTPUT_ERROR}
+    difference = np.abs(found.astype(np.int16) - wanted.astype(np.int16))
+    largest = int(difference.max(initial=0))
+    roundings = distinct_roundings(segment, values, difference > 0)
+    return {
+        "codes": int(difference.size),
+        "differing": int(np.count_nonzero(difference)),
+        "roundings": roundings,
+        "largest_difference": largest,
+        "passed": roundings <= tolerated(difference.size) and largest <= 1,
+    }
+
+
+def tolerated(codes: int) -> int:
+    """How many of a layer's codes may differ: the least count that rounding ties at the rate 1 - EQUAL_CODES exceed
+    with a probability below CHANCE (Poisson)."""
+    if not codes:
+        return 0
+    expected = (1 - EQUAL_CODES) * codes
+    count = math.ceil(expected + 12 * math.sqrt(expected) + 12)
+    at_least = 0.0
+    while at_least <= CHANCE and count:
+        at_least += math.exp(count * math.log(expected) - expected - math.lgamma(count + 1))
+        count -= at_least <= CHANCE
+    return count
+
+
+def _failure(layer: str, compared: dict[str, Any], optimise: bool) -> str:
+    how = "optimised" if optimise else "plain"
+    if "codes" in compared:
+        return (
+            f"{layer}: {compared['differing']} of {compared['codes']} codes differ in {how} onnxruntime, "
+            f"by up to {compared['largest_difference']}"
+        )
+    error = compared["relative_error"]
+    differs = "is not finite" if error is None else f"differs by {error:.2g}"
+    return f"{layer}: the float output {differs} in {how} onnxruntime"
