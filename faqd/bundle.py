@@ -104,7 +104,7 @@ class Bundle:
         """eval.npz; UserError where it is no such file, or holds nothing to evaluate on."""
         path = self.path(EVAL)
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
                 found = Evaluation(
                     np.asarray(arrays["images"]),
                     arrays.get("labels"),

@@ -153,6 +153,20 @@ def _fills_memory(model: onnx.ModelProto) -> None:
     model.graph.node[-3].output[0] = "logits_"
 
 
+def _doubled_sizes(model: onnx.ModelProto) -> None:
+    """A shape joined with itself thirty times: a billion sizes that an inference would write down."""
+    model.graph.node.append(helper.make_node("Shape", ["input"], ["sizes0"], "shape"))
+    for index in range(30):
+        names = [f"sizes{index}"] * 2, [f"sizes{index + 1}"]
+        model.graph.node.append(helper.make_node("Concat", *names, f"join{index}", axis=0))
+
+
+def _long_range(model: onnx.ModelProto) -> None:
+    for name, value in (("start", 0), ("limit", 1 << 33), ("delta", 1)):
+        model.graph.initializer.append(numpy_helper.from_array(np.array(value), name))
+    model.graph.node.append(helper.make_node("Range", ["start", "limit", "delta"], ["numbers"], "range"))
+
+
 def _many_nodes() -> bytes:
     return _with_more_graph(_field(1, helper.make_node("Relu", ["y"], ["y"]).SerializeToString()) * 1_000_000)
 
@@ -207,6 +221,8 @@ SHELF: dict[str, tuple[Callable[[], bytes], str]] = {
     "a huge input": (lambda: edited(_huge_input), "larger than anything"),
     "an input of negative size": (lambda: edited(_negative_input), "larger than anything"),
     "a tensor that fills memory": (lambda: edited(_fills_memory), "larger than anything"),
+    "sizes that double": (lambda: edited(_doubled_sizes), "indices or sizes"),
+    "a range without an end": (lambda: edited(_long_range), "larger than anything"),
     "a sparse tensor": (lambda: edited(_sparse), "sparse"),
     "weights in the folder above": (lambda: edited(_external("../secret")), "in another file"),
     "weights at an absolute path": (lambda: edited(_external("/etc/passwd")), "in another file"),
@@ -234,6 +250,8 @@ WORST = (
     "a petabyte of weights",
     "a huge input",
     "a tensor that fills memory",
+    "sizes that double",
+    "a range without an end",
     "a million nodes",
     "ten thousand networks in each other",
 )

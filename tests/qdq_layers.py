@@ -190,6 +190,51 @@ def _integer(g: Builder, x: str) -> str:
     return g.add("DequantizeLinear", [y, *names], "y.real")
 
 
+def _pad(value: float) -> Middle:
+    def middle(g: Builder, x: str) -> str:
+        how = [g.constant("pads", np.array([0, 0, 1, 1, 0, 0, 1, 1])), g.constant("value", np.float32(value))]
+        return g.conv(g.add("Pad", [x, *how], "block.between"), LAYER)
+
+    return middle
+
+
+def _gather(g: Builder, x: str) -> str:
+    order = g.constant("order", np.arange(CHANNELS)[::-1].copy())
+    return g.conv(g.add("Gather", [x, order], "block.between", axis=1), LAYER)
+
+
+def _scaled_weight(g: Builder, x: str) -> str:
+    factor = g.constant("factor", np.full((CHANNELS, 1, 1, 1), 1.5, np.float32))
+    weight = g.weight((CHANNELS, CHANNELS, 3, 3), LAYER)
+    return g.conv(x, LAYER, weight=g.add("Mul", [weight, factor], "block.scaled"))
+
+
+def _blocks(g: Builder, x: str) -> str:
+    """Weight scales for blocks of 16 rows, as tools for language models write them."""
+    flat = g.add("Flatten", [g.add("MaxPool", [x], "block.pool", kernel_shape=[16, 16])], "block.flat")
+    codes = g.constant("codes", g.rng.integers(-7, 8, (CHANNELS, CHANNELS)).astype(np.int8))
+    scales = g.constant("scales", np.full((CHANNELS // 16, CHANNELS), 0.01, np.float32))
+    weight = g.add("DequantizeLinear", [codes, scales], "block.weight", axis=0, block_size=16)
+    y = g.add("MatMul", [flat, weight], LAYER)
+    return g.add("Reshape", [y, g.constant("shape", np.array([-1, CHANNELS, 1, 1]))], "block.map")
+
+
+def _weights_first(g: Builder, x: str) -> str:
+    columns = g.add("Reshape", [x, g.constant("columns", np.array([-1, CHANNELS, 256]))], "block.columns")
+    y = g.add("MatMul", [g.weight((CHANNELS, CHANNELS), LAYER, axis=0), columns], LAYER)
+    return g.add("Reshape", [y, g.constant("map", np.array([-1, CHANNELS, 16, 16]))], "block.map")
+
+
+def _einsum(g: Builder, x: str) -> str:
+    return g.add("Einsum", [x, g.weight((CHANNELS, CHANNELS), LAYER, axis=0)], LAYER, equation="nchw,dc->ndhw")
+
+
+def _deformable(g: Builder, x: str) -> str:
+    offset = g.conv(x, "block.offset", weight=g.weight((18, CHANNELS, 3, 3), "block.offset"))
+    weight = g.weight((CHANNELS, CHANNELS, 3, 3), LAYER)
+    return g.add("DeformConv", [x, weight, offset], LAYER, pads=[1] * 4, kernel_shape=[3, 3])
+
+
 MIDDLES: dict[str, Middle] = {
     "plain": _plain,
     "float bias": _bias(integer=False),
@@ -241,4 +286,12 @@ MIDDLES: dict[str, Middle] = {
     "matmul wrong axis": _product("MatMul", 0),
     "matmul per tensor": _product("MatMul", None),
     "QLinearConv": _integer,
+    "zero pad between": _pad(0.0),
+    "nonzero pad between": _pad(1.0),
+    "gather between": _gather,
+    "weight times factor": _scaled_weight,
+    "matmul in blocks": _blocks,
+    "matmul with weights first": _weights_first,
+    "einsum": _einsum,
+    "deformable": _deformable,
 }

@@ -25,7 +25,7 @@ from faqd.deploy.explain import explanation
 from faqd.deploy.int8_rules import RULES
 from faqd.errors import UserError
 from tests.qdq_layers import LAYER, MIDDLES, float_stem, network
-from tests.qdq_network import LAYERS, residual_network, written
+from tests.qdq_network import LAYERS, residual_network, unbuildable_network, written
 from tests.tiny_bundles import facts_of
 from tests.toy_runs import faqd_deploy, succeeds
 
@@ -36,6 +36,8 @@ needs_rtx = pytest.mark.skipif(
 
 BREAKS = {
     "QLinearConv": "operator",
+    "deformable": "no such operator",
+    "nonzero pad between": "input quantized",
     "input uint8 128": "zero point",
     "input int8 zero point": "zero point",
     "weight uint8 128": "zero point",
@@ -73,7 +75,10 @@ def row(record: dict[str, Any], node: str = LAYER) -> dict[str, Any]:
 
 
 def written_case(case: str, folder: Path) -> Path:
-    return written(network(MIDDLES[case], opset=21 if "int4" in case or "int16" in case else 19), folder / "net.onnx")
+    return written(
+        network(MIDDLES[case], opset=21 if "int4" in case or "int16" in case or "blocks" in case else 19),
+        folder / "net.onnx",
+    )
 
 
 def test_every_rule_is_broken_by_some_file() -> None:
@@ -108,6 +113,31 @@ def test_the_rules_say_what_tensorrt_builds(case: str, tmp_path: Path) -> None:
     # Of a matrix product with another axis the builder leaves no kernel by which to tell.
     unseen = case in ("gemm wrong axis", "gemm transB wrong axis", "matmul wrong axis")
     assert (row(record)["source"] == "rule") == unseen
+
+
+@needs_rtx
+def test_where_tensorrt_was_tried_and_built_nothing_no_layer_runs(tmp_path: Path) -> None:
+    """Though no rule is broken that faqd knows."""
+    record = explanation(written(unbuildable_network(), tmp_path / "net.onnx"))
+    (layer,) = record["layers"]
+    assert layer["int8"] is None and layer["contradicts_rules"] and "which was tried here" in layer["source"]
+    assert "built no engine" in record["note"]
+    printed = succeeds(faqd_deploy("explain", tmp_path / "net.onnx")).stdout
+    assert "refused (not as the rules say)" in " ".join(printed.split())
+
+
+@pytest.mark.parametrize("operator", ["QGemm", "FusedConv", "MatMulNBits"])
+def test_layers_of_onnxruntimes_own_are_listed_and_refused(operator: str, tmp_path: Path) -> None:
+    model = network(MIDDLES["plain"])
+    layer = next(node for node in model.graph.node if node.name == LAYER)
+    layer.op_type, layer.domain = operator, "com.microsoft"
+    del layer.attribute[:]
+    model.opset_import.add(domain="com.microsoft", version=1)
+    shape: list[str | int | None] = ["batch", 32, 16, 16]  # which nothing infers
+    model.graph.value_info.append(onnx.helper.make_tensor_value_info(LAYER, onnx.TensorProto.FLOAT, shape))
+    record = explanation(written(model, tmp_path / "net.onnx"), rules_only=True)
+    assert row(record)["operator"] == operator and row(record)["int8"] is None
+    assert row(record)["rule"]["name"] == ("no such operator" if operator == "FusedConv" else "operator")
 
 
 def test_an_input_that_nothing_quantizes(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from faqd.bundle import (
     STUDENT_TENSORRT,
     STUDENT_TENSORRT_FP32,
     TEACHER,
+    VERIFY,
     Evaluation,
     write_manifest,
 )
@@ -34,11 +36,12 @@ from tests.tiny_bundles import PREPROCESS, facts_of
 from tests.toy_runs import Outcome, faqd_deploy, outcome_of
 
 NETWORKS = (STUDENT_TENSORRT, STUDENT_TENSORRT_FP32, STUDENT_ONNXRUNTIME, FLOAT_STUDENT, FLOAT_STUDENT_FP16, TEACHER)
-TENSORRT_TAKES = ("infinite scale", "a tensor that fills memory")
+TENSORRT_TAKES = ("infinite scale", "a tensor that fills memory", "sizes that double", "a range without an end")
 """Legal ONNX whose harm shows when it runs: `verify` comes before the board."""
 LEGAL_PROTOBUF = (
     *("axis beyond the rank", "axis of another size", "scale of zero", "scale below zero", "scale that is no number"),
     *("infinite scale", "weight scale of zero", "a tensor that fills memory", "a cycle", "one tensor made twice"),
+    *("sizes that double", "a range without an end"),
     *("one constant twice", "unknown operator", "a missing input"),
 )
 """What the scan lets pass, because it takes a checker to see it; `inspect` reads no further."""
@@ -53,7 +56,10 @@ def hostile_bundle(folder: Path, name: str) -> Path:
     """A bundle with a right manifest whose every network is this file of the shelf."""
     folder.mkdir()
     for network in NETWORKS:
-        shelve(name, folder / network)
+        if name == "good":
+            (folder / network).write_bytes(good().SerializeToString())
+        else:
+            shelve(name, folder / network)
     return described(folder)
 
 
@@ -70,7 +76,7 @@ def described(folder: Path, **other: Any) -> Path:
         "outputs": [{"name": "logits", "shape": ["batch", 10]}],
         "torch_digests": digests,
     }
-    facts = facts_of("hostile", **(facts | other))
+    facts = {**facts_of("hostile"), **facts, **other}
     write_manifest(folder, facts, dict.fromkeys((*NETWORKS, EVAL), ""))
     return folder
 
@@ -174,6 +180,84 @@ def test_verify_refuses_a_network_that_is_not_what_the_manifest_says(
 
 
 @pytest.mark.parametrize(
+    "key", ["preprocess", "outputs", "size", "layers", "input", "teacher", "torch_digests", "faqd"]
+)
+def test_a_manifest_without_an_entry_is_damaged(tmp_path: Path, key: str) -> None:
+    path = hostile_bundle(tmp_path / "b", "good") / MANIFEST
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in manifest.items() if name != key}))
+    is_refused(faqd_deploy("verify", path.parent), "no digests of torch's" if key == "torch_digests" else key)
+    for command in ("inspect", "explain") if key != "torch_digests" else ():
+        is_refused(faqd_deploy(command, path.parent), key)
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("[" * 200_000, "nested too deep"),
+        ('{"format": "faqd-bundle", "version": 1, "files": {}, "x": ' + "[" * 900 + "]" * 900 + "}", "missing"),
+        ("[]", "not the manifest"),
+    ],
+)
+def test_a_manifest_of_another_form_is_refused(tmp_path: Path, text: str, word: str) -> None:
+    (tmp_path / MANIFEST).write_text(text)
+    for command in ("verify", "inspect", "explain", "build-engine"):
+        is_refused(faqd_deploy(command, tmp_path), word)
+
+
+@pytest.mark.parametrize(
+    ("facts", "word"),
+    [
+        ({"name": "\x1b[2Jbundle"}, "control characters"),
+        ({"layers": [{}]}, "layers/0/name is missing"),
+        ({"preprocess": {"height": 8, "width": 8, "mean": [0], "std": [0], "channels": "grey"}}, "preprocess"),
+        ({"preprocess": {"height": 8, "width": 8, "mean": [0], "std": [1], "channels": "grey", "x": 1}}, "preprocess"),
+        ({"torch_digests": {"tensorrt": {"output_bits": "a"}}}, "no digests of torch's"),
+    ],
+)
+def test_entries_that_are_none_are_refused(tmp_path: Path, facts: dict[str, Any], word: str) -> None:
+    for network in NETWORKS:
+        (tmp_path / network).write_bytes(good().SerializeToString())
+    is_refused(faqd_deploy("verify", described(tmp_path, **facts)), word)
+
+
+def test_a_proof_that_is_none_is_told(tmp_path: Path) -> None:
+    bundle = hostile_bundle(tmp_path / "b", "good")
+    (bundle / VERIFY).write_text("[]")
+    outcome = faqd_deploy("inspect", bundle)
+    assert outcome.code == 0 and "verify: FAILED: not the result of a verification" in outcome.stdout
+
+
+def test_metadata_reaches_no_terminal(tmp_path: Path) -> None:
+    model = good()
+    model.producer_name = "faqd"
+    labels = "conv: \x1b[2J x 8; conv: 8 x " + "9" * 5000
+    model.metadata_props.add(key="faqd.bits", value=labels)
+    path = tmp_path / "net.onnx"
+    path.write_bytes(model.SerializeToString())
+    outcome = faqd_deploy("explain", path, "--rules-only", "--json", "-")
+    assert outcome.code == 0 and "\\u001b" not in outcome.stdout and "\x1b" not in outcome.stdout + outcome.stderr
+
+
+@pytest.mark.parametrize("damage", [b"\x00" * 20, b"\xff" * 20])
+def test_evaluation_data_whose_bytes_are_damaged(tmp_path: Path, damage: bytes) -> None:
+    for network in NETWORKS:
+        (tmp_path / network).write_bytes(good().SerializeToString())
+    described(tmp_path)
+    images, teacher = np.zeros((40, 8, 8, 3), np.uint8), np.random.default_rng(0).normal(size=(40, 10))
+    arrays: dict[str, Any] = {"images": images, "teacher.logits": teacher.astype(np.float32)}
+    np.savez_compressed(tmp_path / EVAL, **arrays)
+    whole = (tmp_path / EVAL).read_bytes()
+    manifest = json.loads((tmp_path / MANIFEST).read_text())
+    facts = {key: manifest[key] for key in manifest if key != "files"}
+    for at in range(0, len(whole) - 20, 60):
+        (tmp_path / EVAL).write_bytes(whole[:at] + damage + whole[at + 20 :])
+        write_manifest(tmp_path, facts, dict.fromkeys((*NETWORKS, EVAL), ""))
+        outcome = faqd_deploy("verify", tmp_path)
+        assert outcome.code in (1, 2) and "Traceback" not in outcome.stderr
+
+
+@pytest.mark.parametrize(
     "data",
     [
         {"images": np.zeros((0, 8, 8, 3), np.uint8), "teacher.logits": np.zeros((0, 10), np.float32)},
@@ -228,6 +312,76 @@ print(json.dumps([said, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - bef
     said, kilobytes = json.loads(result.stdout)
     assert len(said) == len(WORST)
     assert kilobytes < 300_000
+
+
+def _joined(count: int) -> onnx.ModelProto:
+    """A map joined with itself again and again."""
+    model = good()
+    nodes = [
+        onnx.helper.make_node("Concat", [f"m{index}"] * 2, [f"m{index + 1}"], f"join{index}", axis=2)
+        for index in range(count)
+    ]
+    nodes[0].input[:] = ["dq", "dq"]
+    model.graph.node.extend(nodes)
+    model.graph.node.append(onnx.helper.make_node("Conv", [f"m{count}", "w"], ["end"], "end"))
+    return model
+
+
+def _chain(count: int, operator: str, constant: str = "") -> onnx.ModelProto:
+    """One operator again and again, with a convolution of every result."""
+    model = good()
+    for index in range(count):
+        inputs = [f"c{index}" if index else "dq", *filter(None, [constant])]
+        model.graph.node.append(onnx.helper.make_node(operator, inputs, [f"c{index + 1}"], f"c{index}"))
+        model.graph.node.append(onnx.helper.make_node("Conv", [f"c{index + 1}", "w"], [f"k{index}"], f"k{index}"))
+    return model
+
+
+def _products(count: int) -> onnx.ModelProto:
+    model = good()
+    square = np.eye(8, dtype=np.float32)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(square, "square"))
+    for index in range(count):
+        inputs = [f"p{index}" if index else "input", "square"]
+        model.graph.node.append(onnx.helper.make_node("MatMul", inputs, [f"p{index + 1}"], f"p{index}"))
+    return model
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: _joined(22),
+        lambda: _chain(900, "Concat"),
+        lambda: _chain(8_000, "Identity"),
+        lambda: _products(8_000),
+    ],
+    ids=["doubled maps", "joins of one", "copies", "products"],
+)
+def test_explain_walks_any_network_in_seconds(tmp_path: Path, model: Callable[[], onnx.ModelProto]) -> None:
+    path = tmp_path / "net.onnx"
+    whole = model()
+    for node in whole.graph.node:
+        if node.op_type == "Concat" and len(node.input) == 1:
+            node.attribute.append(onnx.helper.make_attribute("axis", 1))
+    path.write_bytes(whole.SerializeToString())
+    program = """
+import resource, sys
+from pathlib import Path
+from faqd.deploy.explain import explanation
+from faqd.errors import UserError
+resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
+try:
+    print(len(explanation(Path(sys.argv[1]), rules_only=True)["layers"]))
+except UserError as error:
+    print(error)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program, str(path)], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+    )
+    assert result.returncode == 0, result.stderr[-500:]
+    layers = sum(node.op_type in ("Conv", "MatMul") for node in whole.graph.node)
+    assert result.stdout.strip() == str(layers) or "larger than anything" in result.stdout
 
 
 def test_the_scan_alone_keeps_a_parser_from_other_files(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ from faqd.deploy.constants import wrong_constants
 from faqd.deploy.export import onnx_from_deployed
 from faqd.deploy.float16 import float16_from_float32
 from faqd.deploy.onnx_file import load_model
+from faqd.deploy.onnx_session import OnnxSession
 from faqd.deploy.probes import Drive, driven_codes, probe_inputs
 from faqd.deploy.proof_table import print_verification
 from faqd.deploy.referee import Referee
@@ -653,6 +654,47 @@ REFUSED: dict[str, onnx.ModelProto] = {
 def test_the_referee_refuses_what_it_does_not_know(pattern: str) -> None:
     with pytest.raises(UserError, match=pattern):
         run(REFUSED[pattern], X)
+
+
+@pytest.mark.parametrize(
+    ("operator", "inputs", "attributes"),
+    [
+        ("ReduceMean", {"axes": np.array([], np.int64)}, {}),
+        ("ReduceMean", {"axes": np.array([1, 3])}, {"keepdims": 0}),
+        ("Resize", {"": None, "scales": np.array([1, 1, 1, 2], np.float32)}, {"mode": "linear"}),
+        ("Resize", {"": None, "scales": np.array([1, 1, 2, 3], np.float32)}, {"nearest_mode": "floor"}),
+        ("Resize", {"": None, " ": None, "sizes": np.array([2, 4, 1, 5])}, {"mode": "linear"}),
+    ],
+    ids=["mean of all", "mean of some", "one axis", "nearest", "one row"],
+)
+@pytest.mark.parametrize("rule", ["half_pixel", "pytorch_half_pixel", "asymmetric"])
+def test_the_referee_computes_what_onnxruntime_does(
+    operator: str, inputs: dict[str, Any], attributes: dict[str, Any], rule: str
+) -> None:
+    nearest = "nearest_mode" in attributes
+    if operator == "Resize":
+        if nearest != (rule == "asymmetric"):
+            return
+        attributes = {**attributes, "coordinate_transformation_mode": rule}
+    elif rule != "half_pixel":
+        return
+    model = one_node(
+        operator, {name: values for name, values in inputs.items() if values is not None}, 18, **attributes
+    )
+    if operator == "Resize":
+        model.graph.node[0].input[:] = ["x", *(name.strip() for name in inputs)]
+    for size in X.shape:
+        model.graph.input[0].type.tensor_type.shape.dim.add(dim_value=size)
+    model.ir_version = 9
+    (wanted,) = OnnxSession(model.SerializeToString(), optimise=False).run({"x": X}).values()
+    np.testing.assert_allclose(run(model, X), wanted, atol=1e-6)
+
+
+def test_the_referee_resizes_to_whole_sizes_alone() -> None:
+    scales = {"roi": np.array([], np.float32), "scales": np.array([1, 1, 1.3, 1], np.float32)}
+    model = one_node("Resize", scales, mode="linear")
+    with pytest.raises(UserError, match=r"not from 7 to 9\.1"):
+        run(model, X)
 
 
 def test_a_missing_zero_point_means_uint8() -> None:

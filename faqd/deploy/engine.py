@@ -47,8 +47,12 @@ from faqd.deploy.trt import (
 from faqd.errors import UserError
 from faqd.files import write_json, written_beside
 
-_PRODUCTS = ("CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY")
+_PRODUCTS = ("CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY", "EINSUM")
 _FLOAT_TYPES = {"HALF": "fp16", "BF16": "bf16"}
+
+
+class NotBuilt(UserError):
+    """TensorRT runs here, and does not take this file."""
 
 
 def engine_from_onnx(
@@ -86,7 +90,7 @@ def engine_from_onnx(
         with _timing_cache(trt, config, options), watched(engine.name, say) as watch:
             plan = interruptible(trt, config, watch, lambda: builder.build_serialized_network(network, config))
             if plan is None:
-                raise UserError(f"{onnx}: {trt} built no engine: {messages.why()}", exit_code=1)
+                raise NotBuilt(f"{onnx}: {trt} built no engine: {messages.why()}", exit_code=1)
         kernels, read_from = _kernels(trt, plan, log, messages, options, on_gpu=device is not None)
     seconds = time.perf_counter() - started
     record = {
@@ -166,11 +170,11 @@ def _parse(
     parser = trt.module.OnnxParser(network, log)
     read = parser.parse(content)
     if parser.num_errors:
-        raise UserError(f"{onnx}: {trt} refuses it: {_parser_error(parser.get_error(0))}")
+        raise NotBuilt(f"{onnx}: {trt} refuses it: {_parser_error(parser.get_error(0))}")
     # Bytes that are no ONNX at all can count as a network without nodes.
     if not read or network.num_outputs == 0:
         why = f": {messages.why()}" if messages.errors else ""
-        raise UserError(f"{onnx}: {trt} finds no network in it{why}. The file is damaged; export it again.")
+        raise NotBuilt(f"{onnx}: {trt} finds no network in it{why}. The file is damaged; export it again.")
 
 
 def _parser_error(error: ParserError) -> str:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ast
 import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,10 @@ import onnx
 
 from faqd.bundle import MANIFEST, STUDENT_TENSORRT, load_bundle
 from faqd.deploy.build_options import BuildOptions
-from faqd.deploy.engine import engine_from_onnx
+from faqd.deploy.engine import NotBuilt, engine_from_onnx
 from faqd.deploy.int8_rules import Broken, Rule, first_broken, refusals
 from faqd.deploy.onnx_file import load_model
-from faqd.deploy.qdq_layers import Layer, QdqGraph, code_type, layers_of
+from faqd.deploy.qdq_layers import CONVOLUTIONS, FUSED_OPERATORS, PRODUCTS, Layer, QdqGraph, code_type, layers_of
 from faqd.deploy.record import engine_name, read_record, record_path
 from faqd.deploy.trt import installed
 from faqd.errors import UserError
@@ -43,15 +45,15 @@ def explanation(source: Path, *, rules_only: bool = False) -> dict[str, Any]:
     labels = _labels(model, manifest)
     layers = [(layer, first_broken(layer)) for layer in layers_of(graph)]
     refused = refusals(graph) | {found: rule for _, (rule, found) in _broken(layers) if rule.effect == "refused"}
-    measured, where, note = (None, "rule", None) if rules_only else _measured(path, named)
-    rows = [_row(layer, broken, model, labels, measured, where, bool(refused)) for layer, broken in layers]
+    seen = _Seen() if rules_only else _seen(path, named)
+    rows = [_row(layer, broken, model, labels, seen, bool(refused)) for layer, broken in layers]
     return {
         "format": FORMAT,
         "version": VERSION,
         "file": path.name,
         "sha256": sha256(path),
-        "source": where,
-        "note": note,
+        "source": seen.source,
+        "note": seen.note,
         "refused": [{"found": found, "rule": _rule(rule)} for found, rule in refused.items()],
         "layers": rows,
     }
@@ -80,13 +82,13 @@ def _row(
     broken: Broken | None,
     model: onnx.ModelProto,
     labels: dict[str, dict[str, Any]],
-    measured: dict[str, bool | None] | None,
-    where: str,
+    seen: _Seen,
     refused: bool,
 ) -> dict[str, Any]:
     node = layer.node
     by_rule = None if refused else broken is None or broken[0].effect == "inexact"
-    seen = None if measured is None else measured.get(node.name)
+    told = seen.refused or seen.verdicts.get(node.name) is not None
+    verdict = seen.verdicts.get(node.name)
     module = _module(model, layer)
     row = {
         "module": module,
@@ -94,12 +96,12 @@ def _row(
         "operator": node.op_type,
         **_types(layer),
         **(labels.get(module or "", {}) if layer.weight.dequantize is not None else {}),
-        "int8": by_rule if seen is None else seen,
-        "source": "rule" if seen is None else where,
+        "int8": verdict if told else by_rule,
+        "source": seen.source if told else "rule",
         "rule": None if broken is None else {**_rule(broken[0]), "found": broken[1]},
     }
     # A build that contradicts the rules is worth more than they are, and says so.
-    row["contradicts_rules"] = seen is not None and by_rule is not None and seen != by_rule
+    row["contradicts_rules"] = told and by_rule is not None and verdict != by_rule
     return row
 
 
@@ -108,7 +110,7 @@ def _rule(rule: Rule) -> dict[str, str]:
 
 
 def _types(layer: Layer) -> dict[str, Any]:
-    if layer.node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+    if layer.node.op_type not in (*CONVOLUTIONS, *PRODUCTS, *FUSED_OPERATORS):
         return {"weights": "integer", "inputs": "integer", "weight_bits": 8, "act_bits": 8}
     weight = layer.weight.dequantize
     weights = "FLOAT" if weight is None else code_type(layer.graph, weight)
@@ -129,7 +131,7 @@ def _labels(model: onnx.ModelProto, manifest: dict[str, Any]) -> dict[str, dict[
         keys = ("weights", "inputs", "weight_bits", "act_bits")
         return {row["name"]: {key: row[key] for key in keys if key in row} for row in manifest["layers"]}
     entries = {entry.key: entry.value for entry in model.metadata_props}.get("faqd.bits", "")
-    pairs = [entry.partition(": ") for entry in entries.split("; ") if " x " in entry]
+    pairs = [entry.partition(": ") for entry in entries.split("; ") if " x " in entry and entry.isprintable()]
     return {name: _grids(*grids.split(" x ", 1)) for name, _, grids in pairs}
 
 
@@ -139,7 +141,7 @@ def _grids(weights: str, inputs: str) -> dict[str, Any]:
     return {
         "weights": weights,
         "inputs": inputs,
-        **{key: int(label) for key, label in bits.items() if label.isdecimal()},
+        **{key: int(label) for key, label in bits.items() if label.isdecimal() and len(label) < 4},
     }
 
 
@@ -158,27 +160,40 @@ def _with_unique_names(model: onnx.ModelProto) -> onnx.ModelProto:
 # What was seen, not deduced --------------------------------------------------------------------------------------
 
 
-def _measured(path: Path, named: onnx.ModelProto) -> tuple[dict[str, bool | None] | None, str, str | None]:
-    """By node, whether it runs in INT8 (None for the whole where nothing was built); the source; a remark."""
+@dataclass(frozen=True)
+class _Seen:
+    """What an engine or a build here showed.
+
+    verdicts: by node, whether it runs in INT8; None, or no entry, where that left no trace. refused: whether TensorRT
+    was asked and built nothing.
+    """
+
+    verdicts: Mapping[str, bool | None] = field(default_factory=dict)
+    source: str = "rule"
+    note: str | None = None
+    refused: bool = False
+
+
+def _seen(path: Path, named: onnx.ModelProto) -> _Seen:
     record = _record_of(path)
     if record is not None:
-        return _verdicts(record), _source(record, f"{engine_name(path.name)}: "), None
+        return _Seen(_verdicts(record), _source(record, f"{engine_name(path.name)}: "))
     try:
-        installed()
+        trt = installed()
     except UserError:
-        return (
-            None,
-            "rule",
-            "no TensorRT is installed here, so this is by rule; pip install 'faqd[rtx]' builds and looks",
-        )
+        note = "no TensorRT is installed here, so this is by rule; pip install 'faqd[rtx]' builds and looks"
+        return _Seen(note=note)
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, "network.onnx")
         copy.write_bytes(named.SerializeToString())
         try:
             record = engine_from_onnx(copy, copy.with_suffix(".engine"), BuildOptions(), lambda _: None)
         except UserError as error:
-            return None, "rule", str(error).replace(str(copy), path.name).rstrip(".")
-    return _verdicts(record), _source(record, "built here with "), None
+            note = str(error).replace(str(copy), path.name).rstrip(".")
+            if isinstance(error, NotBuilt):
+                return _Seen(source=f"{trt}, which was tried here", note=note, refused=True)
+            return _Seen(note=note)
+    return _Seen(_verdicts(record), _source(record, "built here with "))
 
 
 def _record_of(path: Path) -> dict[str, Any] | None:

@@ -40,6 +40,11 @@ def print_explanation(record: dict[str, Any]) -> None:
         console.print(line, markup=False, highlight=False)
 
 
+def _disproved(row: dict[str, Any]) -> bool:
+    """Whether a build runs a layer in INT8 that a rule calls float: there is nothing to cure."""
+    return bool(row["int8"]) and row["rule"]["effect"] == "float"
+
+
 def _summary(rows: list[dict[str, Any]]) -> str:
     if not rows:
         return "no convolution or linear layer"
@@ -50,7 +55,7 @@ def _summary(rows: list[dict[str, Any]]) -> str:
 
 def _broken(record: dict[str, Any]) -> dict[tuple[str, str], list[str]]:
     """By what a rule says and how to keep to it: the places that break it, in layers first."""
-    rows = [row for row in record["layers"] if row["rule"] is not None]
+    rows = [row for row in record["layers"] if row["rule"] is not None and not _disproved(row)]
     broken = [(row["rule"], f"{row['module'] or row['node']}: {row['rule']['found']}") for row in rows]
     in_layers = {row["rule"]["found"] for row in rows}
     elsewhere = [entry for entry in record["refused"] if entry["found"] not in in_layers]

@@ -55,7 +55,12 @@ def int8_layers(model: onnx.ModelProto) -> dict[str, bool]:
 def refusals(graph: QdqGraph) -> dict[str, Rule]:
     """What makes TensorRT refuse the whole file, also where no layer has a part in it: by what was found."""
     quantizers = [node for node in graph.nodes if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
-    operators = {found: _OPERATOR for node in graph.nodes if (found := _integer_operator(Layer(graph, node)))}
+    operators = {
+        found: rule
+        for node in graph.nodes
+        for rule in (_OPERATOR, _MISSING)
+        if (found := rule.found(Layer(graph, node)))
+    }
     return operators | {found: _ZERO_POINT for node in quantizers if (found := _nonzero(graph, node))}
 
 
@@ -64,9 +69,15 @@ def refusals(graph: QdqGraph) -> dict[str, Rule]:
 
 def _integer_operator(layer: Layer) -> str | None:
     node = layer.node
-    if node.op_type in INTEGER_OPERATORS or node.domain == "com.microsoft":
+    if node.op_type in INTEGER_OPERATORS:
         return f"{name_of(node)} is a {node.op_type}"
     return None
+
+
+def _no_operator(layer: Layer) -> str | None:
+    node = layer.node
+    foreign = node.domain == "com.microsoft" and node.op_type not in INTEGER_OPERATORS
+    return f"{name_of(node)} is a {node.op_type}" if foreign or node.op_type == "DeformConv" else None
 
 
 def _zero_point(layer: Layer) -> str | None:
@@ -113,11 +124,11 @@ def _float_weight(layer: Layer) -> str | None:
 def _weight_axis(layer: Layer) -> str | None:
     node = layer.weight.dequantize
     scale = scale_of(layer.graph, node) if node is not None else None
-    if node is None or scale is None or scale.size == 1:
-        return None
+    wanted = layer.channel_axis
+    if node is None or scale is None or scale.size == 1 or scale.ndim > 1 or wanted is None:
+        return None  # Scales of two axes are for blocks of the weights, which TensorRT takes.
     rank = len(layer.graph.shape(node.input[0]) or ()) or 1
     axis = attributes_of(node).get("axis", 1) % rank
-    wanted = layer.channel_axis
     return None if axis == wanted else f"{name_of(node)} has scales along axis {axis}, the output channel is {wanted}"
 
 
@@ -173,6 +184,13 @@ _OPERATOR = Rule(
     "Write the Q/DQ form (onnxruntime: quant_format=QuantFormat.QDQ).",
     _integer_operator,
 )
+_MISSING = Rule(
+    "no such operator",
+    "refused",
+    "TensorRT has none of onnxruntime's own operators, and no deformable convolution.",
+    "Export the network without onnxruntime's optimizer behind it; replace deformable convolutions by ordinary ones.",
+    _no_operator,
+)
 _ZERO_POINT = Rule(
     "zero point",
     "refused",
@@ -182,6 +200,7 @@ _ZERO_POINT = Rule(
 )
 RULES: tuple[Rule, ...] = (
     _OPERATOR,
+    _MISSING,
     _ZERO_POINT,
     Rule(
         "weight type",

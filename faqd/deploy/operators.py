@@ -17,6 +17,8 @@ from faqd.reference import Array, Grid, moved, real
 
 Value = Any
 Attributes = dict[str, Any]
+WHOLE = 1e-6
+"""How far from a whole size, relative to it, a float32 scale may lead."""
 
 
 def _leaky_relu(operands: list[Value], attributes: Attributes) -> Value:
@@ -56,8 +58,7 @@ def _resize(operands: list[Value], attributes: Attributes) -> Value:
     axes = [int(a) % len(shape) for a in attributes.get("axes", range(len(shape)))]
     wanted = dict.fromkeys(range(len(shape)), 0) | dict(enumerate(shape))
     for index, axis in enumerate(axes):
-        exact = shape[axis] * float(scales[index]) if scales is not None and scales.size else float(sizes[index])
-        wanted[axis] = int(np.floor(exact))
+        wanted[axis] = _resized(shape[axis], scales[index]) if scales is not None and scales.size else int(sizes[index])
     rule = attributes.get("coordinate_transformation_mode", b"half_pixel").decode()
     mode = attributes.get("mode", b"nearest").decode()
     nearest = attributes.get("nearest_mode", b"round_prefer_floor").decode()
@@ -67,9 +68,18 @@ def _resize(operands: list[Value], attributes: Attributes) -> Value:
         codes, scale = (x.codes, x.scale) if isinstance(x, Grid) and x.scale.ndim == 0 else (real(x), np.ones(()))
         for axis, size in wanted.items():
             if axis >= 2:
-                codes = _along(codes, axis, size, rule == "align_corners")
+                codes = _along(codes, axis, size, rule)
         return codes * scale
     raise ValueError(f"no mode {mode} with {rule} and {nearest}")
+
+
+def _resized(size: int, scale: Any) -> int:
+    """The size that a scale leads to, which is a whole one: between others, backends place pixels by a scale that is
+    not the ratio of the sizes."""
+    exact = float(np.float32(size) * np.float32(scale))
+    if abs(exact - round(exact)) > WHOLE * exact:
+        raise ValueError(f"known only with scales that lead to whole sizes, not from {size} to {exact:g}")
+    return round(exact)
 
 
 def _nearest(values: NDArray[Any], wanted: dict[int, int]) -> NDArray[Any]:
@@ -78,11 +88,13 @@ def _nearest(values: NDArray[Any], wanted: dict[int, int]) -> NDArray[Any]:
     return values
 
 
-def _along(values: Array, axis: int, size: int, align_corners: bool) -> Array:
+def _along(values: Array, axis: int, size: int, rule: str) -> Array:
     """Linear interpolation of one axis, two pixels to each result."""
     inputs, index = values.shape[axis], np.arange(size, dtype=np.float64)
-    if align_corners:
+    if rule == "align_corners":
         position = index * (inputs - 1) / max(1, size - 1)
+    elif rule == "pytorch_half_pixel" and size == 1:
+        position = index
     else:
         position = np.maximum((index + 0.5) * inputs / size - 0.5, 0.0)
     low = np.minimum(np.floor(position), inputs - 1)

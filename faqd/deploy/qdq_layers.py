@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import onnx
 
 from faqd.deploy.onnx_graph import Graph, attributes_of, operand
@@ -17,10 +18,10 @@ INTEGER_OPERATORS = (
     *("DynamicQuantizeMatMul", "MatMulNBits", "MatMulBnb4", "QOrderedMatMul", "QLinearConvTranspose"),
 )
 FUSED_OPERATORS = ("FusedConv", "NhwcFusedConv", "FusedMatMul", "FusedGemm", "TransposeMatMul", "GemmFastGelu")
-"""What onnxruntime's optimizer makes of a layer and its neighbours: no standard ONNX."""
+"""What onnxruntime's optimizer makes of a layer and its neighbours."""
 MOVES = (
     *("MaxPool", "GlobalMaxPool", "Identity", "Dropout", "Transpose", "Flatten", "Reshape", "Squeeze", "Unsqueeze"),
-    *("Slice", "Split", "Pad", "DepthToSpace", "SpaceToDepth", "Cast"),
+    *("Slice", "Split", "Gather", "Pad", "DepthToSpace", "SpaceToDepth", "Cast"),
 )
 """Operators that TensorRT runs on codes: values move, or one of them is chosen."""
 MOST_JOINED = 1000
@@ -63,7 +64,7 @@ class QdqGraph(Graph):
     def _paths_behind(self, node: onnx.NodeProto) -> tuple[Path, ...]:
         if node.op_type == "DequantizeLinear":
             return (Path(node),)
-        if node.op_type in MOVES and node.input:
+        if self._moves(node):
             return self.paths(node.input[0])
         if node.op_type != "Concat":
             return (Path(None, node),)
@@ -73,9 +74,17 @@ class QdqGraph(Graph):
             raise UserError(f"node {name_of(node)} joins more than {MOST_JOINED:,} maps; faqd takes no such network.")
         return tuple(distinct.values())
 
+    def _moves(self, node: onnx.NodeProto) -> bool:
+        if node.op_type == "Pad":  # with zeros, or with values of the map
+            filled = self.constant(operand(node, 2)) if operand(node, 2) else np.zeros(1)
+            return filled is not None and not filled.any()
+        if node.op_type == "Mul":  # of weights with constants, which their scales take in
+            return self._stored.get(node.input[0], False) and self.element_type(node.input[1]) is not None
+        return node.op_type in MOVES and bool(node.input)
+
     def _moves_stored(self, node: onnx.NodeProto) -> bool:
-        known = node.op_type in (*MOVES, "QuantizeLinear", "DequantizeLinear")
-        return known and bool(node.input) and self.is_stored(node.input[0])
+        known = node.op_type in ("QuantizeLinear", "DequantizeLinear") or self._moves(node)
+        return known and self.is_stored(node.input[0])
 
 
 @dataclass(frozen=True)

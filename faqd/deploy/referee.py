@@ -249,7 +249,7 @@ def _pool_windows(x: Array, attributes: Attributes, padding: float, beyond: floa
 def _mean(operands: list[Value], attributes: Attributes) -> Value:
     x = operands[0]
     axes = operands[1] if len(operands) > 1 and operands[1] is not None else attributes.get("axes")
-    axis = tuple(int(a) for a in axes) if axes is not None else None
+    axis = tuple(int(a) for a in axes) if axes is not None and len(axes) else None
     codes, scale = (x.codes, x.scale) if isinstance(x, Grid) and x.scale.ndim == 0 else (real(x), np.ones(()))
     total = codes.sum(axis, keepdims=bool(attributes.get("keepdims", 1)))
     return total / (codes.size // total.size) * scale
