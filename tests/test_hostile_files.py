@@ -31,7 +31,7 @@ from faqd.bundle import (
 from faqd.deploy.onnx_file import load_bytes, load_model
 from faqd.deploy.onnx_scan import read_scanned, scan
 from faqd.errors import UserError
-from tests.hostile_files import SHELF, WORST, Edit, edited, good, shelve
+from tests.hostile_files import SHELF, WORST, Edit, constant, edited, good, shelve
 from tests.tiny_bundles import PREPROCESS, facts_of
 from tests.toy_runs import Outcome, faqd_deploy, outcome_of
 
@@ -149,6 +149,11 @@ def _moved_zero_point(model: onnx.ModelProto) -> None:
     zero.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(zero) + np.int8(3), zero.name))
 
 
+def _many_scales(model: onnx.ModelProto) -> None:
+    for name, values in (("scale", np.full(3, 0.02, np.float32)), ("zero", np.zeros(3, np.int8))):
+        constant(model, name).CopyFrom(onnx.numpy_helper.from_array(values, name))
+
+
 def _computed_scale(model: onnx.ModelProto) -> None:
     model.graph.node.insert(0, onnx.helper.make_node("Abs", ["scale"], ["computed"], "abs"))
     model.graph.node[1].input[1] = "computed"
@@ -164,6 +169,7 @@ def _computed_scale(model: onnx.ModelProto) -> None:
         (_no_zero_point, "conv.dq (DequantizeLinear) has no zero point", {}),
         (_moved_zero_point, "conv.q (QuantizeLinear) has the zero point 3", {}),
         (_computed_scale, "conv.q (QuantizeLinear) computes its scale", {}),
+        (_many_scales, "conv.q (QuantizeLinear) has not one scale and one zero point", {}),
         (lambda model: None, "no digests of torch's tensorrt student", {"torch_digests": "none"}),
         (lambda model: None, "damaged, input is a int, not an object", {"input": 3}),
         (lambda model: None, "damaged, input/name is missing", {"input": {}}),

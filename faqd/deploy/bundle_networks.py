@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -98,5 +99,7 @@ def _grids(graph: onnx.GraphProto) -> Iterator[str]:
         else:
             # Codes are compared without their zero point; another one would move where they saturate.
             zero = onnx.numpy_helper.to_array(constants[node.input[2]])
+            if node.input[0] not in constants and (zero.size != 1 or math.prod(constants[node.input[1]].dims) != 1):
+                yield f"{where} has not one scale and one zero point, as an activation of faqd's has"
             if not np.isin(zero, ZERO_POINTS.get(str(zero.dtype), ())).all():
                 yield f"{where} has the zero point {zero.flat[0]}"

@@ -117,7 +117,8 @@ class _Constants:
         axis = next((a.i for a in weight.attribute if a.name == "axis"), 1)
         entry = {
             "layer": place_of(node),
-            "codes": exactly(np.moveaxis(codes, axis, 0)),  # output channels first, as torch has them
+            # Output channels first, as torch has them.
+            "codes": exactly(np.moveaxis(codes, axis, 0) if -codes.ndim <= axis < codes.ndim else codes),
             "weight_scale": exactly(scale),
             "bias": None,
             "bias_scale": None,
@@ -143,21 +144,21 @@ class _Constants:
         if node.op_type != "QuantizeLinear":
             return {"layer": place}
         scale, zero_point = (self._values[operand] for operand in node.input[1:3])
-        zero, reach = int(zero_point), np.iinfo(zero_point.dtype)
+        scale, zero, reach = scale.item(), int(zero_point.item()), np.iinfo(zero_point.dtype)
         ends: list[tuple[float, float]] = [(reach.min - zero, reach.max - zero)]
         ends += [(bottom - zero, top - zero) for bottom, top in map(self._limits, clips)]
         saturates = max(low for low, _ in ends), min(high for _, high in ends)
         self._taken |= set(node.input[1:])
         for reader in self._readers[name]:
             self._taken |= set(reader.input[1:])
-            if float(self._values[reader.input[1]]) != float(scale):
+            if self._values[reader.input[1]].item() != scale:
                 self.complaints.append((place, "its codes are read with another scale than they were made with"))
         before = self._makers.get(node.input[0])
         if before is not None and before.op_type in ("Clip", "Relu"):  # on values
             bottom, top = self._limits(before)
-            ends.append((np.rint(bottom / np.float64(scale)), np.rint(top / np.float64(scale))))
+            ends.append((np.rint(bottom / scale), np.rint(top / scale)))
         low, high = max(low for low, _ in ends), min(high for _, high in ends)
-        return {"layer": place, "scale": float(scale), "low": int(low), "high": int(high), "saturates": saturates}
+        return {"layer": place, "scale": scale, "low": int(low), "high": int(high), "saturates": saturates}
 
     def _limits(self, node: onnx.NodeProto) -> tuple[float, float]:
         """Of a Clip or a Relu."""
@@ -165,8 +166,11 @@ class _Constants:
             return 0.0, np.inf
         self._taken |= set(node.input[1:])
         bottom, top = ([*node.input[1:], "", ""])[:2]
-        low, high = self._values.get(bottom, -np.inf), self._values.get(top, np.inf)
-        return float(low), float(high)
+        low, high = self._values.get(bottom), self._values.get(top)
+        return (
+            -np.inf if low is None or low.size != 1 else float(low.item()),
+            np.inf if high is None or high.size != 1 else float(high.item()),
+        )
 
     def _others(self) -> Counter[str]:
         found: Counter[str] = Counter()

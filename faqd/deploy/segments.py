@@ -149,7 +149,9 @@ def _zero_points(model: onnx.ModelProto) -> dict[str, int]:
     """Of every integer tensor that activations are dequantized from."""
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     readers = {node.input[0]: node for node in reversed(model.graph.node) if node.op_type == "DequantizeLinear"}
-    return {name: int(numpy_helper.to_array(constants[readers[name].input[2]])) for name in code_tensors(model.graph)}
+    return {
+        name: int(numpy_helper.to_array(constants[readers[name].input[2]]).item()) for name in code_tensors(model.graph)
+    }
 
 
 def _elements(value: onnx.ValueInfoProto) -> int:
