@@ -27,6 +27,7 @@ from faqd.train.convert import collect_output_scales, convert
 from faqd.train.deployed import Flavour
 from faqd.train.fuse import fused
 from faqd.train.placement import Bits, place
+from faqd.train.prepare import ASIDE, calibrate
 from faqd.train.student import load_student
 from tests.networks import CHANNELS, SHAPE, calibrated, captured, conv, images, lively
 from tests.test_export import needs_rtx
@@ -326,3 +327,20 @@ def test_inspect_takes_the_weights_that_ptq_and_distill_ask_for(user: User, tmp_
     assert refused.code == 2 and "other.pth: these are not weights of Net" in refused.stderr
     refused = faqd_train("inspect", "--teacher", tmp_path, *user.teacher[2:])
     assert refused.code == 2 and "has its own weights" in refused.stderr
+
+
+def test_an_average_of_pixels_that_are_all_at_the_limit_has_a_scale_of_its_own() -> None:
+    """At that of its codes, a quarter of the averages of four codes would lie between two."""
+    first = nn.Conv2d(SHAPE[0], 8, 3, stride=4)
+    network = nn.Sequential(first, nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    with torch.no_grad():
+        first.weight.mul_(100)
+    student, x = calibrated(network, Bits(8, 8), shape=SHAPE), images(3, 16, SHAPE)
+    calibrate(student, [x], "max")
+    scales = {name: float(module.scale.detach()) for name, module in student.quantizers().items()}
+    codes, average = (scales[name] for name in list(scales)[1:3])
+    assert average == pytest.approx(codes * ASIDE, rel=1e-6)
+    for flavour, modes in FLAVOURS.items():
+        deployed = convert(student, flavour, collect_output_scales(student, [x]))
+        model = onnx_from_deployed(deployed, x, {})
+        assert verify_file(model, x.numpy(), torch_digests(deployed, x, driven=8), modes)["failures"] == []

@@ -59,6 +59,9 @@ from tests.toy_runs import faqd_deploy
 
 FLAVOURS = {"tensorrt": STUDENT_TENSORRT_FP32, "onnxruntime": STUDENT_ONNXRUNTIME}
 
+PASSED = {"tensorrt": {"low": True, "high": True}, "onnxruntime": {"high": True}}
+"""The limits that a file states: codes of onnxruntime's end at zero by themselves."""
+
 NETWORK = """
 import torch
 from torch import nn
@@ -115,11 +118,11 @@ def test_a_good_bundle_passes(bundle: Bundle, capsys: pytest.CaptureFixture[str]
 
 
 def test_the_probes_reach_beyond_every_clip(bundle: Bundle) -> None:
-    for result in read_json(bundle.folder / "verify.json")["flavours"].values():
+    for flavour, result in read_json(bundle.folder / "verify.json")["flavours"].items():
         for row in result["layers"]:
             if row["layer"] in ("relu", "relu_1"):
                 assert (row["lowest"], row["highest"]) == (0, 15)
-                assert row["beyond"] == {"low": True, "high": True}
+                assert row["beyond"] == PASSED[flavour]
 
 
 def test_dark_images_hide_no_clip(tmp_path: Path) -> None:
@@ -137,9 +140,9 @@ def test_dark_images_hide_no_clip(tmp_path: Path) -> None:
         net, tmp_path / "best.pth", data, Bits(4, 4), "mse", 256, out, 100, "fp16", lambda _: None
     )
     assert dark.evaluation().images[:8].max() < 13
-    for result in read_json(dark.folder / VERIFY)["flavours"].values():
+    for flavour, result in read_json(dark.folder / VERIFY)["flavours"].items():
         limited = [row for row in result["layers"] if row["layer"] in ("relu", "relu_1")]
-        assert [row["beyond"] for row in limited] == [{"low": True, "high": True}] * 2
+        assert [row["beyond"] for row in limited] == [PASSED[flavour]] * 2
     model = load_model(dark.path(STUDENT_TENSORRT_FP32))
     next(node for node in model.graph.node if node.name == "relu_1.clip").op_type = "Relu"
     del next(node for node in model.graph.node if node.name == "relu_1.clip").input[1:]
@@ -557,7 +560,7 @@ def test_a_float_file_of_another_network_is_far_from_torch() -> None:
     assert float_file_db(model.SerializeToString(), student, x)["logits"] < 60
 
 
-@pytest.mark.parametrize(("value", "roundings"), [(10.49999, 1), (10.4, 64), (10.0, 64)])
+@pytest.mark.parametrize(("value", "roundings"), [(10.49999, 1), (10.5, 1), (10.4, 64), (10.0, 64)])
 def test_a_constant_map_at_a_tie_is_one_rounding(value: float, roundings: int) -> None:
     """And a constant map that is wrong stays wrong in every pixel."""
     inputs = {"s": np.float32(1), "z": np.int8(0)}
@@ -600,7 +603,7 @@ def test_ties_are_found_in_front_of_spare_channels() -> None:
     assert (values["y1"] == [[[138]] * 3 + [[128]]] * 2).all()
     differs = np.zeros((2, 4, 5), bool)
     differs[:, :3] = True
-    assert distinct_roundings(next(segments(model)), values, differs) == 3
+    assert distinct_roundings(next(segments(model)), values, differs) == 1
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"\x00" * 99])

@@ -98,15 +98,15 @@ class Trace:
     """The referee's run of a file, segment by segment: each is fed what the segments in front of it hand on.
 
     computed: codes and outputs by tensor, as the file stores them. drive: hands on other codes for driven probes.
-    probes: how many there are, driven ones included.
+    probes: how many there are; undriven: how many of them, the first, are not driven.
     """
 
     def __init__(self, model: onnx.ModelProto, inputs: NDArray[np.float32], drive: Drive) -> None:
         self.computed: dict[str, NDArray[Any]] = {}
-        self.probes = len(inputs)
+        self.probes, self.undriven = len(inputs), len(inputs) - drive.driven
         self._model = model
         self._inputs = {model.graph.input[0].name: inputs}
-        self.drive = drive
+        self._drive = drive
         self._zero_points = _zero_points(model)
         self._places: dict[str, str] = {}
 
@@ -129,7 +129,7 @@ class Trace:
         if name in self._inputs:
             return self._inputs[name]
         codes = self.centred(name)
-        driven = self.drive(self._places[name], codes) + self._zero_points[name]
+        driven = self._drive(self._places[name], codes) + self._zero_points[name]
         return driven.astype(self.computed[name].dtype)
 
     def centred(self, name: str) -> NDArray[np.int16]:

@@ -65,7 +65,7 @@ def verify_float16(bundle: Bundle, trace: Trace, images: NDArray[Any], wanted: O
 
 
 def _undriven(trace: Trace, array: NDArray[Any]) -> NDArray[Any]:
-    return array[: trace.probes - trace.drive.driven] if len(array) == trace.probes else array
+    return array[: trace.undriven] if len(array) == trace.probes else array
 
 
 def _values(full: onnx.ModelProto, trace: Trace, half: Segment) -> dict[str, Any]:

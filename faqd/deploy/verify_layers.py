@@ -97,16 +97,16 @@ def verify_trace(
 
 
 def _beyond(segment: Segment, values: dict[str, Value], wanted: dict[str, Any] | None) -> dict[str, bool]:
-    """Whether a value came in that the lower limit changes, and one that the upper does, of the limits there are."""
+    """Whether a value came in that the lower limit changes, and one that the upper does, of the limits that the file
+    states; the ends of the integers themselves cannot get lost."""
     if wanted is None or segment.quantize is None:
         return {}
+    zero_point = values[segment.quantize.input[2]]
+    ends = (limit - int(zero_point) for limit in (np.iinfo(zero_point.dtype).min, np.iinfo(zero_point.dtype).max))
     unclipped = real(values[segment.unclipped]) / wanted["scale"]
-    low, high = wanted["low"], wanted["high"]
-    reached = {
-        "low": None if low is None or wanted["nonnegative"] else bool(unclipped.min() < low - 0.5),
-        "high": None if high is None else bool(unclipped.max() > high + 0.5),
-    }
-    return {limit: passed for limit, passed in reached.items() if passed is not None}
+    low, high = (None if wanted[key] == end else wanted[key] for key, end in zip(("low", "high"), ends, strict=True))
+    found = {} if low is None or wanted["nonnegative"] else {"low": bool(unclipped.min() < low - 0.5)}
+    return found if high is None else {**found, "high": bool(unclipped.max() > high + 0.5)}
 
 
 def _missing(layers: list[dict[str, Any]], wanted: dict[str, str]) -> list[str]:

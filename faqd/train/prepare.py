@@ -50,7 +50,8 @@ class Student:
 _SUFFIX = "_quant"
 ASIDE = 127 / 126.618
 """How far the scale of a concatenation is moved off what fits its values best. Those are codes already, and averages of
-codes; the best scale is often that of the codes, at which many averages lie between two."""
+codes; the best scale is often that of the codes, at which many averages lie between two. That of an average alone is
+moved where it is that of its codes, as where a small map reached the limit of a ReLU6 in all its pixels."""
 
 
 def prepare(traced: fx.GraphModule, bits: Bits, example: Tensor) -> Student:
@@ -195,6 +196,20 @@ def calibrate(student: Student, batches: Iterable[Tensor], method: Method, *, ba
         module = quantizers[names[0]]
         scale = scale_from(values, module.quant, chosen, module.shift)
         module.scale.fill_(scale * ASIDE if names[0] in joined else scale)
+    for module, averaged in _averages(student.network):
+        if module.scale.equal(averaged.scale):
+            module.scale.mul_(ASIDE)
+
+
+def _averages(network: fx.GraphModule) -> Iterator[tuple[ActivationQuantizer, ActivationQuantizer]]:
+    """The quantizer behind each average of codes, and that of the codes."""
+    for node in network.graph.nodes:
+        if graph.role(network, node) != "average" or (averaged := input_quantizer(network, node)) is None:
+            continue
+        modules = [graph.module_of(network, reader) for reader in node.users]
+        for module in modules:
+            if isinstance(module, ActivationQuantizer):
+                yield module, averaged
 
 
 def _concatenations(network: fx.GraphModule) -> set[str]:
