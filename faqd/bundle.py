@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ VERSION = 1
 MANIFEST = "manifest.json"
 VERIFY = "verify.json"
 EVAL = "eval.npz"
+FLOAT_OUTPUTS = "student.float.npz"
+"""What FLOAT_STUDENT is held against. Apart from EVAL, which is the same for all students of a teacher."""
 TEACHER = "teacher.onnx"
 FLOAT_STUDENT = "student.float.onnx"
 FLOAT_STUDENT_FP16 = "student.float.fp16.onnx"
@@ -103,50 +105,64 @@ class Bundle:
     def evaluation(self) -> Evaluation:
         """eval.npz; UserError where it is no such file, or holds nothing to evaluate on."""
         path = self.path(EVAL)
-        try:
-            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
-                found = Evaluation(
-                    np.asarray(arrays["images"]),
-                    arrays.get("labels"),
-                    _by_output(arrays, _TEACHER_KEY),
-                    _by_output(arrays, _FLOAT_STUDENT_KEY),
-                )
-        except Exception as error:  # zipfile, zlib, numpy and its header's parser raise many kinds
-            raise UserError(f"{path}: not the evaluation data of a bundle ({error}); export the run again.") from error
-        if found.images.dtype != np.uint8 or found.images.ndim != 4 or not found.images.size or not found.teacher:
+        arrays = _read_arrays(path)
+        outputs = _by_output(arrays, _TEACHER_KEY)
+        images = arrays.get("images", np.zeros(0))
+        if images.dtype != np.uint8 or images.ndim != 4 or not images.size or not outputs:
             raise UserError(f"{path}: holds no images or no outputs of the teacher; export the run again.")
-        for name, values in (*found.teacher.items(), *found.float_student.items()):
-            if values.dtype.kind != "f" or not values.size:
-                raise UserError(f"{path}: the output {name} has no numbers of a network; export the run again.")
-        return found
+        return Evaluation(images, arrays.get("labels"), _of_numbers(path, outputs))
+
+    def float_outputs(self) -> dict[str, NDArray[np.float32]]:
+        """By output, what the student's own modules with nothing rounded gave in torch for the first images of
+        eval.npz; UserError where the file is damaged."""
+        path = self.path(FLOAT_OUTPUTS)
+        return _of_numbers(path, _by_output(_read_arrays(path), _FLOAT_KEY))
+
+
+def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
+            return {key: np.asarray(arrays[key]) for key in arrays}
+    except Exception as error:  # zipfile, zlib, numpy and its header's parser raise many kinds
+        raise UserError(f"{path}: not the data of a bundle ({error}); export the run again.") from error
+
+
+def _by_output(arrays: dict[str, NDArray[Any]], prefix: str) -> dict[str, NDArray[Any]]:
+    return {key.removeprefix(prefix): values for key, values in arrays.items() if key.startswith(prefix)}
+
+
+def _of_numbers(path: Path, outputs: dict[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
+    for name, values in outputs.items():
+        if values.dtype.kind != "f" or not values.size:
+            raise UserError(f"{path}: the output {name} has no numbers of a network; export the run again.")
+    return outputs
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """What eval.npz holds: fitted uint8 images (N, H, W, C), labels (N,) int64 if there are any, and per network
-    output the values of the float teacher, and of the student's own modules with nothing rounded, in torch (first axis
-    N, or fewer where dense outputs were capped)."""
+    output the float teacher's values (first axis N, or fewer where dense outputs were capped)."""
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int64] | None
     teacher: dict[str, NDArray[np.float32]]
-    float_student: dict[str, NDArray[np.float32]] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         arrays: dict[str, Any] = {"images": self.images}
         if self.labels is not None:
             arrays["labels"] = self.labels.astype(np.int64)
         arrays |= {_TEACHER_KEY + name: values for name, values in self.teacher.items()}
-        arrays |= {_FLOAT_STUDENT_KEY + name: values for name, values in self.float_student.items()}
         np.savez(path, **arrays)
 
 
 _TEACHER_KEY = "teacher."
-_FLOAT_STUDENT_KEY = "float_student."
+_FLOAT_KEY = "student."
 
 
-def _by_output(arrays: Any, prefix: str) -> dict[str, NDArray[np.float32]]:
-    return {key.removeprefix(prefix): np.asarray(arrays[key]) for key in arrays if key.startswith(prefix)}
+def save_float_outputs(folder: Path, outputs: dict[str, NDArray[np.float32]]) -> None:
+    """Write what `Bundle.float_outputs` reads."""
+    arrays: dict[str, Any] = {_FLOAT_KEY + name: values for name, values in outputs.items()}
+    np.savez(folder / FLOAT_OUTPUTS, **arrays)
 
 
 def load_bundle(folder: Path) -> Bundle:

@@ -17,6 +17,7 @@ import pytest
 from faqd.benchmarks.cli import bench_command
 from faqd.bundle import (
     EVAL,
+    FLOAT_OUTPUTS,
     FLOAT_STUDENT,
     FLOAT_STUDENT_FP16,
     MANIFEST,
@@ -26,6 +27,7 @@ from faqd.bundle import (
     TEACHER,
     VERIFY,
     Evaluation,
+    save_float_outputs,
     write_manifest,
 )
 from faqd.deploy.onnx_file import load_bytes, load_model
@@ -66,7 +68,9 @@ def hostile_bundle(folder: Path, name: str) -> Path:
 def described(folder: Path, **other: Any) -> Path:
     """A manifest for the networks in `folder`, and evaluation data; other: facts that are not the usual ones."""
     images = np.zeros((4, 8, 8, 3), np.uint8)
-    Evaluation(images, None, {"logits": np.zeros((4, 10), np.float32)}).save(folder / EVAL)
+    outputs = {"logits": np.zeros((4, 10), np.float32)}
+    Evaluation(images, None, outputs).save(folder / EVAL)
+    save_float_outputs(folder, outputs)
     preprocess = {**PREPROCESS.to_json(), "channels": "rgb", "mean": (0, 0, 0), "std": (1, 1, 1)}
     empty = {"codes": {}, "outputs": {}, "output_bits": 24, "driven": 8, "layers": [], "roundings": [], "others": []}
     digests: dict[str, Any] = dict.fromkeys(("tensorrt", "onnxruntime"), empty)
@@ -77,7 +81,7 @@ def described(folder: Path, **other: Any) -> Path:
         "torch_digests": digests,
     }
     facts = {**facts_of("hostile"), **facts, **other}
-    write_manifest(folder, facts, dict.fromkeys((*NETWORKS, EVAL), ""))
+    write_manifest(folder, facts, dict.fromkeys((*NETWORKS, EVAL, FLOAT_OUTPUTS), ""))
     return folder
 
 
@@ -258,7 +262,7 @@ def test_evaluation_data_whose_bytes_are_damaged(tmp_path: Path, damage: bytes) 
     facts = {key: manifest[key] for key in manifest if key != "files"}
     for at in range(0, len(whole) - 20, 60):
         (tmp_path / EVAL).write_bytes(whole[:at] + damage + whole[at + 20 :])
-        write_manifest(tmp_path, facts, dict.fromkeys((*NETWORKS, EVAL), ""))
+        write_manifest(tmp_path, facts, dict.fromkeys((*NETWORKS, EVAL, FLOAT_OUTPUTS), ""))
         outcome = faqd_deploy("verify", tmp_path)
         assert outcome.code in (1, 2) and "Traceback" not in outcome.stderr
 
@@ -287,7 +291,9 @@ def test_verify_refuses_evaluation_data_that_is_none(tmp_path: Path, data: dict[
     else:
         np.savez(tmp_path / EVAL, **data)
     write_manifest(
-        tmp_path, {key: manifest[key] for key in manifest if key != "files"}, dict.fromkeys((*NETWORKS, EVAL), "")
+        tmp_path,
+        {key: manifest[key] for key in manifest if key != "files"},
+        dict.fromkeys((*NETWORKS, EVAL, FLOAT_OUTPUTS), ""),
     )
     is_refused(faqd_deploy("verify", tmp_path), "eval.npz")
 

@@ -50,7 +50,8 @@ def flavours(bundle: Bundle) -> list[str]:
 
 def refuse_incomplete(bundle: Bundle) -> None:
     """UserError where a file is not listed that such a bundle has: what is not there cannot be proved."""
-    needed = [names.STUDENT_ONNXRUNTIME, names.FLOAT_STUDENT, names.FLOAT_STUDENT_FP16, names.TEACHER, names.EVAL]
+    needed = [names.STUDENT_ONNXRUNTIME, names.FLOAT_STUDENT, names.FLOAT_STUDENT_FP16, names.TEACHER]
+    needed += [names.EVAL, names.FLOAT_OUTPUTS]
     if "tensorrt" in flavours(bundle):
         needed += [names.STUDENT_TENSORRT_FP32, names.STUDENT_TENSORRT]
     for name in needed:

@@ -204,8 +204,9 @@ def _write_bundle(
         else:
             put(names.TEACHER_FP16, half, parts.teacher_sha256)
         wanted = stored_outputs(parts.teacher, inputs)
-        unrounded = float_outputs_in_torch(parts.student, inputs)
-        Evaluation(parts.evaluation, parts.labels, wanted, unrounded).save(folder / names.EVAL)
+        Evaluation(parts.evaluation, parts.labels, wanted).save(folder / names.EVAL)
+        names.save_float_outputs(folder, float_outputs_in_torch(parts.student, inputs))
+        made_from[names.FLOAT_OUTPUTS] = parts.made_from
         made_from[names.EVAL] = parts.teacher_sha256
         first = next(iter(flavours.values()))
         facts = {

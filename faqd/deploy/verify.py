@@ -94,7 +94,7 @@ def verification(bundle: Bundle) -> dict[str, Any]:
         ]
     if len(outputs) == 2:
         record["between_flavours"] = compare_outputs(outputs["onnxruntime"], outputs["tensorrt"])
-    record["float_student"] = _against_torch(bundle, names.FLOAT_STUDENT, images, evaluation.float_student)
+    record["float_student"] = _against_torch(bundle, names.FLOAT_STUDENT, images, bundle.float_outputs())
     record["teacher"] = _against_torch(bundle, names.TEACHER, images[:TEACHER_PROBES], evaluation.teacher)
     failures += record["float_student"]["failures"] + record["teacher"]["failures"]
     for half, full in ((names.FLOAT_STUDENT_FP16, names.FLOAT_STUDENT), (names.TEACHER_FP16, names.TEACHER)):
@@ -119,15 +119,15 @@ def _verify_preprocessing(bundle: Bundle, images: NDArray[np.uint8]) -> dict[str
 
 
 def _against_torch(bundle: Bundle, file: str, images: NDArray[Any], wanted: Outputs) -> dict[str, Any]:
-    """A float network's file against what torch gave for the same images, which eval.npz holds."""
+    """A float network's file against what torch gave for the same images."""
     load_network(bundle, file)
     images = images[: max((len(values) for values in wanted.values()), default=1)]
     found = outputs_of(OnnxSession(bundle.path(file)), images)
     for name, values in found.items():
         if name not in wanted or wanted[name].shape[1:] != values.shape[1:]:
             raise UserError(
-                f"{bundle.path(names.EVAL)}: has no output {name} in torch of the shape that {file} makes; export the "
-                "run again."
+                f"{bundle.folder}: holds no values of torch for the output {name} of {file}, or of another shape; "
+                "export the run again."
             )
     rows = {name: min(len(values), len(wanted[name])) for name, values in found.items()}
     compared = compare_outputs(
