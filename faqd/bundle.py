@@ -14,7 +14,7 @@ from faqd import __version__
 from faqd.errors import UserError
 from faqd.files import read_json, sha256, write_json
 from faqd.preprocess import Preprocess
-from faqd.schema import COUNT, Each, Many, Maybe, wrong
+from faqd.schema import COUNT, Each, Many, Maybe, unprintable, wrong
 
 FORMAT = "faqd-bundle"
 VERSION = 1
@@ -22,8 +22,8 @@ VERSION = 1
 MANIFEST = "manifest.json"
 VERIFY = "verify.json"
 EVAL = "eval.npz"
-FLOAT_OUTPUTS = "student.float.npz"
-"""What FLOAT_STUDENT is held against. Apart from EVAL, which is the same for all students of a teacher."""
+PROBE_OUTPUTS = "probes.npz"
+"""What the float networks are held against. Apart from EVAL, which is the same for all students of a teacher."""
 TEACHER = "teacher.onnx"
 FLOAT_STUDENT = "student.float.onnx"
 FLOAT_STUDENT_FP16 = "student.float.fp16.onnx"
@@ -54,7 +54,8 @@ _FACTS = {
     "files": Each({"sha256": str, "bytes": float}),
 }
 """What every manifest holds; `verify` asks for more."""
-_CONTROL = frozenset(chr(code) for code in (*range(32), *range(127, 160)))
+_COMPARED = {"images": COUNT, "snr_db": Each(Maybe(float))}
+_OPTIONAL = {"as_trained": Maybe(_COMPARED), "rounding": Maybe(str)}
 
 
 @dataclass(frozen=True)
@@ -110,13 +111,22 @@ class Bundle:
         images = arrays.get("images", np.zeros(0))
         if images.dtype != np.uint8 or images.ndim != 4 or not images.size or not outputs:
             raise UserError(f"{path}: holds no images or no outputs of the teacher; export the run again.")
-        return Evaluation(images, arrays.get("labels"), _of_numbers(path, outputs))
+        size = (self.preprocess.height, self.preprocess.width)
+        if images.shape[1:3] != size:
+            raise UserError(
+                f"{path}: its images are not the {size[0]}x{size[1]} of the manifest; export the run again."
+            )
+        labels = arrays.get("labels")
+        if labels is not None and (labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]):
+            raise UserError(f"{path}: has not one label for each image; export the run again.")
+        return Evaluation(images, labels, _of_numbers(path, outputs))
 
-    def float_outputs(self) -> dict[str, NDArray[np.float32]]:
-        """By output, what the student's own modules with nothing rounded gave in torch for the first images of
-        eval.npz; UserError where the file is damaged."""
-        path = self.path(FLOAT_OUTPUTS)
-        return _of_numbers(path, _by_output(_read_arrays(path), _FLOAT_KEY))
+    def probe_outputs(self) -> dict[str, dict[str, NDArray[np.float32]]]:
+        """What `student` (its own modules with nothing rounded) and `teacher` gave in torch for the probes, by output;
+        UserError where the file is damaged."""
+        path = self.path(PROBE_OUTPUTS)
+        arrays = _read_arrays(path)
+        return {network: _of_numbers(path, _by_output(arrays, f"{network}.")) for network in ("student", "teacher")}
 
 
 def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
@@ -133,7 +143,7 @@ def _by_output(arrays: dict[str, NDArray[Any]], prefix: str) -> dict[str, NDArra
 
 def _of_numbers(path: Path, outputs: dict[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
     for name, values in outputs.items():
-        if values.dtype.kind != "f" or not values.size:
+        if values.dtype.kind != "f" or not values.size or not values.ndim:
             raise UserError(f"{path}: the output {name} has no numbers of a network; export the run again.")
     return outputs
 
@@ -156,13 +166,14 @@ class Evaluation:
 
 
 _TEACHER_KEY = "teacher."
-_FLOAT_KEY = "student."
 
 
-def save_float_outputs(folder: Path, outputs: dict[str, NDArray[np.float32]]) -> None:
-    """Write what `Bundle.float_outputs` reads."""
-    arrays: dict[str, Any] = {_FLOAT_KEY + name: values for name, values in outputs.items()}
-    np.savez(folder / FLOAT_OUTPUTS, **arrays)
+def save_probe_outputs(folder: Path, outputs: dict[str, dict[str, NDArray[np.float32]]]) -> None:
+    """Write what `Bundle.probe_outputs` reads."""
+    arrays: dict[str, Any] = {
+        f"{network}.{name}": values for network, named in outputs.items() for name, values in named.items()
+    }
+    np.savez(folder / PROBE_OUTPUTS, **arrays)
 
 
 def load_bundle(folder: Path) -> Bundle:
@@ -198,25 +209,14 @@ def load_bundle(folder: Path) -> Bundle:
 def _complaints(manifest: dict[str, Any]) -> Iterator[str]:
     """What is wrong with a manifest; its strings are printed, so none may hold what a terminal obeys."""
     yield from wrong(manifest, _FACTS)
-    for text in _strings({key: value for key, value in manifest.items() if key != "classes"}):
-        if not _CONTROL.isdisjoint(text):
-            yield f"{text[:40]!r} holds control characters"
+    yield from wrong(manifest, {key: rule for key, rule in _OPTIONAL.items() if key in manifest})
+    # Names of classes go into files alone, in their own quotes.
+    if (text := unprintable({key: value for key, value in manifest.items() if key != "classes"})) is not None:
+        yield f"{text[:40]!r} holds control characters"
     try:
         Preprocess.from_json(manifest["preprocess"])
     except (TypeError, UserError) as error:
         yield f"preprocess: {error}".rstrip(".")
-
-
-def _strings(document: Any) -> Iterator[str]:
-    stack = [document]
-    while stack:
-        value = stack.pop()
-        if isinstance(value, str):
-            yield value
-        elif isinstance(value, dict):
-            stack += [*value, *value.values()]
-        elif isinstance(value, list):
-            stack += value
 
 
 def without_fp16_teacher(bundle: Bundle) -> str:

@@ -38,10 +38,17 @@ def real(value: Any) -> Array:
 
 
 def moved(value: Any, move: Callable[[Any], Any]) -> Any:
-    """Apply an operator that only moves values to codes where there are codes."""
+    """Apply an operator that only moves values: to codes where they have one scale, else to real values."""
+    if isinstance(value, Grid) and value.scale.ndim == 0:
+        return Grid(move(value.codes), value.scale)
+    return move(real(value))
+
+
+def transposed(value: Any, axes: Sequence[int] | None) -> Any:
+    """Codes stay codes, whatever scales they have along an axis."""
     if isinstance(value, Grid):
-        return Grid(move(value.codes), value.scale if value.scale.ndim == 0 else move(value.scale))
-    return move(value)
+        return Grid(value.codes.transpose(axes), value.scale.transpose(axes) if value.scale.ndim else value.scale)
+    return value.transpose(axes)
 
 
 def quantize(x: NDArray[Any], scale: float, low: int, high: int, shift: float = 0.0) -> NDArray[Any]:

@@ -63,11 +63,41 @@ def wrong(value: Any, rule: Any, path: str = "") -> Iterator[str]:
         if value not in rule:
             yield f"{path} is {value!r}, not one of {', '.join(rule)}"
     elif isinstance(rule, Above) or rule is float:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and _is_finite(value)
         if not number or (isinstance(rule, Above) and value <= rule.limit):
-            yield f"{path} is {value!r}, not a number{f' above {rule.limit:g}' if isinstance(rule, Above) else ''}"
+            above = f" above {rule.limit:g}" if isinstance(rule, Above) else ""
+            yield f"{path} is {str(value)[:40]}, not a number{above}"
     elif not isinstance(value, rule):
         yield f"{path} is {_kind(value)}, not a {rule.__name__}"
+
+
+def unprintable(document: Any) -> str | None:
+    """A string, key or value, that a terminal would obey or could not show; None where there is none."""
+    stack = [document]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, dict):
+            stack += [*value, *value.values()]
+        elif isinstance(value, list):
+            stack += value
+        elif isinstance(value, str) and not _OBEYED.isdisjoint(value):
+            return value
+    return None
+
+
+_OBEYED = frozenset(
+    chr(code)
+    for first, last in ((0, 31), (127, 159), (0x2028, 0x202E), (0x2066, 0x2069), (0xD800, 0xDFFF))
+    for code in range(first, last + 1)
+)
+"""Control characters, line and paragraph separators, what turns the direction of text, and halves of characters."""
+
+
+def _is_finite(number: float) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # an integer beyond all floats
+        return False
 
 
 def _kind(value: Any) -> str:

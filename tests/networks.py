@@ -197,6 +197,5 @@ def calibrated(network: nn.Module, bits: Bits, seed: int = 0, shape: tuple[int, 
 def float_file_db(model: bytes, student: Student, x: Tensor) -> dict[str, float]:
     """How far a float student's file is from its own modules in torch, per output; infinitely where it is equal."""
     wanted = float_outputs_in_torch(student, x)
-    images = max(map(len, wanted.values()))
-    compared = compare_outputs(outputs_of(OnnxSession(model), x.numpy()[:images]), wanted)
+    compared = compare_outputs(outputs_of(OnnxSession(model), x.numpy()[: max(map(len, wanted.values()))]), wanted)
     return {name: float("inf") if snr is None else snr for name, snr in compared["snr_db"].items()}

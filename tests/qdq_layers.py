@@ -229,6 +229,30 @@ def _einsum(g: Builder, x: str) -> str:
     return g.add("Einsum", [x, g.weight((CHANNELS, CHANNELS), LAYER, axis=0)], LAYER, equation="nchw,dc->ndhw")
 
 
+def _computed_scale(g: Builder, x: str) -> str:
+    """As dynamic quantization does: from the largest value of the very input."""
+    y = g.add("Sigmoid", [x], "block.sigmoid")
+    scale = g.add(
+        "Div", [g.add("ReduceMax", [y], "block.max", keepdims=0), g.constant("127", np.float32(127))], "block.s"
+    )
+    code = g.add("QuantizeLinear", [y, scale, g.constant("block.zero", np.int8(0))], "block.code")
+    return g.conv(g.add("DequantizeLinear", [code, scale, "block.zero"], "block.value"), LAYER)
+
+
+def _weight_through(operator: str, *constants: Any, first: bool = False, **attributes: Any) -> Middle:
+    """The dequantized weights of a linear layer behind one more operator on constants."""
+
+    def middle(g: Builder, x: str) -> str:
+        flat = g.add("Flatten", [g.add("MaxPool", [x], "block.pool", kernel_shape=[16, 16])], "block.flat")
+        weight = g.weight((CHANNELS, CHANNELS), LAYER, axis=1)
+        names = [g.constant(f"block.constant{i}", np.asarray(value, np.float32)) for i, value in enumerate(constants)]
+        through = g.add(operator, [*names, weight] if first else [weight, *names], "block.through", **attributes)
+        y = g.add("MatMul", [flat, through], LAYER)
+        return g.add("Reshape", [y, g.constant("shape", np.array([-1, CHANNELS, 1, 1]))], "block.map")
+
+    return middle
+
+
 def _deformable(g: Builder, x: str) -> str:
     offset = g.conv(x, "block.offset", weight=g.weight((18, CHANNELS, 3, 3), "block.offset"))
     weight = g.weight((CHANNELS, CHANNELS, 3, 3), LAYER)
@@ -293,5 +317,10 @@ MIDDLES: dict[str, Middle] = {
     "matmul in blocks": _blocks,
     "matmul with weights first": _weights_first,
     "einsum": _einsum,
+    "computed scale": _computed_scale,
+    "weight times factor per row": _weight_through("Mul", np.full((CHANNELS, 1), 1.5)),
+    "factor times weight": _weight_through("Mul", 1.5, first=True),
+    "weight divided": _weight_through("Div", 2.0),
+    "weight clipped": _weight_through("Clip", -0.05, 0.05),
     "deformable": _deformable,
 }

@@ -22,6 +22,7 @@ from faqd.deploy.segments import segments
 from faqd.deploy.torch_values import as_trained, torch_digests
 from faqd.deploy.verify_float16 import _beyond
 from faqd.deploy.verify_layers import verify_file
+from faqd.errors import UserError
 from faqd.train.capture import capture
 from faqd.train.convert import collect_output_scales, convert
 from faqd.train.deployed import Flavour
@@ -329,18 +330,52 @@ def test_inspect_takes_the_weights_that_ptq_and_distill_ask_for(user: User, tmp_
     assert refused.code == 2 and "has its own weights" in refused.stderr
 
 
-def test_an_average_of_pixels_that_are_all_at_the_limit_has_a_scale_of_its_own() -> None:
-    """At that of its codes, a quarter of the averages of four codes would lie between two."""
-    first = nn.Conv2d(SHAPE[0], 8, 3, stride=4)
-    network = nn.Sequential(first, nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+class _Means(nn.Module):
+    """Of codes that all reach the limit of a ReLU6: averages, halves of sums, pixels in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.relu6 = nn.Conv2d(SHAPE[0], 8, 3, padding=1), nn.Conv2d(SHAPE[0], 8, 1), nn.ReLU6()
+        self.pool, self.up = nn.AvgPool2d(2), nn.Upsample(scale_factor=1.5, mode="bilinear")
+        self.between, self.last = nn.Conv2d(8, 8, 1), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (self.relu6(self.a(x)) + self.relu6(self.b(x))) * 0.5
+        x = self.up(self.pool(self.relu6(self.between(x))))
+        return self.last(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("bits", [Bits(8, 8), Bits(4, 4)], ids=["8", "4"])
+def test_means_of_codes_that_are_all_at_the_limit_lie_at_no_tie(bits: Bits) -> None:
+    """At a simple multiple of the scale of its codes, a quarter of the averages of four would lie between two."""
+    torch.manual_seed(0)
+    network = _Means()
     with torch.no_grad():
-        first.weight.mul_(100)
-    student, x = calibrated(network, Bits(8, 8), shape=SHAPE), images(3, 16, SHAPE)
+        for layer in (network.a, network.b, network.between):
+            layer.weight.mul_(20)
+    student, x = calibrated(network, bits, shape=SHAPE), images(3, 16, SHAPE)
     calibrate(student, [x], "max")
     scales = {name: float(module.scale.detach()) for name, module in student.quantizers().items()}
-    codes, average = (scales[name] for name in list(scales)[1:3])
-    assert average == pytest.approx(codes * ASIDE, rel=1e-6)
+    assert scales["pool"] == pytest.approx(6 / 127 * ASIDE, rel=1e-6)
     for flavour, modes in FLAVOURS.items():
         deployed = convert(student, flavour, collect_output_scales(student, [x]))
         model = onnx_from_deployed(deployed, x, {})
         assert verify_file(model, x.numpy(), torch_digests(deployed, x, driven=8), modes)["failures"] == []
+
+
+def test_an_average_that_reaches_beyond_the_map() -> None:
+    """onnxruntime computes one that counts padding wrongly on codes; without padding it has another form."""
+    x = images(3, 8, SHAPE)
+    for padding in (0, 1):
+        pool = nn.AvgPool2d(3, 2, padding, ceil_mode=True)
+        network = nn.Sequential(nn.Conv2d(SHAPE[0], 8, 1), nn.ReLU(), pool, nn.Flatten(), nn.Linear(8 * 16, 5))
+        if padding:
+            network[4] = nn.Linear(8 * 25, 5)
+        student = calibrated(network, Bits(8, 8), shape=SHAPE)
+        deployed = convert(student, "onnxruntime", collect_output_scales(student, [x]))
+        if padding:
+            with pytest.raises(UserError, match=r"2: an average with ceil_mode that counts its padding"):
+                onnx_from_deployed(deployed, x, {})
+            continue
+        model = onnx_from_deployed(deployed, x, {})
+        assert verify_file(model, x.numpy(), torch_digests(deployed, x, driven=4), [False, True])["failures"] == []

@@ -17,17 +17,17 @@ import pytest
 from faqd.benchmarks.cli import bench_command
 from faqd.bundle import (
     EVAL,
-    FLOAT_OUTPUTS,
     FLOAT_STUDENT,
     FLOAT_STUDENT_FP16,
     MANIFEST,
+    PROBE_OUTPUTS,
     STUDENT_ONNXRUNTIME,
     STUDENT_TENSORRT,
     STUDENT_TENSORRT_FP32,
     TEACHER,
     VERIFY,
     Evaluation,
-    save_float_outputs,
+    save_probe_outputs,
     write_manifest,
 )
 from faqd.deploy.onnx_file import load_bytes, load_model
@@ -70,7 +70,7 @@ def described(folder: Path, **other: Any) -> Path:
     images = np.zeros((4, 8, 8, 3), np.uint8)
     outputs = {"logits": np.zeros((4, 10), np.float32)}
     Evaluation(images, None, outputs).save(folder / EVAL)
-    save_float_outputs(folder, outputs)
+    save_probe_outputs(folder, {"student": outputs, "teacher": outputs})
     preprocess = {**PREPROCESS.to_json(), "channels": "rgb", "mean": (0, 0, 0), "std": (1, 1, 1)}
     empty = {"codes": {}, "outputs": {}, "output_bits": 24, "driven": 8, "layers": [], "roundings": [], "others": []}
     digests: dict[str, Any] = dict.fromkeys(("tensorrt", "onnxruntime"), empty)
@@ -81,7 +81,7 @@ def described(folder: Path, **other: Any) -> Path:
         "torch_digests": digests,
     }
     facts = {**facts_of("hostile"), **facts, **other}
-    write_manifest(folder, facts, dict.fromkeys((*NETWORKS, EVAL, FLOAT_OUTPUTS), ""))
+    write_manifest(folder, facts, dict.fromkeys((*NETWORKS, EVAL, PROBE_OUTPUTS), ""))
     return folder
 
 
@@ -169,7 +169,7 @@ def _computed_scale(model: onnx.ModelProto) -> None:
         (_another_input, "has the inputs input, more, the manifest says input", {}),
         (_another_name, "has the outputs scores, the manifest says logits", {}),
         (_input_as_output, "is computed by no node", {"outputs": [{"name": "input", "shape": []}]}),
-        (_wide, "layer logits takes 4,026,558,528 numbers for 24 probe images", {}),
+        (_wide, "layer logits takes 5,368,744,704 numbers for 32 probe images", {}),
         (_no_zero_point, "conv.dq (DequantizeLinear) has no zero point", {}),
         (_moved_zero_point, "conv.q (QuantizeLinear) has the zero point 3", {}),
         (_computed_scale, "conv.q (QuantizeLinear) computes its scale", {}),
@@ -262,7 +262,7 @@ def test_evaluation_data_whose_bytes_are_damaged(tmp_path: Path, damage: bytes) 
     facts = {key: manifest[key] for key in manifest if key != "files"}
     for at in range(0, len(whole) - 20, 60):
         (tmp_path / EVAL).write_bytes(whole[:at] + damage + whole[at + 20 :])
-        write_manifest(tmp_path, facts, dict.fromkeys((*NETWORKS, EVAL, FLOAT_OUTPUTS), ""))
+        write_manifest(tmp_path, facts, dict.fromkeys((*NETWORKS, EVAL, PROBE_OUTPUTS), ""))
         outcome = faqd_deploy("verify", tmp_path)
         assert outcome.code in (1, 2) and "Traceback" not in outcome.stderr
 
@@ -293,7 +293,7 @@ def test_verify_refuses_evaluation_data_that_is_none(tmp_path: Path, data: dict[
     write_manifest(
         tmp_path,
         {key: manifest[key] for key in manifest if key != "files"},
-        dict.fromkeys((*NETWORKS, EVAL, FLOAT_OUTPUTS), ""),
+        dict.fromkeys((*NETWORKS, EVAL, PROBE_OUTPUTS), ""),
     )
     is_refused(faqd_deploy("verify", tmp_path), "eval.npz")
 

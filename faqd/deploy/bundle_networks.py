@@ -49,14 +49,19 @@ def flavours(bundle: Bundle) -> list[str]:
 
 
 def refuse_incomplete(bundle: Bundle) -> None:
-    """UserError where a file is not listed that such a bundle has: what is not there cannot be proved."""
+    """UserError where a file is missing that such a bundle has, or a network is listed that no gate looks at."""
     needed = [names.STUDENT_ONNXRUNTIME, names.FLOAT_STUDENT, names.FLOAT_STUDENT_FP16, names.TEACHER]
-    needed += [names.EVAL, names.FLOAT_OUTPUTS]
+    needed += [names.EVAL, names.PROBE_OUTPUTS]
     if "tensorrt" in flavours(bundle):
         needed += [names.STUDENT_TENSORRT_FP32, names.STUDENT_TENSORRT]
     for name in needed:
         if not bundle.has(name):
             raise UserError(f"{bundle.folder / names.MANIFEST}: lists no {name}; export the run again.")
+    for name in bundle.onnx_files():
+        if name not in (*needed, names.TEACHER_FP16):
+            raise UserError(
+                f"{bundle.folder / names.MANIFEST}: lists {name}, which nothing proves; export the run again."
+            )
 
 
 def torch_digests(bundle: Bundle, flavour: str) -> dict[str, Any]:
@@ -81,6 +86,10 @@ def _interface(manifest: dict[str, Any], graph: onnx.GraphProto) -> Iterator[str
     outputs, promised = [value.name for value in graph.output], [output["name"] for output in manifest["outputs"]]
     if outputs != promised:
         yield f"has the outputs {', '.join(outputs) or 'none'}, the manifest says {', '.join(promised)}"
+    for value in (*graph.input, *graph.output):
+        batch = next(iter(value.type.tensor_type.shape.dim), None)
+        if batch is None or batch.HasField("dim_value"):
+            yield f"{value.name} has no free number of images"
     made = {name for node in graph.node for name in node.output}
     for name in outputs:
         if name not in made:

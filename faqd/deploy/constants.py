@@ -176,9 +176,9 @@ class _Constants:
         found: Counter[str] = Counter()
         for node in self._graph.node:
             free = [name for name in node.input if name in self._values and name not in self._taken]
-            if node.op_type == "DequantizeLinear" and len(free) == 3:  # a bias in two parts: one scale for each number
-                mantissa, unit = (self._values[name].astype(np.float64) for name in free[:2])
-                found[in_any_order(mantissa * unit)] += 1
+            parts = [self._values[name].astype(np.float64) for name in free[:2]]
+            if node.op_type == "DequantizeLinear" and len(free) == 3 and parts[0].shape == parts[1].shape:
+                found[in_any_order(parts[0] * parts[1])] += 1  # a bias, with a scale for each number
             else:
                 floats = [self._values[name] for name in free if self._values[name].dtype.kind == "f"]
                 found.update(map(in_any_order, floats))

@@ -7,6 +7,7 @@ here, the rules of `int8_rules`. A verdict names its source and speaks of nothin
 from __future__ import annotations
 
 import ast
+import itertools
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,7 +29,18 @@ from faqd.files import sha256
 
 FORMAT = "faqd-explain"
 VERSION = 1
-_BITS = {"INT8": 8, "UINT8": 8, "INT16": 16, "UINT16": 16, "INT4": 4, "UINT4": 4, "INT2": 2, "UINT2": 2}
+_BITS = {
+    "FLOAT8E4M3FN": 8,
+    "FLOAT8E5M2": 8,
+    "INT8": 8,
+    "UINT8": 8,
+    "INT16": 16,
+    "UINT16": 16,
+    "INT4": 4,
+    "UINT4": 4,
+    "INT2": 2,
+    "UINT2": 2,
+}
 
 
 def explanation(source: Path, *, rules_only: bool = False) -> dict[str, Any]:
@@ -45,7 +57,7 @@ def explanation(source: Path, *, rules_only: bool = False) -> dict[str, Any]:
     labels = _labels(model, manifest)
     layers = [(layer, first_broken(layer)) for layer in layers_of(graph)]
     refused = refusals(graph) | {found: rule for _, (rule, found) in _broken(layers) if rule.effect == "refused"}
-    seen = _Seen() if rules_only else _seen(path, named)
+    seen = _Seen() if rules_only else _seen(path, named, crashes=any(rule.name == "scale" for rule in refused.values()))
     rows = [_row(layer, broken, model, labels, seen, bool(refused)) for layer, broken in layers]
     return {
         "format": FORMAT,
@@ -101,7 +113,7 @@ def _row(
         "rule": None if broken is None else {**_rule(broken[0]), "found": broken[1]},
     }
     # A build that contradicts the rules is worth more than they are, and says so.
-    row["contradicts_rules"] = told and by_rule is not None and verdict != by_rule
+    row["contradicts_rules"] = told and verdict != by_rule
     return row
 
 
@@ -149,10 +161,12 @@ def _with_unique_names(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy in which every node has a name of its own, by which a builder's answer is found again."""
     named = onnx.ModelProto()
     named.CopyFrom(model)
+    given = {node.name for node in named.graph.node}
     taken: set[str] = set()
-    for index, node in enumerate(named.graph.node):
+    for node in named.graph.node:
         if not node.name or node.name in taken:
-            node.name = f"{node.name or node.op_type}#{index}"
+            tried = (f"{node.name or node.op_type}#{index}" for index in itertools.count())
+            node.name = next(name for name in tried if name not in taken | given)
         taken.add(node.name)
     return named
 
@@ -174,10 +188,13 @@ class _Seen:
     refused: bool = False
 
 
-def _seen(path: Path, named: onnx.ModelProto) -> _Seen:
+def _seen(path: Path, named: onnx.ModelProto, *, crashes: bool) -> _Seen:
+    """crashes: TensorRT-RTX 1.7 ends the process at a computed scale, so that it is not asked."""
     record = _record_of(path)
     if record is not None:
         return _Seen(_verdicts(record), _source(record, f"{engine_name(path.name)}: "))
+    if crashes:
+        return _Seen(note="TensorRT was not asked: it wants constant scales")
     try:
         trt = installed()
     except UserError:
@@ -223,14 +240,6 @@ def _source(record: dict[str, Any], prefix: str) -> str:
 def _module(model: onnx.ModelProto, layer: Layer) -> str | None:
     """The path of the torch module behind a node, by what its exporter left: faqd and torch's two write it down."""
     node = layer.node
-    scopes = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), None)
-    if scopes is not None:
-        try:
-            path = ast.literal_eval(scopes)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            path = []
-        if isinstance(path, list) and len(path) > 1 and str(path[-2]).isprintable():
-            return str(path[-2])
     if model.producer_name == "faqd":
         return str(node.name).rpartition(".")[0] or None
     if node.name.startswith("/"):  # torch's older exporter: /layer1/layer1.0/conv/conv.2/Conv is layer1.0.conv.2
@@ -240,9 +249,18 @@ def _module(model: onnx.ModelProto, layer: Layer) -> str | None:
                 places.pop()
             places.append(part)
         return ".".join(places) or None
+    # A parameter keeps its name; the scopes of a convolution that took in a batch norm are those of the batch norm.
     for quantizer in (layer.weight.dequantize, node):
         for name in () if quantizer is None else quantizer.input:
             stem, dot, last = name.rpartition(".")
             if dot and last.startswith("weight"):
                 return str(stem)
+    scopes = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), None)
+    if scopes is not None:
+        try:
+            path = ast.literal_eval(scopes)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            path = []
+        if isinstance(path, list) and len(path) > 1 and str(path[-2]).isprintable():
+            return str(path[-2]) or None
     return None

@@ -41,8 +41,8 @@ def print_explanation(record: dict[str, Any]) -> None:
 
 
 def _disproved(row: dict[str, Any]) -> bool:
-    """Whether a build runs a layer in INT8 that a rule calls float: there is nothing to cure."""
-    return bool(row["int8"]) and row["rule"]["effect"] == "float"
+    """Whether a build runs a layer in INT8 that a rule calls float or refused: there is nothing to cure."""
+    return bool(row["int8"]) and row["rule"]["effect"] != "inexact"
 
 
 def _summary(rows: list[dict[str, Any]]) -> str:

@@ -39,10 +39,30 @@ def onnx_from_deployed(deployed: Deployed, example: Tensor, metadata: dict[str, 
     network = copy.deepcopy(deployed.network).float()
     _replace_modules(network, lambda module: deployed_twin(module, deployed.flavour))
     proto = onnx_from_network(network, example, metadata)
+    if deployed.flavour != "float":
+        _count_no_padding(proto)
     if deployed.flavour == "onnxruntime":
         # Told the shapes of tensors inside, it lays activations out in fewer buffers and is slower at batch 1.
         del proto.graph.value_info[:]
     return proto
+
+
+def _count_no_padding(proto: onnx.ModelProto) -> None:
+    """Let averages whose windows reach beyond the map (ceil_mode) count values alone: the same where nothing is padded.
+
+    onnxruntime 1.32 computes them wrongly on codes where padding counts.
+    """
+    for node in proto.graph.node:
+        attributes = {attribute.name: attribute for attribute in node.attribute}
+        counts = "count_include_pad" in attributes and attributes["count_include_pad"].i
+        if node.op_type != "AveragePool" or not counts or not ("ceil_mode" in attributes and attributes["ceil_mode"].i):
+            continue
+        if "pads" in attributes and any(attributes["pads"].ints):
+            raise UserError(
+                f"{node.name.rpartition('.')[0]}: an average with ceil_mode that counts its padding, which onnxruntime "
+                "computes wrongly on codes; give it count_include_pad=False, or leave ceil_mode out."
+            )
+        attributes["count_include_pad"].i = 0
 
 
 def onnx_from_network(network: fx.GraphModule, example: Tensor, metadata: dict[str, str]) -> onnx.ModelProto:

@@ -13,7 +13,7 @@ from typing import Literal
 
 import onnx
 
-from faqd.deploy.onnx_graph import Graph, attributes_of, operand, scale_of
+from faqd.deploy.onnx_graph import Graph, attributes_of, operand
 from faqd.deploy.qdq_layers import INTEGER_OPERATORS, Layer, QdqGraph, code_type, layers_of, name_of
 
 _AVERAGES = ("AveragePool", "GlobalAveragePool", "ReduceMean")
@@ -61,7 +61,13 @@ def refusals(graph: QdqGraph) -> dict[str, Rule]:
         for rule in (_OPERATOR, _MISSING)
         if (found := rule.found(Layer(graph, node)))
     }
-    return operators | {found: _ZERO_POINT for node in quantizers if (found := _nonzero(graph, node))}
+    anywhere = (
+        (_ZERO_POINT, _nonzero),
+        (_SCALE, _without_scale),
+        (_INTEGER_BIAS, _of_int32),
+        (_ACTIVATION_TYPE, _wide_codes),
+    )
+    return operators | {found: rule for node in quantizers for rule, finds in anywhere if (found := finds(graph, node))}
 
 
 # What breaks each rule -------------------------------------------------------------------------------------------
@@ -94,20 +100,46 @@ def _nonzero(graph: Graph, node: onnx.NodeProto) -> str | None:
 
 def _weight_type(layer: Layer) -> str | None:
     node = layer.weight.dequantize
-    found = code_type(layer.graph, node) if node is not None else "INT8"
-    return None if found == "INT8" or node is None else f"{name_of(node)} has {found} weights"
+    if node is None or layer.graph.element_type(node.input[0]) is None:  # Quantized in place: TensorRT does it again.
+        return None
+    found = code_type(layer.graph, node)
+    return None if found == "INT8" or found.startswith("FLOAT8") else f"{name_of(node)} has {found} weights"
 
 
 def _input_type(layer: Layer) -> str | None:
     for node in layer.input_quantizers:
-        if (found := code_type(layer.graph, node)) not in ("INT8", "UINT8"):
+        if (found := code_type(layer.graph, node)) not in ("INT8", "UINT8") and not found.startswith("FLOAT8"):
             return f"{name_of(node)} has {found} codes"
     return None
 
 
 def _integer_bias(layer: Layer) -> str | None:
     node = layer.bias.dequantize
-    return None if node is None else f"{name_of(node)} makes the bias from {code_type(layer.graph, node)}"
+    return None if node is None else _of_int32(layer.graph, node)
+
+
+def _of_int32(graph: QdqGraph, node: onnx.NodeProto) -> str | None:
+    return f"{name_of(node)} makes floats of INT32" if code_type(graph, node) == "INT32" else None
+
+
+def _computed_scale(layer: Layer) -> str | None:
+    nodes = (*layer.input_quantizers, *(node for node in (layer.weight.dequantize,) if node is not None))
+    return next((text for node in nodes if (text := _without_scale(layer.graph, node))), None)
+
+
+def _without_scale(graph: QdqGraph, node: onnx.NodeProto) -> str | None:
+    return None if graph.is_stored(operand(node, 1)) else f"{name_of(node)} computes its scale from the input"
+
+
+def _wide_codes(graph: QdqGraph, node: onnx.NodeProto) -> str | None:
+    found = code_type(graph, node)
+    return f"{name_of(node)} has {found} codes" if found in ("INT16", "UINT16") else None
+
+
+def _float8(layer: Layer) -> str | None:
+    nodes = [*layer.input_quantizers, *(node for node in (layer.weight.dequantize,) if node is not None)]
+    eights = [node for node in nodes if code_type(layer.graph, node).startswith("FLOAT8")]
+    return f"{name_of(eights[0])} has {code_type(layer.graph, eights[0])} codes" if eights else None
 
 
 def _transposed(layer: Layer) -> str | None:
@@ -123,7 +155,7 @@ def _float_weight(layer: Layer) -> str | None:
 
 def _weight_axis(layer: Layer) -> str | None:
     node = layer.weight.dequantize
-    scale = scale_of(layer.graph, node) if node is not None else None
+    scale = layer.graph.scale(node) if node is not None else None
     wanted = layer.channel_axis
     if node is None or scale is None or scale.size == 1 or scale.ndim > 1 or wanted is None:
         return None  # Scales of two axes are for blocks of the weights, which TensorRT takes.
@@ -150,14 +182,14 @@ def _float_input(layer: Layer) -> str | None:
 
 def _per_channel_input(layer: Layer) -> str | None:
     for node in layer.input_quantizers:
-        scale = scale_of(layer.graph, node)
+        scale = layer.graph.scale(node)
         if scale is not None and scale.size > 1:
             return f"{name_of(node)} has {scale.size} scales"
     return None
 
 
 def _unequal_scales(layer: Layer) -> str | None:
-    scales = [scale_of(layer.graph, node) for node in layer.input_quantizers]
+    scales = [layer.graph.scale(node) for node in layer.input_quantizers]
     values = {float(scale.reshape(-1)[0]) for scale in scales if scale is not None}
     return (
         f"the concatenated maps have the scales {', '.join(f'{v:g}' for v in sorted(values))}"
@@ -181,14 +213,15 @@ _OPERATOR = Rule(
     "operator",
     "refused",
     "TensorRT has no operators on integer tensors; it reads Q/DQ around float ones.",
-    "Write the Q/DQ form (onnxruntime: quant_format=QuantFormat.QDQ).",
+    "Write the Q/DQ form (onnxruntime: quantize_static with quant_format=QuantFormat.QDQ).",
     _integer_operator,
 )
 _MISSING = Rule(
     "no such operator",
     "refused",
     "TensorRT has none of onnxruntime's own operators, and no deformable convolution.",
-    "Export the network without onnxruntime's optimizer behind it; replace deformable convolutions by ordinary ones.",
+    "Write standard ONNX, without onnxruntime's optimizer behind it and without UseQDQContribOps; replace deformable "
+    "convolutions by ordinary ones.",
     _no_operator,
 )
 _ZERO_POINT = Rule(
@@ -198,10 +231,32 @@ _ZERO_POINT = Rule(
     "Quantize symmetrically (onnxruntime: QInt8 with ActivationSymmetric and WeightSymmetric).",
     _zero_point,
 )
+_SCALE = Rule(
+    "scale",
+    "refused",
+    "Every scale is a constant.",
+    "Quantize statically, with calibration (onnxruntime: quantize_static).",
+    _computed_scale,
+)
+_ACTIVATION_TYPE = Rule(
+    "activation type",
+    "refused",
+    "Activations are INT8.",
+    "Quantize activations to INT8 (onnxruntime: activation_type=QuantType.QInt8).",
+    _input_type,
+)
+_INTEGER_BIAS = Rule(
+    "bias",
+    "refused",
+    "The bias is a float tensor.",
+    "Keep the bias float (onnxruntime: extra_options QuantizeBias=False).",
+    _integer_bias,
+)
 RULES: tuple[Rule, ...] = (
     _OPERATOR,
     _MISSING,
     _ZERO_POINT,
+    _SCALE,
     Rule(
         "weight type",
         "refused",
@@ -209,20 +264,8 @@ RULES: tuple[Rule, ...] = (
         "Store the codes as INT8, whatever their bits (onnxruntime: weight_type=QuantType.QInt8).",
         _weight_type,
     ),
-    Rule(
-        "activation type",
-        "refused",
-        "Activations are INT8.",
-        "Quantize activations to INT8 (onnxruntime: activation_type=QuantType.QInt8).",
-        _input_type,
-    ),
-    Rule(
-        "bias",
-        "refused",
-        "The bias is a float tensor.",
-        "Keep the bias float (onnxruntime: extra_options QuantizeBias=False).",
-        _integer_bias,
-    ),
+    _ACTIVATION_TYPE,
+    _INTEGER_BIAS,
     Rule(
         "transposed convolution",
         "float",
@@ -243,6 +286,13 @@ RULES: tuple[Rule, ...] = (
         "Weight scales run along the output channel.",
         "Set axis to the output channel: 0 for Conv and Gemm with transB, 1 for Gemm without and MatMul.",
         _weight_axis,
+    ),
+    Rule(
+        "float8",
+        "float",
+        "FP8 is no INT8.",
+        "Quantize to INT8 for a GPU that is to run INT8.",
+        _float8,
     ),
     Rule(
         "average",

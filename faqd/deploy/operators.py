@@ -59,6 +59,8 @@ def _resize(operands: list[Value], attributes: Attributes) -> Value:
     wanted = dict.fromkeys(range(len(shape)), 0) | dict(enumerate(shape))
     for index, axis in enumerate(axes):
         wanted[axis] = _resized(shape[axis], scales[index]) if scales is not None and scales.size else int(sizes[index])
+    if attributes.get("antialias", 0) or attributes.get("keep_aspect_ratio_policy", b"stretch") != b"stretch":
+        raise ValueError("known only without antialias and keep_aspect_ratio_policy")
     rule = attributes.get("coordinate_transformation_mode", b"half_pixel").decode()
     mode = attributes.get("mode", b"nearest").decode()
     nearest = attributes.get("nearest_mode", b"round_prefer_floor").decode()

@@ -29,9 +29,9 @@ def probe_count(height: int, width: int) -> int:
 
 
 def probe_inputs(images_NHWC: NDArray[np.uint8], normalise: Any) -> tuple[NDArray[np.float32], int]:
-    """Network inputs (N, C, H, W), and how many of them, the last, are driven."""
+    """Network inputs (N, C, H, W), a quarter of each kind, and how many of them, the last, are driven."""
     count = probe_count(*images_NHWC.shape[1:3])
-    images = normalise(images_NHWC[:count])
+    images = normalise(images_NHWC[np.arange(count) % len(images_NHWC)])
     extremes = normalise(np.stack([np.full_like(images_NHWC[0], pixel) for pixel in (0, 255)]))
     own, whole = (ENLARGED * float(np.abs(values).max()) for values in (images, extremes))
     reach = np.geomspace(own or whole, whole, 2 * count, dtype=np.float32).reshape(-1, 1, 1, 1)

@@ -7,8 +7,9 @@ from functools import cached_property
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 
-from faqd.deploy.onnx_graph import Graph, attributes_of, operand
+from faqd.deploy.onnx_graph import Graph, attributes_of, operand, scale_of
 from faqd.errors import UserError
 
 CONVOLUTIONS = ("Conv", "ConvTranspose", "DeformConv")
@@ -21,12 +22,15 @@ FUSED_OPERATORS = ("FusedConv", "NhwcFusedConv", "FusedMatMul", "FusedGemm", "Tr
 """What onnxruntime's optimizer makes of a layer and its neighbours."""
 MOVES = (
     *("MaxPool", "GlobalMaxPool", "Identity", "Dropout", "Transpose", "Flatten", "Reshape", "Squeeze", "Unsqueeze"),
-    *("Slice", "Split", "Gather", "Pad", "DepthToSpace", "SpaceToDepth", "Cast"),
+    *("Slice", "Split", "Gather", "GatherElements", "Tile", "Expand", "ReduceMax"),
+    *("Pad", "DepthToSpace", "SpaceToDepth", "Cast"),
 )
 """Operators that TensorRT runs on codes: values move, or one of them is chosen."""
-MOST_JOINED = 1000
+WEIGHT_MOVES = ("Identity", "Dropout", "Transpose", "Flatten", "Reshape", "Squeeze", "Unsqueeze", "Slice", "Cast")
+"""Those that it takes between weights and their layer."""
+MOST_JOINED = 200
 """Maps that are concatenated in front of one layer."""
-MOST_MOVES = 100
+MOST_MOVES = 16
 """Operators between stored weights and their layer."""
 _FLOATS = ("FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE")
 
@@ -47,9 +51,10 @@ class QdqGraph(Graph):
         super().__init__(model)
         self._paths: dict[str, tuple[Path, ...]] = {}
         self._stored: dict[str, bool] = {}
+        self._scales: dict[str, NDArray[np.float64] | None] = {}
         for node in self.nodes:
             found = self._paths_behind(node)
-            stored = self._moves_stored(node)
+            stored = self._is_computed_of_constants(node)
             for name in node.output:
                 self._paths[name], self._stored[name] = found, stored
 
@@ -58,15 +63,15 @@ class QdqGraph(Graph):
         return (Path(None),) if self.element_type(name) else self._paths.get(name, (Path(None),))
 
     def is_stored(self, name: str) -> bool:
-        """Whether a tensor is a constant, or its codes are, quantized and moved at most."""
+        """Whether a tensor is a constant, or is computed of nothing else."""
         return self.element_type(name) is not None or self._stored.get(name, False)
 
     def _paths_behind(self, node: onnx.NodeProto) -> tuple[Path, ...]:
         if node.op_type == "DequantizeLinear":
             return (Path(node),)
-        if self._moves(node):
-            return self.paths(node.input[0])
-        if node.op_type != "Concat":
+        if (moved := self._moved(node)) is not None:
+            return self.paths(moved)
+        if node.op_type != "Concat" or self._is_computed_of_constants(node):
             return (Path(None, node),)
         joined = [path for part in dict.fromkeys(node.input) for path in self.paths(part)]
         distinct = {(id(path.dequantize), id(path.blocked_by)): path for path in joined}
@@ -74,17 +79,43 @@ class QdqGraph(Graph):
             raise UserError(f"node {name_of(node)} joins more than {MOST_JOINED:,} maps; faqd takes no such network.")
         return tuple(distinct.values())
 
-    def _moves(self, node: onnx.NodeProto) -> bool:
+    def _moved(self, node: onnx.NodeProto) -> str | None:
+        """The tensor whose values an operator moves; None where it computes others."""
+        if node.op_type in ("Mul", "Div"):
+            return self._rescaled(node)
+        kinds = WEIGHT_MOVES if self._is_computed_of_constants(node) else MOVES
+        if node.op_type not in kinds or not node.input:
+            return None
         if node.op_type == "Pad":  # with zeros, or with values of the map
             filled = self.constant(operand(node, 2)) if operand(node, 2) else np.zeros(1)
-            return filled is not None and not filled.any()
-        if node.op_type == "Mul":  # of weights with constants, which their scales take in
-            return self._stored.get(node.input[0], False) and self.element_type(node.input[1]) is not None
-        return node.op_type in MOVES and bool(node.input)
+            return None if filled is None or filled.any() else str(node.input[0])
+        if node.op_type == "Cast" and attributes_of(node)["to"] != onnx.TensorProto.FLOAT16:
+            return None
+        return str(node.input[0])
 
-    def _moves_stored(self, node: onnx.NodeProto) -> bool:
-        known = node.op_type in ("QuantizeLinear", "DequantizeLinear") or self._moves(node)
-        return known and self.is_stored(node.input[0])
+    def _rescaled(self, node: onnx.NodeProto) -> str | None:
+        """The weights that a constant for each output channel, or one for all, multiplies or divides: their scales take
+        it in."""
+        for at in (0,) if node.op_type == "Div" else (0, 1):
+            weight, factor = node.input[at], self.constant(node.input[1 - at])
+            (path, *more) = self.paths(weight)
+            if path.dequantize is None or more or factor is None or not self._stored.get(weight, False):
+                continue
+            axis = attributes_of(path.dequantize).get("axis", 1) % max(1, len(self.shape(weight) or (0,)))
+            along = [i for i, size in enumerate(reversed(factor.shape)) if size > 1]
+            if not along or along == [len(self.shape(weight) or ()) - 1 - axis]:
+                return str(weight)
+        return None
+
+    def _is_computed_of_constants(self, node: onnx.NodeProto) -> bool:
+        return all(self.is_stored(name) for name in node.input if name)
+
+    def scale(self, node: onnx.NodeProto) -> NDArray[np.float64] | None:
+        """The constant scale of a QuantizeLinear or DequantizeLinear; None where it is computed."""
+        name = node.output[0]
+        if name not in self._scales:
+            self._scales[name] = scale_of(self, node)
+        return self._scales[name]
 
 
 @dataclass(frozen=True)
@@ -107,7 +138,9 @@ class Layer:
 
     @cached_property
     def weight(self) -> Path:
-        return self.graph.paths(operand(self.node, self.weight_index))[0]
+        name = operand(self.node, self.weight_index)
+        path, *more = self.graph.paths(name)
+        return Path(None, self.graph.maker(name)) if more else path
 
     @cached_property
     def bias(self) -> Path:
@@ -120,21 +153,38 @@ class Layer:
 
     @property
     def channel_axis(self) -> int | None:
-        """The axis of the stored weight that is the layer's output channel; None where an equation says it."""
-        if self.node.op_type == "Einsum":
-            return None
-        name = operand(self.node, self.weight_index)
+        """The axis of the stored weight that is the layer's output channel; None where it cannot be told."""
+        name, attributes = operand(self.node, self.weight_index), attributes_of(self.node)
         rank = len(self.graph.shape(name) or (0, 0))
-        by_operator = {"Conv": 0, "ConvTranspose": 1, "DeformConv": 0, "MatMul": rank - 2 + self.weight_index}
-        axis = by_operator.get(self.node.op_type, 0 if attributes_of(self.node).get("transB") else 1)
+        transposed = attributes.get("transA" if self.weight_index == 0 else "transB", 0)
+        axis: int | None = {
+            "Conv": 0,
+            "ConvTranspose": 1,
+            "DeformConv": 0,
+            "MatMul": rank - 2 + self.weight_index,
+            "Gemm": self.weight_index ^ bool(transposed),
+            "Einsum": _channel_of(attributes.get("equation", b""), self.weight_index),
+        }.get(self.node.op_type)
         for _ in range(MOST_MOVES):  # From the layer back to the weight.
             maker = self.graph.maker(name)
-            if maker is None or maker.op_type not in MOVES:
-                break
+            if axis is None or maker is None or maker.op_type not in WEIGHT_MOVES:
+                return axis
             if maker.op_type == "Transpose":
                 axis = attributes_of(maker).get("perm", range(rank)[::-1])[axis]
+            elif maker.op_type in ("Flatten", "Reshape", "Squeeze", "Unsqueeze"):
+                return None
             name = maker.input[0]
-        return axis
+        return None
+
+
+def _channel_of(equation: bytes, weight: int) -> int | None:
+    """The axis of an Einsum's weight that its output has and its other operand has not; None where that is not one."""
+    left, arrow, right = equation.decode().replace(" ", "").partition("->")
+    terms = left.split(",")
+    if not arrow or len(terms) != 2 or "." in equation.decode():
+        return None
+    found = [axis for axis, letter in enumerate(terms[weight]) if letter in right and letter not in terms[1 - weight]]
+    return found[0] if len(found) == 1 else None
 
 
 def layers_of(graph: QdqGraph) -> list[Layer]:
@@ -150,12 +200,23 @@ def _is_layer(graph: QdqGraph, node: onnx.NodeProto) -> bool:
 
 def code_type(graph: Graph, node: onnx.NodeProto) -> str:
     """The element type of the codes of a QuantizeLinear or DequantizeLinear; ONNX means UINT8 where none is said."""
-    for name in (operand(node, 2), node.input[0]):
-        found = graph.element_type(name) if name else None
-        if found is not None and found not in _FLOATS:
-            return found
-    maker = graph.maker(node.input[0])
-    return code_type(graph, maker) if maker is not None and maker.op_type == "QuantizeLinear" else "UINT8"
+    name = node.input[0]
+    for _ in range(MOST_MOVES):
+        for stated in (operand(node, 2), name):
+            found = graph.element_type(stated) if stated else None
+            if found is not None and found not in _FLOATS:
+                return found
+        maker = graph.maker(name)
+        if maker is None or maker.op_type not in (*MOVES, "QuantizeLinear"):
+            break
+        if maker.op_type == "QuantizeLinear":
+            node = maker
+            if kind := attributes_of(maker).get("output_dtype", 0):
+                return str(onnx.TensorProto.DataType.Name(kind))
+        name = maker.input[0]
+    if node.op_type == "QuantizeLinear" and (kind := attributes_of(node).get("output_dtype", 0)):
+        return str(onnx.TensorProto.DataType.Name(kind))
+    return "UINT8"
 
 
 def name_of(node: onnx.NodeProto) -> str:

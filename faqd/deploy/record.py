@@ -13,6 +13,7 @@ from faqd.deploy.cuda_interface import Device
 from faqd.deploy.trt import TITLES, TensorRT, release
 from faqd.errors import UserError
 from faqd.files import read_json
+from faqd.schema import Many, Maybe, unprintable, wrong
 
 AMPERE = (8, 0)
 RTX_LEAST = AMPERE
@@ -47,11 +48,20 @@ def read_record(engine: Path) -> dict[str, Any]:
     return record
 
 
+_READ = {
+    "onnx": {"sha256": str},
+    "layers_read_from": Maybe(str),
+    "int8": {"products": Many({"node": str, "int8": Maybe(bool)})},
+}
+
+
 def _is_whole(record: dict[str, Any]) -> bool:
     """Whether what is read below is there: GPU, platform and options may be missing, half of one may not."""
     needed = {"gpu": ("name", "compute_capability", "cuda"), "platform": ("system", "architecture"), "options": ()}
     parts = {"builder": ("name", "version"), **{name: keys for name, keys in needed.items() if record.get(name)}}
     found = {name: record.get(name) for name in parts}
+    if unprintable(record) is not None or next(wrong(record, {k: r for k, r in _READ.items() if k in record}), None):
+        return False
     return all(
         isinstance(part, dict) and all(isinstance(part.get(key), str) and part[key] for key in parts[name])
         for name, part in found.items()

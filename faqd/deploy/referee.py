@@ -19,7 +19,17 @@ from onnx import numpy_helper
 from faqd.deploy.float_operators import FLOAT_OPERATORS, computed_in_float
 from faqd.deploy.operators import OPERATORS
 from faqd.errors import UserError
-from faqd.reference import Array, Grid, convolve, convolve_transposed, layer_sum, moved, real, windowed
+from faqd.reference import (
+    Array,
+    Grid,
+    convolve,
+    convolve_transposed,
+    layer_sum,
+    moved,
+    real,
+    transposed,
+    windowed,
+)
 
 Value = Any
 Attributes = dict[str, Any]
@@ -61,7 +71,10 @@ class Referee:
         return result if isinstance(result, tuple) else (result,)
 
 
-_CANNOT_COMPUTE = (ValueError, IndexError, TypeError, KeyError, AttributeError, NotImplementedError, RuntimeError)
+_CANNOT_COMPUTE = (
+    *(ValueError, IndexError, TypeError, KeyError, AttributeError, NotImplementedError, RuntimeError),
+    *(ArithmeticError, AssertionError, MemoryError),
+)
 """What numpy, and ONNX's reference, raise where operands do not fit an operator."""
 
 
@@ -163,8 +176,10 @@ def _gemm(operands: list[Value], attributes: Attributes) -> Value:
     x, weight, bias = [*operands, None][:3]
     if attributes.get("transA", 0) or attributes.get("alpha", 1.0) != 1.0 or attributes.get("beta", 1.0) != 1.0:
         raise ValueError("known only with transA = 0 and alpha = beta = 1")
+    if bias is not None and real(bias).ndim == 2 and real(bias).shape[0] != 1:
+        raise ValueError("known only with one bias for each column")
     if not attributes.get("transB", 0):
-        weight = moved(weight, np.transpose)
+        weight = transposed(weight, None)
     return _weighted(lambda a, b: a @ b.T, x, weight, bias, 1)
 
 
@@ -198,17 +213,20 @@ def _clip(operands: list[Value], attributes: Attributes) -> Value:
     return clipped
 
 
+def _on_one_scale(x: Value) -> tuple[Array, Array]:
+    """Codes and their scale where they have one for all, else the real values and 1."""
+    return (x.codes, x.scale) if isinstance(x, Grid) and x.scale.ndim == 0 else (real(x), np.ones(()))
+
+
 def _average(operands: list[Value], attributes: Attributes) -> Value:
-    x = operands[0]
-    codes, scale = (x.codes, x.scale) if isinstance(x, Grid) else (x, np.ones(()))
+    codes, scale = _on_one_scale(operands[0])
     axes = tuple(range(2, codes.ndim))
     count = int(np.prod(codes.shape[2:]))
     return codes.sum(axes, keepdims=True) / count * scale
 
 
 def _average_windows(operands: list[Value], attributes: Attributes) -> Value:
-    x = operands[0]
-    codes, scale = (x.codes, x.scale) if isinstance(x, Grid) else (x, np.ones(()))
+    codes, scale = _on_one_scale(operands[0])
     windows, axes = _pool_windows(codes, attributes, 0.0, 0.0)
     counted, _ = _pool_windows(np.ones_like(codes), attributes, float(attributes.get("count_include_pad", 0)), 0.0)
     return windows.sum(axes) / counted.sum(axes) * scale
@@ -216,7 +234,8 @@ def _average_windows(operands: list[Value], attributes: Attributes) -> Value:
 
 def _max_windows(operands: list[Value], attributes: Attributes) -> Value:
     def largest(values: Array) -> Array:
-        windows, axes = _pool_windows(values, attributes, -np.inf, -np.inf)
+        lowest: float = -np.inf if values.dtype.kind == "f" else np.iinfo(np.dtype(values.dtype.name)).min
+        windows, axes = _pool_windows(values, attributes, lowest, lowest)
         result: Array = windows.max(axes)
         return result
 
@@ -246,11 +265,23 @@ def _pool_windows(x: Array, attributes: Attributes, padding: float, beyond: floa
     return windows, tuple(range(windows.ndim - spatial, windows.ndim))
 
 
+def _divide(x: NDArray[Any], by: NDArray[Any]) -> NDArray[Any]:
+    if x.dtype.kind == "f":
+        return np.asarray(x / by)
+    quotient = np.asarray(np.abs(x) // np.abs(by)) * np.sign(x) * np.sign(by)  # of integers, towards zero
+    found: NDArray[Any] = quotient.astype(x.dtype)
+    return found
+
+
+def _largest(operands: list[Value], attributes: Attributes) -> Value:
+    return moved(operands[0], lambda v: v.max(tuple(range(2, v.ndim)), keepdims=True))
+
+
 def _mean(operands: list[Value], attributes: Attributes) -> Value:
     x = operands[0]
     axes = operands[1] if len(operands) > 1 and operands[1] is not None else attributes.get("axes")
     axis = tuple(int(a) for a in axes) if axes is not None and len(axes) else None
-    codes, scale = (x.codes, x.scale) if isinstance(x, Grid) and x.scale.ndim == 0 else (real(x), np.ones(()))
+    codes, scale = _on_one_scale(x)
     total = codes.sum(axis, keepdims=bool(attributes.get("keepdims", 1)))
     return total / (codes.size // total.size) * scale
 
@@ -304,19 +335,20 @@ _OPERATORS: dict[str, Callable[[list[Value], Attributes], Value]] = {
     "Add": lambda operands, _: real(operands[0]) + real(operands[1]),
     "Mul": lambda operands, _: real(operands[0]) * real(operands[1]),
     "Sub": lambda operands, _: real(operands[0]) - real(operands[1]),
-    "Div": lambda operands, _: real(operands[0]) / real(operands[1]),
+    "Div": lambda operands, _: _divide(real(operands[0]), real(operands[1])),
     "Sqrt": lambda operands, _: np.sqrt(real(operands[0])),
-    "Relu": lambda operands, _: np.maximum(real(operands[0]), 0.0),
+    "Relu": lambda operands, _: np.maximum(real(operands[0]), 0),
     "Clip": _clip,
     "GlobalAveragePool": _average,
     "AveragePool": _average_windows,
     "MaxPool": _max_windows,
+    "GlobalMaxPool": _largest,
     "ReduceMean": _mean,
     "Flatten": _flatten,
     "Reshape": _reshape,
     "Squeeze": _squeeze,
     "Unsqueeze": _unsqueeze,
-    "Transpose": lambda operands, a: moved(operands[0], lambda v: np.transpose(v, a.get("perm"))),
+    "Transpose": lambda operands, a: transposed(operands[0], a.get("perm")),
     "Concat": _concat,
     "Shape": lambda operands, a: np.array(real(operands[0]).shape[a.get("start", 0) : a.get("end")], np.int64),
     "Identity": lambda operands, _: operands[0],

@@ -70,7 +70,7 @@ def segments(model: onnx.ModelProto) -> Iterator[Segment]:
     producer = {name: index for index, node in enumerate(graph.node) for name in node.output}
     constants = {t.name: t for t in graph.initializer}
     borders = {*codes, *(v.name for v in graph.input)}
-    for target in [*codes, *(v.name for v in graph.output)]:
+    for target in [*sorted(codes, key=producer.__getitem__), *(v.name for v in graph.output)]:
         needed: set[int] = set()
         stack, inputs = [target], set()
         while stack:
@@ -115,7 +115,12 @@ class Trace:
         for segment in segments(self._model):
             self._refuse_oversized(segment)
             self._places[segment.output] = segment.layer
-            values = Referee(segment.model).run(self.feeds(segment) or {})
+            feeds = self.feeds(segment)
+            if feeds is None:
+                raise UserError(
+                    f"layer {segment.layer}: reads what no layer in front of it makes; export the run again."
+                )
+            values = Referee(segment.model).run(feeds)
             self.computed[segment.output] = stored(values[segment.output])
             yield segment, values
 

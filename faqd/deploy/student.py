@@ -165,6 +165,7 @@ def _write_bundle(
     parts: _Parts, out: Path, float_type: FloatType, say: Say, input_form: InputForm, servers: Sequence[Server]
 ) -> Bundle:
     inputs = network_input(parts.evaluation, parts.preprocess)
+    example = inputs[:2] if len(inputs) > 1 else inputs.repeat(2, 1, 1, 1)
     metadata = _metadata(parts)
     with written_beside(out) as folder:
         folder.mkdir()
@@ -183,7 +184,7 @@ def _write_bundle(
             deployed = convert(parts.student, flavour, parts.output_scales)
             flavours[flavour] = deployed
             digests[flavour] = torch_digests(deployed, torch.from_numpy(probes), driven)
-            proto = onnx_from_deployed(deployed, inputs, metadata)
+            proto = onnx_from_deployed(deployed, example, metadata)
             if flavour == "onnxruntime":
                 put(names.STUDENT_ONNXRUNTIME, proto, parts.made_from)
                 continue
@@ -192,11 +193,11 @@ def _write_bundle(
             put(names.STUDENT_TENSORRT, float16_from_float32(proto) if float_type == "fp16" else proto, parts.made_from)
         if "tensorrt" not in flavours:
             say("no TensorRT file: this student has 8-bit activations 0..255, which TensorRT has no grid for.")
-        float_student = onnx_from_deployed(convert(parts.student, "float"), inputs, metadata)
+        float_student = onnx_from_deployed(convert(parts.student, "float"), example, metadata)
         put(names.FLOAT_STUDENT, float_student, parts.made_from)
         put(names.FLOAT_STUDENT_FP16, float16_from_float32(float_student), parts.made_from)
-        teacher_graph = fused(capture(parts.teacher, inputs[:2]))
-        teacher = onnx_from_network(teacher_graph, inputs, _licence(parts))
+        teacher_graph = fused(capture(parts.teacher, example))
+        teacher = onnx_from_network(teacher_graph, example, _licence(parts))
         put(names.TEACHER, teacher, parts.teacher_sha256)
         half, why_not = teacher_float16(teacher, inputs.numpy()[:TEACHER_IMAGES])
         if half is None:
@@ -205,8 +206,10 @@ def _write_bundle(
             put(names.TEACHER_FP16, half, parts.teacher_sha256)
         wanted = stored_outputs(parts.teacher, inputs)
         Evaluation(parts.evaluation, parts.labels, wanted).save(folder / names.EVAL)
-        names.save_float_outputs(folder, float_outputs_in_torch(parts.student, inputs))
-        made_from[names.FLOAT_OUTPUTS] = parts.made_from
+        undriven = torch.from_numpy(probes[: len(probes) - driven])
+        unrounded = float_outputs_in_torch(parts.student, undriven)
+        names.save_probe_outputs(folder, {"student": unrounded, "teacher": stored_outputs(parts.teacher, undriven)})
+        made_from[names.PROBE_OUTPUTS] = parts.made_from
         made_from[names.EVAL] = parts.teacher_sha256
         first = next(iter(flavours.values()))
         facts = {

@@ -19,18 +19,16 @@ from faqd.train.outputs import named_outputs, run_batches
 from faqd.train.prepare import Student, float_forward
 
 STORED_VALUES = 2**24
-"""Values of one output kept in eval.npz, 64 MiB: dense outputs are stored for the first images only."""
-FLOAT_IMAGES = 16
-"""On which the float student's file is held against the student's own modules."""
+"""Values of one output kept in a bundle, 64 MiB: dense outputs are stored for the first images only."""
 BATCH = 64
 
 
-def stored_outputs(teacher: torch.nn.Module, inputs: Tensor) -> dict[str, NDArray[np.float32]]:
-    """The float teacher's outputs, each for as many images as STORED_VALUES allows."""
+def stored_outputs(network: torch.nn.Module, inputs: Tensor) -> dict[str, NDArray[np.float32]]:
+    """A float network's outputs, each for as many images as STORED_VALUES allows."""
     with torch.no_grad():
-        first = named_outputs(teacher(inputs[:2]))
+        first = named_outputs(network(inputs[:2]))
     rows = {name: max(1, STORED_VALUES // values[0].numel()) for name, values in first.items()}
-    found = _arrays(run_batches(teacher, inputs[: max(rows.values())], BATCH))
+    found = _arrays(run_batches(network, inputs[: max(rows.values())], BATCH))
     return {name: values[: rows[name]] for name, values in found.items()}
 
 
@@ -97,12 +95,10 @@ def as_trained(student: Student, deployed: Deployed, inputs: Tensor) -> dict[str
 
 
 def float_outputs_in_torch(student: Student, inputs: Tensor) -> dict[str, NDArray[np.float32]]:
-    """The outputs of the user's own modules with nothing rounded, for the first inputs: what the lowering forgets of
-    them, both flavours have forgotten too."""
+    """The outputs of the user's own modules with nothing rounded: what the lowering forgets of them, both flavours have
+    forgotten too."""
     with float_forward(student):
-        first = named_outputs(student.network(inputs[:2]))
-        rows = min(FLOAT_IMAGES, *(max(1, STORED_VALUES // values[0].numel()) for values in first.values()))
-        return _arrays(run_batches(student.network, inputs[:rows], BATCH))
+        return stored_outputs(student.network, inputs)
 
 
 def _arrays(outputs: dict[str, Tensor]) -> dict[str, NDArray[np.float32]]:

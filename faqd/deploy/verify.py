@@ -19,7 +19,7 @@ from faqd.deploy.teacher_float16 import TEACHER_IMAGES, run_stored
 from faqd.deploy.uint8_input import compare_preprocessing, without_preprocessing
 from faqd.deploy.verify_float16 import changed, verify_float16
 from faqd.deploy.verify_layers import trace_of, verify_trace
-from faqd.deploy.whole_outputs import Outputs, compare_outputs, outputs_of
+from faqd.deploy.whole_outputs import Outputs, compare_outputs, outputs_of, snr_db
 from faqd.errors import UserError
 from faqd.files import sha256, write_json
 
@@ -30,8 +30,8 @@ CEIL_NOTE = (
     "activations are rounded up: the TensorRT flavour does so exactly, by its biases; the onnxruntime flavour rounds "
     "sums and convolution outputs in between, so that its agreement is reported and no bound."
 )
-TEACHER_PROBES = 16
-"""Evaluation images on which the teacher's file is held against torch."""
+PIXEL_PROBES = 16
+"""Evaluation images on which preprocessing inside networks is compared, and as many of noise."""
 AGREEMENT_IMAGES = 2000
 FLOAT_SNR_DB = 60
 """Least signal-to-noise ratio of a float network's file to torch: sums of floats in another order lie far above."""
@@ -86,7 +86,7 @@ def verification(bundle: Bundle) -> dict[str, Any]:
             record["float16"] = verify_float16(bundle, trace, images, outputs[flavour])
             failures += record["float16"]["failures"]
     if bundle.takes_pixels:
-        record["preprocessing"] = _verify_preprocessing(bundle, evaluation.images[:TEACHER_PROBES])
+        record["preprocessing"] = _verify_preprocessing(bundle, evaluation.images[:PIXEL_PROBES])
         failures += [
             f"{name}: input: its preprocessing is not the record's"
             for name, compared in record["preprocessing"].items()
@@ -94,9 +94,12 @@ def verification(bundle: Bundle) -> dict[str, Any]:
         ]
     if len(outputs) == 2:
         record["between_flavours"] = compare_outputs(outputs["onnxruntime"], outputs["tensorrt"])
-    record["float_student"] = _against_torch(bundle, names.FLOAT_STUDENT, images, bundle.float_outputs())
-    record["teacher"] = _against_torch(bundle, names.TEACHER, images[:TEACHER_PROBES], evaluation.teacher)
+    in_torch = bundle.probe_outputs()
+    kinds = np.split(np.arange(len(inputs) - driven), 3)
+    record["float_student"] = _against_torch(bundle, names.FLOAT_STUDENT, inputs, in_torch["student"], kinds)
+    record["teacher"] = _against_torch(bundle, names.TEACHER, inputs, in_torch["teacher"], kinds)
     failures += record["float_student"]["failures"] + record["teacher"]["failures"]
+    failures += _evaluation_failures(bundle, images, evaluation.teacher)
     for half, full in ((names.FLOAT_STUDENT_FP16, names.FLOAT_STUDENT), (names.TEACHER_FP16, names.TEACHER)):
         if bundle.has(half):
             failures += [f"{half}: {text}" for text in changed(load_network(bundle, half), load_network(bundle, full))]
@@ -118,27 +121,47 @@ def _verify_preprocessing(bundle: Bundle, images: NDArray[np.uint8]) -> dict[str
     return {name: compare_preprocessing(load_network(bundle, name), fed, wanted) for name in bundle.onnx_files()}
 
 
-def _against_torch(bundle: Bundle, file: str, images: NDArray[Any], wanted: Outputs) -> dict[str, Any]:
-    """A float network's file against what torch gave for the same images."""
-    load_network(bundle, file)
-    images = images[: max((len(values) for values in wanted.values()), default=1)]
-    found = outputs_of(OnnxSession(bundle.path(file)), images)
-    for name, values in found.items():
-        if name not in wanted or wanted[name].shape[1:] != values.shape[1:]:
-            raise UserError(
-                f"{bundle.folder}: holds no values of torch for the output {name} of {file}, or of another shape; "
-                "export the run again."
-            )
-    rows = {name: min(len(values), len(wanted[name])) for name, values in found.items()}
-    compared = compare_outputs(
-        {name: found[name][:n] for name, n in rows.items()}, {name: wanted[name][:n] for name, n in rows.items()}
-    )
-    failures = [
+def _against_torch(
+    bundle: Bundle, file: str, inputs: NDArray[np.float32], wanted: Outputs, kinds: list[NDArray[np.intp]]
+) -> dict[str, Any]:
+    """A float network's file against what torch gave for the probes: of the signal-to-noise ratios on each kind of them
+    the worst, since large values of one would hide errors of another."""
+    model = load_network(bundle, file)
+    model = without_preprocessing(model) if bundle.takes_pixels else model
+    _refuse_other_outputs(bundle, file, [value.name for value in model.graph.output], wanted)
+    found = outputs_of(OnnxSession(model.SerializeToString()), inputs[: max(map(len, wanted.values()))])
+    snr: dict[str, float | None] = {}
+    for name, values in wanted.items():
+        if found[name].shape[1:] != values.shape[1:]:
+            raise UserError(f"{bundle.path(file)}: its output {name} is not of the shape of torch's; export again.")
+        ratios = [snr_db(found[name][rows], values[rows]) for kind in kinds if len(rows := kind[kind < len(values)])]
+        snr[name] = min((ratio for ratio in ratios if ratio is not None), default=None)
+    return {"images": max(map(len, wanted.values())), "snr_db": snr, "failures": _too_far(file, snr)}
+
+
+def _evaluation_failures(bundle: Bundle, images: NDArray[Any], wanted: Outputs) -> list[str]:
+    """Whether the teacher's file gives what eval.npz says of it, for the images that whole outputs are compared on."""
+    found = outputs_of(OnnxSession(bundle.path(names.TEACHER)), images)
+    _refuse_other_outputs(bundle, names.TEACHER, list(found), wanted)
+    rows = {name: min(len(images), len(values)) for name, values in wanted.items()}
+    snr = {
+        name: snr_db(found[name][:n], wanted[name][:n]) if found[name].shape[1:] == wanted[name].shape[1:] else -np.inf
+        for name, n in rows.items()
+    }
+    return [f"{names.EVAL}: {text}" for text in _too_far(names.TEACHER, snr)]
+
+
+def _refuse_other_outputs(bundle: Bundle, file: str, found: list[str], wanted: Outputs) -> None:
+    if set(found) != set(wanted):
+        raise UserError(f"{bundle.folder}: holds no values of torch for each output of {file}; export the run again.")
+
+
+def _too_far(file: str, snr_by_output: dict[str, float | None]) -> list[str]:
+    return [
         f"{file} is {snr:.0f} dB from torch's {name}, at least {FLOAT_SNR_DB} are needed"
-        for name, snr in compared["snr_db"].items()
+        for name, snr in snr_by_output.items()
         if snr is not None and snr < FLOAT_SNR_DB
     ]
-    return {**compared, "failures": failures}
 
 
 def _teacher_in_float16(bundle: Bundle, images: NDArray[Any]) -> dict[str, Any]:

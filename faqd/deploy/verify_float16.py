@@ -90,7 +90,9 @@ def _beyond(segment: Segment, values: dict[str, Any], found: NDArray[Any]) -> st
 
 def changed(half: onnx.ModelProto, full: onnx.ModelProto) -> list[str]:
     """What an FP16 file has otherwise than FP16 explains: a weight one code off moves few codes by more than one."""
-    return list(_changes(half.graph, full.graph))
+    versions = [{entry.domain: entry.version for entry in model.opset_import} for model in (half, full)]
+    other = [] if versions[0] == versions[1] else ["the FP16 file is of another opset than the FP32 file"]
+    return [*other, *_changes(half.graph, full.graph)]
 
 
 def _changes(half: onnx.GraphProto, full: onnx.GraphProto) -> Iterator[str]:
@@ -121,7 +123,7 @@ def _operators(graph: onnx.GraphProto) -> list[Any]:
         if not _is_float_cast(node):
             stated = node.op_type in STATED
             attributes = [] if stated else [a.SerializeToString(deterministic=True) for a in node.attribute]
-            found.append((node.op_type, node.name, attributes, [source(name) for name in node.input]))
+            found.append((node.domain, node.op_type, node.name, attributes, [source(name) for name in node.input]))
     return found
 
 

@@ -102,7 +102,8 @@ def _beyond(segment: Segment, values: dict[str, Value], wanted: dict[str, Any] |
     if wanted is None or segment.quantize is None:
         return {}
     zero_point = values[segment.quantize.input[2]]
-    ends = (limit - int(zero_point) for limit in (np.iinfo(zero_point.dtype).min, np.iinfo(zero_point.dtype).max))
+    reach = np.iinfo(zero_point.dtype)
+    ends = (reach.min - int(zero_point.item()), reach.max - int(zero_point.item()))
     unclipped = real(values[segment.unclipped]) / wanted["scale"]
     low, high = (None if wanted[key] == end else wanted[key] for key, end in zip(("low", "high"), ends, strict=True))
     found = {} if low is None or wanted["nonnegative"] else {"low": bool(unclipped.min() < low - 0.5)}

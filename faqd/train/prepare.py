@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from faqd.calib.ranges import Method, scale_from
 from faqd.errors import UserError
 from faqd.quant import FLOAT_BITS
 from faqd.train import graph
+from faqd.train.elementwise import Scaled
 from faqd.train.layers import latent_weight, operator_name, quantize_weight, weight_quantizer
 from faqd.train.placement import Bits, place
 from faqd.train.quantizers import ActivationQuantizer
@@ -50,8 +52,10 @@ class Student:
 _SUFFIX = "_quant"
 ASIDE = 127 / 126.618
 """How far the scale of a concatenation is moved off what fits its values best. Those are codes already, and averages of
-codes; the best scale is often that of the codes, at which many averages lie between two. That of an average alone is
-moved where it is that of its codes, as where a small map reached the limit of a ReLU6 in all its pixels."""
+codes; the best scale is often that of the codes, at which many averages lie between two. That of an average, a sum or
+a multiple of codes is moved where it is a simple multiple of theirs, as where a ReLU6 reached its limit in all."""
+SIMPLE = 16
+"""Largest denominator of a simple multiple."""
 
 
 def prepare(traced: fx.GraphModule, bits: Bits, example: Tensor) -> Student:
@@ -196,20 +200,34 @@ def calibrate(student: Student, batches: Iterable[Tensor], method: Method, *, ba
         module = quantizers[names[0]]
         scale = scale_from(values, module.quant, chosen, module.shift)
         module.scale.fill_(scale * ASIDE if names[0] in joined else scale)
-    for module, averaged in _averages(student.network):
-        if module.scale.equal(averaged.scale):
+    moved = set()
+    for module, ratios in _roundings_of_codes(student.network):
+        simple = any(_is_simple(abs(float(scale) * factor / float(module.scale))) for scale, factor in ratios)
+        if simple and id(module.scale) not in moved:
+            moved.add(id(module.scale))
             module.scale.mul_(ASIDE)
 
 
-def _averages(network: fx.GraphModule) -> Iterator[tuple[ActivationQuantizer, ActivationQuantizer]]:
-    """The quantizer behind each average of codes, and that of the codes."""
+def _roundings_of_codes(network: fx.GraphModule) -> Iterator[tuple[ActivationQuantizer, list[tuple[Tensor, float]]]]:
+    """The quantizers behind averages, sums and multiples of codes alone, and the scales of those codes with the number
+    that multiplies them."""
     for node in network.graph.nodes:
-        if graph.role(network, node) != "average" or (averaged := input_quantizer(network, node)) is None:
+        module = graph.module_of(network, node)
+        if not isinstance(module, ActivationQuantizer):
             continue
-        modules = [graph.module_of(network, reader) for reader in node.users]
-        for module in modules:
-            if isinstance(module, ActivationQuantizer):
-                yield module, averaged
+        made, factor = graph.operand(node), 1.0
+        while isinstance(scaled := graph.module_of(network, made), Scaled) and isinstance(scaled.factor, float):
+            made, factor = graph.operand(made), factor * scaled.factor
+        if graph.role(network, made) in ("average", "add") or factor != 1.0:
+            known = [made] if graph.role(network, made) not in ("average", "add") else graph.tensor_inputs(made)
+            read = [origin(network, operand) for operand in known]
+            if read and all(quantizer is not None for quantizer in read):
+                yield module, [(quantizer.scale.detach(), factor) for quantizer in read if quantizer is not None]
+
+
+def _is_simple(ratio: float) -> bool:
+    """Whether multiples of the ratio are whole and half numbers, but for what float32 makes of them."""
+    return abs(Fraction(ratio).limit_denominator(SIMPLE) - Fraction(ratio)) <= Fraction(ratio) / 2**20
 
 
 def _concatenations(network: fx.GraphModule) -> set[str]:
