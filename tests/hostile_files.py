@@ -167,6 +167,33 @@ def _long_range(model: onnx.ModelProto) -> None:
     model.graph.node.append(helper.make_node("Range", ["start", "limit", "delta"], ["numbers"], "range"))
 
 
+def _ranges_of_the_input(model: onnx.ModelProto) -> None:
+    """As long as the sum of the image: nothing says how long that is before it runs."""
+    for name, value in (("start", 0.0), ("delta", 1.0)):
+        model.graph.initializer.append(numpy_helper.from_array(np.array(value, np.float32), name))
+    model.graph.node.append(helper.make_node("ReduceSum", ["input"], ["total"], "total", keepdims=0))
+    model.graph.node.append(helper.make_node("Range", ["start", "total", "delta"], ["numbers"], "range"))
+
+
+def _expanded_by_the_input(model: onnx.ModelProto) -> None:
+    model.graph.node.append(helper.make_node("Cast", ["logits"], ["sizes"], "sizes", to=TensorProto.INT64))
+    model.graph.node.append(helper.make_node("Expand", ["y", "sizes"], ["large"], "expand"))
+
+
+def _axes_without_end(model: onnx.ModelProto) -> None:
+    model.graph.initializer.append(numpy_helper.from_array(np.arange(15), "fifteen"))
+    for index in range(2_000):
+        names = [f"u{index}" if index else "y", "fifteen"], [f"u{index + 1}"]
+        model.graph.node.append(helper.make_node("Unsqueeze", *names, f"unsqueeze{index}"))
+
+
+def _long_lists(model: onnx.ModelProto) -> None:
+    model.graph.initializer.append(numpy_helper.from_array(np.arange(30_000), "list"))
+    for index in range(2_000):
+        names = [f"l{index}" if index else "list", "list"], [f"l{index + 1}"]
+        model.graph.node.append(helper.make_node("Add", *names, f"add{index}"))
+
+
 def _many_nodes() -> bytes:
     return _with_more_graph(_field(1, helper.make_node("Relu", ["y"], ["y"]).SerializeToString()) * 1_000_000)
 
@@ -223,6 +250,10 @@ SHELF: dict[str, tuple[Callable[[], bytes], str]] = {
     "a tensor that fills memory": (lambda: edited(_fills_memory), "larger than anything"),
     "sizes that double": (lambda: edited(_doubled_sizes), "indices or sizes"),
     "a range without an end": (lambda: edited(_long_range), "larger than anything"),
+    "a range of the input": (lambda: edited(_ranges_of_the_input), "values of the input"),
+    "sizes of the input": (lambda: edited(_expanded_by_the_input), "values of the input"),
+    "axes without end": (lambda: edited(_axes_without_end), "axes"),
+    "long lists": (lambda: edited(_long_lists), "indices or sizes"),
     "a sparse tensor": (lambda: edited(_sparse), "sparse"),
     "weights in the folder above": (lambda: edited(_external("../secret")), "in another file"),
     "weights at an absolute path": (lambda: edited(_external("/etc/passwd")), "in another file"),
@@ -252,6 +283,8 @@ WORST = (
     "a tensor that fills memory",
     "sizes that double",
     "a range without an end",
+    "axes without end",
+    "long lists",
     "a million nodes",
     "ten thousand networks in each other",
 )

@@ -24,7 +24,7 @@ from faqd.deploy.engine import engine_from_onnx
 from faqd.deploy.explain import explanation
 from faqd.deploy.int8_rules import RULES
 from faqd.errors import UserError
-from tests.qdq_layers import LAYER, MIDDLES, float_stem, network
+from tests.qdq_layers import LAYER, MIDDLES, Builder, float_stem, network
 from tests.qdq_network import LAYERS, residual_network, unbuildable_network, written
 from tests.tiny_bundles import facts_of
 from tests.toy_runs import faqd_deploy, succeeds
@@ -141,6 +141,33 @@ def test_layers_of_onnxruntimes_own_are_listed_and_refused(operator: str, tmp_pa
     record = explanation(written(model, tmp_path / "net.onnx"), rules_only=True)
     assert row(record)["operator"] == operator and row(record)["int8"] is None
     assert row(record)["rule"]["name"] == ("no such operator" if operator == "FusedConv" else "operator")
+
+
+def test_a_convolution_that_took_in_a_batch_norm_keeps_its_own_name(tmp_path: Path) -> None:
+    """torch's exporter leaves it the scopes of the batch norm."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5)).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(net, (torch.zeros(1, 3, 8, 8),), tmp_path / "net.onnx", dynamo=True, external_data=False)
+    layers = explanation(tmp_path / "net.onnx", rules_only=True)["layers"]
+    assert [layer["module"] for layer in layers] == ["0", "4"]
+
+
+def test_a_name_that_is_made_up_is_nobody_elses(tmp_path: Path) -> None:
+    model = network(MIDDLES["average pool between"])
+    convolutions = [node for node in model.graph.node if node.op_type == "Conv"]
+    convolutions[0].name, convolutions[1].name, convolutions[2].name = "Conv#0", "", "Conv#1"
+    record = explanation(written(model, tmp_path / "net.onnx"), rules_only=not RTX)
+    assert [layer["int8"] for layer in record["layers"]] == [True, False, True]
+
+
+def test_weights_that_are_computed_of_constants_are_weights(tmp_path: Path) -> None:
+    graph = Builder()
+    flat = graph.add("Flatten", ["images"], "flat")
+    low = [graph.constant(name, np.ones(shape, np.float32)) for name, shape in (("a", (768, 2)), ("b", (2, 16)))]
+    graph.add("MatMul", [flat, graph.add("MatMul", low, "product")], "layer")
+    (layer,) = explanation(written(graph.model("layer"), tmp_path / "net.onnx"), rules_only=True)["layers"][-1:]
+    assert layer["node"] == "layer" and layer["rule"]["name"] == "weight quantized"
 
 
 def test_an_input_that_nothing_quantizes(tmp_path: Path) -> None:

@@ -38,12 +38,16 @@ from tests.tiny_bundles import PREPROCESS, facts_of
 from tests.toy_runs import Outcome, faqd_deploy, outcome_of
 
 NETWORKS = (STUDENT_TENSORRT, STUDENT_TENSORRT_FP32, STUDENT_ONNXRUNTIME, FLOAT_STUDENT, FLOAT_STUDENT_FP16, TEACHER)
-TENSORRT_TAKES = ("infinite scale", "a tensor that fills memory", "sizes that double", "a range without an end")
+TENSORRT_TAKES = (
+    *("infinite scale", "a tensor that fills memory", "sizes that double", "a range without an end"),
+    *("a range of the input", "sizes of the input", "axes without end", "long lists"),
+)
 """Legal ONNX whose harm shows when it runs: `verify` comes before the board."""
 LEGAL_PROTOBUF = (
     *("axis beyond the rank", "axis of another size", "scale of zero", "scale below zero", "scale that is no number"),
     *("infinite scale", "weight scale of zero", "a tensor that fills memory", "a cycle", "one tensor made twice"),
-    *("sizes that double", "a range without an end"),
+    *("sizes that double", "a range without an end", "a range of the input", "sizes of the input"),
+    *("axes without end", "long lists"),
     *("one constant twice", "unknown operator", "a missing input"),
 )
 """What the scan lets pass, because it takes a checker to see it; `inspect` reads no further."""
@@ -158,6 +162,15 @@ def _many_scales(model: onnx.ModelProto) -> None:
         constant(model, name).CopyFrom(onnx.numpy_helper.from_array(values, name))
 
 
+def _group_of_none(model: onnx.ModelProto) -> None:
+    model.graph.node[3].attribute.append(onnx.helper.make_attribute("group", 0))
+
+
+def _fixed_batch(model: onnx.ModelProto) -> None:
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 4
+
+
 def _computed_scale(model: onnx.ModelProto) -> None:
     model.graph.node.insert(0, onnx.helper.make_node("Abs", ["scale"], ["computed"], "abs"))
     model.graph.node[1].input[1] = "computed"
@@ -173,6 +186,8 @@ def _computed_scale(model: onnx.ModelProto) -> None:
         (_no_zero_point, "conv.dq (DequantizeLinear) has no zero point", {}),
         (_moved_zero_point, "conv.q (QuantizeLinear) has the zero point 3", {}),
         (_computed_scale, "conv.q (QuantizeLinear) computes its scale", {}),
+        (_fixed_batch, "input has no free number of images", {}),
+        (_group_of_none, "", {}),
         (_many_scales, "conv.q (QuantizeLinear) has not one scale and one zero point", {}),
         (lambda model: None, "no digests of torch's tensorrt student", {"torch_digests": "none"}),
         (lambda model: None, "damaged, input is a int, not an object", {"input": 3}),
@@ -223,12 +238,32 @@ def test_a_manifest_of_another_form_is_refused(tmp_path: Path, text: str, word: 
         ({"preprocess": {"height": 8, "width": 8, "mean": [0], "std": [0], "channels": "grey"}}, "preprocess"),
         ({"preprocess": {"height": 8, "width": 8, "mean": [0], "std": [1], "channels": "grey", "x": 1}}, "preprocess"),
         ({"torch_digests": {"tensorrt": {"output_bits": "a"}}}, "no digests of torch's"),
+        ({"weight_bits": 10**400}, "weight_bits"),
+        ({"name": "\ud800"}, "control characters"),
+        ({"as_trained": [1]}, "as_trained"),
+        ({"as_trained": {"images": 3}}, "as_trained/snr_db"),
     ],
 )
 def test_entries_that_are_none_are_refused(tmp_path: Path, facts: dict[str, Any], word: str) -> None:
     for network in NETWORKS:
         (tmp_path / network).write_bytes(good().SerializeToString())
     is_refused(faqd_deploy("verify", described(tmp_path, **facts)), word)
+
+
+def test_names_of_a_proof_reach_no_terminal(tmp_path: Path) -> None:
+    bundle = hostile_bundle(tmp_path / "b", "good")
+    (bundle / VERIFY).write_text(json.dumps({"passed": True, "onnx_sha256": {"\x1b[2J": "0"}}))
+    outcome = faqd_deploy("inspect", bundle)
+    assert outcome.code == 0 and "STALE" in outcome.stdout and "\x1b" not in outcome.stdout
+
+
+def test_a_network_beside_those_of_the_bundle_is_refused(tmp_path: Path) -> None:
+    for network in (*NETWORKS, "other.onnx"):
+        (tmp_path / network).write_bytes(good().SerializeToString())
+    manifest = json.loads((described(tmp_path) / MANIFEST).read_text())
+    facts = {key: manifest[key] for key in manifest if key != "files"}
+    write_manifest(tmp_path, facts, dict.fromkeys([*manifest["files"], "other.onnx"], ""))
+    is_refused(faqd_deploy("verify", tmp_path), "lists other.onnx")
 
 
 def test_a_proof_that_is_none_is_told(tmp_path: Path) -> None:
@@ -277,9 +312,19 @@ def test_evaluation_data_whose_bytes_are_damaged(tmp_path: Path, damage: bytes) 
         {"images": np.zeros((4, 8, 8, 3), np.uint8), "teacher.logits": np.array("ten")},
         {"images": np.zeros((4, 8, 8, 3), np.uint8), "teacher.logits": np.zeros((0, 10), np.float32)},
         {"images": np.array([{}], object)},
+        {"images": np.zeros((4, 9, 9, 3), np.uint8), "teacher.logits": np.zeros((4, 10), np.float32)},
+        {"images": np.zeros((4, 8, 8, 3), np.uint8), "teacher.logits": np.float32(1)},
+        {
+            "images": np.zeros((4, 8, 8, 3), np.uint8),
+            "teacher.logits": np.zeros((4, 10), np.float32),
+            "labels": np.zeros(3, int),
+        },
         None,
     ],
-    ids=["no images", "no outputs", "no width", "words", "no rows", "nothing", "pickled", "no npz"],
+    ids=[
+        *("no images", "no outputs", "no width", "words", "no rows", "nothing", "pickled"),
+        *("other size", "a number", "few labels", "no npz"),
+    ],
 )
 def test_verify_refuses_evaluation_data_that_is_none(tmp_path: Path, data: dict[str, Any] | None) -> None:
     for network in NETWORKS:

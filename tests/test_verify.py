@@ -485,6 +485,10 @@ def rewire(model: onnx.ModelProto) -> None:
     node.input[0] = "more"
 
 
+def older_operators(model: onnx.ModelProto) -> None:
+    model.opset_import[0].version = 18
+
+
 def through_another_type(model: onnx.ModelProto) -> None:
     last = model.graph.node[-1]
     model.graph.node.insert(
@@ -513,6 +517,7 @@ def made(model: onnx.ModelProto) -> set[str]:
         (STUDENT_TENSORRT, rename_one, "the FP16 file has other operators"),
         (STUDENT_TENSORRT, rename_everything, "x.codes: the FP16 file has no such codes"),
         (TEACHER_FP16, lambda m: change(m, "fc.bias", lambda b: 2 * b), f"{TEACHER_FP16}: fc.bias: the FP16 file has"),
+        (TEACHER_FP16, older_operators, f"{TEACHER_FP16}: the FP16 file is of another opset"),
         (FLOAT_STUDENT_FP16, rename_one, f"{FLOAT_STUDENT_FP16}: the FP16 file has other operators"),
         (TEACHER, lambda m: change(m, "fc.bias", lambda b: b + 0.1), "teacher.onnx is"),
         (FLOAT_STUDENT, lambda m: change(m, "fc.bias", lambda b: b + 0.1), "student.float.onnx is"),
@@ -527,6 +532,7 @@ def made(model: onnx.ModelProto) -> set[str]:
         "one name",
         "renamed",
         "half teacher",
+        "opset",
         "half float",
         "teacher",
         "float student",
@@ -649,6 +655,13 @@ REFUSED: dict[str, onnx.ModelProto] = {
     "one scale above zero": one_node("QuantizeLinear", {"s": np.full(4, ONE), "z": np.zeros(4, np.int8)}, axis=1),
     "an activation needs one scale above zero": one_node("QuantizeLinear", {"s": np.float32(0), "z": np.int8(0)}),
     "alpha = beta = 1": one_node("Gemm", {"w": np.ones((7, 7), np.float32)}, alpha=2.0),
+    "one bias for each column": one_node("Gemm", {"w": np.ones((7, 7), np.float32), "b": np.ones((7, 1), np.float32)}),
+    "without antialias": one_node(
+        "Resize",
+        {"roi": np.array([], np.float32), "scales": np.array([1, 1, 2, 2], np.float32)},
+        mode="linear",
+        antialias=1,
+    ),
     "cannot run this Conv": one_node("Conv", {"w": np.ones((3, 5, 3, 3), np.float32)}),
 }
 
@@ -698,6 +711,39 @@ def test_the_referee_resizes_to_whole_sizes_alone() -> None:
     model = one_node("Resize", scales, mode="linear")
     with pytest.raises(UserError, match=r"not from 7 to 9\.1"):
         run(model, X)
+
+
+def test_maxima_of_codes_and_quotients_of_integers_stay_integers() -> None:
+    codes = one_node("QuantizeLinear", {"s": ONE, "z": np.int8(0)})
+    codes.graph.node.append(
+        helper.make_node("MaxPool", ["y0"], ["p"], "pool", kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4)
+    )
+    found = Referee(codes).run({"x": X})["p"]
+    wanted = F.max_pool2d(torch.from_numpy(run(codes, X).astype(np.float64)), 3, 2, 1).numpy()
+    assert found.dtype == np.int8 and np.array_equal(found, wanted)
+    shares = one_node("Shape", {})
+    shares.graph.initializer.append(numpy_helper.from_array(np.array([-2, 3, 2, 4]), "by"))
+    shares.graph.node.append(helper.make_node("Div", ["y0", "by"], ["d"], "div"))
+    assert Referee(shares).run({"x": X})["d"].tolist() == [-1, 1, 3, 1]
+
+
+def test_codes_with_scales_along_an_axis_are_moved_as_real_values() -> None:
+    scale = np.array([0.1, 0.2, 0.3, 0.4], np.float32)
+    weight = np.random.default_rng(0).integers(-9, 9, (3, 4)).astype(np.int8)
+    constants = {
+        "s": scale,
+        "z": np.zeros(4, np.int8),
+        "w": weight,
+        "from": np.array([1]),
+        "to": np.array([2]),
+        "axis": np.array([0]),
+    }
+    model = one_node("Relu", constants)
+    model.graph.node[0].input[:] = ["x"]
+    model.graph.node.append(helper.make_node("DequantizeLinear", ["w", "s", "z"], ["r"], "real", axis=1))
+    model.graph.node.append(helper.make_node("Slice", ["r", "from", "to", "axis"], ["part"], "slice"))
+    values = Referee(model).run({"x": X})
+    np.testing.assert_allclose(real(values["part"]), (weight * scale.astype(np.float64))[1:2])
 
 
 def test_a_missing_zero_point_means_uint8() -> None:

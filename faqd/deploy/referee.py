@@ -18,7 +18,7 @@ from onnx import numpy_helper
 
 from faqd.deploy.float_operators import FLOAT_OPERATORS, computed_in_float
 from faqd.deploy.operators import OPERATORS
-from faqd.errors import UserError
+from faqd.errors import UserError, first_line
 from faqd.reference import (
     Array,
     Grid,
@@ -61,7 +61,9 @@ class Referee:
             try:
                 values |= dict(zip(filter(None, node.output), self._results(node, operands), strict=True))
             except _CANNOT_COMPUTE as error:
-                raise UserError(f"{node.name}: the referee cannot run this {node.op_type}: {error}") from error
+                raise UserError(
+                    f"{node.name}: the referee cannot run this {node.op_type}: {first_line(error)}."
+                ) from error
         return values
 
     def _results(self, node: onnx.NodeProto, operands: list[Value]) -> tuple[Value, ...]:
