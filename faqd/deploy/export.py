@@ -52,17 +52,27 @@ def _count_no_padding(proto: onnx.ModelProto) -> None:
 
     onnxruntime 1.32 computes them wrongly on codes where padding counts.
     """
+    sizes = {value.name: [d.dim_value for d in value.type.tensor_type.shape.dim] for value in proto.graph.value_info}
     for node in proto.graph.node:
         attributes = {attribute.name: attribute for attribute in node.attribute}
-        counts = "count_include_pad" in attributes and attributes["count_include_pad"].i
-        if node.op_type != "AveragePool" or not counts or not ("ceil_mode" in attributes and attributes["ceil_mode"].i):
+        stated = {name: list(attribute.ints) or attribute.i for name, attribute in attributes.items()}
+        if node.op_type != "AveragePool" or not (stated.get("count_include_pad") and stated.get("ceil_mode")):
             continue
-        if "pads" in attributes and any(attributes["pads"].ints):
+        pads = stated.get("pads", [0])
+        if any(pads) and _reaches_beyond(sizes[node.input[0]][2:], stated):
             raise UserError(
                 f"{node.name.rpartition('.')[0]}: an average with ceil_mode that counts its padding, which onnxruntime "
                 "computes wrongly on codes; give it count_include_pad=False, or leave ceil_mode out."
             )
-        attributes["count_include_pad"].i = 0
+        attributes["ceil_mode" if any(pads) else "count_include_pad"].i = 0
+
+
+def _reaches_beyond(sizes: list[int], pool: dict[str, Any]) -> bool:
+    """Whether ceil_mode gives a pooling another window along some axis."""
+    spatial = len(sizes)
+    pads, kernel, strides = pool["pads"], pool["kernel_shape"], pool.get("strides", [1] * spatial)
+    padded = [size + pads[axis] + pads[axis + spatial] for axis, size in enumerate(sizes)]
+    return any((size - k) % step for size, k, step in zip(padded, kernel, strides, strict=True))
 
 
 def onnx_from_network(network: fx.GraphModule, example: Tensor, metadata: dict[str, str]) -> onnx.ModelProto:
