@@ -34,8 +34,8 @@ def probe_inputs(images_NHWC: NDArray[np.uint8], normalise: Any) -> tuple[NDArra
     images = normalise(images_NHWC[np.arange(count) % len(images_NHWC)])
     extremes = normalise(np.stack([np.full_like(images_NHWC[0], pixel) for pixel in (0, 255)]))
     own, whole = (ENLARGED * float(np.abs(values).max()) for values in (images, extremes))
-    reach = np.geomspace(own or whole, whole, 2 * count, dtype=np.float32).reshape(-1, 1, 1, 1)
-    noise = _uniform("input", (2 * count, *images.shape[1:])) * reach
+    reach = np.tile(np.geomspace(whole, own or whole, count, dtype=np.float32), 2).reshape(-1, 1, 1, 1)
+    noise = _uniform("input", (2 * count, *images.shape[1:])) * reach  # for driven probes as well
     return np.concatenate([images, images * np.float32(ENLARGED), noise]), count
 
 
