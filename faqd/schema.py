@@ -66,7 +66,7 @@ def wrong(value: Any, rule: Any, path: str = "") -> Iterator[str]:
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and _is_finite(value)
         if not number or (isinstance(rule, Above) and value <= rule.limit):
             above = f" above {rule.limit:g}" if isinstance(rule, Above) else ""
-            yield f"{path} is {str(value)[:40]}, not a number{above}"
+            yield f"{path} is {repr(value)[:40]}, not a number{above}"
     elif not isinstance(value, rule):
         yield f"{path} is {_kind(value)}, not a {rule.__name__}"
 
