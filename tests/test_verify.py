@@ -31,6 +31,7 @@ from faqd.bundle import (
     VERIFY,
     Bundle,
     load_bundle,
+    save_probe_outputs,
     write_manifest,
 )
 from faqd.deploy.constants import wrong_constants
@@ -555,6 +556,18 @@ def test_the_float_student_is_held_against_torch(bundle: Bundle, capsys: pytest.
     assert record["float_student"]["images"] == 24 and record["float_student"]["snr_db"]["logits"] > 100
     print_verification(record)
     assert "student.float.onnx = float student in torch: " in capsys.readouterr().out
+
+
+def test_probes_at_which_torch_overflowed_tell_nothing(bundle: Bundle, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(bundle.folder, folder)
+    outputs = bundle.probe_outputs()
+    outputs["teacher"]["logits"][-1] = np.inf
+    save_probe_outputs(folder, outputs)
+    assert verification(Bundle(folder, bundle.manifest))["passed"]
+    outputs["teacher"]["logits"][0] += 1
+    save_probe_outputs(folder, outputs)
+    assert verification(Bundle(folder, bundle.manifest))["failures"][0].startswith("teacher.onnx is ")
 
 
 def test_a_float_file_of_another_network_is_far_from_torch() -> None:

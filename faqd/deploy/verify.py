@@ -125,7 +125,8 @@ def _against_torch(
     bundle: Bundle, file: str, inputs: NDArray[np.float32], wanted: Outputs, kinds: list[NDArray[np.intp]]
 ) -> dict[str, Any]:
     """A float network's file against what torch gave for the probes: of the signal-to-noise ratios on each kind of them
-    the worst, since large values of one would hide errors of another."""
+    the worst, since large values of one would hide errors of another. Probes at which torch's floats overflowed tell
+    nothing."""
     model = load_network(bundle, file)
     model = without_preprocessing(model) if bundle.takes_pixels else model
     _refuse_other_outputs(bundle, file, [value.name for value in model.graph.output], wanted)
@@ -134,7 +135,10 @@ def _against_torch(
     for name, values in wanted.items():
         if found[name].shape[1:] != values.shape[1:]:
             raise UserError(f"{bundle.path(file)}: its output {name} is not of the shape of torch's; export again.")
-        ratios = [snr_db(found[name][rows], values[rows]) for kind in kinds if len(rows := kind[kind < len(values)])]
+        finite = np.flatnonzero(np.isfinite(values.reshape(len(values), -1)).all(1))
+        ratios = [
+            snr_db(found[name][rows], values[rows]) for kind in kinds if len(rows := np.intersect1d(kind, finite))
+        ]
         snr[name] = min((ratio for ratio in ratios if ratio is not None), default=None)
     return {"images": max(map(len, wanted.values())), "snr_db": snr, "failures": _too_far(file, snr)}
 
