@@ -133,7 +133,9 @@ def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             return {key: np.asarray(arrays[key]) for key in arrays}
-    except Exception as error:  # zipfile, zlib, numpy and its header's parser raise many kinds
+    except (
+        Exception
+    ) as error:  # zipfile, zlib, numpy and the tokenizer of its headers raise a dozen kinds, undocumented
         raise UserError(f"{path}: not the data of a bundle ({error}); export the run again.") from error
 
 

@@ -319,7 +319,7 @@ def test_a_scale_off_by_so_little_that_few_codes_change_is_found(
 
     def codes(model: onnx.ModelProto) -> NDArray[Any]:
         trace = trace_of(model, probes, digests)
-        return next(trace.computed["relu_1.codes"] for segment, _ in trace if segment.output == "relu_1.codes")
+        return next(trace.computed["relu_1.codes"] for segment, _, _ in trace if segment.output == "relu_1.codes")
 
     wanted = codes(load_model(path))
     for exponent in range(16):

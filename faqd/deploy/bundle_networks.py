@@ -48,7 +48,7 @@ def flavours(bundle: Bundle) -> list[str]:
     return ["onnxruntime"] if alone else ["tensorrt", "onnxruntime"]
 
 
-def refuse_incomplete(bundle: Bundle) -> None:
+def refuse_other_files(bundle: Bundle) -> None:
     """UserError where a file is missing that such a bundle has, or a network is listed that no gate looks at."""
     needed = [names.STUDENT_ONNXRUNTIME, names.FLOAT_STUDENT, names.FLOAT_STUDENT_FP16, names.TEACHER]
     needed += [names.EVAL, names.PROBE_OUTPUTS]

@@ -87,8 +87,7 @@ def _no_operator(layer: Layer) -> str | None:
 
 
 def _zero_point(layer: Layer) -> str | None:
-    nodes = [*layer.input_quantizers, *(node for node in (layer.weight.dequantize,) if node is not None)]
-    return next((text for text in (_nonzero(layer.graph, node) for node in nodes) if text), None)
+    return next((text for node in layer.dequantizers if (text := _nonzero(layer.graph, node))), None)
 
 
 def _nonzero(graph: Graph, node: onnx.NodeProto) -> str | None:
@@ -123,8 +122,7 @@ def _of_int32(graph: QdqGraph, node: onnx.NodeProto) -> str | None:
 
 
 def _computed_scale(layer: Layer) -> str | None:
-    nodes = (*layer.input_quantizers, *(node for node in (layer.weight.dequantize,) if node is not None))
-    return next((text for node in nodes if (text := _without_scale(layer.graph, node))), None)
+    return next((text for node in layer.dequantizers if (text := _without_scale(layer.graph, node))), None)
 
 
 def _without_scale(graph: QdqGraph, node: onnx.NodeProto) -> str | None:
@@ -137,9 +135,10 @@ def _wide_codes(graph: QdqGraph, node: onnx.NodeProto) -> str | None:
 
 
 def _float8(layer: Layer) -> str | None:
-    nodes = [*layer.input_quantizers, *(node for node in (layer.weight.dequantize,) if node is not None)]
-    eights = [node for node in nodes if code_type(layer.graph, node).startswith("FLOAT8")]
-    return f"{name_of(eights[0])} has {code_type(layer.graph, eights[0])} codes" if eights else None
+    for node in layer.dequantizers:
+        if (found := code_type(layer.graph, node)).startswith("FLOAT8"):
+            return f"{name_of(node)} has {found} codes"
+    return None
 
 
 def _transposed(layer: Layer) -> str | None:

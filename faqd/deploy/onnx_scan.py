@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from faqd.errors import UserError
+from faqd.schema import unprintable
 
 MAX_BYTES = 2**31 - 1
 """What a protobuf may hold."""
@@ -35,7 +36,6 @@ DOMAINS = ("", "ai.onnx", "com.microsoft")
 """com.microsoft: the quantized operators that onnxruntime's tools write beside the standard ones."""
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-_CONTROL = frozenset(chr(code) for code in (*range(32), *range(127, 160)))
 
 _ONE_FILE = (
     "faqd reads networks that are one file; save it so where it comes from, such as "
@@ -128,7 +128,7 @@ class _Scanner:
         except UnicodeDecodeError as error:
             found = self._data[start:stop][:40]
             raise self.refusal(f"the name {found!r} is not UTF-8; export it again with readable names") from error
-        if not _CONTROL.isdisjoint(name):
+        if unprintable(name) is not None:
             raise self.refusal(f"the name {name[:40]!r} holds control characters; export it again with readable names")
         return name
 

@@ -28,6 +28,7 @@ MOVES = (
 """Operators that TensorRT runs on codes: values move, or one of them is chosen."""
 WEIGHT_MOVES = ("Identity", "Dropout", "Transpose", "Flatten", "Reshape", "Squeeze", "Unsqueeze", "Slice", "Cast")
 """Those that it takes between weights and their layer."""
+QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 MOST_JOINED = 200
 """Maps that are concatenated in front of one layer."""
 MOST_MOVES = 16
@@ -152,6 +153,12 @@ class Layer:
         return [path.dequantize for path in self.inputs if path.dequantize is not None]
 
     @property
+    def dequantizers(self) -> list[onnx.NodeProto]:
+        """Of its inputs and its weights."""
+        weight = self.weight.dequantize
+        return self.input_quantizers if weight is None else [*self.input_quantizers, weight]
+
+    @property
     def channel_axis(self) -> int | None:
         """The axis of the stored weight that is the layer's output channel; None where it cannot be told."""
         name, attributes = operand(self.node, self.weight_index), attributes_of(self.node)
@@ -200,22 +207,17 @@ def _is_layer(graph: QdqGraph, node: onnx.NodeProto) -> bool:
 
 def code_type(graph: Graph, node: onnx.NodeProto) -> str:
     """The element type of the codes of a QuantizeLinear or DequantizeLinear; ONNX means UINT8 where none is said."""
-    name = node.input[0]
-    for _ in range(MOST_MOVES):
-        for stated in (operand(node, 2), name):
+    for _ in range(MOST_MOVES):  # Back over what moves codes, to what made them.
+        for stated in (operand(node, 2), node.input[0]) if node.op_type in QUANTIZERS else (node.input[0],):
             found = graph.element_type(stated) if stated else None
             if found is not None and found not in _FLOATS:
                 return found
-        maker = graph.maker(name)
+        if kind := attributes_of(node).get("output_dtype", 0):
+            return str(onnx.TensorProto.DataType.Name(kind))
+        maker = graph.maker(node.input[0])
         if maker is None or maker.op_type not in (*MOVES, "QuantizeLinear"):
             break
-        if maker.op_type == "QuantizeLinear":
-            node = maker
-            if kind := attributes_of(maker).get("output_dtype", 0):
-                return str(onnx.TensorProto.DataType.Name(kind))
-        name = maker.input[0]
-    if node.op_type == "QuantizeLinear" and (kind := attributes_of(node).get("output_dtype", 0)):
-        return str(onnx.TensorProto.DataType.Name(kind))
+        node = maker
     return "UINT8"
 
 

@@ -110,8 +110,8 @@ class Trace:
         self._zero_points = _zero_points(model)
         self._places: dict[str, str] = {}
 
-    def __iter__(self) -> Iterator[tuple[Segment, dict[str, Value]]]:
-        """Each segment, with the values of all its tensors."""
+    def __iter__(self) -> Iterator[tuple[Segment, dict[str, NDArray[Any]], dict[str, Value]]]:
+        """Each segment, with what it is fed and the values of all its tensors."""
         for segment in segments(self._model):
             self._refuse_oversized(segment)
             self._places[segment.output] = segment.layer
@@ -122,7 +122,7 @@ class Trace:
                 )
             values = Referee(segment.model).run(feeds)
             self.computed[segment.output] = stored(values[segment.output])
-            yield segment, values
+            yield segment, feeds, values
 
     def feeds(self, segment: Segment) -> dict[str, NDArray[Any]] | None:
         """What a segment is fed, by name; None where it reads what this file does not compute."""

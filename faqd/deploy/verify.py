@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from faqd import bundle as names
 from faqd.bundle import Bundle
-from faqd.deploy.bundle_networks import flavours, load_network, refuse_incomplete, torch_digests
+from faqd.deploy.bundle_networks import flavours, load_network, refuse_other_files, torch_digests
 from faqd.deploy.onnx_session import OnnxSession
 from faqd.deploy.probes import probe_inputs
 from faqd.deploy.teacher_float16 import TEACHER_IMAGES, run_stored
@@ -50,7 +50,7 @@ def verify_bundle(bundle: Bundle) -> dict[str, Any]:
 @np.errstate(over="ignore", invalid="ignore")
 def verification(bundle: Bundle) -> dict[str, Any]:
     """The record alone. Numbers that are not finite are judged, and nothing is said of them on the way."""
-    refuse_incomplete(bundle)
+    refuse_other_files(bundle)
     evaluation = bundle.evaluation()
     inputs, driven = probe_inputs(evaluation.images, bundle.preprocess.normalise)
     images = bundle.network_input(evaluation.images[: agreement_images(evaluation.teacher)])

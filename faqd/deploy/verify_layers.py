@@ -69,7 +69,7 @@ def verify_trace(
         wrong[place].append(text)
     roundings = {entry["layer"]: entry for entry in torch_digests["roundings"] if "scale" in entry}
     layers, failures = [], []
-    for segment, values in trace:
+    for segment, feeds, values in trace:
         for place in dict.fromkeys(map(place_of, segment.model.graph.node)):
             failures += [f"{place}: {text}" for text in wrong.pop(place, [])]
         wanted = values[segment.output]
@@ -86,7 +86,7 @@ def verify_trace(
             failures.append(f"{segment.layer}: the torch student and the referee differ")
         for optimise in modes:
             session = OnnxSession(segment.model.SerializeToString(), optimise=optimise)
-            found = session.run(trace.feeds(segment) or {})[segment.output]
+            found = session.run(feeds)[segment.output]
             row["optimised" if optimise else "plain"] = compared = _compare(found, wanted, segment, values)
             if not compared["passed"]:
                 failures.append(_failure(segment.layer, compared, optimise))
