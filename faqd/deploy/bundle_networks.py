@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -42,17 +42,20 @@ _DIGESTS = {
 }
 
 
-def flavours(bundle: Bundle) -> list[str]:
-    """What the student was deployed as: both, but no grid of TensorRT has the 8-bit activations of onnxruntime's."""
-    alone = bundle.manifest["target"] == "onnxruntime" and bundle.manifest["act_bits"] == 8
-    return ["onnxruntime"] if alone else ["tensorrt", "onnxruntime"]
+def flavours(target: str, act_bits: int) -> list[Literal["tensorrt", "onnxruntime"]]:
+    """What a student is deployed as: both, but no grid of TensorRT has the 8-bit activations of onnxruntime's."""
+    return ["onnxruntime"] if target == "onnxruntime" and act_bits == 8 else ["tensorrt", "onnxruntime"]
+
+
+def flavours_in(bundle: Bundle) -> list[Literal["tensorrt", "onnxruntime"]]:
+    return flavours(bundle.manifest["target"], bundle.manifest["act_bits"])
 
 
 def refuse_other_files(bundle: Bundle) -> None:
     """UserError where a file is missing that such a bundle has, or a network is listed that no gate looks at."""
     needed = [names.STUDENT_ONNXRUNTIME, names.FLOAT_STUDENT, names.FLOAT_STUDENT_FP16, names.TEACHER]
     needed += [names.EVAL, names.PROBE_OUTPUTS]
-    if "tensorrt" in flavours(bundle):
+    if "tensorrt" in flavours_in(bundle):
         needed += [names.STUDENT_TENSORRT_FP32, names.STUDENT_TENSORRT]
     for name in needed:
         if not bundle.has(name):

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from faqd import bundle as names
 from faqd.bundle import Bundle, Evaluation, write_manifest
 from faqd.calib.ranges import Method
+from faqd.deploy.bundle_networks import flavours
 from faqd.deploy.export import INPUT, onnx_from_deployed, onnx_from_network, save
 from faqd.deploy.float16 import float16_from_float32
 from faqd.deploy.int8_rules import int8_layers
@@ -30,7 +31,7 @@ from faqd.preprocess import Preprocess
 from faqd.train.capture import capture
 from faqd.train.convert import Deployed, collect_output_scales, convert
 from faqd.train.data import load_dataset
-from faqd.train.deployed import Flavour, IntegerLayer
+from faqd.train.deployed import IntegerLayer
 from faqd.train.fuse import fused
 from faqd.train.network import NetworkSource
 from faqd.train.placement import Bits
@@ -178,11 +179,12 @@ def _write_bundle(
 
         probes, driven = probe_inputs(parts.evaluation, parts.preprocess.normalise)
         digests: dict[str, dict[str, Any]] = {}
-        flavours: dict[str, Deployed] = {}
+        students: dict[str, Deployed] = {}
         int8: dict[str, bool] = {}
-        for flavour in _flavours(parts.student.bits):
+        bits = parts.student.bits
+        for flavour in flavours(bits.target, bits.activations):
             deployed = convert(parts.student, flavour, parts.output_scales)
-            flavours[flavour] = deployed
+            students[flavour] = deployed
             digests[flavour] = torch_digests(deployed, torch.from_numpy(probes), driven)
             proto = onnx_from_deployed(deployed, example, metadata)
             if flavour == "onnxruntime":
@@ -191,7 +193,7 @@ def _write_bundle(
             int8 = int8_layers(proto)
             put(names.STUDENT_TENSORRT_FP32, proto, parts.made_from)
             put(names.STUDENT_TENSORRT, float16_from_float32(proto) if float_type == "fp16" else proto, parts.made_from)
-        if "tensorrt" not in flavours:
+        if "tensorrt" not in students:
             say("no TensorRT file: this student has 8-bit activations 0..255, which TensorRT has no grid for.")
         float_student = onnx_from_deployed(convert(parts.student, "float"), example, metadata)
         put(names.FLOAT_STUDENT, float_student, parts.made_from)
@@ -211,12 +213,12 @@ def _write_bundle(
         names.save_probe_outputs(folder, {"student": unrounded, "teacher": stored_outputs(parts.teacher, undriven)})
         made_from[names.PROBE_OUTPUTS] = parts.made_from
         made_from[names.EVAL] = parts.teacher_sha256
-        first = next(iter(flavours.values()))
+        first = next(iter(students.values()))
         facts = {
             **_facts(parts, first, wanted, int8),
             "torch_digests": digests,
             "as_trained": as_trained(parts.student, first, inputs[: agreement_images(wanted)]),
-            "zeroed_channels": {flavour: deployed.zeroed for flavour, deployed in flavours.items() if deployed.zeroed},
+            "zeroed_channels": {flavour: deployed.zeroed for flavour, deployed in students.items() if deployed.zeroed},
             "float_type": float_type,
             "input": _input(parts, input_form),
         }
@@ -224,15 +226,11 @@ def _write_bundle(
         for name, text in serving_files(bundle, servers).items():
             (folder / name).write_text(text, encoding="utf-8")
             say(f"wrote {name}, untried")
-        if parts.student.bits.rounding == "ceil":
+        if bits.rounding == "ceil":
             say(CEIL_NOTE)
         say("verifying")
         verify_bundle(bundle)
     return Bundle(out, bundle.manifest)
-
-
-def _flavours(bits: Bits) -> list[Flavour]:
-    return ["onnxruntime"] if bits.target == "onnxruntime" and bits.activations == 8 else ["tensorrt", "onnxruntime"]
 
 
 def _facts(

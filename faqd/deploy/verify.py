@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from faqd import bundle as names
 from faqd.bundle import Bundle
-from faqd.deploy.bundle_networks import flavours, load_network, refuse_other_files, torch_digests
+from faqd.deploy.bundle_networks import flavours_in, load_network, refuse_other_files, torch_digests
 from faqd.deploy.onnx_session import OnnxSession
 from faqd.deploy.probes import probe_inputs
 from faqd.deploy.teacher_float16 import TEACHER_IMAGES, run_stored
@@ -68,7 +68,7 @@ def verification(bundle: Bundle) -> dict[str, Any]:
     }
     failures: list[str] = []
     outputs: dict[str, Outputs] = {}
-    for flavour in flavours(bundle):
+    for flavour in flavours_in(bundle):
         model = load_network(bundle, FILES[flavour])
         if bundle.takes_pixels:
             model = without_preprocessing(model)
