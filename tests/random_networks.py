@@ -20,6 +20,7 @@ from faqd.quant import POOLED_8, SIGNED_8, activation_quant, weight_quant
 from faqd.train import placement
 from faqd.train.convert import Deployed, collect_output_scales, convert
 from faqd.train.deployed import Flavour
+from faqd.train.fold import Changes
 from faqd.train.placement import Bits, Placement
 from faqd.train.prepare import Student
 from tests.networks import CHANNELS, CLASSES, calibrated, images, lively, undecided
@@ -207,4 +208,4 @@ def side_by_side(networks: dict[str, Deployed]) -> Deployed:
                     copied[node].target = f"{name}.{node.target}"
     graph.output(tuple(outputs))
     flavour = next(iter(networks.values())).flavour
-    return Deployed(fx.GraphModule(root, graph), flavour, {}, integers_only=True)
+    return Deployed(fx.GraphModule(root, graph), flavour, Changes(), integers_only=True)

@@ -139,7 +139,7 @@ def test_the_float_flavour_is_the_float_network(name: str) -> None:
 def layers(student: Student, flavour: Flavour) -> tuple[dict[str, IntegerLayer], dict[str, int]]:
     deployed = convert(student, flavour, collect_output_scales(student, [images(0)]))
     found = {name: module for name, module in deployed.network.named_modules() if isinstance(module, IntegerLayer)}
-    return found, deployed.zeroed
+    return found, deployed.changes.zeroed
 
 
 @pytest.mark.parametrize("flavour", ["tensorrt", "onnxruntime"])

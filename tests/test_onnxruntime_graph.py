@@ -16,6 +16,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from faqd.deploy.export import onnx_from_deployed
+from faqd.deploy.integer_sums import integer_sums
 from faqd.deploy.student import _size
 from faqd.deploy.torch_values import as_trained, torch_digests
 from faqd.deploy.verify_layers import verify_file
@@ -28,7 +29,7 @@ from tests.networks import calibrated, images, lively
 SHAPE = (3, 16, 16)
 CHANNELS = 16
 INTEGER = {"QLinearConv", "QLinearAdd", "QLinearConcat", "QLinearGlobalAveragePool", "QGemm", "NhwcMaxPool", "Flatten"}
-AT_THE_ENDS = {"Pad", "QuantizeLinear", "DequantizeLinear", "Transpose"}
+AT_THE_ENDS = {"Unsqueeze", "Pad", "Reshape", "QuantizeLinear", "DequantizeLinear", "Transpose"}
 LIMITS = {"Clip"}
 
 
@@ -86,8 +87,8 @@ def test_a_residual_network_runs_in_integers(bits: Bits, limits: int, tmp_path: 
     assert set(found) <= INTEGER | AT_THE_ENDS | LIMITS
     # The input is quantized; nothing is taken back to float before the classifier, which may give floats itself.
     assert found["QuantizeLinear"] == 1 and found["DequantizeLinear"] <= 1 and found["Transpose"] <= 2
-    # The image's fourth channel is bytes, not floats.
-    assert optimised(model, tmp_path)[:2] == ["QuantizeLinear", "Pad"]
+    # The zeros among the image's channels are bytes, not floats.
+    assert optimised(model, tmp_path)[:4] == ["QuantizeLinear", "Unsqueeze", "Pad", "Reshape"]
     # One for each rounding to a grid below 0..255: 7 behind a ReLU, and the average's, whose grid is 0..127.
     assert found["Clip"] == limits
 
@@ -143,13 +144,34 @@ def test_what_was_trained_is_compared_without_spare_channels() -> None:
     assert min(equal.values()) > 0.5
 
 
-@pytest.mark.parametrize(("inputs", "outputs", "stored"), [(3, 16, 4), (4, 16, 4), (1, 16, 1), (3, 12, 3)], ids=str)
-def test_images_of_three_channels_get_a_fourth(inputs: int, outputs: int, stored: int) -> None:
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "opposed", "stored", "trained"),
+    [
+        (3, 16, True, 4, slice(3)),
+        (4, 16, True, 4, slice(4)),
+        (1, 16, False, 4, slice(0, 1)),
+        (3, 16, False, 8, slice(0, 6, 2)),
+        (4, 16, False, 8, slice(0, 8, 2)),
+        (3, 12, False, 8, slice(0, 6, 2)),
+    ],
+    ids=str,
+)
+def test_channels_of_zeros_among_those_of_an_image(
+    inputs: int, outputs: int, opposed: bool, stored: int, trained: slice
+) -> None:
+    """A fourth at the end; one behind each where neighbours of one sign could saturate."""
     shape = (inputs, *SHAPE[1:])
-    student = calibrated(lively(Moved("pool", inputs, outputs), 1), Bits(4, 4), shape=shape)
+    network = lively(Moved("pool", inputs, outputs), 1)
+    if opposed:
+        for name in ("conv1.weight", "side.weight"):
+            signs = torch.tensor([1.0, -1.0] * 2)[:inputs].reshape(-1, 1, 1)
+            network.get_parameter(name).data = network.get_parameter(name).data.abs() * signs
+    student = calibrated(network, Bits(4, 4), shape=shape)
     deployed, model = lowered(student, shape)
     weights = first_weights(model)
-    assert weights.shape[1] == stored and not weights[:, inputs:].any()
+    others = np.delete(np.arange(stored), trained)
+    assert weights.shape[1] == stored and not weights[:, others].any() and weights[:, trained].all((1, 2, 3)).any()
+    assert not any(found.saturates for found in integer_sums(model))
     assert _size(student, deployed) == _size(student, convert(student, "tensorrt"))
     assert model.graph.input[0].type.tensor_type.shape.dim[1].dim_value == inputs
     x = images(5, 8, shape, reach=3.0)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from faqd.deploy.referee import code_tensors
-from faqd.deploy.segments import place_of
+from faqd.deploy.segments import ON_CODES, place_of
 
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm")
 _WHAT = {
@@ -138,7 +138,7 @@ class _Constants:
         """Of the codes `name`: their scale, and the limits that saturation and Clips leave them, zero point removed."""
         node = self._makers[name]
         place, clips = place_of(node), []
-        while node.op_type in ("Clip", "Pad") and node.input[0] in self._makers:  # on codes
+        while node.op_type in ON_CODES and node.input[0] in self._makers:
             clips += [node] if node.op_type == "Clip" else []
             node = self._makers[node.input[0]]
         if node.op_type != "QuantizeLinear":

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from faqd.deploy.float_operators import FLOAT_OPERATORS, computed_in_float
-from faqd.deploy.operators import OPERATORS
+from faqd.deploy.operators import OPERATORS as MORE_OPERATORS
 from faqd.errors import UserError, first_line
 from faqd.reference import (
     Array,
@@ -59,17 +59,18 @@ class Referee:
         for node in self.graph.node:
             operands = [values[name] if name else None for name in node.input]
             try:
-                values |= dict(zip(filter(None, node.output), self._results(node, operands), strict=True))
+                values |= dict(zip(filter(None, node.output), self.results(node, operands), strict=True))
             except _CANNOT_COMPUTE as error:
                 raise UserError(
                     f"{node.name}: the referee cannot run this {node.op_type}: {first_line(error)}."
                 ) from error
         return values
 
-    def _results(self, node: onnx.NodeProto, operands: list[Value]) -> tuple[Value, ...]:
+    def results(self, node: onnx.NodeProto, operands: list[Value]) -> tuple[Value, ...]:
+        """What one node makes of its operands."""
         if node.op_type in FLOAT_OPERATORS:
             return computed_in_float(node, operands, self._opsets)
-        result = _OPERATORS[node.op_type](operands, _attributes(node))
+        result = OPERATORS[node.op_type](operands, _attributes(node))
         return result if isinstance(result, tuple) else (result,)
 
 
@@ -99,7 +100,7 @@ def _refuse_unknown(model: onnx.ModelProto) -> None:
         raise UserError(f"the referee knows opset {OPSETS[0]} to {OPSETS[-1]}, found {versions.get('', 'none')}.")
     standard = {node.op_type for node in model.graph.node if not node.domain}
     foreign = {f"{node.domain}.{node.op_type}" for node in model.graph.node if node.domain}
-    unknown = sorted(foreign | standard - set(_OPERATORS) - FLOAT_OPERATORS)
+    unknown = sorted(foreign | standard - set(OPERATORS) - FLOAT_OPERATORS)
     if unknown:
         raise UserError(f"the referee knows no {', '.join(unknown)}; it cannot verify this file.")
     for node in model.graph.node:
@@ -329,7 +330,7 @@ def _constant(attributes: Attributes) -> Value:
     return _value(numpy_helper.to_array(value) if isinstance(value, onnx.TensorProto) else np.asarray(value))
 
 
-_OPERATORS: dict[str, Callable[[list[Value], Attributes], Value]] = {
+OPERATORS: dict[str, Callable[[list[Value], Attributes], Value]] = {
     "QuantizeLinear": _quantize,
     "DequantizeLinear": _dequantize,
     "Conv": _conv,
@@ -357,5 +358,5 @@ _OPERATORS: dict[str, Callable[[list[Value], Attributes], Value]] = {
     "Constant": lambda operands, a: _constant(a),
     "BatchNormalization": _batch_norm,
     "ConvTranspose": _conv_transpose,
-    **OPERATORS,
+    **MORE_OPERATORS,
 }

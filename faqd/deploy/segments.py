@@ -12,10 +12,13 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
+from faqd.deploy.onnx_graph import attributes_of
 from faqd.deploy.probes import Drive
-from faqd.deploy.referee import Referee, Value, code_tensors, stored
+from faqd.deploy.referee import OPERATORS, Referee, Value, code_tensors, stored
 from faqd.errors import UserError
 
+ON_CODES = ("Clip", "Pad", "Unsqueeze", "Reshape")
+"""What may stand behind a rounding: its limits, and zeros among the channels of an image."""
 MOST_VALUES = 2**29
 """Held at once for all probes: 4 GiB in the referee's float64."""
 
@@ -39,12 +42,26 @@ class Segment:
 
     @cached_property
     def quantize(self) -> onnx.NodeProto | None:
-        """What rounds to the codes `output`, behind it at most Clip and Pad on codes; None where something else makes
+        """What rounds to the codes `output`, behind it at most operators ON_CODES; None where something else makes
         them."""
         node = self._makers[self.output]
-        while node.op_type in ("Clip", "Pad") and node.input[0] in self._makers:
+        while node.op_type in ON_CODES and node.input[0] in self._makers:
             node = self._makers[node.input[0]]
         return node if node.op_type == "QuantizeLinear" else None
+
+    def put_in_place(self, values: NDArray[Any]) -> NDArray[Any]:
+        """Values, one for each code that was rounded, where those codes are in `output`; zeros where others are."""
+        behind, name = [], self.output
+        while (node := self._makers[name]).op_type in ON_CODES:
+            behind.append(node)
+            name = node.input[0]
+        constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in self.model.graph.initializer}
+        for node in reversed(behind):
+            operands = [values, *(constants[name] for name in node.input[1:])]
+            if node.op_type == "Pad":
+                operands[2] = np.zeros(())
+            values = values if node.op_type == "Clip" else OPERATORS[node.op_type](operands, attributes_of(node))
+        return values
 
     @property
     def unclipped(self) -> str:

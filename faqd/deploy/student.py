@@ -218,7 +218,12 @@ def _write_bundle(
             **_facts(parts, first, wanted, int8),
             "torch_digests": digests,
             "as_trained": as_trained(parts.student, first, inputs[: agreement_images(wanted)]),
-            "zeroed_channels": {flavour: deployed.zeroed for flavour, deployed in students.items() if deployed.zeroed},
+            "zeroed_channels": {
+                f: deployed.changes.zeroed for f, deployed in students.items() if deployed.changes.zeroed
+            },
+            "coarser_channels": {
+                f: deployed.changes.coarser for f, deployed in students.items() if deployed.changes.coarser
+            },
             "float_type": float_type,
             "input": _input(parts, input_form),
         }

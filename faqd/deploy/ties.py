@@ -60,6 +60,4 @@ def _unrounded(segment: Segment, values: dict[str, Any]) -> NDArray[np.float64]:
     """What the segment rounds to its codes, in units of a code and in their shape."""
     assert segment.quantize is not None
     tensor, scale = segment.quantize.input[:2]
-    unrounded: NDArray[np.float64] = real(values[tensor]) / float(values[scale].item())
-    behind = zip(values[segment.output].shape, unrounded.shape, strict=True)
-    return np.pad(unrounded, [(0, wanted - found) for wanted, found in behind])
+    return segment.put_in_place(real(values[tensor]) / float(values[scale].item()))

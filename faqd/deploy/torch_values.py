@@ -82,12 +82,13 @@ def as_trained(student: Student, deployed: Deployed, inputs: Tensor) -> dict[str
     for hook in hooks:
         hook.remove()
     codes = torch_codes(deployed, few)
+    fillings = {place_of_module(name): module.filling for name, module in deployed.requantizers().items()}
     layers = {}
     for name in (name for name in quantizers if name in codes):
         wanted = trained[name].numpy()
         found = codes[name]
-        if wanted.ndim > 1:  # without channels that nothing was trained with; a tensor of the user's own has none
-            found = found[:, : wanted.shape[1]]
+        if wanted.ndim > 1:  # a tensor of the user's own has no channels
+            found = fillings[name].without(found)
         found = found.reshape(wanted.shape)
         layers[name] = round(float(np.mean(wanted == found)), 6)
     outputs = (_arrays(run_batches(network, inputs, BATCH)) for network in (deployed, student.network))

@@ -1,8 +1,8 @@
 """Twins of the deployed modules: what they look like in an ONNX file of opset 19.
 
 tensorrt:     x -> Clip(low * scale, high * scale) or Relu -> QuantizeLinear int8, zero point 0 -> DequantizeLinear
-onnxruntime:  x -> QuantizeLinear uint8 -> Clip(low, high) on the codes where narrower -> Pad with zero points, for the
-              image -> DequantizeLinear
+onnxruntime:  x -> QuantizeLinear uint8 -> Clip(low, high) on the codes where narrower -> channels of zero points in an
+              image (Pad, or Unsqueeze, Pad, Reshape) -> DequantizeLinear
 Weights are int8 initializers with one scale per output channel; biases are float32, or int32 for onnxruntime.
 """
 
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from faqd.deploy.plain_twins import emit, plain_twin
 from faqd.errors import UserError
-from faqd.train.deployed import ChannelAffine, IntegerAverage, IntegerLayer, Requantize
+from faqd.saturation import zero_point
+from faqd.train.deployed import UNFILLED, ChannelAffine, IntegerAverage, IntegerLayer, Requantize
 from faqd.train.graph import COMPUTE, TRANSPOSED
 
 
@@ -156,24 +157,40 @@ class _TensorrtTwin(_RequantizeTwin):
 class _OnnxruntimeTwin(_RequantizeTwin):
     def __init__(self, requantize: Requantize) -> None:
         quant = requantize.quant
-        zero = 128 if quant.signed else 0
+        zero = zero_point(quant)
         stored = (torch.tensor(code + zero, dtype=torch.uint8) for code in (0, quant.low, quant.high))
         super().__init__(requantize.scale.float(), *stored)
         self.clipped = requantize.saturates and (quant.low + zero > 0 or quant.high + zero < 255)
-        self.spare_channels = requantize.spare_channels
-        if self.spare_channels:
-            self.register_buffer("pads", torch.tensor([0, self.spare_channels]))
-            self.register_buffer("axes", torch.tensor([1]))
+        self.filling = requantize.filling
+        if self.filling != UNFILLED:
+            # Behind each channel stands one of zeros where they are padded on an axis of their own.
+            ends = [self.filling.at_end, 1] if self.filling.behind_each else [self.filling.at_end]
+            self.register_buffer("pads", torch.tensor([0] * len(ends) + ends))
+            self.register_buffer("axes", torch.tensor([1, 2][: len(ends)]))
+            self.register_buffer("apart", torch.tensor([2]))
 
     def forward(self, x: Tensor) -> Tensor:
         codes = emit("QuantizeLinear", (x, self.scale, self.zero_point), x, torch.uint8)
         if self.clipped:
             codes = emit("Clip", (codes, self.bottom, self.top), x, torch.uint8)
-        if self.spare_channels:
-            x = x.new_empty(x.shape[0], x.shape[1] + self.spare_channels, *x.shape[2:])
-            inputs = (codes, self.get_buffer("pads"), self.zero_point, self.get_buffer("axes"))
-            codes = emit("Pad", inputs, x, torch.uint8)
+        if self.filling != UNFILLED:
+            x, codes = self._filled(x, codes)
         return emit("DequantizeLinear", (codes, self.scale, self.zero_point), x, torch.float32)
+
+    def _filled(self, x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """x: of the sizes that the codes have."""
+        batch, channels, *pixels = x.shape
+        filled = x.new_empty(batch, self.filling.channels(channels), *pixels)
+        padded = filled
+        if self.filling.behind_each:
+            codes = emit("Unsqueeze", (codes, self.get_buffer("apart")), x.unsqueeze(2), torch.uint8)
+            padded = x.new_empty(batch, channels + self.filling.at_end, 2, *pixels)
+        inputs = (codes, self.get_buffer("pads"), self.zero_point, self.get_buffer("axes"))
+        codes = emit("Pad", inputs, padded, torch.uint8)
+        if self.filling.behind_each:
+            sizes = torch.tensor([0, *filled.shape[1:]])
+            codes = emit("Reshape", (codes, sizes), filled, torch.uint8)
+        return filled, codes
 
 
 class AverageTwin(nn.Module):

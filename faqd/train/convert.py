@@ -25,7 +25,7 @@ from faqd.train.channels import fill_up_channels
 from faqd.train.curves import Curve, Interpolate, deployed_clamp
 from faqd.train.deployed import ChannelAffine, Flavour, IntegerAverage, Requantize
 from faqd.train.elementwise import CURVES, Bilinear, Clamp, Scaled
-from faqd.train.fold import affine, fold_layer, quantizer_of
+from faqd.train.fold import Changes, affine, fold_layer, quantizer_of
 from faqd.train.prepare import Student, computes_floats, input_quantizer
 from faqd.train.quantizers import ActivationQuantizer
 from faqd.train.roundings import (
@@ -44,13 +44,12 @@ at 127, half of it would be 63.5, a tie that float32 and exact arithmetic round 
 
 @dataclass(frozen=True)
 class Deployed:
-    """network: a graph module over float64 tensors. zeroed: channels per layer whose tiny batch-norm factor would
-    overflow an int32 bias, made exact zeros there. integers_only: no layer multiplies floats, and there is no operator
-    that only --exclude let in."""
+    """network: a graph module over float64 tensors. changes: what this flavour cannot hold as trained. integers_only:
+    no layer multiplies floats, and there is no operator that only --exclude let in."""
 
     network: fx.GraphModule
     flavour: Flavour
-    zeroed: dict[str, int]
+    changes: Changes
     integers_only: bool
 
     def requantizers(self) -> dict[str, Requantize]:
@@ -73,7 +72,7 @@ def convert(student: Student, flavour: Flavour, output_scales: dict[str, float] 
     if student.bits.activations == FLOAT_BITS and flavour != "float":
         raise UserError("a student with 32-bit activations has no integer form; distil it with --act-bits 1 to 8.")
     network = copy.deepcopy(student.network).eval().cpu()
-    zeroed: dict[str, int] = {}
+    changes = Changes()
     integers_only = not any(computes_floats(network, node) for node in network.graph.nodes)
     _remove_idle(network)
     graph.unshare(network)
@@ -89,7 +88,7 @@ def convert(student: Student, flavour: Flavour, output_scales: dict[str, float] 
     for node in list(network.graph.nodes):
         kind = graph.role(network, node)
         if kind == "compute":
-            fold_layer(network, node, flavour, zeroed, shifts)
+            fold_layer(network, node, flavour, changes, shifts)
         elif kind == "average" and flavour != "float" and input_quantizer(network, node) is not None:
             _replace(network, node, _average(network, node))
     for node in network.graph.nodes:
@@ -102,7 +101,7 @@ def convert(student: Student, flavour: Flavour, output_scales: dict[str, float] 
     network.graph.eliminate_dead_code()
     network.graph.lint()
     network.recompile()
-    return Deployed(network.double(), flavour, zeroed, integers_only)
+    return Deployed(network.double(), flavour, changes, integers_only)
 
 
 def _deployed_module(

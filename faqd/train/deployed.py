@@ -7,6 +7,7 @@ that faqd/deploy/referee.py states for the exported file. Float32 numbers of the
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -14,12 +15,42 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from faqd.quant import Quant
+from faqd.saturation import in_kernel_order, largest_pairs
 from faqd.train.graph import TRANSPOSED
 
 Flavour = Literal["tensorrt", "onnxruntime", "float"]
 
 EXACT_FLOAT32 = 2**24
 """Sums of integers below this are exact in float32, whatever their order."""
+
+
+@dataclass(frozen=True)
+class Filling:
+    """Channels of zeros among those that a network was trained with.
+
+    at_end: how many follow the others. behind_each: whether one more stands behind each of them all.
+    """
+
+    at_end: int = 0
+    behind_each: bool = False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: channels on the second axis."""
+        if self.at_end:
+            x = F.pad(x, [0, 0] * (x.dim() - 2) + [0, self.at_end])
+        return torch.stack([x, torch.zeros_like(x)], 2).flatten(1, 2) if self.behind_each else x
+
+    def channels(self, trained: int) -> int:
+        """How many there are with the zeros."""
+        return (trained + self.at_end) * (2 if self.behind_each else 1)
+
+    def without(self, x: Any) -> Any:
+        """The channels that were trained, of a filled tensor or array."""
+        trained = x[:, ::2] if self.behind_each else x
+        return trained[:, : trained.shape[1] - self.at_end]
+
+
+UNFILLED = Filling()
 
 
 class IntegerLayer(nn.Module):
@@ -60,14 +91,18 @@ class IntegerLayer(nn.Module):
         self.register_buffer("input_scale", input_scale.float())
         self.register_buffer("bias", bias.float())
         self.register_buffer("bias_codes", bias_codes)
-        self.spare_inputs = 0
+        self.filling = UNFILLED
         largest = float(self.codes.double().abs().flatten(1).sum(1).max()) * input_high
         self._sum_type = torch.float32 if largest < EXACT_FLOAT32 else torch.float64
 
     @property
     def stored_codes(self) -> Tensor:
-        """The codes with zeros for `spare_inputs` channels, which follow those that the layer was trained with."""
-        return _with_spare(self.codes, self.spare_inputs)
+        """The codes, with zeros for the input channels that were filled in."""
+        return self.filling(self.codes)
+
+    def largest_pair(self) -> int:
+        """What two neighbouring codes of one sign add up to at most, where onnxruntime adds their products first."""
+        return int(largest_pairs(in_kernel_order(self.stored_codes.cpu().numpy())).max(initial=0))
 
     @property
     def bias_scale(self) -> Tensor:
@@ -96,16 +131,11 @@ class IntegerLayer(nn.Module):
         return convolve(x, weight, bias, **self.geometry)
 
 
-def _with_spare(x: Tensor, count: int) -> Tensor:
-    """x: channels on the second axis."""
-    return F.pad(x, [0, 0] * (x.dim() - 2) + [0, count]) if count else x
-
-
 class Requantize(nn.Module):
     """Quantize and dequantize: clip(round_half_even(x / scale), low, high) * scale. scale: float32 scalar.
 
     rectifies: whether negative values come in, to become zero. saturates: False where all that comes in is on the grid.
-    spare_channels: how many channels of zero codes follow those that came in.
+    filling: zeros among the channels of the codes.
     """
 
     scale: Tensor
@@ -115,12 +145,12 @@ class Requantize(nn.Module):
         self.quant = quant
         self.rectifies = rectifies
         self.saturates = saturates
-        self.spare_channels = 0
+        self.filling = UNFILLED
         self.register_buffer("scale", scale.detach().float().reshape(()))
 
     def codes(self, x: Tensor) -> Tensor:
         codes = (x / self.scale.double()).round_().clamp_(self.quant.low, self.quant.high)
-        return _with_spare(codes, self.spare_channels)
+        return self.filling(codes)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.codes(x).mul_(self.scale.double())

@@ -2,44 +2,66 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from faqd import saturation
 from faqd.train import graph
+from faqd.train.channels import readers_of_the_image
 from faqd.train.deployed import Flavour, IntegerLayer
 from faqd.train.layers import latent_weight, output_channels, output_first, weight_codes, weight_quantizer
+from faqd.train.pair_limits import LARGEST_INT8, pair_limit
 from faqd.train.prepare import input_quantizer
-from faqd.train.quantizers import ActivationQuantizer
-from faqd.train.roundings import after_norm
+from faqd.train.quantizers import ActivationQuantizer, within_pairs
 
-LARGEST_INT8 = 127
 LARGEST_INT32 = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Changes:
+    """Channels per layer that a flavour cannot hold as they were trained.
+
+    zeroed: those whose tiny batch-norm factor would overflow an int32 bias, exact zeros now. coarser: those whose
+    weights have a larger scale now, so that no sum of their products saturates on any CPU.
+    """
+
+    zeroed: dict[str, int] = field(default_factory=dict)
+    coarser: dict[str, int] = field(default_factory=dict)
 
 
 def fold_layer(
     network: fx.GraphModule,
     node: fx.Node,
     flavour: Flavour,
-    zeroed: dict[str, int],
+    changes: Changes,
     shifts: dict[fx.Node, Tensor],
 ) -> None:
     """Replace a layer and its batch norm: sign into the codes, magnitude into the scale, the rest into the bias."""
     layer: Any = network.get_submodule(str(node.target))
-    end = after_norm(network, node)
+    end = graph.after_norm(network, node)
     factor, offset = _layer_affine(layer, graph.module_of(network, end) if end is not node else None)
     offset = offset + shifts.get(end, 0.0)
     if flavour == "float" or weight_quantizer(layer) is None:
         network.set_submodule(str(node.target), _float_layer(layer, factor, offset))
     else:
-        new, overflowing = _integer_layer(layer, factor, offset, quantizer_of(network, node), flavour)
+        read = quantizer_of(network, node)
+        limit = _limit_in(flavour, network, node, read)
+        new, overflowing, coarser = _integer_layer(layer, factor, offset, read, flavour, limit)
         network.set_submodule(str(node.target), new)
-        if overflowing:
-            zeroed[str(node.target)] = overflowing
+        changes.zeroed.update({str(node.target): overflowing} if overflowing else {})
+        changes.coarser.update({str(node.target): coarser} if coarser else {})
     if end is not node:
         end.replace_all_uses_with(node)
         network.graph.erase_node(end)
+
+
+def _limit_in(flavour: Flavour, network: fx.GraphModule, node: fx.Node, read: ActivationQuantizer) -> int | None:
+    """The pair limit that the layer has to be held to here: none where zeros among the image's channels will do."""
+    apart = node in readers_of_the_image(network)
+    return pair_limit(network, node, read.quant) if flavour == "onnxruntime" and not apart else None
 
 
 def _layer_affine(layer: Any, norm: nn.Module | None) -> tuple[Tensor, Tensor]:
@@ -78,12 +100,18 @@ def _float_layer(layer: Any, factor: Tensor, offset: Tensor) -> nn.Module:
 
 
 def _integer_layer(
-    layer: Any, factor: Tensor, offset: Tensor, read: ActivationQuantizer, flavour: Flavour
-) -> tuple[IntegerLayer, int]:
-    """The deployed layer, and the number of its channels that became zero because int32 could not hold their bias."""
+    layer: Any, factor: Tensor, offset: Tensor, read: ActivationQuantizer, flavour: Flavour, limit: int | None
+) -> tuple[IntegerLayer, int, int]:
+    """The deployed layer; how many of its channels became zero because int32 could not hold their bias, and how many
+    got coarser weights because of `limit`."""
     quantizer = weight_quantizer(layer)
     assert quantizer is not None
-    codes, unfolded = weight_codes(layer)
+    trained, trained_scale = weight_codes(layer)
+    codes, unfolded, coarser = trained, trained_scale, 0
+    if limit is not None:
+        weight = output_first(layer, latent_weight(layer))
+        codes, unfolded = within_pairs(weight, trained, trained_scale, quantizer.quant, limit)
+        coarser = int((codes != trained).flatten(1).any(1).sum())
     codes = codes.double() * _per_channel(factor.sign(), codes)
     scale = _float32(unfolded.double() * factor.abs())
     input_scale = read.scale.detach().float()
@@ -92,8 +120,11 @@ def _integer_layer(
     overflows = torch.zeros_like(dead)
     if flavour == "onnxruntime":
         # Finer biases for coarse grids: the product of code and scale stays the same, the int32 bias step shrinks.
-        spread = LARGEST_INT8 // quantizer.quant.high
-        codes, scale = codes * spread, _float32(scale / spread)
+        multiple = LARGEST_INT8 // quantizer.quant.high
+        if limit is not None:
+            largest = int(saturation.largest_pairs(saturation.in_kernel_order(codes.numpy())).max(initial=0))
+            multiple = min(multiple, limit // max(1, largest))
+        codes, scale = codes * multiple, _float32(scale / multiple)
         reach = codes.abs().flatten(1).sum(1) * input_high
         overflows = ~dead & (offset.abs() / (input_scale.double() * scale) + reach >= LARGEST_INT32)
     zero = dead | overflows
@@ -107,7 +138,7 @@ def _integer_layer(
     if flavour == "onnxruntime":
         bias_codes = (offset / _float32(input_scale.double() * _float32(scale))).round().to(torch.int32)
     integer = IntegerLayer(layer, codes, scale, input_scale, input_high, offset, bias_codes)
-    return integer, int(overflows.sum())
+    return integer, int(overflows.sum()), coarser
 
 
 def _float32(values: Tensor) -> Tensor:

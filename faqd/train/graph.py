@@ -140,6 +140,14 @@ def read_instead(node: fx.Node, new: fx.Node) -> None:
     node.replace_all_uses_with(new, delete_user_cb=lambda reader: reader is not new)
 
 
+def after_norm(network: fx.GraphModule, node: fx.Node) -> fx.Node:
+    """The batch norm that alone reads `node`, or `node` itself."""
+    readers = list(node.users)
+    if len(readers) == 1 and role(network, readers[0]) == "norm":
+        return readers[0]
+    return node
+
+
 def places(traced: fx.GraphModule) -> dict[fx.Node, str]:
     """A unique place for every node; a module or function used again gets _1, _2 ... appended, and so does a function
     with the name of a parameter or a buffer."""

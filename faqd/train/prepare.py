@@ -19,6 +19,7 @@ from faqd.quant import FLOAT_BITS
 from faqd.train import graph
 from faqd.train.elementwise import Scaled
 from faqd.train.layers import latent_weight, operator_name, quantize_weight, weight_quantizer
+from faqd.train.pair_limits import pair_limit
 from faqd.train.placement import Bits, place
 from faqd.train.quantizers import ActivationQuantizer
 
@@ -69,8 +70,6 @@ def prepare(traced: fx.GraphModule, bits: Bits, example: Tensor) -> Student:
     placement = place(network, bits)
     names = graph.places(network)
     taps = {node.name: node.name for node in network.graph.nodes}
-    for node, quant in placement.weights.items():
-        quantize_weight(network.get_submodule(str(node.target)), quant)
     first_of = {node: group[0] for group in placement.shared for node in group}
     quantizers: dict[fx.Node, ActivationQuantizer] = {}
     for node, quant in placement.activations.items():
@@ -89,11 +88,26 @@ def prepare(traced: fx.GraphModule, bits: Bits, example: Tensor) -> Student:
         if rectifies:
             rounded.args = (graph.operand(node),)
             network.graph.erase_node(node)
+    for node, quant in placement.weights.items():
+        quantize_weight(network.get_submodule(str(node.target)), quant)
+    if bits.target == "onnxruntime":
+        _limit_pairs(network)
     network.delete_all_unused_submodules()
     network.graph.lint()
     network.recompile()
     graph.propagate(network, example)
     return Student(network.train(), bits, taps)
+
+
+def _limit_pairs(network: fx.GraphModule) -> None:
+    """Weights for which no sum of onnxruntime's kernels saturates, where the student is trained for it alone."""
+    for node in network.graph.nodes:
+        layer = graph.module_of(network, node)
+        quantizer = weight_quantizer(layer) if graph.role(network, node) == "compute" and layer is not None else None
+        read = input_quantizer(network, node) if quantizer is not None else None
+        if quantizer is not None and read is not None:
+            limits = (quantizer.pair_limit, pair_limit(network, node, read.quant))
+            quantizer.pair_limit = min((limit for limit in limits if limit is not None), default=None)
 
 
 def _refuse_hooks(network: fx.GraphModule) -> None:

@@ -118,12 +118,37 @@ def _ordinary_where_zero(scale: Tensor) -> Tensor:
     return torch.where(positive, scale, ordinary)
 
 
+def within_pairs(weight: Tensor, codes: Tensor, scale: Tensor, quant: Quant, limit: int) -> tuple[Tensor, Tensor]:
+    """Coarser codes where two neighbours of one sign add up to more than `limit` (faqd.saturation), with the scale that
+    fits them best; others as they came.
+
+    weight, codes: output channels first. The scale grows until the largest pair of weights takes limit - 1 codes:
+    rounding adds at most one half to each of the two.
+    """
+    rows = weight.detach().flatten(1)
+    coarse = _largest_pairs(weight.detach()) / (limit - 1)
+    beyond = _largest_pairs(codes) > limit
+    if quant.axis is None:  # one scale for all channels
+        rows, coarse, beyond = rows.reshape(1, -1), coarse.amax(0, keepdim=True), beyond.any(0, keepdim=True)
+    coarser = (rows / coarse.clamp_min(torch.finfo(rows.dtype).tiny)[:, None]).round().clamp(-quant.high, quant.high)
+    fitted = (rows * coarser).sum(1) / coarser.square().sum(1).clamp_min(1)
+    kept = codes.reshape(rows.shape)
+    return torch.where(beyond[:, None], coarser, kept).reshape(weight.shape), torch.where(beyond, fitted, scale)
+
+
+def _largest_pairs(weight: Tensor) -> Tensor:
+    """As faqd.saturation.largest_pairs, of weights (O, C, kernel...)."""
+    rows = weight.movedim(1, -1).flatten(1)
+    pairs = nn.functional.pad(rows, (0, rows.shape[1] % 2)).unflatten(1, (-1, 2))
+    return torch.maximum(pairs.clamp_min(0).sum(2).amax(1), -pairs.clamp_max(0).sum(2).amin(1))
+
+
 class WeightQuantizer(nn.Module):
     """A torch parametrization of `weight`: float weights in, scale * codes out, gradient passed straight through.
 
     `scale` is the warm start of the next projection and part of the checkpoint, so that the codes seen in training,
     in evaluation and in the exported file come from one and the same call. `enabled` is False only while ranges are
-    collected.
+    collected. pair_limit: see `within_pairs`; None where any pair may be.
     """
 
     scale: Tensor
@@ -131,12 +156,16 @@ class WeightQuantizer(nn.Module):
     def __init__(self, quant: Quant, weight: Tensor) -> None:
         super().__init__()
         self.quant = quant
+        self.pair_limit: int | None = None
         self.enabled = True
         self.register_buffer("scale", project(weight, quant)[1])
 
     def codes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The codes of `weight` and their scale, as every forward pass computes them."""
-        return project(weight, self.quant, self.scale)
+        codes, scale = project(weight, self.quant, self.scale)
+        if self.pair_limit is None:
+            return codes, scale
+        return within_pairs(weight, codes, scale, self.quant, self.pair_limit)
 
     def forward(self, weight: Tensor) -> Tensor:
         if not self.enabled:

@@ -24,7 +24,7 @@ def quantize_outputs(network: fx.GraphModule, scales: dict[str, float]) -> None:
             raise ValueError(f"{name}: no output scale for the onnxruntime flavour")
         quantizer = ActivationQuantizer(SIGNED_8, rectifies=False)
         quantizer.scale.data.fill_(scales[name])
-        _insert_after(network, after_norm(network, node), f"{name}_out", quantizer)
+        _insert_after(network, graph.after_norm(network, node), f"{name}_out", quantizer)
 
 
 def flatten_behind_rounding(network: fx.GraphModule) -> None:
@@ -118,16 +118,8 @@ def float_outputs(network: fx.GraphModule) -> list[fx.Node]:
         layer = graph.module_of(network, node)
         if layer is None or not (isinstance(layer, IntegerLayer) or weight_quantizer(layer)):
             continue
-        readers = after_norm(network, node).users
+        readers = graph.after_norm(network, node).users
         rounded = all(isinstance(graph.module_of(network, r), (ActivationQuantizer, Requantize)) for r in readers)
         if not rounded and not all(reader.op == "output" for reader in readers):
             found.append(node)
     return found
-
-
-def after_norm(network: fx.GraphModule, node: fx.Node) -> fx.Node:
-    """The batch norm that alone reads `node`, or `node` itself."""
-    readers = list(node.users)
-    if len(readers) == 1 and graph.role(network, readers[0]) == "norm":
-        return readers[0]
-    return node
