@@ -1,8 +1,9 @@
-"""What the processor here can do, as far as integer arithmetic and the records of measurements depend on it."""
+"""What the processor here is and can do, as far as integer arithmetic and the records of measurements depend on it."""
 
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 
 _NAMES = {
@@ -17,30 +18,33 @@ _NAMES = {
     "sve": "sve",
 }
 """The kernel's word for an instruction set -> the usual one."""
-_ADDS_IN_INT32 = {"avx512-vnni", "avx-vnni"}
+_CPUINFO = Path("/proc/cpuinfo")
 
 
-def instruction_sets(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
+def cpu_model() -> str:
+    """The kernel's name for the processor; ARM kernels often have none, then the machine type."""
+    return next(_entries("model name", "hardware"), "") or platform.processor() or platform.machine()
+
+
+def instruction_sets() -> list[str]:
     """Those among avx2, avx512, avx512-vnni, avx-vnni, amx-int8, asimd, dotprod, i8mm and sve that the first processor
-    has; empty where the kernel does not tell."""
+    has; empty where the kernel does not tell. A processor's name tells less: `AMD EPYC` is four generations."""
+    flags = set(next(_entries("flags", "features"), "").split())
+    return [name for flag, name in _NAMES.items() if flag in flags]
+
+
+def cpu_kind() -> str:
+    """Such as `x86_64 avx2 avx512 avx512-vnni`. CPUs of one kind add integers alike."""
+    return " ".join([platform.machine(), *instruction_sets()])
+
+
+def _entries(*keys: str) -> Iterator[str]:
+    """What /proc/cpuinfo says under one of these keys."""
     try:
-        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = _CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return []
+        return
     for line in lines:
         key, _, value = line.partition(":")
-        if key.strip().lower() in ("flags", "features"):
-            flags = set(value.split())
-            return [name for flag, name in _NAMES.items() if flag in flags]
-    return []
-
-
-def cpu_kind(sets: list[str] | None = None) -> str:
-    """Such as `x86_64 avx2 avx512 avx512-vnni`: CPUs of one kind run the same kernels."""
-    return " ".join([platform.machine(), *(instruction_sets() if sets is None else sets)])
-
-
-def adds_pairs_in_int16(kind: str) -> bool:
-    """Whether onnxruntime's kernels on a CPU of this kind saturate (faqd.saturation): x86 with AVX2 and no VNNI."""
-    names = set(kind.split())
-    return "avx2" in names and not names & _ADDS_IN_INT32
+        if key.strip().lower() in keys and value.strip():
+            yield value.strip()

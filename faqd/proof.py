@@ -3,36 +3,76 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from faqd.bundle import MANIFEST, VERIFY, Bundle
+from faqd.bundle import MANIFEST, STUDENT_ONNXRUNTIME, STUDENT_TENSORRT, VERIFY, Bundle
+from faqd.cpu import cpu_kind
 from faqd.files import read_json, sha256
+from faqd.quant import Target
+from faqd.schema import Many, unprintable, wrong
+
+FORMAT = "faqd-verify"
+VERSION = 2
+"""2: a verdict for each flavour, and the CPU that onnxruntime ran on."""
+
+STUDENTS: dict[Target, str] = {"tensorrt": STUDENT_TENSORRT, "onnxruntime": STUDENT_ONNXRUNTIME}
+"""The file of each flavour that is deployed."""
+
+_VERDICT = {"passed": bool, "every_cpu": bool, "cpu_kinds": Many(str)}
+_FILES = {"onnx_sha256": dict}
 
 
 @dataclass(frozen=True)
 class Proof:
-    """status: stale means that it speaks of other files. complaint: a sentence; None where it passed."""
+    """What is proved of one flavour.
 
-    status: Literal["passed", "failed", "stale", "missing"]
+    status: stale means that it speaks of other files, elsewhere that it passed on CPUs of another kind, and that this
+    one could make other sums of it. complaint: a sentence; None where it passed.
+    """
+
+    status: Literal["passed", "failed", "stale", "missing", "elsewhere"]
     complaint: str | None
 
 
-def proof_of(bundle: Bundle) -> Proof:
+def proof_of(bundle: Bundle, flavour: Target) -> Proof:
+    """Of the file of one flavour: what failed in the other says nothing of it."""
     path = bundle.folder / VERIFY
     again = f"run `faqd-deploy verify {bundle.folder}`"
     if not path.is_file():
         return Proof("missing", f"no {VERIFY} in {bundle.folder}; {again} first.")
     verify = read_json(path)
-    hashes = verify.get("onnx_sha256") if isinstance(verify, dict) else None
-    if not isinstance(hashes, dict):
+    if isinstance(verify, dict) and verify.get("version") == 1:
+        return Proof("stale", f"it is of an earlier faqd, which gave no verdict for each flavour; {again}.")
+    if next(wrong(verify, _FILES), None) is not None:
         return Proof("failed", f"not the result of a verification; {again}.")
-    if verify.get("passed") is not True:
-        return Proof("failed", "the verification failed: export the run again, or see its report.")
     here = {name: bundle.manifest["files"][name]["sha256"] for name in bundle.onnx_files()}
+    hashes = verify["onnx_sha256"]
     other = [name for name in {**here, **hashes} if hashes.get(name) != here.get(name)]
     if not other and verify.get("manifest_sha256") != sha256(bundle.folder / MANIFEST):
         other = [MANIFEST]
     if other:
         other = [name for name in other if name in here or name == MANIFEST] or ["set of files"]
         return Proof("stale", f"it speaks of another {', '.join(other)} than the one here; {again}.")
+    complaint = next(wrong(verify, {"version": float, "flavours": {flavour: _VERDICT}}), None)
+    if complaint is not None or verify["version"] != VERSION or unprintable(verify["flavours"]) is not None:
+        return Proof("failed", f"not the result of a verification by this faqd; {again}.")
+    return _judged(verify["flavours"][flavour], flavour, again)
+
+
+def _judged(verdict: dict[str, Any], flavour: Target, again: str) -> Proof:
+    if not verdict["passed"]:
+        return Proof(
+            "failed", f"the verification failed for the {flavour} file: export the run again, or see its report."
+        )
+    if not verdict["every_cpu"] and cpu_kind() not in verdict["cpu_kinds"]:
+        seen = " and ".join(verdict["cpu_kinds"]) or "none"
+        return Proof(
+            "elsewhere",
+            f"its sums can saturate on some CPUs, and it was verified on {seen}, not on {cpu_kind()}: {again}.",
+        )
     return Proof("passed", None)
+
+
+def proofs_of(bundle: Bundle) -> dict[Target, Proof]:
+    """Of every flavour that the bundle has."""
+    return {flavour: proof_of(bundle, flavour) for flavour, file in STUDENTS.items() if bundle.has(file)}

@@ -21,9 +21,11 @@ from faqd.bundle import (
     Evaluation,
     write_manifest,
 )
+from faqd.cpu import cpu_kind
 from faqd.deploy.onnx_session import OnnxSession
 from faqd.files import sha256, write_json
 from faqd.preprocess import Preprocess
+from faqd.proof import FORMAT, VERSION
 
 SIDE, CLASSES = 8, 10
 PREPROCESS = Preprocess(SIDE, SIDE, (0.5,), (0.25,), channels="grey")
@@ -93,10 +95,18 @@ def facts_of(name: str, **other: Any) -> dict[str, Any]:
     }
 
 
-def write_verify(bundle: Bundle, **other: Any) -> None:
-    """A verify.json that speaks of this bundle; other: entries that are not the usual ones."""
+def write_verify(bundle: Bundle, *, passed: bool = True, **other: Any) -> None:
+    """A verify.json that speaks of this bundle. passed: in each flavour. other: entries that are not the usual ones."""
     hashes = {name: bundle.manifest["files"][name]["sha256"] for name in bundle.onnx_files()}
-    record = {"passed": True, "onnx_sha256": hashes, "manifest_sha256": sha256(bundle.folder / MANIFEST)}
+    verdict = {"passed": passed, "every_cpu": True, "cpu_kinds": [cpu_kind()]}
+    record = {
+        "format": FORMAT,
+        "version": VERSION,
+        "passed": passed,
+        "onnx_sha256": hashes,
+        "manifest_sha256": sha256(bundle.folder / MANIFEST),
+        "flavours": {"tensorrt": verdict, "onnxruntime": verdict},
+    }
     write_json(bundle.folder / VERIFY, record | other)
 
 

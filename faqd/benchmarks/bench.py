@@ -180,7 +180,7 @@ def bench(
         },
         "metric": metric.to_json(images_judged(data)) if metric else None,
         "energy": energy.meter_json(meter) if meter else energy.not_measured(no_meter),
-        "bundles": [bundle_record(bundle) for bundle in bundles],
+        "bundles": [bundle_record(bundle, backend.files) for bundle in bundles],
         "networks": run.networks,
         "gates": [],
         "notes": run.notes,

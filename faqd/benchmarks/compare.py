@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from faqd.benchmarks.figures import Record, latency_at
+from faqd.benchmarks.figures import Record, latency_at, processor
 from faqd.errors import UserError
 
 FORMAT = "faqd-bench-comparison"
@@ -91,8 +91,10 @@ def _by_key(record: Record) -> dict[tuple[Any, ...], Record]:
 def _differences(a: Record, b: Record) -> Iterator[str]:
     if a["evaluation"]["sha256"] != b["evaluation"]["sha256"]:
         yield "evaluation data differ, so accuracies are not compared"
-    for what, path in (("device", ("backend", "device")), ("CPU", ("environment", "cpu"))):
-        before, after = (record[path[0]][path[1]] for record in (a, b))
+    # A record of before names its CPU alone.
+    named = all("instruction_sets" in record["environment"] for record in (a, b))
+    cpus = [processor(record) if named else record["environment"]["cpu"] for record in (a, b)]
+    for what, before, after in (("device", *(record["backend"]["device"] for record in (a, b))), ("CPU", *cpus)):
         if before != after:
             yield f"{what} {before} against {after}, so latencies are not compared"
     threads = [record["backend"].get("threads") for record in (a, b)]

@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 
 from faqd.benchmarks import sysfs
+from faqd.cpu import cpu_model, instruction_sets
 
 
 def environment() -> dict[str, Any]:
     return {
         "time_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "cpu": cpu_model(),
+        "instruction_sets": instruction_sets(),
         "cpus_usable": len(os.sched_getaffinity(0)),
         "board": sysfs.text(Path("/proc/device-tree/model")),
         "os": _os_name(),
@@ -25,15 +27,6 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "numpy": np.__version__,
     }
-
-
-def cpu_model() -> str:
-    """The kernel's name for the processor; ARM kernels often have none, then the machine type."""
-    for line in (sysfs.text(Path("/proc/cpuinfo")) or "").splitlines():
-        key, _, value = line.partition(":")
-        if key.strip().lower() in ("model name", "hardware") and value.strip():
-            return value.strip()
-    return platform.processor() or platform.machine()
 
 
 def _os_name() -> str:

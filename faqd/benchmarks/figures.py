@@ -87,10 +87,32 @@ def kind(network: Record) -> str:
     return KIND.get(network["kind"], str(network["kind"]))
 
 
+_VERDICTS = {
+    "failed": "verify FAILED",
+    "stale": "proof of another file",
+    "missing": "not verified",
+    "elsewhere": "not proved on this CPU",
+}
+
+
+def complaint(result: Record, network: Record) -> str | None:
+    """What a table says of a student whose file is not proved to be what was trained; None where it is."""
+    if network["role"] != "student":
+        return None
+    return _VERDICTS.get(str(result["bundles"][network["bundle"]]["verify"]))
+
+
 def device(result: Record) -> str:
     """Where latencies were measured, in words."""
     backend = result["backend"]
     if backend["device"] != "CPU":
         return str(backend["device"])
     threads = backend["threads"]
-    return f"{result['environment']['cpu']}, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{processor(result)}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def processor(result: Record) -> str:
+    """The CPU's name and what it can do; records of before say no more than the name."""
+    environment = result["environment"]
+    sets = environment.get("instruction_sets")
+    return f"{environment['cpu']} ({' '.join(sets)})" if sets else str(environment["cpu"])

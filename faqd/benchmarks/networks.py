@@ -13,7 +13,7 @@ from faqd.benchmarks.latency import Submission
 from faqd.bundle import EVAL, FLOAT_STUDENT_FP16, MANIFEST, TEACHER_FP16, Bundle, Evaluation
 from faqd.errors import UserError
 from faqd.files import sha256
-from faqd.proof import proof_of
+from faqd.proof import STUDENTS, proof_of
 
 Array = NDArray[Any]
 Role = Literal["teacher", "teacher_fp16", "student", "float"]
@@ -135,11 +135,13 @@ def feeds_of(bundle: Bundle, data: Evaluation, batch: int) -> dict[str, Array]:
     return {bundle.manifest["input"]["name"]: bundle.network_input(images)}
 
 
-def bundle_record(bundle: Bundle) -> dict[str, Any]:
+def bundle_record(bundle: Bundle, files: Mapping[Role, str]) -> dict[str, Any]:
+    """`verify` speaks of the flavour that is run."""
+    flavour = next(flavour for flavour, file in STUDENTS.items() if file == files["student"])
     keys = ("name", "kind", "architecture", "weight_bits", "act_bits", "target", "teacher")
     return {
         "folder": str(bundle.folder),
         **{key: bundle.manifest[key] for key in keys},
         "manifest_sha256": sha256(bundle.folder / MANIFEST),
-        "verify": proof_of(bundle).status,
+        "verify": proof_of(bundle, flavour).status,
     }

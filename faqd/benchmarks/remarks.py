@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from faqd.benchmarks.clocks import moved
+from faqd.benchmarks.figures import device, label
 from faqd.benchmarks.percentiles import samples_needed
 
 
@@ -23,6 +24,7 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
             f"Noisy: for {', '.join(noisy)} the ratio of the fastest rounds and the paired median differ by more "
             "than 10 % (marked ~); repeat on a quiet machine."
         )
+    found += _losing(result)
     records = [(entry, latency) for entry in networks for latency in entry["latency"]]
     short = sorted({float(p) for _, r in records for p, value in r["percentiles_ms"].items() if value is None})
     if short:
@@ -51,3 +53,14 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
         if entry["energy"] and entry["energy"]["reason"]:
             found.append(f"No energy per image of {entry['name']}: {entry['energy']['reason']}.")
     return found
+
+
+def _losing(result: Mapping[str, Any]) -> list[str]:
+    """The students that INT8 makes slower, which depends on the processor and on the network's size."""
+    return [
+        f"INT8 does not pay here: {label(entry)} takes {1 / ratio['paired_median']:.2f} times as long as its own float "
+        f"graph at batch {ratio['batch']} on {device(result)}."
+        for entry in result["networks"]
+        for ratio in entry["speed_up"]
+        if ratio["over"] == "own_float" and ratio["paired_median"] < 1 and not ratio["noisy"]
+    ]

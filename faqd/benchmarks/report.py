@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from faqd.benchmarks import bars, charts, curves, figures
 from faqd.benchmarks.axes import colour_class
-from faqd.benchmarks.figures import Record, compared, first_batch, latency_at, speed_up_at
+from faqd.benchmarks.figures import Record, compared, complaint, first_batch, latency_at, speed_up_at
 
 WIDE, NARROW = 900, 340
 """Widths of the pictures in CSS pixels: for a desk and for a phone."""
@@ -34,6 +34,7 @@ def page_from_result(result: Record) -> str:
         device=figures.device(result),
         latency_at=latency_at,
         speed_up_at=speed_up_at,
+        complaint=complaint,
         index_of=lambda items, item: items.index(item),
         scatter=_both(lambda width: charts.accuracy_against_latency(result, width)),
         distributions=[(size, _both(_distribution(result, size))) for size in result["switches"]["batch"]],

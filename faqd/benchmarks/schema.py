@@ -138,6 +138,8 @@ def _complaints(record: Mapping[str, Any]) -> Iterator[str]:
     for i, network in enumerate(networks):
         if not 0 <= network["bundle"] < len(record["bundles"]):
             yield f"networks/{i}/bundle is {network['bundle']}, not one of {len(record['bundles'])}"
+        if network["accuracy"] and network["role"] != "teacher":
+            yield from wrong(network["accuracy"], {"snr_db": Each(Maybe(float))}, f"networks/{i}/accuracy")
         for j, latency in enumerate(network["latency"]):
             wanted = {f"{p:g}": Maybe(float) for p in (*record["switches"]["percentiles"], 99)}
             yield from wrong(latency["percentiles_ms"], wanted, f"networks/{i}/latency/{j}/percentiles_ms")

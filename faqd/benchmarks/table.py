@@ -14,6 +14,7 @@ from faqd.benchmarks.figures import (
     Record,
     bits,
     compared,
+    complaint,
     device,
     first_batch,
     kib,
@@ -90,16 +91,16 @@ def _main_table(result: Record) -> Table:
     ):
         table.add_column(title, justify="right", no_wrap=True)
     for network in compared(result):
-        table.add_row(*(Text(cell) for cell in _cells(network, batch)))
+        table.add_row(*(Text(cell) for cell in _cells(result, network, batch)))
     return table
 
 
-def _cells(network: Record, batch: int) -> list[str]:
+def _cells(result: Record, network: Record, batch: int) -> list[str]:
     accuracy = network["accuracy"] or {}
     latency = latency_at(network, batch)
     over = [times(speed_up_at(network, batch, baseline)) for baseline in ("own_float", "teacher")]
     return [
-        f"{network['name']}\n{kind(network)}",
+        "\n".join(filter(None, (network["name"], kind(network), complaint(result, network)))),
         bits(network),
         _share(accuracy.get("top1")),
         _gap(accuracy.get("gap_to_teacher")),

@@ -25,6 +25,8 @@ from faqd.proof import proof_of
 def build_bundle(bundle: Bundle, *, all: bool, force: bool, options: BuildOptions, say: Say) -> list[dict[str, Any]]:
     """Build the student's engine, with `all` those of the float student and the teacher too; returns the records.
 
+    What counts is the proof of the TensorRT file: that for onnxruntime on a CPU is another network.
+
     Both are FP16; a bundle without an FP16 teacher gets an FP32 one, and that is said.
 
     force: build although verify.json says failed or speaks of other files. UserError (exit code 1) otherwise.
@@ -70,7 +72,7 @@ def _expected_int8(bundle: Bundle) -> list[str] | None:
 def _verified(bundle: Bundle, force: bool, say: Say) -> dict[str, Any] | None:
     """What the records say of verify.json: None where there is none, `complaint` where --force built all the same."""
     path = bundle.folder / VERIFY
-    proof = proof_of(bundle)
+    proof = proof_of(bundle, "tensorrt")
     if proof.status == "missing":
         say(f"warning: {proof.complaint}")
         return None

@@ -302,9 +302,17 @@ def _conclude(bundle: Any, json_target: str | None) -> None:
     from faqd.files import read_json
 
     record = read_json(bundle.folder / VERIFY)
-    click.echo(f"{bundle.folder}: {bundle.name}, {'verified' if record['passed'] else 'NOT verified'}.", err=True)
+    click.echo(f"{bundle.folder}: {bundle.name}, {_verdict(record)}.", err=True)
     emit_json(json_target, bundle.manifest)
     _exit_if_failed(record)
+
+
+def _verdict(record: dict[str, Any]) -> str:
+    failed = [flavour for flavour, result in record["flavours"].items() if not result["passed"]]
+    if not failed:
+        return "verified"
+    passed = [flavour for flavour in record["flavours"] if flavour not in failed]
+    return "NOT verified" + (f" for {', '.join(failed)}, but for {', '.join(passed)}" if passed else "")
 
 
 def _exit_if_failed(record: dict[str, Any]) -> None:

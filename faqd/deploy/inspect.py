@@ -9,7 +9,8 @@ from faqd.bundle import MANIFEST, load_bundle
 from faqd.deploy.onnx_scan import read_scanned
 from faqd.errors import UserError
 from faqd.files import read_json
-from faqd.proof import proof_of
+from faqd.proof import Proof, proofs_of
+from faqd.quant import Target
 
 RUN_RECORD = "run.json"
 
@@ -45,10 +46,27 @@ def _bundle(folder: Path) -> tuple[dict[str, Any], list[str]]:
     lines.append("")
     for name, record in facts["files"].items():
         lines.append(f"{name:30} {record['bytes']:>10} bytes  sha256 {record['sha256'][:16]}")
-    proof = proof_of(bundle)
-    said = {"passed": "passed", "missing": "not verified yet", "failed": "FAILED", "stale": "STALE"}[proof.status]
-    why = f": {proof.complaint}" if proof.status in ("failed", "stale") else ""
-    return facts, [*lines, f"verify: {said}{why}"]
+    return facts, [*lines, *_verify_lines(proofs_of(bundle))]
+
+
+_SAID = {
+    "passed": "passed",
+    "missing": "not verified yet",
+    "failed": "FAILED",
+    "stale": "STALE",
+    "elsewhere": "NOT PROVED ON THIS CPU",
+}
+
+
+def _verify_lines(proofs: dict[Target, Proof]) -> list[str]:
+    """One for all flavours where the same is to be said of them."""
+    told = {
+        flavour: _SAID[proof.status] + ("" if proof.status in ("passed", "missing") else f": {proof.complaint}")
+        for flavour, proof in proofs.items()
+    }
+    if len(set(told.values())) == 1:
+        return [f"verify: {next(iter(told.values()))}"]
+    return [f"verify {flavour}: {text}" for flavour, text in told.items()]
 
 
 def _run_lines(folder: Path, record: dict[str, Any]) -> list[str]:

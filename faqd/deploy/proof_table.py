@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from faqd.deploy.verify import CEIL_NOTE
+from faqd.saturation import HIGHEST
 
 WIDTH = 100
 """Columns where standard output is no terminal."""
@@ -33,6 +34,8 @@ def print_verification(record: dict[str, Any]) -> None:
             equal = "equal" if row["torch_equal"] else "DIFFERS"
             table.add_row(row["layer"], equal, _cell(row.get("plain")), _cell(row.get("optimised")), _reached(row))
         console.print(table)
+        if "onnxruntime" in flavour:
+            console.print(_sums(result, record["cpu"]["kind"]))
     if record.get("rounding") == "ceil":
         console.print(CEIL_NOTE)
     for name, title in (("between_flavours", "between flavours"), ("as_trained", "as trained = deployed")):
@@ -49,7 +52,33 @@ def print_verification(record: dict[str, Any]) -> None:
     console.print(f"teacher.onnx = teacher in torch: {_outputs(record['teacher'])}")
     if "teacher_float16" in record:
         console.print(f"teacher FP16 = FP32: {_outputs(record['teacher_float16'])}")
-    console.print("passed" if record["passed"] else _first_failure(record["failures"]))
+    console.print(_conclusion(record))
+
+
+def _sums(result: dict[str, Any], kind: str) -> str:
+    """For which CPUs the comparison with onnxruntime speaks."""
+    sums = result["integer_sums"]
+    if not sums["layers"]:
+        return "no layer is summed in integers"
+    if result["every_cpu"]:
+        return (
+            f"on every CPU: of the {sums['layers']} layers summed in integers, two neighbouring products come to "
+            f"{sums['largest_pair']:,} at most, and int16 holds {HIGHEST:,}"
+        )
+    names = ", ".join(sums["saturating"])
+    return (
+        f"on {kind} alone: in {names} two neighbouring products can pass int16, in which onnxruntime adds them on x86 "
+        "CPUs with AVX2 and no VNNI; export the run again for a file that is right on all"
+    )
+
+
+def _conclusion(record: dict[str, Any]) -> str:
+    if record["passed"]:
+        return "passed"
+    said = _first_failure(record["failures"])
+    if record["flavours"].get("tensorrt", {}).get("passed"):
+        said += "\nThe TensorRT file passed: an engine can be built from it."
+    return said
 
 
 def _first_failure(failures: list[str]) -> str:

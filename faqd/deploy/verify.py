@@ -12,19 +12,22 @@ from numpy.typing import NDArray
 
 from faqd import bundle as names
 from faqd.bundle import Bundle
+from faqd.cpu import cpu_kind, cpu_model, instruction_sets
 from faqd.deploy.bundle_networks import flavours_in, load_network, refuse_other_files, torch_digests
+from faqd.deploy.integer_sums import integer_sums
 from faqd.deploy.onnx_session import OnnxSession
+from faqd.deploy.onnx_session import version as onnxruntime_version
 from faqd.deploy.probes import probe_inputs
+from faqd.deploy.segments import Trace, place_of
 from faqd.deploy.teacher_float16 import TEACHER_IMAGES, run_stored
 from faqd.deploy.uint8_input import compare_preprocessing, without_preprocessing
 from faqd.deploy.verify_float16 import changed, verify_float16
 from faqd.deploy.verify_layers import trace_of, verify_trace
 from faqd.deploy.whole_outputs import Outputs, compare_outputs, outputs_of, snr_db
 from faqd.errors import UserError
-from faqd.files import sha256, write_json
-
-FORMAT = "faqd-verify"
-VERSION = 1
+from faqd.files import read_json, sha256, write_json
+from faqd.proof import FORMAT, STUDENTS, VERSION, proof_of
+from faqd.quant import Target
 
 CEIL_NOTE = (
     "activations are rounded up: the TensorRT flavour does so exactly, by its biases; the onnxruntime flavour rounds "
@@ -36,30 +39,42 @@ AGREEMENT_IMAGES = 2000
 FLOAT_SNR_DB = 60
 """Least signal-to-noise ratio of a float network's file to torch: sums of floats in another order lie far above."""
 
-FILES = {"tensorrt": names.STUDENT_TENSORRT_FP32, "onnxruntime": names.STUDENT_ONNXRUNTIME}
+FILES: dict[Target, str] = {"tensorrt": names.STUDENT_TENSORRT_FP32, "onnxruntime": names.STUDENT_ONNXRUNTIME}
 """By flavour, what the exact gates run on."""
+_FLAVOUR_OF: dict[str, Target] = {file: flavour for files in (FILES, STUDENTS) for flavour, file in files.items()}
 
 
 def verify_bundle(bundle: Bundle) -> dict[str, Any]:
     """Verify a bundle and write its verify.json. Returns the record; `passed` says whether every bound held."""
     record = verification(bundle)
+    for flavour, verdict in record["flavours"].items():
+        if verdict["passed"] and proof_of(bundle, flavour).status in ("passed", "elsewhere"):
+            earlier = read_json(bundle.folder / names.VERIFY)["flavours"][flavour]["cpu_kinds"]
+            verdict["cpu_kinds"] = sorted({*earlier, *verdict["cpu_kinds"]})
     write_json(bundle.folder / names.VERIFY, record)
     return record
 
 
 @np.errstate(over="ignore", invalid="ignore")
 def verification(bundle: Bundle) -> dict[str, Any]:
-    """The record alone. Numbers that are not finite are judged, and nothing is said of them on the way."""
+    """The record alone. Numbers that are not finite are judged, and nothing is said of them on the way.
+
+    What fails in the networks beside the student, or in the bundle's data, fails in every flavour; what fails in the
+    file of one says nothing of the other.
+    """
     refuse_other_files(bundle)
     evaluation = bundle.evaluation()
     inputs, driven = probe_inputs(evaluation.images, bundle.preprocess.normalise)
     images = bundle.network_input(evaluation.images[: agreement_images(evaluation.teacher)])
-    results: dict[str, Any] = {}
+    results: dict[str, dict[str, Any]] = {}
+    outputs: dict[str, Outputs] = {}
     record: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
         "manifest_sha256": sha256(bundle.folder / names.MANIFEST),
         "onnx_sha256": {name: bundle.manifest["files"][name]["sha256"] for name in bundle.onnx_files()},
+        "cpu": {"model": cpu_model(), "instruction_sets": instruction_sets(), "kind": cpu_kind()},
+        "onnxruntime": onnxruntime_version,
         "probe_images": len(inputs),
         "driven_probes": driven,
         "flavours": results,
@@ -67,39 +82,70 @@ def verification(bundle: Bundle) -> dict[str, Any]:
         "rounding": bundle.manifest.get("rounding"),
     }
     failures: list[str] = []
-    outputs: dict[str, Outputs] = {}
+    own: dict[str, list[str]] = {}
     for flavour in flavours_in(bundle):
-        model = load_network(bundle, FILES[flavour])
-        if bundle.takes_pixels:
-            model = without_preprocessing(model)
-        digests = torch_digests(bundle, flavour)
-        if digests["driven"] != driven:
-            raise UserError(f"{bundle.folder}: made with other probes than this faqd's; export the run again.")
-        trace = trace_of(model, inputs, digests)
-        # onnxruntime's optimizer rounds float biases to int32 when it fuses, so that only the flavour which stores
-        # int32 biases keeps its arithmetic under optimization.
-        modes = [False, True] if flavour == "onnxruntime" else [False]
-        results[flavour] = verify_trace(trace, model, digests, modes)
-        failures += [f"{flavour}: {text}" for text in results[flavour]["failures"]]
+        trace, results[flavour], modes = _verify_flavour(bundle, flavour, inputs, driven)
+        own[flavour] = [f"{flavour}: {text}" for text in results[flavour]["failures"]]
         outputs[flavour] = outputs_of(OnnxSession(bundle.path(FILES[flavour]), optimise=modes[-1]), images)
         if flavour == "tensorrt":
             record["float16"] = verify_float16(bundle, trace, images, outputs[flavour])
-            failures += record["float16"]["failures"]
+            own[flavour] += record["float16"]["failures"]
     if bundle.takes_pixels:
         record["preprocessing"] = _verify_preprocessing(bundle, evaluation.images[:PIXEL_PROBES])
-        failures += [
-            f"{name}: input: its preprocessing is not the record's"
-            for name, compared in record["preprocessing"].items()
-            if not compared["equal"]
-        ]
+        for name, compared in record["preprocessing"].items():
+            if not compared["equal"]:
+                told = own[_FLAVOUR_OF[name]] if name in _FLAVOUR_OF else failures
+                told.append(f"{name}: input: its preprocessing is not the record's")
     if len(outputs) == 2:
         record["between_flavours"] = compare_outputs(outputs["onnxruntime"], outputs["tensorrt"])
+    failures += _verify_float_networks(bundle, record, inputs, driven, images)
+    failures += _evaluation_failures(bundle, images, evaluation.teacher)
+    for name, result in results.items():
+        result["passed"] = not failures and not own[name]
+    record["failures"] = [text for texts in own.values() for text in texts] + failures
+    record["passed"] = not record["failures"]
+    return record
+
+
+def _verify_flavour(
+    bundle: Bundle, flavour: Target, inputs: NDArray[np.float32], driven: int
+) -> tuple[Trace, dict[str, Any], list[bool]]:
+    """The run of the referee, what was found layer by layer, and how onnxruntime ran the file (optimised or not)."""
+    model = load_network(bundle, FILES[flavour])
+    if bundle.takes_pixels:
+        model = without_preprocessing(model)
+    digests = torch_digests(bundle, flavour)
+    if digests["driven"] != driven:
+        raise UserError(f"{bundle.folder}: made with other probes than this faqd's; export the run again.")
+    trace = trace_of(model, inputs, digests)
+    # onnxruntime's optimizer rounds float biases to int32 when it fuses, so that only the flavour which stores
+    # int32 biases keeps its arithmetic under optimization.
+    modes = [False, True] if flavour == "onnxruntime" else [False]
+    result = verify_trace(trace, model, digests, modes)
+    # As written, onnxruntime multiplies floats: only optimised it has kernels that saturate.
+    sums = integer_sums(model) if True in modes else []
+    saturating = [place_of(found.node) or found.node.name for found in sums if found.saturates]
+    result |= {
+        "integer_sums": {
+            "layers": len(sums),
+            "largest_pair": max((found.largest_sum for found in sums), default=0),
+            "saturating": saturating,
+        },
+        "every_cpu": not saturating,
+        "cpu_kinds": [cpu_kind()],
+    }
+    return trace, result, modes
+
+
+def _verify_float_networks(
+    bundle: Bundle, record: dict[str, Any], inputs: NDArray[np.float32], driven: int, images: NDArray[Any]
+) -> list[str]:
+    """Adds what was found of the float student and of the teacher to the record; returns what failed."""
     in_torch = bundle.probe_outputs()
     kinds = np.split(np.arange(len(inputs) - driven), 3)
     record["float_student"] = _against_torch(bundle, names.FLOAT_STUDENT, inputs, in_torch["student"], kinds)
     record["teacher"] = _against_torch(bundle, names.TEACHER, inputs, in_torch["teacher"], kinds)
-    failures += record["float_student"]["failures"] + record["teacher"]["failures"]
-    failures += _evaluation_failures(bundle, images, evaluation.teacher)
+    failures: list[str] = record["float_student"]["failures"] + record["teacher"]["failures"]
     for half, full in ((names.FLOAT_STUDENT_FP16, names.FLOAT_STUDENT), (names.TEACHER_FP16, names.TEACHER)):
         if bundle.has(half):
             failures += [f"{half}: {text}" for text in changed(load_network(bundle, half), load_network(bundle, full))]
@@ -108,9 +154,7 @@ def verification(bundle: Bundle) -> dict[str, Any]:
             record["teacher_float16"] = _teacher_in_float16(bundle, images[:TEACHER_IMAGES])
         except UserError as error:
             failures.append(f"{names.TEACHER_FP16}: {error}")
-    record["failures"] = failures
-    record["passed"] = not failures
-    return record
+    return failures
 
 
 def _verify_preprocessing(bundle: Bundle, images: NDArray[np.uint8]) -> dict[str, Any]:
