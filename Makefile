@@ -37,6 +37,10 @@ test: $(INSTALLED) ## Run the tests; those for a GPU are skipped where there is 
 test-gpu: $(DEVICE) ## Run the tests that need an NVIDIA GPU; without one they fail
 	FAQD_REQUIRE=gpu $(PYTHON) -m pytest -rs -m gpu $(ARGS)
 
+.PHONY: test-cpus
+test-cpus: wheel ## Hold onnxruntime on emulated x86 and ARM CPUs against the referee; needs Debian on x86-64
+	.ci/test_cpus $(PYTHON) dist/*.whl build/cpus
+
 .PHONY: results-cifar10
 results-cifar10: $(INSTALLED) ## Train CIFAR-10 at full length, a piece of nine minutes; again until it says written
 	$(PYTHON) -m faqd.benchmarks.training.cifar10 --data-root $(DATA) --work $(WORK) $(ARGS)
