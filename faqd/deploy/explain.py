@@ -20,6 +20,7 @@ from faqd.bundle import MANIFEST, STUDENT_TENSORRT, load_bundle
 from faqd.deploy.build_options import BuildOptions
 from faqd.deploy.engine import NotBuilt, engine_from_onnx
 from faqd.deploy.int8_rules import Broken, Rule, first_broken, refusals
+from faqd.deploy.integer_sums import integer_sums
 from faqd.deploy.onnx_file import load_model
 from faqd.deploy.qdq_layers import CONVOLUTIONS, FUSED_OPERATORS, PRODUCTS, Layer, QdqGraph, code_type, layers_of
 from faqd.deploy.record import engine_name, read_record, record_path
@@ -28,7 +29,8 @@ from faqd.errors import UserError
 from faqd.files import sha256
 
 FORMAT = "faqd-explain"
-VERSION = 1
+VERSION = 2
+"""2: `integer_sums`."""
 _BITS = {
     "FLOAT8E4M3FN": 8,
     "FLOAT8E5M2": 8,
@@ -68,7 +70,22 @@ def explanation(source: Path, *, rules_only: bool = False) -> dict[str, Any]:
         "note": seen.note,
         "refused": [{"found": found, "rule": _rule(rule)} for found, rule in refused.items()],
         "layers": rows,
+        "integer_sums": _sums(model, named),
     }
+
+
+def _sums(model: onnx.ModelProto, named: onnx.ModelProto) -> list[dict[str, Any]]:
+    """The layers that onnxruntime sums in integers, by module and node: `largest_pair`, what two neighbouring products
+    come to at most, and whether that `saturates` on CPUs that add them in int16."""
+    return [
+        {
+            "module": module_of(model, found.node),
+            "node": found.node.name,
+            "largest_pair": found.largest_sum,
+            "saturates": found.saturates,
+        }
+        for found in integer_sums(named)
+    ]
 
 
 def _network(source: Path) -> tuple[Path, dict[str, Any]]:
@@ -238,8 +255,14 @@ def _source(record: dict[str, Any], prefix: str) -> str:
 
 
 def _module(model: onnx.ModelProto, layer: Layer) -> str | None:
-    """The path of the torch module behind a node, by what its exporter left: faqd and torch's two write it down."""
-    node = layer.node
+    return module_of(model, layer.node, layer.weight.dequantize)
+
+
+def module_of(model: onnx.ModelProto, node: onnx.NodeProto, weight: onnx.NodeProto | None = None) -> str | None:
+    """The path of the torch module behind a node, by what its exporter left: faqd and torch's two write it down.
+
+    weight: what its weights are dequantized by.
+    """
     if model.producer_name == "faqd":
         return str(node.name).rpartition(".")[0] or None
     if node.name.startswith("/"):  # torch's older exporter: /layer1/layer1.0/conv/conv.2/Conv is layer1.0.conv.2
@@ -250,7 +273,7 @@ def _module(model: onnx.ModelProto, layer: Layer) -> str | None:
             places.append(part)
         return ".".join(places) or None
     # A parameter keeps its name; the scopes of a convolution that took in a batch norm are those of the batch norm.
-    for quantizer in (layer.weight.dequantize, node):
+    for quantizer in (weight, node):
         for name in () if quantizer is None else quantizer.input:
             stem, dot, last = name.rpartition(".")
             if dot and last.startswith("weight"):

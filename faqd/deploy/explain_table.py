@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from faqd.deploy.proof_table import WIDTH
+from faqd.saturation import HIGHEST
 
 PLACES = 8
 """Lines per rule; JSON has them all."""
@@ -36,8 +37,26 @@ def print_explanation(record: dict[str, Any]) -> None:
     for (says, cure), found in _broken(record).items():
         lines += [f"{says} {cure}", *(f"  {text}" for text in found[:PLACES])]
         lines += [f"  and {len(found) - PLACES} more places"] if len(found) > PLACES else []
+    lines += _saturating(record["integer_sums"])
     for line in lines:
         console.print(line, markup=False, highlight=False)
+
+
+def _saturating(sums: list[dict[str, Any]]) -> list[str]:
+    """What onnxruntime makes of the file on some CPUs."""
+    found = [row for row in sums if row["saturates"]]
+    if not found:
+        return []
+    named = [f"  {row['module'] or row['node']}: {row['largest_pair']:,}" for row in found]
+    more = [f"  and {len(found) - PLACES} more places"] if len(found) > PLACES else []
+    return [
+        "On x86 CPUs with AVX2 and no VNNI, onnxruntime adds two neighbouring products in int16, which holds "
+        f"{HIGHEST:,} and saturates. In {len(found)} of {len(sums)} layers of unsigned codes and signed weights they "
+        "can come to more, and the file gives other values there than elsewhere. faqd's own files stay below; with "
+        "another tool use weights of 7 bits (onnxruntime's reduce_range), or unsigned ones.",
+        *named[:PLACES],
+        *more,
+    ]
 
 
 def _disproved(row: dict[str, Any]) -> bool:
