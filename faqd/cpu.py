@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 _NAMES = {
@@ -36,6 +36,11 @@ def instruction_sets() -> list[str]:
 def cpu_kind() -> str:
     """Such as `x86_64 avx2 avx512 avx512-vnni`. CPUs of one kind add integers alike."""
     return " ".join([platform.machine(), *instruction_sets()])
+
+
+def adds_pairs_in_int16(sets: Sequence[str]) -> bool:
+    """Whether onnxruntime's kernels on such a CPU saturate (faqd.saturation)."""
+    return "avx2" in sets and "avx512-vnni" not in sets and "avx-vnni" not in sets
 
 
 def _entries(*keys: str) -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from faqd.deploy.verify_layers import _compare, _differing_in_all, _failure
+from faqd.deploy.verify_layers import SATURATED, _compare, _differing_in_all, _failure, _saturated
 from tests.cpus.emulated import Cpu
 from tests.cpus.students import SATURATING, Case
 
@@ -35,6 +35,8 @@ def verdicts(cases: list[Case], results: Path) -> list[Verdict]:
         with np.load(results / f"{index:03}.npz") as found:
             wanted = case.values[case.segment.output]
             compared = {mode: _compare(found[mode], wanted, case.segment, case.values) for mode in MODES}
+            if not compared["optimised"]["passed"]:
+                compared["optimised"]["saturated"] = _saturated(case.segment, case.feeds, found["optimised"])
         layers.setdefault(case.student, []).append({"layer": case.segment.layer, **compared})
     return [verdict(student, rows) for student, rows in layers.items()]
 
@@ -63,6 +65,8 @@ def objections(cpu: Cpu, instruction_sets: list[str], found: list[Verdict]) -> l
         told = [text for text in told if text not in expected]
         if cpu.saturates and not expected:
             wrong.append(f"not emulated: the {SATURATING} came out right")
+        if expected and not any(text.endswith(SATURATED) for text in expected):
+            wrong.append(f"the {SATURATING} gives other codes than `verify` knows of saturating kernels")
     return [f"{cpu.name}: {text}" for text in wrong + told]
 
 

@@ -1,7 +1,7 @@
 """How long a short training takes alone and beside another, by how the threads of torch's OpenMP runtime wait.
 
-`python -m faqd.benchmarks.training.waiting --json FILE` starts `faqd-train distill` on the digits, one process alone and
-two at once on the same cores, with each way to wait in turn.
+`python -m faqd.benchmarks.training.waiting --json FILE` starts `faqd-train distill` on the digits, one process alone
+and two at once on the same cores, with each way to wait in turn.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def seconds(arguments: list[str], folder: Path, way: dict[str, str], at_once: in
         )
         for index in range(at_once)
     ]
-    if any([process.wait() for process in running]):
+    codes = [process.wait() for process in running]
+    if any(codes):
         raise UserError(f"{shlex.join(arguments)}: ended with an error.")
     return time.perf_counter() - started
 
