@@ -185,6 +185,8 @@ def _write_bundle(
         for flavour in flavours(bits.target, bits.activations):
             deployed = convert(parts.student, flavour, parts.output_scales)
             students[flavour] = deployed
+            for text in deployed.changes.sentences():
+                say(f"{flavour}: {text}")
             digests[flavour] = torch_digests(deployed, torch.from_numpy(probes), driven)
             proto = onnx_from_deployed(deployed, example, metadata)
             if flavour == "onnxruntime":

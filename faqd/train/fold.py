@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,16 @@ class Changes:
 
     zeroed: dict[str, int] = field(default_factory=dict)
     coarser: dict[str, int] = field(default_factory=dict)
+
+    def sentences(self) -> Iterator[str]:
+        """What to say of it to whoever exports."""
+        if self.coarser:
+            yield (
+                f"{sum(self.coarser.values())} channels of {len(self.coarser)} layers have coarser weights than they were "
+                "trained with, so that no CPU's sums saturate"
+            )
+        for layer, count in self.zeroed.items():
+            yield f"{layer}: {count} channels are their bias alone, which int32 cannot hold beside their tiny weights"
 
 
 def fold_layer(
