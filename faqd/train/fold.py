@@ -36,8 +36,8 @@ class Changes:
         """What to say of it to whoever exports."""
         if self.coarser:
             yield (
-                f"{sum(self.coarser.values())} channels of {len(self.coarser)} layers have coarser weights than they were "
-                "trained with, so that no CPU's sums saturate"
+                f"{sum(self.coarser.values())} channels of {len(self.coarser)} layers have coarser weights than those "
+                "that were trained, so that sums saturate on no CPU"
             )
         for layer, count in self.zeroed.items():
             yield f"{layer}: {count} channels are their bias alone, which int32 cannot hold beside their tiny weights"
