@@ -12,13 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from faqd.deploy import verify_layers
 from faqd.deploy.export import onnx_from_deployed
+from faqd.deploy.integer_sums import integer_sums
 from faqd.deploy.referee import Referee
+from faqd.deploy.segments import place_of
 from faqd.deploy.torch_values import as_trained, torch_codes, torch_digests
+from faqd.deploy.verify import _constant_outputs
 from faqd.deploy.verify_layers import verify_file
 from faqd.errors import UserError
 from faqd.quant import FLOAT_BITS
 from faqd.reference import real
+from faqd.train import fold
 from faqd.train.convert import Deployed, collect_output_scales, convert
 from faqd.train.deployed import Flavour, IntegerLayer
 from faqd.train.fold import LARGEST_INT32
@@ -175,15 +180,50 @@ def test_a_bias_that_int32_cannot_hold_makes_a_zero_channel_and_is_reported() ->
     assert layers(student, "tensorrt")[1] == {}
 
 
-@pytest.mark.parametrize(("sums", "zeroed"), [(0.5, {"block1.conv1": 1}), (1.5, {})])
-def test_bias_and_sums_share_the_range_of_int32(sums: float, zeroed: dict[str, int]) -> None:
+@pytest.mark.parametrize(("sums", "coarser"), [(0.5, {"block1.conv1": 1}), (1.5, {})])
+def test_bias_and_sums_share_the_range_of_int32(sums: float, coarser: dict[str, int]) -> None:
     student = calibrated(lively(NETWORKS["residual"](), 9), Bits(4, 4))
     layer = layers(student, "onnxruntime")[0]["block1.conv1"]
     largest_sum = float(layer.codes[5].double().abs().sum()) * 15
     beta = student.network.get_submodule("block1.bn1").get_parameter("bias").data
     # Room for `sums` times the largest sum is left beside the bias.
     beta[5] = float(layer.bias_scale[5]) * (LARGEST_INT32 - sums * largest_sum)
-    assert layers(student, "onnxruntime")[1] == zeroed
+    changed = convert(student, "onnxruntime", collect_output_scales(student, [images(0)])).changes
+    assert {key: changed.coarser.get(key) for key in coarser} == coarser and changed.zeroed == {}
+    layer = layers(student, "onnxruntime")[0]["block1.conv1"]
+    assert layer.bias_codes is not None and layer.codes[5].any()
+    assert float(layer.bias_codes[5] * layer.bias_scale[5]) == pytest.approx(float(beta[5]), rel=1e-3)
+    assert float(layer.bias_codes[5].abs()) + float(layer.codes[5].double().abs().sum()) * 15 < LARGEST_INT32
+
+
+def test_a_layer_too_wide_for_int32_stays_float_and_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    student = calibrated(lively(NETWORKS["vgg"](), 9), Bits(8, 8))
+    found = layers(student, "tensorrt")[0].items()
+    reach = {name: layer.codes.double().abs().flatten(1).sum(1).max() * 127 for name, layer in found}
+    widest = max(reach, key=lambda name: float(reach[name]))
+    monkeypatch.setattr(fold, "ROOM", float(reach[widest]) - 1)
+    deployed, model = lowered(student, "onnxruntime")
+    assert set(deployed.changes.floats) == {widest} and deployed.changes.zeroed == {}
+    assert any(text.startswith(f"{widest}: stays float") for text in deployed.changes.sentences())
+    assert not deployed.integers_only and failures(deployed, model, images(2)) == []
+    assert widest not in {place_of(found.node) for found in integer_sums(model)}
+
+
+@pytest.mark.parametrize("flavour", ["tensorrt", "onnxruntime"])
+def test_sums_beyond_int32_fail_by_name(flavour: Flavour, monkeypatch: pytest.MonkeyPatch) -> None:
+    deployed, model = lowered(calibrated(lively(NETWORKS["vgg"](), 9), Bits(8, 8)), flavour)
+    assert failures(deployed, model, images(2)) == []
+    monkeypatch.setattr(verify_layers, "INT32", 2**12)
+    found = failures(deployed, model, images(2))
+    assert found and all("beyond int32" in text for text in found)
+
+
+def test_outputs_that_no_image_changes_fail() -> None:
+    alike, varied = np.ones((3, 2), np.float32), np.eye(3, dtype=np.float32)
+    assert _constant_outputs({"a": varied, "b": alike}, {"a": varied, "b": varied}) == [
+        "the output b is the same for all 3 images, and the teacher's is not"
+    ]
+    assert _constant_outputs({"a": alike, "b": alike[:1]}, {"a": alike, "b": varied}) == []
 
 
 def test_an_average_over_part_of_the_pixels_is_not_taken_for_one_over_all() -> None:

@@ -226,6 +226,7 @@ def _write_bundle(
             "coarser_channels": {
                 f: deployed.changes.coarser for f, deployed in students.items() if deployed.changes.coarser
             },
+            "float_layers": {f: deployed.changes.floats for f, deployed in students.items() if deployed.changes.floats},
             "float_type": float_type,
             "input": _input(parts, input_form),
         }

@@ -87,6 +87,7 @@ def verification(bundle: Bundle) -> dict[str, Any]:
         trace, results[flavour], modes = _verify_flavour(bundle, flavour, inputs, driven)
         own[flavour] = [f"{flavour}: {text}" for text in results[flavour]["failures"]]
         outputs[flavour] = outputs_of(OnnxSession(bundle.path(FILES[flavour]), optimise=modes[-1]), images)
+        own[flavour] += [f"{flavour}: {text}" for text in _constant_outputs(outputs[flavour], evaluation.teacher)]
         if flavour == "tensorrt":
             record["float16"] = verify_float16(bundle, trace, images, outputs[flavour])
             own[flavour] += record["float16"]["failures"]
@@ -197,6 +198,20 @@ def _evaluation_failures(bundle: Bundle, images: NDArray[Any], wanted: Outputs) 
         for name, n in rows.items()
     }
     return [f"{names.EVAL}: {text}" for text in _too_far(names.TEACHER, snr)]
+
+
+def _constant_outputs(found: Outputs, teacher: Outputs) -> list[str]:
+    """What is wrong with outputs that no longer depend on the image, where the teacher's do: every layer may be right,
+    and all that an image makes of the network is rounded or limited away."""
+    return [
+        f"the output {name} is the same for all {len(values)} images, and the teacher's is not"
+        for name, values in found.items()
+        if name in teacher and len(values) > 1 and _is_constant(values) and not _is_constant(teacher[name])
+    ]
+
+
+def _is_constant(values: NDArray[Any]) -> bool:
+    return bool((values == values[:1]).all())
 
 
 def _refuse_other_outputs(bundle: Bundle, file: str, found: list[str], wanted: Outputs) -> None:

@@ -5,20 +5,21 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from faqd.deploy.constants import grids, wrong_constants
+from faqd.deploy.constants import WEIGHTED, grids, wrong_constants
 from faqd.deploy.int16_kernel import emulated
 from faqd.deploy.onnx_session import OnnxSession
 from faqd.deploy.probes import Drive
 from faqd.deploy.referee import Value
 from faqd.deploy.segments import Segment, Trace, place_of
 from faqd.deploy.ties import distinct_roundings
-from faqd.reference import real
+from faqd.reference import Grid, real
 
 EQUAL_CODES = 0.9999
 """Least share of all codes on which onnxruntime and the referee agree; no code may differ by more than one."""
@@ -27,6 +28,7 @@ CHANCE = 1e-6
 the 16,384 codes of a small layer say nothing of its rate. See `tolerated`."""
 OUTPUT_ERROR = 1e-4
 """Largest difference of a float output, relative to its root mean square."""
+INT32 = 2**31
 FLOAT32_BITS = 24
 FLOAT_LAYER_BITS = 10
 """Significant bits of the outputs that torch and the referee must have equal: all of float32, but ten where a layer was
@@ -73,6 +75,7 @@ def verify_trace(
     for segment, feeds, values in trace:
         for place in dict.fromkeys(map(place_of, segment.model.graph.node)):
             failures += [f"{place}: {text}" for text in wrong.pop(place, [])]
+        failures += [f"{place}: {text}" for place, text in _beyond_int32(segment, values, trace.undriven)]
         wanted = values[segment.output]
         row: dict[str, Any] = {"layer": segment.layer, "tensor": segment.output}
         if real(wanted).dtype.kind == "f":
@@ -97,6 +100,25 @@ def verify_trace(
     failures += [f"{place}: {text}" for place, texts in wrong.items() for text in texts]
     failures += _missing(layers, torch_digests["codes"]) + _differing_in_all(layers)
     return {"layers": layers, "failures": failures}
+
+
+def _beyond_int32(segment: Segment, values: dict[str, Value], undriven: int) -> Iterator[tuple[str, str]]:
+    """(place, what is wrong) of the layers whose integer sums int32 does not hold, with the bias where that is an
+    integer as well. undriven: how many probes may show it, the first."""
+    for node in segment.model.graph.node:
+        operands = [values[name] for name in node.input] if node.op_type in WEIGHTED else []
+        if len(operands) < 2 or not all(isinstance(operand, Grid) for operand in operands[:2]):
+            continue
+        x, weight = operands[:2]
+        if x.scale.size != 1 or weight.scale.size not in (1, max(weight.scale.shape, default=1)):
+            continue
+        found = real(values[node.output[0]])[:undriven]
+        bias = np.zeros(1) if len(operands) < 3 or isinstance(operands[2], Grid) else real(operands[2])
+        per_channel = (-1, *[1] * (found.ndim - 2))
+        sums = (found - bias.reshape(per_channel)) / (x.scale * weight.scale.reshape(-1)).reshape(per_channel)
+        largest = float(np.abs(sums).max(initial=0.0))
+        if largest >= INT32:
+            yield place_of(node), f"its sums come to {largest:.3g}, beyond int32, in which they are added on a device"
 
 
 def _beyond(segment: Segment, values: dict[str, Value], wanted: dict[str, Any] | None) -> dict[str, bool]:

@@ -101,7 +101,7 @@ def convert(student: Student, flavour: Flavour, output_scales: dict[str, float] 
     network.graph.eliminate_dead_code()
     network.graph.lint()
     network.recompile()
-    return Deployed(network.double(), flavour, changes, integers_only)
+    return Deployed(network.double(), flavour, changes, integers_only and not changes.floats)
 
 
 def _deployed_module(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,18 +20,22 @@ from faqd.train.prepare import input_quantizer
 from faqd.train.quantizers import ActivationQuantizer, within_pairs
 
 LARGEST_INT32 = 2**31 - 1
+ROOM = 2**30
+"""What sums may come to, so that int32 holds a bias of that size beside them."""
 
 
 @dataclass(frozen=True)
 class Changes:
-    """Channels per layer that a flavour cannot hold as they were trained.
+    """What a flavour cannot hold as it was trained, by layer.
 
-    zeroed: those whose tiny batch-norm factor would overflow an int32 bias, exact zeros now. coarser: those whose
-    weights have a larger scale now, so that no sum of their products saturates on any CPU.
+    coarser: channels whose weights have a larger scale now, so that no sum of their products saturates on any CPU, or
+    beside their bias. zeroed: those of the latter whose weights are nothing beside it. floats: layers that multiply
+    floats, and the number of their inputs, whose products int32 could not add up.
     """
 
-    zeroed: dict[str, int] = field(default_factory=dict)
     coarser: dict[str, int] = field(default_factory=dict)
+    zeroed: dict[str, int] = field(default_factory=dict)
+    floats: dict[str, int] = field(default_factory=dict)
 
     def sentences(self) -> Iterator[str]:
         """What to say of it to whoever exports."""
@@ -40,7 +45,9 @@ class Changes:
                 "that were trained, so that sums saturate on no CPU"
             )
         for layer, count in self.zeroed.items():
-            yield f"{layer}: {count} channels are their bias alone, which int32 cannot hold beside their tiny weights"
+            yield f"{layer}: {count} channels are their bias alone, beside which their weights are nothing"
+        for layer, inputs in self.floats.items():
+            yield f"{layer}: stays float, for products of {inputs:,} inputs could pass int32"
 
 
 def fold_layer(
@@ -60,10 +67,9 @@ def fold_layer(
     else:
         read = quantizer_of(network, node)
         limit = _limit_in(flavour, network, node, read)
-        new, overflowing, coarser = _integer_layer(layer, factor, offset, read, flavour, limit)
+        integer = partial(_onnxruntime_layer, limit=limit, changes=changes, name=str(node.target))
+        new = (integer if flavour == "onnxruntime" else _tensorrt_layer)(layer, factor, offset, read)
         network.set_submodule(str(node.target), new)
-        changes.zeroed.update({str(node.target): overflowing} if overflowing else {})
-        changes.coarser.update({str(node.target): coarser} if coarser else {})
     if end is not node:
         end.replace_all_uses_with(node)
         network.graph.erase_node(end)
@@ -94,7 +100,8 @@ def affine(norm: Any) -> tuple[Tensor, Tensor]:
     return factor, beta - factor * norm.running_mean.double()
 
 
-def _float_layer(layer: Any, factor: Tensor, offset: Tensor) -> nn.Module:
+def _float_layer(layer: Any, factor: Tensor, offset: Tensor, weight: Tensor | None = None) -> nn.Module:
+    """weight: output channels first; by default the float one that a quantizer rounds."""
     # Built anew: taking the parametrization off a copy would take it off the class that the student's layer shares.
     folded: Any
     if isinstance(layer, nn.Linear):
@@ -104,52 +111,88 @@ def _float_layer(layer: Any, factor: Tensor, offset: Tensor) -> nn.Module:
         names = ["stride", "padding", "dilation", "groups"] + ["output_padding"] * isinstance(layer, graph.TRANSPOSED)
         geometry = {name: getattr(layer, name) for name in (*names, "padding_mode")}
         folded = kind(layer.in_channels, layer.out_channels, layer.kernel_size, **geometry)
-    weight = output_first(layer, latent_weight(layer).double())
+    weight = output_first(layer, latent_weight(layer)).double() if weight is None else weight
     folded.weight = nn.Parameter(output_first(layer, weight * _per_channel(factor, weight)).float())
     folded.bias = nn.Parameter(offset.float())
     return folded  # type: ignore[no-any-return]
 
 
-def _integer_layer(
-    layer: Any, factor: Tensor, offset: Tensor, read: ActivationQuantizer, flavour: Flavour, limit: int | None
-) -> tuple[IntegerLayer, int, int]:
-    """The deployed layer; how many of its channels became zero because int32 could not hold their bias, and how many
-    got coarser weights because of `limit`."""
-    quantizer = weight_quantizer(layer)
-    assert quantizer is not None
-    trained, trained_scale = weight_codes(layer)
-    codes, unfolded, coarser = trained, trained_scale, 0
-    if limit is not None:
-        weight = output_first(layer, latent_weight(layer))
-        codes, unfolded = within_pairs(weight, trained, trained_scale, quantizer.quant, limit)
-        coarser = int((codes != trained).flatten(1).any(1).sum())
+def _tensorrt_layer(layer: Any, factor: Tensor, offset: Tensor, read: ActivationQuantizer) -> nn.Module:
+    codes, unfolded = weight_codes(layer)
     codes = codes.double() * _per_channel(factor.sign(), codes)
     scale = _float32(unfolded.double() * factor.abs())
     input_scale = read.scale.detach().float()
-    input_high = max(-read.quant.low, read.quant.high)
+    codes, scale = _without_dead(codes, scale, unfolded.double(), offset / input_scale.double())
+    return IntegerLayer(layer, codes, scale, input_scale, _input_high(read), offset)
+
+
+def _onnxruntime_layer(
+    layer: Any,
+    factor: Tensor,
+    offset: Tensor,
+    read: ActivationQuantizer,
+    *,
+    limit: int | None,
+    changes: Changes,
+    name: str,
+) -> nn.Module:
+    """The layer with an int32 bias, or the same in floats where int32 cannot hold its sums. limit: of two neighbouring
+    codes. What of `name` is not as trained goes into `changes`."""
+    quantizer = weight_quantizer(layer)
+    assert quantizer is not None
+    trained, trained_scale = weight_codes(layer)
+    codes, unfolded = trained, trained_scale
+    if limit is not None:
+        weight = output_first(layer, latent_weight(layer))
+        codes, unfolded = within_pairs(weight, trained, trained_scale, quantizer.quant, limit)
+    sign, input_scale = _per_channel(factor.sign(), codes), read.scale.detach().float()
+    reach = codes.double().abs().flatten(1).sum(1) * _input_high(read)
+    if float(reach.max()) >= ROOM:
+        changes.floats[name] = codes[0].numel()
+        return _float_layer(layer, factor, offset, trained.double() * _per_channel(trained_scale.double(), trained))
+    # Finer biases for coarse grids: the product of code and scale stays the same, the int32 bias step shrinks.
+    largest = int(saturation.largest_pairs(saturation.in_kernel_order(codes.numpy())).max(initial=0))
+    multiple = LARGEST_INT8 // quantizer.quant.high if limit is None else limit // max(1, largest)
+    multiple = max(1, min(multiple, LARGEST_INT8 // quantizer.quant.high, int(ROOM / max(1.0, float(reach.max())))))
+    codes, scale = codes.double() * sign * multiple, _float32(unfolded.double() * factor.abs() / multiple)
+    codes, scale = _with_room(codes, scale, offset / input_scale.double(), reach * multiple)
     dead = scale < torch.finfo(torch.float32).tiny
-    overflows = torch.zeros_like(dead)
-    if flavour == "onnxruntime":
-        # Finer biases for coarse grids: the product of code and scale stays the same, the int32 bias step shrinks.
-        multiple = LARGEST_INT8 // quantizer.quant.high
-        if limit is not None:
-            largest = int(saturation.largest_pairs(saturation.in_kernel_order(codes.numpy())).max(initial=0))
-            multiple = min(multiple, limit // max(1, largest))
-        codes, scale = codes * multiple, _float32(scale / multiple)
-        reach = codes.abs().flatten(1).sum(1) * input_high
-        overflows = ~dead & (offset.abs() / (input_scale.double() * scale) + reach >= LARGEST_INT32)
-    zero = dead | overflows
-    if bool(zero.any()):
-        codes = codes * _per_channel(~zero, codes)
-        ordinary = scale[~zero] if not bool(zero.all()) else unfolded.double()
-        # Twice what the largest bias needs, so that its int32 code stays in range.
-        needed = 2 * float(offset.abs().max()) / float(input_scale) / LARGEST_INT32
-        scale = scale.masked_fill(zero, max(float(ordinary.median()), needed))
-    bias_codes = None
-    if flavour == "onnxruntime":
-        bias_codes = (offset / _float32(input_scale.double() * _float32(scale))).round().to(torch.int32)
-    integer = IntegerLayer(layer, codes, scale, input_scale, input_high, offset, bias_codes)
-    return integer, int(overflows.sum()), coarser
+    alive = ~dead & trained.flatten(1).any(1)
+    zeroed = alive & ~codes.flatten(1).any(1)
+    coarser = alive & ~zeroed & (codes != trained.double() * sign * multiple).flatten(1).any(1)
+    changes.zeroed.update({name: int(zeroed.sum())} if bool(zeroed.any()) else {})
+    changes.coarser.update({name: int(coarser.sum())} if bool(coarser.any()) else {})
+    codes, scale = _without_dead(codes, scale, unfolded.double(), offset / input_scale.double())
+    bias_codes = (offset / _float32(input_scale.double() * _float32(scale))).round().to(torch.int32)
+    return IntegerLayer(layer, codes, scale, input_scale, _input_high(read), offset, bias_codes)
+
+
+def _with_room(codes: Tensor, scale: Tensor, offset: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
+    """A larger scale where int32 cannot hold bias and sums together, so that the bias takes half of it.
+
+    offset: the bias in units of the input's scale. reach: the largest sum. A code is then 2^-30 of the bias for an
+    input code of one, so that rounding the codes again, even to zeros, changes nothing that is seen beside it.
+    """
+    beyond = (scale >= torch.finfo(torch.float32).tiny) & (offset.abs() / scale + reach >= LARGEST_INT32)
+    wanted = torch.where(beyond, torch.maximum(_float32(offset.abs() / ROOM), scale), scale)
+    rounded = (codes * _per_channel(scale / wanted, codes)).round()
+    return torch.where(_per_channel(beyond, codes), rounded, codes), wanted
+
+
+def _without_dead(codes: Tensor, scale: Tensor, unfolded: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """Channels whose batch norm multiplies by nothing as zero codes, with an ordinary scale: a tiny one would overflow
+    int32 biases. offset: the bias in units of the input's scale."""
+    dead = scale < torch.finfo(torch.float32).tiny
+    if not bool(dead.any()):
+        return codes, scale
+    ordinary = scale[~dead] if not bool(dead.all()) else unfolded
+    # Twice what the largest bias needs, so that its int32 code stays in range.
+    needed = 2 * float(offset.abs().max()) / LARGEST_INT32
+    return codes * _per_channel(~dead, codes), scale.masked_fill(dead, max(float(ordinary.median()), needed))
+
+
+def _input_high(read: ActivationQuantizer) -> int:
+    return max(-read.quant.low, read.quant.high)
 
 
 def _float32(values: Tensor) -> Tensor:
