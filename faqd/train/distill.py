@@ -27,15 +27,15 @@ from faqd.train.batches import Batches, Images, splits_on
 from faqd.train.capture import capture
 from faqd.train.convert import collect_output_scales
 from faqd.train.data import Say
-from faqd.train.heads import Head, heads_of
+from faqd.train.heads import Heads, heads_from, heads_of
 from faqd.train.job import Job, select_losses
 from faqd.train.loop import finish, fit
 from faqd.train.network import NetworkSource, write_tensors
-from faqd.train.objective import Pairs, Plan, distill_job
+from faqd.train.objective import Pairs, Plan, distances_to, distill_job
 from faqd.train.outputs import named_outputs
 from faqd.train.prepare import Student, calibrate
 from faqd.train.progress import reporting
-from faqd.train.recipes import DistillRecipe, TeacherDtype, recipe_json, usual_training
+from faqd.train.recipes import DistillRecipe, TeacherDtype, recipe_json, relative_rate, usual_training
 from faqd.train.run import (
     TEACHER_WEIGHTS,
     asked_json,
@@ -46,7 +46,7 @@ from faqd.train.run import (
     is_done,
     read_record,
 )
-from faqd.train.select import Measure, kept_sentence, users_measure
+from faqd.train.select import Answers, Measure, kept_sentence, mean_losses, users_measure
 from faqd.train.source import Lesson, Teacher
 from faqd.train.student import new_student, start_of, student_source
 from faqd.train.taps import tap_costs, tap_names, tap_pairs
@@ -176,6 +176,7 @@ def _distill_together(
         calibrate(student, calibration_batches(train), method, batch_statistics=scratch)
     heads = heads_of(teacher_graph, lambda x: shown(x).outputs, _batches_of(train, training.batch_size))
     outputs = {"outputs": {name: head.to_json() for name, head in heads.items()}}
+    plans = [_with_rate(plan, student, heads, batches) for plan, student in zip(plans, students, strict=True)]
     with ExitStack() as locks:
         if world.leads:
             for plan in plans:
@@ -183,10 +184,10 @@ def _distill_together(
                 locks.enter_context(held(plan.out))
                 write_tensors(plan.out / TEACHER_WEIGHTS, teacher.network.state_dict())
         # As the run began: measured with another number of threads, the last bits differ.
-        recorded = world.first(lambda: [read_record(plan.out)["outputs"] for plan in plans])
+        recorded = world.first(lambda: [read_record(plan.out) for plan in plans])
         jobs = [
-            distill_job(plan, student, tapped, {name: Head.from_json(head) for name, head in found.items()}, measure)
-            for plan, student, tapped, found, measure in zip(plans, students, pairs, recorded, users, strict=True)
+            distill_job(_as_begun(plan, record), student, tapped, heads_from(record["outputs"]), measure)
+            for plan, student, tapped, record, measure in zip(plans, students, pairs, recorded, users, strict=True)
         ]
         if len(plans) > 1:
             jobs = [replace(job, title=job.run.name) for job in jobs]
@@ -207,6 +208,24 @@ def _distill_together(
                     say(kept_sentence(plan.out, best[plan.out], batches.iterations(training)))
                 world.first(partial(_conclude, plan, student, results, train))
     return failed
+
+
+def _with_rate(plan: Plan, student: Student, heads: Heads, batches: Batches) -> Plan:
+    """`plan` with the rate that suits how far the untrained student is from its teacher, where none was given."""
+    if plan.recipe.training.lr is not None:
+        return plan
+    student.network.eval()
+    with torch.no_grad():
+        parts: Answers = (((student.network(batch.x), []), batch) for batch in batches.selection())
+        distances = mean_losses(parts, distances_to(heads), batches.data_seed).values()
+    rate = relative_rate(sum(distances) / len(distances))
+    recipe = replace(plan.recipe, training=replace(plan.recipe.training, lr=rate))
+    return replace(plan, recipe=recipe, record={**plan.record, "recipe": recipe_json(recipe)})
+
+
+def _as_begun(plan: Plan, record: dict[str, Any]) -> Plan:
+    training = replace(plan.recipe.training, lr=record["recipe"]["training"]["lr"])
+    return replace(plan, recipe=replace(plan.recipe, training=training))
 
 
 def _users_measure(recipe: DistillRecipe, select: Images) -> Measure | None:
@@ -273,7 +292,7 @@ def _resolved(recipe: DistillRecipe, lesson: Lesson, source: NetworkSource) -> D
     init = start_of(recipe, lesson.teacher)
     scratch = init == "scratch"
     height, width = lesson.dataset.train.images.shape[1:3]
-    training = usual_training(recipe.training, scratch, recipe.weight_bits, height * width)
+    training = usual_training(recipe.training, scratch, height * width)
     arch, logit = source.architecture or recipe.arch, recipe.logit or ("mse" if scratch else "relative")
     return replace(recipe, data=lesson.data.source, arch=arch, init=init, training=training, logit=logit)
 

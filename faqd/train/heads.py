@@ -70,6 +70,11 @@ Heads = dict[str, Head]
 """By the name of the output."""
 
 
+def heads_from(record: Mapping[str, Any]) -> Heads:
+    """The heads that a run recorded."""
+    return {name: Head.from_json(head) for name, head in record.items()}
+
+
 def is_probability(network: fx.GraphModule, node: fx.Node) -> bool:
     """Whether `node` is a sigmoid or a softmax."""
     return isinstance(graph.module_of(network, node), PROBABILITIES) or node.target in SOFTMAX

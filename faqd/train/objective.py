@@ -72,7 +72,7 @@ def distill_job(
     def measure(answers: Answers) -> float:
         if recipe.label_weight:
             return sum(mean_losses(answers, losses, recipe.training.data_seed).values())
-        values = mean_losses(answers, _distance_to(heads), recipe.training.data_seed).values()
+        values = mean_losses(answers, distances_to(heads), recipe.training.data_seed).values()
         return sum(values) / len(values)
 
     network: nn.Module = graph.with_taps(student.network, [ours for _, ours in pairs])
@@ -117,7 +117,9 @@ def _logit_distances(
     }
 
 
-def _distance_to(heads: Heads | None) -> Callable[[Any, Batch, torch.Generator], Losses]:
+def distances_to(heads: Heads | None) -> Callable[[Any, Batch, torch.Generator], Losses]:
+    """What `mean_losses` takes: the distance of every output."""
+
     def distances(answer: Any, batch: Batch, generator: torch.Generator) -> Losses:
         assert heads is not None and batch.target is not None
         return distance(named_outputs(answer[0]), batch.target.outputs, heads)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -26,7 +27,8 @@ class Training:
     what is learned. lr: the peak rate. momentum, weight_decay and clip_norm (of the total gradient, None for no
     clipping) are those of sgd. warmup: the first part, in which the rate rises. frozen_norm: the last part, in which
     batch-norm statistics stand still; 1 keeps them as they came. For optimizer, lr, warmup and frozen_norm a recipe
-    may leave None: where the student starts then decides (`usual_training`).
+    may leave None: where the student starts then decides (`usual_training`), and how far from its teacher for the lr of
+    relative steps (`relative_rate`).
     """
 
     epochs: int
@@ -44,13 +46,14 @@ class Training:
 
 
 RELATIVE_WARMUP = 0.05
+LARGEST_RATE, SMALLEST_DISTANCE = 3e-3, 1e-4
 LARGEST_BATCH, SMALLEST_BATCH = 100, 8
 BATCH_PIXELS = 2**20
 """What a batch holds between those two: 100 images of 100 pixels a side, 20 of 224."""
 
 
-def usual_training(training: Training, scratch: bool, weight_bits: int, image_pixels: int) -> Training:
-    """`training` with what it leaves open filled in. image_pixels: of one image.
+def usual_training(training: Training, scratch: bool, image_pixels: int) -> Training:
+    """`training` with what it leaves open filled in, but for the lr of relative steps. image_pixels: of one image.
 
     A student that starts from float weights keeps their batch-norm statistics: re-estimating them would move every
     layer away from the teacher, whose augmentation we may not know (docs/decisions.md has the measurement).
@@ -58,7 +61,7 @@ def usual_training(training: Training, scratch: bool, weight_bits: int, image_pi
     optimizer = training.optimizer or ("sgd" if scratch else "relative")
     usual: dict[str, Any] = {
         "optimizer": optimizer,
-        "lr": relative_rate(weight_bits) if optimizer == "relative" else 0.05 if scratch else 0.002,
+        "lr": None if optimizer == "relative" else 0.05 if scratch else 0.002,
         "warmup": RELATIVE_WARMUP if optimizer == "relative" else 0.0,
         "frozen_norm": 0.1 if scratch else 1.0,
     }
@@ -67,9 +70,13 @@ def usual_training(training: Training, scratch: bool, weight_bits: int, image_pi
     return replace(training, batch_size=batch_size, **unset)
 
 
-def relative_rate(weight_bits: int) -> float:
-    """The usual rate of the relative optimizer: coarser grids have farther to go from one code to the next."""
-    return {1: 3e-3, 2: 3e-3, 3: 1e-3, 4: 1e-3}.get(weight_bits, 3e-4)
+def relative_rate(distance: float) -> float:
+    """The usual rate of relative steps for a student whose outputs are at this distance (faqd.train.heads) untrained.
+
+    The distance is a square, the weights' errors that made it are not. A student that says nothing of what its teacher
+    does has a distance of 1 or more, and farther is no farther to go.
+    """
+    return LARGEST_RATE * math.sqrt(min(1.0, max(SMALLEST_DISTANCE, distance)))
 
 
 @dataclass(frozen=True)

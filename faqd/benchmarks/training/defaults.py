@@ -34,7 +34,7 @@ from faqd.train.batches import splits_on
 from faqd.train.capture import capture
 from faqd.train.distill import calibration_batches, distill
 from faqd.train.evaluate import deployable
-from faqd.train.heads import Head, distance
+from faqd.train.heads import Heads, distance, heads_from
 from faqd.train.network import user_function
 from faqd.train.outputs import run_batches
 from faqd.train.prepare import Student, calibrate, prepare
@@ -79,7 +79,7 @@ def untrained(lesson: Lesson, recipe: DistillRecipe) -> Student:
     return student
 
 
-def judged(student: Student, lesson: Lesson, wanted: dict[str, Tensor], heads: dict[str, Head], metric: Any) -> Figures:
+def judged(student: Student, lesson: Lesson, wanted: dict[str, Tensor], heads: Heads, metric: Any) -> Figures:
     """The figures of a deployed student on the eval split. wanted: the teacher's outputs there."""
     split = lesson.dataset.eval
     inputs = network_input(split.images, lesson.dataset.preprocess)
@@ -101,7 +101,7 @@ def cell(lesson: Lesson, recipe: DistillRecipe, out: Path, metric: Any, world: W
     seconds = time.monotonic() - began
     inputs = network_input(lesson.dataset.eval.images, lesson.dataset.preprocess)
     wanted = run_batches(lesson.teacher.network, inputs, _batch(inputs))
-    heads = {name: Head.from_json(head) for name, head in record["outputs"].items()}
+    heads = heads_from(record["outputs"])
     return {
         "images": len(inputs),
         "ptq": judged(untrained(lesson, recipe), lesson, wanted, heads, metric),
