@@ -218,7 +218,7 @@ def _with_rate(plan: Plan, student: Student, heads: Heads, batches: Batches) -> 
     with torch.no_grad():
         parts: Answers = (((student.network(batch.x), []), batch) for batch in batches.selection())
         distances = mean_losses(parts, distances_to(heads), batches.data_seed).values()
-    rate = relative_rate(sum(distances) / len(distances))
+    rate = relative_rate(sum(distances) / len(distances), plan.recipe.weight_bits)
     recipe = replace(plan.recipe, training=replace(plan.recipe.training, lr=rate))
     return replace(plan, recipe=recipe, record={**plan.record, "recipe": recipe_json(recipe)})
 

@@ -46,7 +46,10 @@ class Training:
 
 
 RELATIVE_WARMUP = 0.05
-LARGEST_RATE, SMALLEST_DISTANCE = 3e-3, 1e-4
+RATES = {1: 1e-2, 2: 1e-2, 3: 5e-3, 4: 5e-3}
+"""Of relative steps by weight bits, where the student says nothing of what its teacher does; above 4 bits, USUAL_RATE:
+a finer grid has less far to go from one code to the next."""
+USUAL_RATE, SMALLEST_DISTANCE = 2e-3, 1e-4
 LARGEST_BATCH, SMALLEST_BATCH = 100, 8
 BATCH_PIXELS = 2**20
 """What a batch holds between those two: 100 images of 100 pixels a side, 20 of 224."""
@@ -70,13 +73,13 @@ def usual_training(training: Training, scratch: bool, image_pixels: int) -> Trai
     return replace(training, batch_size=batch_size, **unset)
 
 
-def relative_rate(distance: float) -> float:
+def relative_rate(distance: float, weight_bits: int) -> float:
     """The usual rate of relative steps for a student whose outputs are at this distance (faqd.train.heads) untrained.
 
     The distance is a square, the weights' errors that made it are not. A student that says nothing of what its teacher
     does has a distance of 1 or more, and farther is no farther to go.
     """
-    return LARGEST_RATE * math.sqrt(min(1.0, max(SMALLEST_DISTANCE, distance)))
+    return RATES.get(weight_bits, USUAL_RATE) * math.sqrt(min(1.0, max(SMALLEST_DISTANCE, distance)))
 
 
 @dataclass(frozen=True)
