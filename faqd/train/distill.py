@@ -30,25 +30,23 @@ from faqd.train.data import Say
 from faqd.train.heads import Heads, heads_from, heads_of
 from faqd.train.job import Job, select_losses
 from faqd.train.loop import finish, fit
-from faqd.train.network import NetworkSource, write_tensors
-from faqd.train.objective import Pairs, Plan, distances_to, distill_job
-from faqd.train.outputs import named_outputs
+from faqd.train.network import write_tensors
+from faqd.train.objective import Pairs, distances_to, distill_job
+from faqd.train.plan import Plan, has_affinity, plan_of
 from faqd.train.prepare import Student, calibrate
 from faqd.train.progress import reporting
-from faqd.train.recipes import DistillRecipe, TeacherDtype, recipe_json, relative_rate, usual_training
+from faqd.train.recipes import DistillRecipe, TeacherDtype, recipe_json, relative_rate
 from faqd.train.run import (
     TEACHER_WEIGHTS,
-    asked_json,
     begin,
     conclude,
-    data_json,
     held,
     is_done,
     read_record,
 )
 from faqd.train.select import Answers, Measure, kept_sentence, mean_losses, users_measure
 from faqd.train.source import Lesson, Teacher
-from faqd.train.student import new_student, start_of, student_source
+from faqd.train.student import new_student, start_of
 from faqd.train.taps import tap_costs, tap_names, tap_pairs
 from faqd.train.target import dtype_effect, target_of
 from faqd.train.world import World
@@ -73,7 +71,7 @@ def distill(
     it would alone, to the last bit on a CPU. A finished one is left as it is. A loss that is no longer finite ends its
     own run; the error comes once the others are done. Paused at the deadline: see `fit`.
     """
-    plans = [_plan(recipe, out, lesson, taps) for recipe, out in members]
+    plans = [plan_of(recipe, out, lesson, taps) for recipe, out in members]
     done = world.first(lambda: [is_done(plan.out, plan.record, resume) for plan in plans])
     for plan in (plan for plan, is_finished in zip(plans, done, strict=True) if is_finished):
         say(f"{plan.out}: this run is finished.")
@@ -101,46 +99,6 @@ def _course(plan: Plan) -> tuple[int | str, ...]:
     return *schedule, plan.recipe.teacher_dtype
 
 
-def _plan(recipe: DistillRecipe, out: Path, lesson: Lesson, taps: list[str] | None) -> Plan:
-    source = student_source(recipe.arch, lesson.teacher)
-    recipe = _resolved(recipe, lesson, source)
-    if not (recipe.logit_weight or recipe.label_weight or _has_affinity(recipe)):
-        raise UserError("--logit-weight 0: nothing is left to learn from; give one of the terms a weight.")
-    if taps and recipe.affinity == "none":
-        raise UserError(f"--tap {taps[0]}: nothing is compared there with --affinity none; leave one of them out.")
-    if recipe.adaptors and not _has_affinity(recipe):
-        raise UserError("--adaptors: what they adapt to is off; give --no-adaptors, or an --affinity with a weight.")
-    if recipe.autocast == "fp16" and recipe.scale_gradient != "lsq":
-        raise UserError(
-            f"--autocast fp16: the limit of --scale-gradient {recipe.scale_gradient} does not go with a loss that is "
-            "scaled up, as float16 needs it; use --autocast bf16, or --scale-gradient lsq."
-        )
-    if recipe.label_weight:
-        _refuse_without_labels(lesson)
-    return Plan(recipe, out, source, _record(recipe, lesson, source, taps))
-
-
-def _refuse_without_labels(lesson: Lesson) -> None:
-    dataset = lesson.dataset
-    if dataset.train.labels is None or dataset.classes is None:
-        raise UserError(
-            f"--label-weight: {dataset.source} has no labels here. A folder has them as names of subfolders with "
-            "--labels, an npz file as its array 'labels'."
-        )
-    with torch.no_grad():
-        outputs = lesson.teacher.network(lesson.teacher.source.example())
-    shapes = [tuple(output.shape[1:]) for output in named_outputs(outputs).values()]
-    if not isinstance(outputs, Tensor) or shapes != [(len(dataset.classes),)]:
-        raise UserError(
-            f"--label-weight: the teacher has outputs {', '.join(map(str, shapes))} and {dataset.source} "
-            f"{len(dataset.classes)} classes; learn without labels."
-        )
-
-
-def _has_affinity(recipe: DistillRecipe) -> bool:
-    return recipe.affinity != "none" and recipe.affinity_weight > 0
-
-
 def _distill_together(
     plans: list[Plan],
     teacher: Teacher,
@@ -156,7 +114,7 @@ def _distill_together(
     teacher_graph = capture(teacher.network, example)
     students = [new_student(plan.recipe, plan.source, teacher, example) for plan in plans]
     pairs = [
-        tap_pairs(teacher_graph, student, taps) if _has_affinity(plan.recipe) else []
+        tap_pairs(teacher_graph, student, taps) if has_affinity(plan.recipe) else []
         for plan, student in zip(plans, students, strict=True)
     ]
     for plan, of_one in zip(plans, pairs, strict=True):
@@ -268,7 +226,7 @@ def _say_taps(plans: list[Plan], students: list[Student], pairs: list[Pairs], na
             said |= zip(tapped, tap_costs(student, of_one, plan.recipe.affinity, plan.recipe.columns), strict=True)
     for name, cost in said.items():
         say(f"affinity tap: {name} ({cost})")
-    if any(_has_affinity(plan.recipe) and not tapped for plan, tapped in zip(plans, names, strict=True)):
+    if any(has_affinity(plan.recipe) and not tapped for plan, tapped in zip(plans, names, strict=True)):
         say("no affinity: no feature map has one size in both networks; --tap TEACHER=STUDENT says what to compare.")
 
 
@@ -287,16 +245,6 @@ def _reported(parts: list[Tensor]) -> Iterator[Tensor]:
             report(number, {})
 
 
-def _resolved(recipe: DistillRecipe, lesson: Lesson, source: NetworkSource) -> DistillRecipe:
-    """`recipe` with what the teacher and the data decide: nothing that a reader of the run would have to guess."""
-    init = start_of(recipe, lesson.teacher)
-    scratch = init == "scratch"
-    height, width = lesson.dataset.train.images.shape[1:3]
-    training = usual_training(recipe.training, scratch, height * width)
-    arch, logit = source.architecture or recipe.arch, recipe.logit or ("mse" if scratch else "relative")
-    return replace(recipe, data=lesson.data.source, arch=arch, init=init, training=training, logit=logit)
-
-
 def with_seeds(recipes: Sequence[DistillRecipe], count: int, teacher: Teacher) -> list[DistillRecipe]:
     """Every recipe with `count` seeds, counted on from its own.
 
@@ -311,19 +259,6 @@ def with_seeds(recipes: Sequence[DistillRecipe], count: int, teacher: Teacher) -
             seeded = replace(training, seed=training.seed + number, data_seed=data_seed)
             made.append(replace(recipe, training=seeded))
     return made
-
-
-def _record(recipe: DistillRecipe, lesson: Lesson, source: NetworkSource, taps: list[str] | None) -> dict[str, Any]:
-    teacher = {"teacher": lesson.teacher.source.to_json(), "teacher_sha256": lesson.teacher.sha256}
-    return {
-        "kind": "distill",
-        "asked": {**asked_json(recipe, lesson.data), **teacher, "student": source.to_json(), "taps": taps},
-        "recipe": recipe_json(recipe),
-        "data": data_json(lesson.data),
-        "network": source.to_json(),
-        **teacher,
-        "preprocess": lesson.dataset.preprocess.to_json(),
-    }
 
 
 def calibration_batches(images: Images) -> Iterator[Tensor]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +15,8 @@ from faqd.train.batches import Batch, Target
 from faqd.train.heads import Heads, distance
 from faqd.train.job import Job, Losses
 from faqd.train.losses import affinity_loss, logit_loss
-from faqd.train.network import NetworkSource
 from faqd.train.outputs import named_outputs
+from faqd.train.plan import Plan
 from faqd.train.prepare import Student
 from faqd.train.recipes import Autocast, DistillRecipe
 from faqd.train.select import Answers, Measure, mean_losses
@@ -26,16 +24,6 @@ from faqd.train.select import Answers, Measure, mean_losses
 Pairs = list[tuple[str, str]]
 """Nodes (teacher, student) whose maps are compared."""
 AUTOCAST: dict[Autocast, torch.dtype | None] = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A run that is asked for: its recipe with nothing left open, its folder, the student's network, its record."""
-
-    recipe: DistillRecipe
-    out: Path
-    source: NetworkSource
-    record: dict[str, Any]
 
 
 def distill_job(

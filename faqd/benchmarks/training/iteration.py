@@ -38,8 +38,9 @@ from faqd.train.data import Augmentation
 from faqd.train.job import Losses, Trainee, settle_norms
 from faqd.train.models import check_architecture
 from faqd.train.network import NetworkSource
-from faqd.train.objective import Plan, distill_job
+from faqd.train.objective import distill_job
 from faqd.train.placement import Bits
+from faqd.train.plan import Plan
 from faqd.train.prepare import calibrate, prepare
 from faqd.train.recipes import DistillRecipe, TeacherDtype, Training
 from faqd.train.taps import tap_pairs
