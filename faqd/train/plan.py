@@ -76,10 +76,10 @@ def has_affinity(recipe: DistillRecipe) -> bool:
 def _resolved(recipe: DistillRecipe, lesson: Lesson, source: NetworkSource) -> DistillRecipe:
     """`recipe` with what the teacher and the data decide, so that a reader of the run need not guess."""
     init = start_of(recipe, lesson.teacher)
-    scratch = init == "scratch"
     height, width = lesson.dataset.train.images.shape[1:3]
-    training = usual_training(recipe.training, scratch, height * width)
-    arch, logit = source.architecture or recipe.arch, recipe.logit or ("mse" if scratch else "relative")
+    training = usual_training(recipe.training, init == "scratch", height * width)
+    arch = source.architecture or recipe.arch
+    logit = recipe.logit or ("relative" if training.optimizer == "relative" else "mse")
     return replace(recipe, data=lesson.data.source, arch=arch, init=init, training=training, logit=logit)
 
 
