@@ -31,8 +31,9 @@ FLAGS = {
     "faqd-train teacher": f"--recipe --arch {DATA} {SCHEDULE} --json",
     "faqd-train distill": (
         "--recipe --teacher --teacher-weights --arch --init --weight-bits --act-bits --seeds --target --scales "
-        "--rounding --scale-gradient --exclude --logit --logit-weight --temperature --affinity --adaptors "
-        "--affinity-weight --columns --teacher-dtype --autocast --label-weight --tap "
+        "--rounding --scale-gradient --calibration --exclude --logit --logit-weight --temperature --affinity "
+        "--adaptors --affinity-weight --affinity-floor --columns --teacher-dtype --autocast --label-weight --tap "
+        "--optimizer --select "
         f"{DATA} {SCHEDULE} --json"
     ),
     "faqd-train eval": "--data-root --json",

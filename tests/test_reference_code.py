@@ -13,10 +13,10 @@ from faqd.bundle import VERIFY
 from faqd.train import graph
 from faqd.train.adaptors import Adapted
 from faqd.train.capture import capture
-from faqd.train.distill import decay_groups
 from faqd.train.job import Job
 from faqd.train.models import reference_resnet
 from faqd.train.network import read_tensors
+from faqd.train.objective import decay_groups
 from faqd.train.placement import Bits
 from faqd.train.prepare import prepare, student_table
 from faqd.train.recipes import Training, distill_recipe

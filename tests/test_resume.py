@@ -152,7 +152,7 @@ def test_a_finished_run_stays_as_it_is(user: User, whole: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "value", "name"),
     [
-        ("--lr", "0.5", "recipe.training.lr: 0.002 there, 0.5 now"),
+        ("--lr", "0.5", "recipe.training.lr: None there, 0.5 now"),
         ("--weight-bits", "2", "recipe.weight_bits: 4 there, 2 now"),
         ("--mean", "0.5,0.5,0.5", "data.mean: none there, (0.5, 0.5, 0.5) now"),
         ("--arch", "resnet8", "student.architecture: None there, resnet8 now"),

@@ -17,12 +17,13 @@ from faqd.train import graph
 from faqd.train.batches import Batches, Images
 from faqd.train.capture import capture
 from faqd.train.data import Augmentation
-from faqd.train.distill import AUTOCAST, Plan, distill_job
 from faqd.train.fuse import fused, in_place
 from faqd.train.job import Trainee
 from faqd.train.models import build_architecture
 from faqd.train.network import NetworkSource
+from faqd.train.objective import AUTOCAST, distill_job
 from faqd.train.placement import Bits
+from faqd.train.plan import Plan
 from faqd.train.prepare import calibrate, prepare
 from faqd.train.quantizers import ActivationQuantizer, WeightQuantizer
 from faqd.train.recipes import Autocast, DistillRecipe, TeacherDtype, Training

@@ -17,12 +17,13 @@ from faqd.train.augment import augment
 from faqd.train.batches import NORMS, Batch, Batches, Images, splits_on, stream
 from faqd.train.capture import capture
 from faqd.train.data import Augmentation
-from faqd.train.distill import Plan, distill_job
 from faqd.train.fuse import fused
 from faqd.train.images import upright_rgb
 from faqd.train.job import Job
 from faqd.train.loop import fit
 from faqd.train.network import load_weights, read_tensors, write_tensors
+from faqd.train.objective import distill_job
+from faqd.train.plan import Plan
 from faqd.train.prepare import calibrate
 from faqd.train.recipes import DistillRecipe, Training
 from faqd.train.run import load_teacher

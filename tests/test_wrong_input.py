@@ -420,7 +420,7 @@ def test_a_full_disk(user: User, name: str, tmp_path: Path, monkeypatch: pytest.
     [("logit", ["--steps", 40, "--lr", 1e30]), ("affinity", ["--steps", 3, "--affinity-weight", 1e39])],
 )
 def test_a_loss_that_is_no_number_stops_the_run(user: User, term: str, more: list[Any], tmp_path: Path) -> None:
-    outcome = user.distill(tmp_path / "out", *more)
+    outcome = user.distill(tmp_path / "out", *more, "--init", "scratch")
     refuses(outcome, f"the {term} loss is not finite", "--lr", code=1)
     assert not (tmp_path / "out" / "weights.safetensors").exists()
     for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines():
@@ -428,8 +428,13 @@ def test_a_loss_that_is_no_number_stops_the_run(user: User, term: str, more: lis
 
 
 def test_a_loss_that_is_no_number_in_the_last_iteration(user: User, tmp_path: Path) -> None:
-    refuses(user.distill(tmp_path / "out", "--steps", 1, "--lr", 1e38), "loss is not finite", code=1)
-    assert not (tmp_path / "out" / "weights.safetensors").exists()
+    line = ("--steps", 1, "--lr", 1e38)
+    refuses(user.distill(tmp_path / "scratch", *line, "--init", "scratch"), "loss is not finite", code=1)
+    assert not (tmp_path / "scratch" / "weights.safetensors").exists()
+    # From trained weights there is something to fall back to.
+    outcome = user.distill(tmp_path / "out", *line)
+    assert outcome.code == 0 and "kept: iteration 0 of 1, the untrained student" in outcome.stderr
+    assert "after the last iteration no number" in outcome.stderr
 
 
 def test_a_gpu_that_is_too_small(user: User, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from faqd.train.pairs import Pair, Tile, write_gradient
+from faqd.train.pairs import Floors, Pair, Tile, floors_of, write_gradient
 
 TILE_ROWS = 256
 # Elements of a map handled at once (of a strip of D: four times that): what fits a core's cache, or fills a GPU.
@@ -45,7 +45,7 @@ SlopeOf = Callable[[Pair], Tensor]
 
 
 class AffinityDistance(torch.autograd.Function):
-    """(student, teacher, form, columns, generator, dtype) to the scalar, without second derivatives.
+    """(student, teacher, form, floor, columns, generator, dtype) to the scalar, without second derivatives.
 
     The gradient goes straight into the result of the backward pass, so nothing but small matrices (for l1: the
     slope) and pairs that fit one tile is held until then.
@@ -57,6 +57,7 @@ class AffinityDistance(torch.autograd.Function):
         student: Tensor,
         teacher: Tensor,
         form: str,
+        floor: float,
         columns: int,
         generator: torch.Generator | None,
         dtype: torch.dtype,
@@ -70,7 +71,8 @@ class AffinityDistance(torch.autograd.Function):
         with _plain_arithmetic(student.device):
             for part in _parts(student, TILE_ROWS // 4 if form == "l1" else 1):
                 flat = _flattened(student[part], teacher[part], dtype)
-                value, write = _distance(*flat, form, columns, generator, ctx.needs_input_grad[0])
+                floors = floors_of(*flat, floor)
+                value, write = _distance(*flat, floors, form, columns, generator, ctx.needs_input_grad[0])
                 values.append(value)
                 ctx.parts.append((part, write))
         return torch.cat(values).mean().to(dtype)
@@ -89,12 +91,13 @@ class AffinityDistance(torch.autograd.Function):
         with _plain_arithmetic(student.device):
             for part, write in ctx.parts:
                 write(*_flattened(student[part], teacher[part], ctx.dtype), gradient[part].flatten(2), outer)
-        return gradient, None, None, None, None, None
+        return gradient, None, None, None, None, None, None
 
 
 def _distance(
     student: Tensor,
     teacher: Tensor,
+    floors: Floors,
     form: str,
     columns: int,
     generator: torch.Generator | None,
@@ -102,18 +105,19 @@ def _distance(
 ) -> tuple[Tensor, WriteGradient]:
     """Values (b,) float64 for maps (b, C, N), and what writes their gradients."""
     if form == "l1":
-        return _l1(Pair.of(student, teacher), differentiable)
+        return _l1(Pair.of(student, teacher, floors), differentiable)
     if form == "fast":
         assert generator is not None
-        return _fast(Pair.of(student, teacher), columns, generator)
+        return _fast(Pair.of(student, teacher, floors), columns, generator)
     if student.is_cuda:  # A test per sample would make the host wait for the device.
-        value, _, write = _l2(student, teacher, torch.float64, form)
+        value, _, write = _l2(student, teacher, floors, torch.float64, form)
         return value, write
-    value, sure, write = _l2(student, teacher, student.dtype, form)
+    value, sure, write = _l2(student, teacher, floors, student.dtype, form)
     if student.dtype == torch.float64 or bool(sure.all()):
         return value, write
     doubtful = (~sure).nonzero().squeeze(1)
-    value[doubtful], _, rewrite = _l2(student[doubtful], teacher[doubtful], torch.float64, form)
+    of_doubtful = floors[0][doubtful], floors[1][doubtful]
+    value[doubtful], _, rewrite = _l2(student[doubtful], teacher[doubtful], of_doubtful, torch.float64, form)
 
     def write_all(student: Tensor, teacher: Tensor, out: Tensor, outer: Tensor) -> None:
         write(student, teacher, out, outer)
@@ -124,14 +128,17 @@ def _distance(
     return value, write_all
 
 
-def _l2(student: Tensor, teacher: Tensor, dtype: torch.dtype, form: str) -> tuple[Tensor, Tensor, WriteGradient]:
+def _l2(
+    student: Tensor, teacher: Tensor, floors: Floors, dtype: torch.dtype, form: str
+) -> tuple[Tensor, Tensor, WriteGradient]:
     """Values (b,), whether the arithmetic of `dtype` was good enough for them, and what writes their gradients."""
+    floors = floors[0].to(dtype), floors[1].to(dtype)
     pixels, channels = student.shape[2], max(student.shape[1], teacher.shape[1])
     direct = pixels <= channels
     # The factorised form takes the columns in tiles that fit the cache.
     step = pixels if direct else min(pixels, max(1, _elements(student) // (len(student) * channels)))
     starts = range(0, pixels, step)
-    tiles = [Tile(slice(start, start + step), dtype, len(starts) <= KEPT_TILES) for start in starts]
+    tiles = [Tile(slice(start, start + step), dtype, floors, len(starts) <= KEPT_TILES) for start in starts]
     pairs = (tile.pair(student, teacher) for tile in tiles)
     square, scale, slope_of = _direct(next(pairs)) if direct else _factorised(pairs)
     square = square * (square > RELATIVE_FLOOR * scale)
@@ -146,7 +153,8 @@ def _l2(student: Tensor, teacher: Tensor, dtype: torch.dtype, form: str) -> tupl
         factor = (steepness * outer).to(dtype).view(-1, 1, 1)
         for tile in tiles:
             pair = tile.pair(student, teacher)
-            write_gradient(out[:, :, tile.columns], tile.of(student), pair.norms[0], slope_of(pair), factor)
+            columns = out[:, :, tile.columns]
+            write_gradient(columns, tile.of(student), pair.norms[0], floors[0], slope_of(pair), factor)
 
     return value, sure, write
 
@@ -200,10 +208,10 @@ def _l1(pair: Pair, differentiable: bool) -> tuple[Tensor, WriteGradient]:
             sign = strip.sign_()
             slope[:, :, start:].baddbmm_(pair.s[:, :, rows], sign)
             slope[:, :, rows].baddbmm_(pair.s[:, :, stop:], sign[:, :, stop - start :].mT)
-    norm, steepness = pair.norms[0], 2 / pair.pixels**2
+    norm, floor, steepness = pair.norms[0], pair.floors[0], 2 / pair.pixels**2
 
     def write(student: Tensor, teacher: Tensor, out: Tensor, outer: Tensor) -> None:
-        write_gradient(out, student, norm, slope, steepness * outer)
+        write_gradient(out, student, norm, floor, slope, steepness * outer)
 
     return total / pair.pixels**2, write
 
@@ -219,10 +227,10 @@ def _fast(pair: Pair, columns: int, generator: torch.Generator) -> tuple[Tensor,
     uz, sz = (pair.halves @ z).chunk(2, dim=1)
     y = (pair.u.mT @ (sz - uz)).baddbmm_(pair.s.mT, uz)
     left, right = pair.s @ torch.cat([z, y], dim=2), torch.cat([y, z], dim=2).mT
-    norm, steepness = pair.norms[0], 2 / (columns * pair.pixels**2)
+    norm, floor, steepness = pair.norms[0], pair.floors[0], 2 / (columns * pair.pixels**2)
 
     def write(student: Tensor, teacher: Tensor, out: Tensor, outer: Tensor) -> None:
-        write_gradient(out, student, norm, left @ right, steepness * outer)
+        write_gradient(out, student, norm, floor, left @ right, steepness * outer)
 
     return _total(y.square()) / (columns * pair.pixels**2), write
 

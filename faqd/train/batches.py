@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -132,10 +132,12 @@ class Batches:
             self._orders[epoch] = drawn.to(self.train.pixels.device)
         return self._orders[epoch]
 
-    def selection(self) -> Batch:
-        """Unaugmented images of the select split: what model selection may look at."""
-        labels = None if self.select.labels is None else self.select.labels[:SELECT_IMAGES]
-        return self._batch(self.select.normalised(self.select.pixels[:SELECT_IMAGES]), labels)
+    def selection(self) -> Iterator[Batch]:
+        """Unaugmented images of the select split, what model selection may look at, in parts of one batch's size."""
+        for start in range(0, min(SELECT_IMAGES, len(self.select.pixels)), self.size):
+            part = slice(start, min(start + self.size, SELECT_IMAGES))
+            labels = None if self.select.labels is None else self.select.labels[part]
+            yield self._batch(self.select.normalised(self.select.pixels[part]), labels)
 
     def _batch(self, x: Tensor, labels: Tensor | None) -> Batch:
         return Batch(x, labels, None if self.teacher is None else self.teacher(x))

@@ -41,10 +41,10 @@ def main() -> None:
     run(cli)
 
 
-def _absolute(context: click.Context, option: click.Parameter, arch: str | None) -> str | None:
+def _absolute(context: click.Context, option: click.Parameter, spec: str | None) -> str | None:
     """FILE.py:callable with a path that holds from any folder, since a run remembers it."""
-    file, _, name = (arch or "").rpartition(":")
-    return f"{Path(file).expanduser().resolve()}:{name}" if file.endswith(".py") else arch
+    file, _, name = (spec or "").rpartition(":")
+    return f"{Path(file).expanduser().resolve()}:{name}" if file.endswith(".py") else spec
 
 
 def _arch(help_text: str) -> Callable[[Any], Any]:
@@ -136,19 +136,29 @@ _teacher_weights = click.option(
     type=click.Choice(["lsq", "mean", "pact", "min"]),
     help="Learn their scales by this slope: lsq's, or a coarse one of the paper.",
 )
+@click.option(
+    "--calibration",
+    type=click.Choice(["mse", "percentile", "max", "entropy"]),
+    help="Choose the first activation scales in this way.",
+)
 @exclude_option
-@click.option("--logit", type=click.Choice(["mse", "kl"]), help="Measure the distance of the outputs in this way.")
+@click.option(
+    "--logit", type=click.Choice(["relative", "mse", "kl"]), help="Measure the distance of the outputs in this way."
+)
 @click.option("--logit-weight", type=Finite(0), help="Weigh that distance with this.")
 @click.option("--temperature", type=Finite(0, min_open=True), help="Soften the outputs of --logit kl by this.")
 @click.option(
     "--affinity",
-    type=click.Choice(["l1", "l2", "l2_squared", "fast", "none"]),
+    type=click.Choice(["l1", "l2", "l2_batch", "l2_squared", "fast", "none"]),
     help="Measure the distance of the feature affinities in this way.",
 )
 @click.option(
     "--adaptors/--no-adaptors", default=None, help="Compare the student's maps behind a 1x1 convolution of their own."
 )
 @click.option("--affinity-weight", type=Finite(0), help="Weigh that distance, a mean over the batch, with this.")
+@click.option(
+    "--affinity-floor", type=Finite(0), help="Add this share of a map's typical length to the length of every pixel."
+)
 @click.option("--columns", type=click.IntRange(1), help="Use so many random projections for --affinity fast.")
 @click.option("--teacher-dtype", type=click.Choice(["fp32", "bf16"]), help="Run the teacher in this.")
 @click.option(
@@ -163,6 +173,17 @@ _teacher_weights = click.option(
 )
 @click.option(
     "--tap", "taps", multiple=True, metavar="PLACE[=PLACE]", help="Compare feature maps here (teacher=student)."
+)
+@click.option(
+    "--optimizer",
+    type=click.Choice(["relative", "sgd"]),
+    help="Step by shares of what is learned (then --lr is that share), or as SGD does.",
+)
+@click.option(
+    "--select",
+    metavar="FILE.py:function",
+    callback=_absolute,
+    help="Keep the weights for which this measure of yours is largest, instead of the least distance.",
 )
 @data_flags
 @_schedule

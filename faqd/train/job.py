@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,13 @@ from torch import Tensor, nn
 from faqd.errors import UserError
 from faqd.files import leftovers, remove, written_beside
 from faqd.train.augment import augment
-from faqd.train.batches import FORWARD, NORMS, PROJECTION, SELECTION, Batch, Batches, Images, stream
-from faqd.train.checkpoint import Position, checkpoints, iteration_of, load_checkpoint, save_checkpoint
+from faqd.train.batches import FORWARD, NORMS, PROJECTION, Batch, Batches, Images, stream
+from faqd.train.checkpoint import BEST, Position, checkpoints, iteration_of, load_checkpoint, save_checkpoint
+from faqd.train.network import read_tensors
+from faqd.train.optimizer import RelativeAdam
 from faqd.train.recipes import Training
 from faqd.train.run import METRICS
+from faqd.train.select import Best, Measure, answers, is_due, mean_losses
 from faqd.train.world import World
 
 NORM_IMAGES = 5000
@@ -27,7 +30,7 @@ LOSS_SCALE = 2.0**12
 NORM_LAYERS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 
 Losses = dict[str, Tensor]
-"""Weighted loss terms by name; their sum is minimised."""
+"""Weighted loss terms by name, whose first word is what they are of."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class Job:
     must hold after every step, such as positive scales. decayed, free: parameters with and without weight decay.
     all_used: whether the losses reach every parameter. autocast: the dtype of convolutions and matrix products in
     training, None for float32; what is selected and kept is always computed in float32.
+    balanced: weights by the first word of a term's name. Such terms are minimised as shares of what they are, so that
+    none outweighs another by its units. measure: by which the best weights are told; None keeps the last ones.
     """
 
     title: str
@@ -50,6 +55,8 @@ class Job:
     training: Training
     all_used: bool = True
     autocast: torch.dtype | None = None
+    balanced: Mapping[str, float] = field(default_factory=dict)
+    measure: Measure | None = None
 
     def __post_init__(self) -> None:
         grouped = sorted(id(p) for p in [*self.decayed, *self.free])
@@ -57,7 +64,9 @@ class Job:
 
 
 class Trainee:
-    """A job at an iteration: its optimizer, and the losses that were not reported yet.
+    """A job at an iteration: its optimizer, its best weights, and the losses that were not reported yet.
+
+    broken: a loss was no longer finite, so that nothing more can be learned.
 
     Starts from the latest checkpoint in the run's folder if there is one. Iteration i is a function of the weights, of
     the batch and of (seed, i) alone.
@@ -67,7 +76,7 @@ class Trainee:
         self.job = job
         self.world = world
         self.optimizer = _optimizer(job)
-        self.start = _resume(job, self.optimizer, world)
+        self.start, self.best = _resume(job, self.optimizer, world)
         self.iteration = self.start.iteration
         device = job.decayed[0].device
         # Float16 has few exponents: a scaled loss keeps small gradients from vanishing. Passes through if disabled.
@@ -75,6 +84,7 @@ class Trainee:
         if self.start.loss_scale:
             self.scaler.load_state_dict(self.start.loss_scale)
         self.sums = {name: torch.tensor(value, device=device) for name, value in self.start.sums.items()}
+        self.broken = False
         self._unseen: dict[int, Losses] = {}
         self._forward = world.parallel(job.network, job.all_used)
 
@@ -92,8 +102,8 @@ class Trainee:
         losses = job.losses(answer, batch, generator)
         self.optimizer.zero_grad(set_to_none=True)
         values = torch.stack(list(losses.values()))
-        self.scaler.scale(values.sum()).backward()
-        if training.clip_norm is not None:
+        self.scaler.scale(_objective(losses, job.balanced, self.world)).backward()
+        if training.clip_norm is not None and training.optimizer == "sgd":
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_([*job.decayed, *job.free], training.clip_norm)
         self.scaler.step(self.optimizer)
@@ -104,6 +114,12 @@ class Trainee:
         self.iteration += 1
         self._unseen[self.iteration] = losses
 
+    def judge(self, batches: Batches, total: int) -> None:
+        """Look at the select split where that is due, and remember the best weights."""
+        job = self.job
+        if job.measure is not None and is_due(self.iteration, total):
+            self.best.see(self.iteration, self.world.first(lambda: measured(job, batches)), job.network)
+
     def look(self) -> str:
         """The latest losses in words. UserError where one since the last look is not finite."""
         unseen, self._unseen = self._unseen, {}
@@ -111,14 +127,14 @@ class Trainee:
             _refuse_nan(values, f"in iteration {number}")
         return "loss " + " + ".join(f"{name} {value.item():.4g}" for name, value in unseen[self.iteration].items())
 
-    def end_epoch(self, batches: Batches, selection: Batch, seconds: float) -> None:
+    def end_epoch(self, batches: Batches, seconds: float) -> None:
         """Write the line of an epoch, with the losses on the select split."""
         count = (self.iteration - 1) % batches.per_epoch + 1
         line = {
             "iteration": self.iteration,
             "epoch": -(-self.iteration // batches.per_epoch),
             **{f"{name}_loss": value.item() / count for name, value in self.sums.items()},
-            **{f"select_{name}_loss": value for name, value in select_losses(self.job, batches, selection).items()},
+            **{f"select_{name}_loss": value for name, value in select_losses(self.job, batches).items()},
             "seconds": round(self.start.seconds + seconds, 3),
         }
         self.sums = {}
@@ -129,12 +145,31 @@ class Trainee:
     def save(self, seconds: float) -> None:
         sums = {name: value.item() for name, value in self.sums.items()}
         seconds += self.start.seconds
-        position = Position(self.iteration, sums, seconds, self.start.threads, self.scaler.state_dict())
-        save_checkpoint(self.job.run, self.job.network, self.optimizer, position)
+        best = self.best.to_json() if self.best.weights else {}
+        position = Position(self.iteration, sums, seconds, self.start.threads, self.scaler.state_dict(), best)
+        save_checkpoint(self.job.run, self.job.network, self.optimizer, position, self.best.weights)
+
+
+def _objective(losses: Losses, balanced: Mapping[str, float], world: World) -> Tensor:
+    """What is minimised: the sum of the terms, where those of one balanced word count as its weight times their share
+    of what they are now, in all processes together."""
+    whole: dict[str, Tensor] = {}
+    for name, value in losses.items():
+        word = name.partition(" ")[0]
+        whole[word] = whole[word] + value if word in whole else value
+    sizes = world.mean(torch.stack([value.detach() for value in whole.values()]).clone())
+    tiny = torch.finfo(sizes.dtype).tiny
+    terms = [
+        balanced[word] * value / size.clamp_min(tiny) if word in balanced else value
+        for (word, value), size in zip(whole.items(), sizes, strict=True)
+    ]
+    return torch.stack(terms).sum()
 
 
 def _optimizer(job: Job) -> torch.optim.Optimizer:
     training = job.training
+    if training.optimizer == "relative":
+        return RelativeAdam([*job.decayed, *job.free], resolved(training.lr))
     return torch.optim.SGD(
         [
             {"params": job.decayed, "weight_decay": training.weight_decay},
@@ -147,10 +182,13 @@ def _optimizer(job: Job) -> torch.optim.Optimizer:
     )
 
 
-def _resume(job: Job, optimizer: torch.optim.Optimizer, world: World) -> Position:
+def _resume(job: Job, optimizer: torch.optim.Optimizer, world: World) -> tuple[Position, Best]:
     world.first(lambda: _clear(job.run))
     found = checkpoints(job.run)
-    return load_checkpoint(found[-1], job.network, optimizer) if found else Position()
+    if not found:
+        return Position(), Best()
+    position = load_checkpoint(found[-1], job.network, optimizer)
+    return position, Best.from_json(position.best, read_tensors(found[-1] / BEST)) if position.best else Best()
 
 
 def _clear(run: Path) -> None:
@@ -172,9 +210,9 @@ def _cut_back(metrics: Path, iteration: int) -> None:
 
 def _rate(training: Training, iteration: int, total: int) -> float:
     """A linear rise over the warm-up, then half a cosine to zero."""
-    rising, peak = training.warmup * total, resolved(training.lr)
+    rising, peak = resolved(training.warmup) * total, resolved(training.lr)
     if iteration < rising:
-        return peak * (iteration + 1) / rising
+        return peak * min(1.0, (iteration + 1) / rising)
     return peak * 0.5 * (1 + math.cos(math.pi * (iteration - rising) / max(1.0, total - rising)))
 
 
@@ -203,13 +241,18 @@ def _refuse_nan(losses: Mapping[str, Tensor | float], where: str) -> None:
 
 
 @torch.no_grad()
-def select_losses(job: Job, batches: Batches, selection: Batch) -> dict[str, float]:
-    """The losses on `selection`, the select split."""
-    job.network.eval()
-    losses = job.losses(job.network(selection.x), selection, stream(batches.data_seed, SELECTION, 0))
-    plain = {name: float(value) for name, value in losses.items()}
+def select_losses(job: Job, batches: Batches) -> dict[str, float]:
+    """The losses on the select split."""
+    plain = mean_losses(answers(job.network, batches), job.losses, batches.data_seed)
     _refuse_nan(plain, "on the select split")
     return plain
+
+
+@torch.no_grad()
+def measured(job: Job, batches: Batches) -> float:
+    """The job's measure on the select split."""
+    assert job.measure is not None
+    return job.measure(answers(job.network, batches))
 
 
 @torch.no_grad()

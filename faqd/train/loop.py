@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -15,6 +16,7 @@ from faqd.train.batches import Batches
 from faqd.train.checkpoint import checkpoints, drop_checkpoints, iteration_of
 from faqd.train.job import Job, Trainee, resolved, settle_norms
 from faqd.train.progress import reporting
+from faqd.train.select import Best
 
 CHECKPOINT_EVERY_S = 60.0
 """Seconds between checkpoints: what a kill costs at most."""
@@ -22,14 +24,24 @@ CHECK_EVERY = 20
 """Iterations between looks at the losses: reading them makes a GPU wait."""
 
 
-def fit(jobs: Sequence[Job], batches: Batches, deadline: float = math.inf) -> dict[Path, UserError]:
+class Fitted(NamedTuple):
+    """By run: what is known of the best weights where a job has a measure of them; and where it has none, the error of
+    each whose loss was no longer finite."""
+
+    failed: dict[Path, UserError]
+    best: dict[Path, Best]
+
+
+def fit(jobs: Sequence[Job], batches: Batches, deadline: float = math.inf) -> Fitted:
     """Train every job to its end, each from the latest checkpoint in its folder if there is one.
 
-    The jobs have one schedule, up to its rates, and never touch one another: each ends as it would alone. Returns the
-    error of every run whose loss was no longer finite; the others go on. UserError after Ctrl-C, or without memory;
-    Paused with a checkpoint of every run once time.monotonic() has passed the deadline, after one iteration at least.
+    The jobs have one schedule, up to its rates, and never touch one another: each ends as it would alone, with the best
+    weights that were seen where it has a measure, those it started with among them. One whose loss is no longer finite
+    learns no more; the others go on. UserError after Ctrl-C, or without memory; Paused with a checkpoint of every run
+    once time.monotonic() has passed the deadline, after one iteration at least.
     """
     failed: dict[Path, UserError] = {}
+    best: dict[Path, Best] = {}
     try:
         trainees = [Trainee(job, batches.world) for job in jobs]
         # Sums of floats depend on the number of threads: each goes on with its own.
@@ -37,9 +49,14 @@ def fit(jobs: Sequence[Job], batches: Batches, deadline: float = math.inf) -> di
             torch.set_num_threads(threads)
             together = [trainee for trainee in trainees if trainee.start.threads == threads]
             _iterate(together, batches, failed, deadline)
-            for job in [trainee.job for trainee in together]:
-                if job.run not in failed and resolved(job.training.frozen_norm) < 1:
+            for trainee in (trainee for trainee in together if trainee.job.run not in failed):
+                job = trainee.job
+                if resolved(job.training.frozen_norm) < 1:
                     settle_norms(job.network, batches.train, job.training)
+                    trainee.judge(batches, trainee.iteration)
+                if job.measure is not None:
+                    best[job.run] = trainee.best
+                    job.network.load_state_dict(trainee.best.weights)
     except KeyboardInterrupt:
         raise UserError(_interrupted([job.run for job in jobs]), exit_code=INTERRUPTED) from None
     except torch.OutOfMemoryError as error:
@@ -48,7 +65,7 @@ def fit(jobs: Sequence[Job], batches: Batches, deadline: float = math.inf) -> di
             "smaller one and another --out.",
             exit_code=1,
         ) from error
-    return failed
+    return Fitted(failed, best)
 
 
 def _iterate(trainees: list[Trainee], batches: Batches, failed: dict[Path, UserError], deadline: float) -> None:
@@ -56,15 +73,19 @@ def _iterate(trainees: list[Trainee], batches: Batches, failed: dict[Path, UserE
     first = min(trainee.iteration for trainee in trainees)
     began_at = saved_at = time.monotonic()
     titles = [trainee.job.title for trainee in trainees] if batches.world.leads else []
+    for trainee in trainees:
+        if trainee.iteration == 0:
+            trainee.judge(batches, total)
     with reporting(titles, total, first) as report:
         for iteration in range(first, total):
             # A kill can leave some one checkpoint ahead of the others, and lists may grow.
-            due = [t for t in trainees if t.iteration == iteration and t.job.run not in failed]
+            due = [t for t in trainees if t.iteration == iteration and not t.broken]
             if not due:
                 continue
             batch = batches.at(iteration)
             for trainee in due:
                 trainee.step(batch, total)
+                trainee.judge(batches, total)
             done = iteration + 1
             seconds = time.monotonic() - began_at
             ends_epoch = done % batches.per_epoch == 0 or done == total
@@ -74,19 +95,21 @@ def _iterate(trainees: list[Trainee], batches: Batches, failed: dict[Path, UserE
             pauses = may_save and batches.world.first(lambda: time.monotonic() >= deadline)
             saves = may_save and batches.world.leads and time.monotonic() - saved_at >= CHECKPOINT_EVERY_S
             saves |= pauses and batches.world.leads
-            selection = batches.selection() if ends_epoch else None
             news = {}
             for trainee in due:
                 try:
                     if looks or saves:
                         news[trainee.job.title] = trainee.look()
-                    if selection is not None:
-                        trainee.end_epoch(batches, selection, seconds)
+                    if ends_epoch:
+                        trainee.end_epoch(batches, seconds)
                 except UserError as error:
-                    failed[trainee.job.run] = error
+                    trainee.broken = True
+                    if trainee.job.measure is None:
+                        failed[trainee.job.run] = error
+                    trainee.best.last = math.inf
             if saves:
                 for trainee in due:
-                    if trainee.job.run not in failed:
+                    if not trainee.broken:
                         trainee.save(seconds)
                 saved_at = time.monotonic()
             report(done, news)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -10,8 +10,8 @@ from torch.nn import functional
 
 from faqd.train.affinity import AffinityDistance
 
-LogitForm = Literal["mse", "kl"]
-AffinityForm = Literal["l1", "l2", "l2_squared", "fast"]
+LogitForm = Literal["relative", "mse", "kl"]
+AffinityForm = Literal["l1", "l2", "l2_batch", "l2_squared", "fast"]
 
 
 def logit_loss(student: Tensor, teacher: Tensor, form: LogitForm, temperature: float) -> Tensor:
@@ -40,7 +40,7 @@ def logit_loss(student: Tensor, teacher: Tensor, form: LogitForm, temperature: f
         log_teacher = functional.log_softmax(teacher / temperature, dim=1)
         divergence = functional.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
         return divergence * (temperature**2 * student.shape[1] / student.numel())
-    raise ValueError(f"logit form {form!r}: expected mse or kl.")
+    raise ValueError(f"logit form {form!r}: expected mse or kl; relative is the distance of faqd.train.heads.")
 
 
 def affinity_loss(
@@ -48,6 +48,7 @@ def affinity_loss(
     teacher: Tensor,
     form: AffinityForm,
     *,
+    floor: float = 0.0,
     columns: int = 15,
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -55,18 +56,21 @@ def affinity_loss(
 
     student (B, Cs, H, W), teacher (B, Ct, H', W'); channel counts may differ, and where the sizes do the
     teacher is resized to (H, W), bilinearly with aligned corners. With N = H * W, every pixel's column f of
-    channels becomes f / (|f| + 1e-5); S and T are the resulting (C, N) matrices of one sample and
-    D = S'S - T'T is the difference of their cosine similarities. The value of a sample is
+    channels becomes f / (|f| + 1e-5 + floor * r), where r is the root mean square of the lengths |f| in the same map
+    of the same sample and counts as a constant; S and T are the resulting (C, N) matrices of one sample and
+    D = S'S - T'T is the difference of their cosine similarities. A floor keeps columns that hardly differ from zero,
+    whose direction is rounding, from counting as much as the others. The value of a sample is
 
     - ``l1``: sum |D| / N^2, computed in tiles: memory O(N * tile) instead of O(N^2);
     - ``l2``: |D|_F / N, at exactly equal maps 0 with a zero gradient;
+    - ``l2_batch``: no value of a sample: one norm over all B of them, |D|_F / (B * N), as the paper's code has it;
     - ``l2_squared``: |D|_F^2 / N^2; like l2 in O(N * C * min(N, C)) time;
     - ``fast``: |D Z|_F^2 / (columns * N^2) for a standard normal Z (N, columns), drawn afresh for every
       sample from `generator`: an unbiased estimate of l2_squared, relative deviation at most
       sqrt(2 / columns) per sample. The global generator is never touched.
 
-    The result is the mean over the batch. The paper's code sums over the batch: its weight w at batch B is
-    the weight w * B here (0.1 at batch 100 is 10).
+    The result is the mean over the batch, but for l2_batch. The paper's code sums over the batch: its weight w at
+    batch B is the weight w * B here (0.1 at batch 100 is 10), for l1 and l2_batch.
 
     The teacher receives no gradient. Half precision and any strides are welcome; the arithmetic is float32
     or float64, whatever autocast and TF32 settings hold outside. No second derivatives.
@@ -76,17 +80,22 @@ def affinity_loss(
             f"student map {tuple(student.shape)} and teacher map {tuple(teacher.shape)}: expected "
             "(batch, channels, height, width) twice with one batch size; choose taps on feature maps."
         )
-    if form not in ("l1", "l2", "l2_squared", "fast"):
-        raise ValueError(f"affinity form {form!r}: expected l1, l2, l2_squared or fast.")
+    if form not in get_args(AffinityForm):
+        raise ValueError(f"affinity form {form!r}: expected {', '.join(get_args(AffinityForm))}.")
     if form == "fast" and (generator is None or columns < 1):
         raise ValueError(
             f"fast affinity with columns={columns}, generator={generator}: expected at least one column and "
             "a generator of its own; pass torch.Generator()."
         )
     dtype = _arithmetic(student, teacher)
+    of_sample = "l2_squared" if form == "l2_batch" else form
     distance: Tensor = AffinityDistance.apply(  # type: ignore[no-untyped-call]
-        student, teacher.detach(), form, columns, generator, dtype
+        student, teacher.detach(), of_sample, floor, columns, generator, dtype
     )
+    if form == "l2_batch":
+        # The root of zero has no gradient.
+        equal = distance == 0
+        distance = torch.where(equal, 0.0, torch.where(equal, 1.0, distance / len(student)).sqrt())
     return distance
 
 

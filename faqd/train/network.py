@@ -109,6 +109,18 @@ def user_source(spec: str, channels: int, pixels: tuple[int, int], option: str =
     return NetworkSource(channels, pixels, 0, file=str(path.resolve()), callable=name, sha256=sha256(path))
 
 
+def user_function(spec: str, option: str) -> Callable[..., Any]:
+    """The function that `FILE.py:function` names; what it raises comes as a UserError with its line."""
+    source = user_source(spec, 0, (0, 0), option)
+    path = Path(str(source.file))
+    with _importable(path) as module:
+        _run_of_the_user(path, "importing it", lambda: module.__spec__.loader.exec_module(module))
+    function = getattr(module, str(source.callable), None)
+    if not callable(function):
+        raise UserError(f"{option} {spec}: {path} has no function of that name; name one that it has.")
+    return lambda *arguments: _run_of_the_user(path, f"{source.callable}()", lambda: function(*arguments))
+
+
 def _call(path: Path, name: str) -> nn.Module:
     with _importable(path) as module:
         _run_of_the_user(path, "importing it", lambda: module.__spec__.loader.exec_module(module))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from faqd.calib.ranges import Method
 from faqd.errors import UserError
 from faqd.quant import Rounding, Target
 from faqd.train.losses import AffinityForm, LogitForm
@@ -14,34 +16,70 @@ from faqd.train.quantizers import ScaleGradient
 DistillAffinity = AffinityForm | Literal["none"]
 TeacherDtype = Literal["fp32", "bf16"]
 Autocast = Literal["none", "bf16", "fp16"]
+OptimizerName = Literal["sgd", "relative"]
 
 
 @dataclass(frozen=True)
 class Training:
     """The schedule. Iterations are epochs of the data, or exactly `steps`; the rate falls to zero as a cosine.
 
-    lr: the peak rate. clip_norm: total gradient norm, None for no clipping. warmup: the first part, in which the rate
-    rises. frozen_norm: the last part, in which batch-norm statistics stand still; 1 keeps them as they came. For lr and
-    frozen_norm a recipe may leave None: where the student starts then decides (FROM_TRAINED, FROM_SCRATCH).
+    batch_size: 0 for one that suits the size of the images. optimizer: sgd, or relative, whose steps are shares of
+    what is learned. lr: the peak rate. momentum, weight_decay and clip_norm (of the total gradient, None for no
+    clipping) are those of sgd. warmup: the first part, in which the rate rises. frozen_norm: the last part, in which
+    batch-norm statistics stand still; 1 keeps them as they came. For optimizer, lr, warmup and frozen_norm a recipe
+    may leave None: where the student starts then decides (`usual_training`), and how far from its teacher for the lr of
+    relative steps (`relative_rate`).
     """
 
     epochs: int
     batch_size: int
     lr: float | None = None
     steps: int | None = None
+    optimizer: OptimizerName | None = "sgd"
     momentum: float = 0.9
     weight_decay: float = 1e-4
     clip_norm: float | None = None
     frozen_norm: float | None = 0.1
-    warmup: float = 0.0
+    warmup: float | None = 0.0
     seed: int = 0
     data_seed: int = 0
 
 
-FROM_TRAINED: dict[str, Any] = {"lr": 0.002, "frozen_norm": 1.0}
-"""A student that starts from float weights keeps their batch-norm statistics: re-estimating them would move every layer
-away from the teacher, whose augmentation we may not know (docs/decisions.md has the measurement)."""
-FROM_SCRATCH: dict[str, Any] = {"lr": 0.05, "frozen_norm": 0.1}
+RELATIVE_WARMUP = 0.05
+RATES = {1: 1e-2, 2: 1e-2, 3: 5e-3, 4: 5e-3}
+"""Of relative steps by weight bits, where the student says nothing of what its teacher does; above 4 bits, USUAL_RATE:
+a finer grid has less far to go from one code to the next."""
+USUAL_RATE, SMALLEST_DISTANCE = 2e-3, 1e-4
+LARGEST_BATCH, SMALLEST_BATCH = 100, 8
+BATCH_PIXELS = 2**20
+"""What a batch holds between those two: 100 images of 100 pixels a side, 20 of 224."""
+
+
+def usual_training(training: Training, scratch: bool, image_pixels: int) -> Training:
+    """`training` with what it leaves open filled in, but for the lr of relative steps. image_pixels: of one image.
+
+    A student that starts from float weights keeps their batch-norm statistics: re-estimating them would move every
+    layer away from the teacher, whose augmentation we may not know (docs/decisions.md has the measurement).
+    """
+    optimizer = training.optimizer or ("sgd" if scratch else "relative")
+    usual: dict[str, Any] = {
+        "optimizer": optimizer,
+        "lr": None if optimizer == "relative" else 0.05 if scratch else 0.002,
+        "warmup": RELATIVE_WARMUP if optimizer == "relative" else 0.0,
+        "frozen_norm": 0.1 if scratch else 1.0,
+    }
+    batch_size = training.batch_size or max(SMALLEST_BATCH, min(LARGEST_BATCH, BATCH_PIXELS // image_pixels))
+    unset = {name: value for name, value in usual.items() if getattr(training, name) is None}
+    return replace(training, batch_size=batch_size, **unset)
+
+
+def relative_rate(distance: float, weight_bits: int) -> float:
+    """The usual rate of relative steps for a student whose outputs are at this distance (faqd.train.heads) untrained.
+
+    The distance is a square, the weights' errors that made it are not. A student that says nothing of what its teacher
+    does has a distance of 1 or more, and farther is no farther to go.
+    """
+    return RATES.get(weight_bits, USUAL_RATE) * math.sqrt(min(1.0, max(SMALLEST_DISTANCE, distance)))
 
 
 @dataclass(frozen=True)
@@ -61,6 +99,9 @@ class DistillRecipe:
     data, arch, init: None for what the command line says, the teacher's own network, and its weights where the
     student is that network. The record of a run has them filled in. exclude: regular expressions of places kept float.
     scale_step: the share of itself by which an activation's scale may change in one iteration, None for any.
+    calibration: how the first scales of activations are chosen. logit: None for relative with relative steps, and for
+    mse with sgd. select: FILE.py:function, the measure by which the best weights are told; None for the distance of
+    the outputs.
     """
 
     about: str
@@ -74,18 +115,21 @@ class DistillRecipe:
     rounding: Rounding = "nearest"
     scale_gradient: ScaleGradient = "lsq"
     scale_step: float | None = 0.02
+    calibration: Method = "mse"
     exclude: tuple[str, ...] = ()
     init: str | None = None
-    logit: LogitForm = "mse"
+    logit: LogitForm | None = "mse"
     logit_weight: float = 1.0
     temperature: float = 4.0
     affinity: DistillAffinity = "l2"
     affinity_weight: float = 1.0
+    affinity_floor: float = 0.0
     columns: int = 15
     teacher_dtype: TeacherDtype = "fp32"
     autocast: Autocast = "none"
     adaptors: bool = False
     label_weight: float = 0.0
+    select: str | None = None
 
 
 Recipe = TeacherRecipe | DistillRecipe
@@ -112,8 +156,15 @@ def cifar10_teacher() -> TeacherRecipe:
 def distill_default() -> DistillRecipe:
     return DistillRecipe(
         "8-bit student from its own teacher: a short fine-tuning for any data",
-        Training(epochs=20, batch_size=100, frozen_norm=None, clip_norm=20.0),
+        open_training(epochs=20),
+        logit=None,
+        affinity_floor=1e-3,
     )
+
+
+def open_training(epochs: int, batch_size: int = 0, steps: int | None = None) -> Training:
+    """A schedule that leaves to the student's start how it steps."""
+    return Training(epochs, batch_size, None, steps, None, clip_norm=20.0, frozen_norm=None, warmup=None)
 
 
 def distill_digits() -> DistillRecipe:
@@ -121,7 +172,7 @@ def distill_digits() -> DistillRecipe:
         distill_default(),
         about="8-bit student on the digits of scikit-learn, seconds on a CPU",
         data="digits",
-        training=Training(epochs=15, batch_size=64, frozen_norm=None, clip_norm=20.0),
+        training=open_training(epochs=15, batch_size=64),
     )
 
 
@@ -130,7 +181,7 @@ def distill_cifar10() -> DistillRecipe:
         distill_default(),
         about="8-bit ResNet-20 student on CIFAR-10, 200 epochs",
         data="cifar10",
-        training=Training(epochs=200, batch_size=100, frozen_norm=None, clip_norm=20.0),
+        training=open_training(epochs=200, batch_size=100),
     )
 
 

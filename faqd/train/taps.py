@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 
 from torch import fx
 
 from faqd.errors import UserError
 from faqd.train import graph
+from faqd.train.heads import is_probability
+from faqd.train.losses import AffinityForm
 from faqd.train.prepare import Student
 from faqd.train.quantizers import ActivationQuantizer
 
@@ -15,17 +18,21 @@ ACTIVATIONS = ("rectify", "clamp", "curve")
 """Roles whose results are feature maps behind an activation."""
 QUANTIZED = "_quant"
 """What the place of a tensor has at its end where the tensor is rounded."""
+FEW = 8
+"""Channels that are too few for a direction: with one, every cosine is 1 or 0."""
+
+Size = tuple[int, int]
 
 
 def tap_pairs(teacher: fx.GraphModule, student: Student, names: list[str] | None) -> list[tuple[str, str]]:
     """Pairs of node names (teacher, student) whose feature maps are compared.
 
-    names None: the last activated map of each size, where both networks have one of that size. Otherwise what --tap
-    gives, each `PLACE` in both networks or `TEACHER_PLACE=STUDENT_PLACE`.
+    names None: those of `_found`, where both networks have one of that size. Otherwise what --tap gives, each `PLACE`
+    in both networks or `TEACHER_PLACE=STUDENT_PLACE`.
     """
     if names is None:
-        ours, theirs = _last_maps(student.network), _last_maps(teacher)
-        return [(theirs[size], ours[size]) for size in theirs if size in ours]
+        ours, theirs = _found(student.network), _found(teacher)
+        return [(theirs[size].name, ours[size].name) for size in theirs if size in ours]
     pairs = []
     for name in names:
         theirs_name, _, ours_name = name.partition("=")
@@ -42,21 +49,107 @@ def tap_names(teacher: fx.GraphModule, student: Student, pairs: list[tuple[str, 
     return [theirs[a] if theirs[a] == ours[b] else f"{theirs[a]}={ours[b]}" for a, b in pairs]
 
 
-def _last_maps(network: fx.GraphModule) -> dict[tuple[int, int], str]:
-    """Size (H, W) -> name of the last activated feature map of that size, in graph order; one pixel is no map."""
-    found: dict[tuple[int, int], str] = {}
-    for node in network.graph.nodes:
-        if not graph.is_tensor(node) or len(graph.shape(node)) != 4:
-            continue
-        module = network.get_submodule(str(node.target)) if node.op == "call_module" else None
-        activated = graph.role(network, node) in ACTIVATIONS
-        if isinstance(module, ActivationQuantizer):
-            activated = not module.quant.signed or graph.role(network, graph.operand(node)) in ACTIVATIONS
-        size = graph.shape(node)[2:]
-        if activated and size != (1, 1):
-            found.pop((size[0], size[1]), None)
-            found[size[0], size[1]] = node.name
+def tap_costs(student: Student, pairs: list[tuple[str, str]], form: AffinityForm, columns: int) -> list[str]:
+    """What each pair is and costs: channels, height and width of the student's map, multiplications an image."""
+    shapes = {node.name: graph.shape(node) for node in student.network.graph.nodes if graph.is_tensor(node)}
+    said = []
+    for _, ours in pairs:
+        _, channels, height, width = shapes[ours]
+        pixels = height * width
+        if form == "fast":
+            products = 8 * columns * pixels * channels
+        elif form == "l1":
+            products = 4 * pixels**2 * channels
+        else:
+            products = min(2 * pixels, 5 * channels) * pixels * channels
+        said.append(f"{channels} x {height} x {width}, {products / 1e6:.3g} M multiplications an image")
+    return said
+
+
+def _found(network: fx.GraphModule) -> dict[Size, fx.Node]:
+    """Size (H, W) -> the feature map of that size to compare, in graph order.
+
+    In a network with a neck, which is where several layers that make maps of the output read: for each size of such
+    maps the last one that all those layers depend on. In any other network the last activated map of each size.
+    """
+    maps = [node for node in network.graph.nodes if _is_feature_map(network, node)]
+    ends: dict[Size, list[fx.Node]] = {}
+    for end in _ends(network):
+        if graph.is_tensor(end) and len(graph.shape(end)) == 4 and _size(end) != (1, 1):
+            ends.setdefault(_size(end), []).append(end)
+    found: dict[Size, fx.Node] = {}
+    for of_size in ends.values() if any(len(of_size) > 1 for of_size in ends.values()) else ():
+        necks = [node for node in maps if not any(_reaches(network, end, node) for end in of_size)]
+        if necks:
+            found.pop(_size(necks[-1]), None)
+            found[_size(necks[-1])] = necks[-1]
+    if found:
+        return dict(sorted(found.items(), key=lambda entry: maps.index(entry[1])))
+    for node in filter(lambda node: _is_activated(network, node), maps):
+        found.pop(_size(node), None)
+        found[_size(node)] = node
     return found
+
+
+def _is_feature_map(network: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether `node` is a map that a layer still reads: of several pixels and channels, and no probability."""
+    if not graph.is_tensor(node) or len(graph.shape(node)) != 4 or node.op == "placeholder":
+        return False
+    made_by = graph.operand(node) if isinstance(graph.module_of(network, node), ActivationQuantizer) else node
+    if _size(node) == (1, 1) or graph.shape(node)[1] < FEW or is_probability(network, made_by):
+        return False
+    return any(graph.role(network, reader) == "compute" for reader in _behind(node))
+
+
+def _is_activated(network: fx.GraphModule, node: fx.Node) -> bool:
+    module = graph.module_of(network, node)
+    if isinstance(module, ActivationQuantizer):
+        return module.rectifies or graph.role(network, graph.operand(node)) in ACTIVATIONS
+    return graph.role(network, node) in ACTIVATIONS
+
+
+def _ends(network: fx.GraphModule) -> list[fx.Node]:
+    """The layers from which an output is reached through no other layer."""
+    found: dict[fx.Node, None] = {}
+    ahead = [node for node in network.graph.nodes if node.op == "output"]
+    seen = set(ahead)
+    while ahead:
+        for node in ahead.pop().all_input_nodes:
+            if graph.role(network, node) == "compute":
+                found[node] = None
+            elif node not in seen:
+                seen.add(node)
+                ahead.append(node)
+    return list(found)
+
+
+def _behind(node: fx.Node) -> set[fx.Node]:
+    """All that depends on `node`."""
+    found: set[fx.Node] = set()
+    ahead: list[fx.Node] = [node]
+    while ahead:
+        new = set(ahead.pop().users) - found
+        found |= new
+        ahead += new
+    return found
+
+
+def _reaches(network: fx.GraphModule, end: fx.Node, without: fx.Node) -> bool:
+    """Whether `end` depends on the network's input on any way around `without`."""
+    ahead, seen = [end], {without, end}
+    while ahead:
+        node = ahead.pop()
+        if node.op == "placeholder":
+            return True
+        new: Iterable[fx.Node] = [source for source in node.all_input_nodes if source not in seen]
+        seen.update(new)
+        ahead += new
+    return False
+
+
+def _size(node: fx.Node) -> Size:
+    height, width = graph.shape(node)[2:]
+    return height, width
 
 
 def _map_at(network: fx.GraphModule, place: str) -> str:

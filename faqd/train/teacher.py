@@ -54,9 +54,9 @@ def train_teacher(
         if world.leads:
             begin(out, record)
             locks.enter_context(held(out))
-        for error in fit([job], batches, deadline).values():
+        for error in fit([job], batches, deadline).failed.values():
             raise error
-        selected = {**select_losses(job, batches, batches.selection()), "accuracy": _accuracy(network, select)}
+        selected = {**select_losses(job, batches), "accuracy": _accuracy(network, select)}
         return world.first(lambda: _conclude(out, selected, network))
 
 

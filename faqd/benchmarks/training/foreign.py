@@ -48,7 +48,7 @@ from faqd.train.evaluate import deployable
 from faqd.train.outputs import SINGLE, run_batches
 from faqd.train.placement import Bits
 from faqd.train.prepare import calibrate, prepare
-from faqd.train.recipes import TeacherRecipe, Training, distill_default
+from faqd.train.recipes import TeacherRecipe, Training, distill_default, open_training
 from faqd.train.run import WEIGHTS, network_input
 from faqd.train.source import Lesson, lesson_from
 from faqd.train.student import load_student
@@ -79,11 +79,11 @@ class Study:
 STUDIES = {
     "mobilenet": Study(
         Training(epochs=8, batch_size=100, lr=0.1, warmup=0.05, clip_norm=5.0),
-        Training(epochs=1, batch_size=100, steps=200, frozen_norm=None, clip_norm=20.0),
+        open_training(1, 100, 200),
     ),
     "segmenter": Study(
         Training(epochs=20, batch_size=50, lr=0.1, warmup=0.05, clip_norm=5.0),
-        Training(epochs=1, batch_size=50, steps=400, frozen_norm=None, clip_norm=20.0),
+        open_training(1, 50, 400),
     ),
 }
 

@@ -35,11 +35,12 @@ from faqd.errors import UserError
 from faqd.train.batches import Batch, Batches, Images, Target
 from faqd.train.capture import capture
 from faqd.train.data import Augmentation
-from faqd.train.distill import Plan, distill_job
 from faqd.train.job import Losses, Trainee, settle_norms
 from faqd.train.models import check_architecture
 from faqd.train.network import NetworkSource
+from faqd.train.objective import distill_job
 from faqd.train.placement import Bits
+from faqd.train.plan import Plan
 from faqd.train.prepare import calibrate, prepare
 from faqd.train.recipes import DistillRecipe, TeacherDtype, Training
 from faqd.train.taps import tap_pairs

@@ -50,7 +50,7 @@ def train_on_scenes(
     job = Job("teacher", out, network, weights, others, _cross_entropy, lambda: None, training)
     out.mkdir(parents=True, exist_ok=True)
     with held(out):
-        for error in fit([job], batches).values():
+        for error in fit([job], batches).failed.values():
             raise error
         write_tensors(out / WEIGHTS, network.state_dict())
         finish(out)

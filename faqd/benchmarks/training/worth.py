@@ -44,6 +44,7 @@ from faqd.train.recipes import (
     cifar10_teacher,
     digits_teacher,
     distill_default,
+    open_training,
 )
 from faqd.train.run import finished, network_input
 from faqd.train.source import Lesson, lesson_from
@@ -55,13 +56,13 @@ VERSION = 1
 
 LOSSES: dict[str, dict[str, Any]] = {
     "qat": {"label_weight": 1.0, "logit_weight": 0.0, "affinity": "none"},
-    "kd-mse": {"affinity": "none"},
+    "kd-mse": {"logit": "mse", "affinity": "none"},
     "kd-kl": {"logit": "kl", "affinity": "none"},
     "kd-fa": {},
     "kd-ffa": {"affinity": "fast"},
 }
-"""Method -> what it changes in the recipe, which has the mean squared error of the outputs and the exact L2 affinity.
-Only qat reads labels."""
+"""Method -> what it changes in the recipe, which has the exact L2 affinity and, of the outputs, the mean squared error
+from scratch and the relative distance from trained weights. Only qat reads labels."""
 FLOAT, PTQ = "float", "ptq"
 BITS = ("8/8", "4/4", "2/4", "1/4")
 BASELINE = "kd-mse"
@@ -83,12 +84,12 @@ class Study:
 
 STUDIES = {
     # From scratch under a larger teacher.
-    "digits": Study(digits_teacher(), "resnet8", Training(20, 64, frozen_norm=None, clip_norm=20.0), 5, 1),
+    "digits": Study(digits_teacher(), "resnet8", open_training(20, 64), 5, 1),
     # From the teacher's own weights, in the time that two cores have for it.
     "cifar10": Study(
         replace(cifar10_teacher(), arch="resnet8", training=replace(cifar10_teacher().training, epochs=10)),
         "resnet8",
-        Training(1, 100, steps=300, frozen_norm=None, clip_norm=20.0),
+        open_training(1, 100, 300),
         3,
         2,
     ),
