@@ -22,7 +22,7 @@ from faqd.train.fuse import fused
 from faqd.train.images import upright_rgb
 from faqd.train.job import Job
 from faqd.train.loop import fit
-from faqd.train.network import load_weights, read_tensors, write_tensors
+from faqd.train.network import read_tensors, write_tensors
 from faqd.train.prepare import calibrate
 from faqd.train.recipes import DistillRecipe, Training
 from faqd.train.run import load_teacher
@@ -30,6 +30,7 @@ from faqd.train.source import Lesson, lesson_from
 from faqd.train.student import load_student, new_student, student_source
 from faqd.train.taps import tap_pairs
 from faqd.train.target import target_of
+from faqd.train.weights import load_weights
 from faqd.train.world import World
 from tests.toy_runs import NET, PLAIN, User, faqd_train, new_user, succeeds, write_images, write_net
 

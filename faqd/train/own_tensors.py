@@ -20,8 +20,10 @@ from faqd.train.elementwise import Scaled
 
 def with_own_tensors(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     """The module that `node` is (shapes propagated), which then reads one tensor alone; None where it is none."""
-    if node.op == "call_function" and node.target in _LAYERS:
-        return _layer(traced, node)
+    layer = layer_of(traced, node, len(graph.shape(node)))
+    if layer is not None:
+        node.args, node.kwargs = (graph.operand(node),), {}
+        return layer
     make = _SUMS.get(node.target if node.op == "call_function" else str(node.target))
     if make is None or len(node.args) != 2 or node.kwargs or node.op == "call_module":
         return None
@@ -106,31 +108,67 @@ _SUMS: dict[Any, Callable[[Tensor, bool], Scaled | None]] = {
 
 # Layers -----------------------------------------------------------------------------------------------------------
 
-_LAYERS: dict[Any, tuple[str, ...]] = {
-    F.linear: (),
-    **dict.fromkeys((F.conv1d, torch.conv1d, F.conv2d, torch.conv2d), ("stride", "padding", "dilation", "groups")),
+_GEOMETRY = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+_ARGUMENTS: dict[Any, tuple[str, ...]] = {
+    F.linear: ("input", "weight", "bias"),
+    **dict.fromkeys((F.conv1d, torch.conv1d, F.conv2d, torch.conv2d), _GEOMETRY),
+    **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d), _TRANSPOSED),
+    F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
+    torch.batch_norm: (
+        *("input", "weight", "bias", "running_mean", "running_var"),
+        *("training", "momentum", "eps", "cudnn_enabled"),
+    ),
 }
-_KINDS: dict[Any, Any] = {F.conv1d: nn.Conv1d, torch.conv1d: nn.Conv1d, F.conv2d: nn.Conv2d, torch.conv2d: nn.Conv2d}
+_KINDS: dict[Any, Any] = {
+    F.conv1d: nn.Conv1d,
+    F.conv2d: nn.Conv2d,
+    F.conv_transpose1d: nn.ConvTranspose1d,
+    F.conv_transpose2d: nn.ConvTranspose2d,
+}
 
 
-def _layer(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
-    names = ("input", "weight", "bias", *_LAYERS[node.target])
-    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
-    x, weight, bias = given.pop("input", None), given.pop("weight", None), given.pop("bias", None)
-    values, offset = _own(traced, weight), _own(traced, bias)
-    if not isinstance(x, fx.Node) or values is None or (offset is None) != (bias is None):
+def layer_of(traced: fx.GraphModule, node: fx.Node, dimensions: int) -> nn.Module | None:
+    """The layer or the batch norm that a function with tensors of the network's own is; None where it is none.
+
+    dimensions: of its result.
+    """
+    if node.op != "call_function" or node.target not in _ARGUMENTS:
         return None
-    layer: Any
+    given: dict[str, Any] = dict(zip(_ARGUMENTS[node.target], node.args, strict=False)) | node.kwargs
+    x = given.pop("input", None)
+    tensors = ("weight", "bias", "running_mean", "running_var")
+    own = {name: _own(traced, given[name]) for name in tensors if given.get(name) is not None}
+    if not isinstance(x, fx.Node) or not own or None in own.values():
+        return None
+    others = {name: value for name, value in given.items() if name not in tensors}
+    made = _norm(own, others, dimensions) if "training" in _ARGUMENTS[node.target] else _layer(node, own, others)
+    for name, value in own.items():
+        if made is not None and value is not None and name in ("weight", "bias"):
+            setattr(made, name, _parameter(value))
+    return made
+
+
+def _layer(node: fx.Node, own: dict[str, Any], geometry: dict[str, Any]) -> nn.Module:
+    rows, columns, *kernel = own["weight"].shape
     if node.target is F.linear:
-        layer = nn.Linear(values.shape[1], values.shape[0], bias is not None)
-    else:
-        inputs, kernel = values.shape[1] * given.get("groups", 1), tuple(values.shape[2:])
-        layer = _KINDS[node.target](inputs, values.shape[0], kernel, bias=bias is not None, **given)
-    layer.weight = _parameter(values)
-    if offset is not None:
-        layer.bias = _parameter(offset)
-    node.args, node.kwargs = (x,), {}
-    return layer  # type: ignore[no-any-return]
+        return nn.Linear(columns, rows, "bias" in own)
+    kind, groups = _KINDS[node.target], geometry.get("groups", 1)
+    inputs, outputs = (columns * groups, rows) if kind in (nn.Conv1d, nn.Conv2d) else (rows, columns * groups)
+    layer: nn.Module = kind(inputs, outputs, tuple(kernel), bias="bias" in own, **geometry)
+    return layer
+
+
+def _norm(own: dict[str, Any], given: dict[str, Any], dimensions: int) -> nn.Module | None:
+    """The batch norm of F.batch_norm with statistics of the network's own, which does not take those of a batch."""
+    if given.get("training", False) or "running_mean" not in own or "running_var" not in own:
+        return None
+    kind = nn.BatchNorm2d if dimensions == 4 else nn.BatchNorm1d
+    settings = {name: given[name] for name in ("momentum", "eps") if name in given}
+    norm = kind(len(own["running_mean"]), affine="weight" in own or "bias" in own, **settings)
+    for name in ("running_mean", "running_var"):
+        norm.register_buffer(name, own[name].detach())
+    return norm.eval()
 
 
 def _parameter(own: Tensor) -> nn.Parameter:

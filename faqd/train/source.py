@@ -13,9 +13,10 @@ from faqd.errors import UserError, first_line
 from faqd.files import sha256
 from faqd.preprocess import Preprocess
 from faqd.train.data import DataOptions, Dataset, Say, load_dataset
-from faqd.train.network import NetworkSource, is_users, load_weights, user_source
+from faqd.train.network import NetworkSource, is_users, user_source
 from faqd.train.outputs import named_outputs
 from faqd.train.run import data_options, finished, load_teacher, run_preprocess
+from faqd.train.weights import load_weights
 
 NEUTRAL = {"mean": 0.0, "std": 1.0}
 """What `none` stands for."""
