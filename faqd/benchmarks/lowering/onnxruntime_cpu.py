@@ -32,11 +32,12 @@ from faqd.benchmarks.environment import environment
 from faqd.benchmarks.latency import Length, Submission, Times, in_succession, interleaved, speed_up
 from faqd.benchmarks.sessions import ClosedLoop
 from faqd.command import Finite, emit_json, json_option, run
-from faqd.deploy.export import INPUT, onnx_from_deployed, save
+from faqd.deploy.export import onnx_from_deployed, save
 from faqd.deploy.onnx_session import OnnxSession, version
 from faqd.train.capture import capture
 from faqd.train.convert import collect_output_scales, convert
 from faqd.train.network import NetworkSource
+from faqd.train.outputs import INPUT
 from faqd.train.placement import Bits
 from faqd.train.prepare import calibrate, prepare
 
