@@ -1,0 +1,47 @@
+"""The export of a student that is not trained yet: what would stop it then stops it before the first iteration."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from faqd.deploy.bundle_networks import flavours
+from faqd.deploy.export import onnx_from_deployed, onnx_from_network
+from faqd.deploy.torch_values import torch_digests
+from faqd.deploy.verify_layers import verify_file
+from faqd.errors import UserError
+from faqd.quant import FLOAT_BITS
+from faqd.train.capture import capture
+from faqd.train.convert import collect_output_scales, convert
+from faqd.train.fuse import fused
+from faqd.train.prepare import Student
+
+
+def rehearse(student: Student, teacher: nn.Module, x: Tensor, say: Callable[[str], None]) -> None:
+    """Lower a calibrated student and its teacher as `faqd-deploy export` will, and prove one image.
+
+    x: (N >= 2, C, H, W) float32 on the CPU, network input. UserError says what cannot be lowered, or whose file would
+    not be verified. A student with float activations is never exported.
+    """
+    if student.bits.activations == FLOAT_BITS:
+        return
+    start = time.monotonic()
+    training = student.network.training
+    scales = collect_output_scales(student, [x])
+    for flavour in flavours(student.bits.target, student.bits.activations):
+        deployed = convert(student, flavour, scales)
+        model = onnx_from_deployed(deployed, x, {})
+        modes = [False, True] if flavour == "onnxruntime" else [False]
+        failures = verify_file(model, x[:1].numpy(), torch_digests(deployed, x[:1]), modes)["failures"]
+        if failures:
+            raise UserError(
+                f"the {flavour} file of this student could not be verified: {failures[0]}. Nothing was trained; keep "
+                "that place float with --exclude, or write it in another way.",
+                exit_code=1,
+            )
+    onnx_from_deployed(convert(student, "float"), x, {})
+    onnx_from_network(fused(capture(teacher, x)), x, {})
+    student.network.train(training)
+    say(f"rehearsed the export before training, in {time.monotonic() - start:.1f} s: what is lowered can be verified.")
