@@ -35,7 +35,8 @@ def capture(network: nn.Module, example: Tensor) -> fx.GraphModule:
     """
     _refuse_scripts(network)
     network = network.eval()
-    noise = torch.randn(example[:2].shape, generator=torch.Generator().manual_seed(0)).to(example)
+    # Three images, where shapes are those of two: a forward that holds a batch of its own is found out here.
+    noise = torch.randn((3, *example.shape[1:]), generator=torch.Generator().manual_seed(0)).to(example)
     wanted = _outputs(network, noise)
     traced = _traced(network)
     try:
@@ -75,12 +76,11 @@ def _traced(network: nn.Module) -> fx.GraphModule:
     for module in network.modules():
         if hasattr(module, "inplace"):
             setattr(module, "inplace", False)  # noqa: B010 - mypy takes every attribute of a module for a tensor
-    tracer = _Tracer()
-    tracer.record_stack_traces = True
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of defaults that fx cannot assert to be what they are
-            traced = fx.GraphModule(network, _with_one_input(tracer.trace(network, _defaults(network))))
+        try:
+            traced = _graph_of(network, False)
+        except Exception:  # such as of a buffer that is expanded to a size
+            traced = _graph_of(network, True)
     except Exception as error:  # whatever the user's forward raises under tracing
         raise UserError(
             f"{type(network).__name__}: its forward cannot be captured as a graph: "
@@ -98,6 +98,17 @@ def _traced(network: nn.Module) -> fx.GraphModule:
             traced.graph.erase_node(node)
     traced.recompile()
     return traced
+
+
+def _graph_of(network: nn.Module, traces_buffers: bool) -> fx.GraphModule:
+    """The network as a graph. A buffer is its values, by which a forward may choose its way, or a node like others,
+    which may meet sizes of other nodes."""
+    tracer = _Tracer()
+    tracer.record_stack_traces = True
+    tracer.proxy_buffer_attributes = traces_buffers
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of defaults that fx cannot assert to be what they are
+        return fx.GraphModule(network, _with_one_input(tracer.trace(network, _defaults(network))))
 
 
 _IN_PLACE = ("add_", "sub_", "mul_", "div_", "relu_", "sigmoid_", "tanh_", "clamp_", "clamp_min_")

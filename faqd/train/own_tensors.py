@@ -1,7 +1,8 @@
 """Operators that read a parameter or a buffer of the user's module: as the layer or the numbers that they are.
 
-F.conv2d(x, self.weight) becomes a convolution, self.scale * x and (x - self.mean) / self.std become Scaled. A tensor of
-the user's that is only moved, such as self.scale.view(1, -1, 1, 1), is one more; moved once, here, not for every image.
+F.conv2d(x, self.weight) becomes a convolution, self.scale * x and (x - self.mean) / self.std become Scaled. What is
+made of such tensors and of sizes alone, as self.scale.view(1, -1, 1, 1) or a grid of coordinates, is one more, made
+once, here, not for every image. Where it is expanded to the batch and joined to a map, it is a Constant.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from faqd.train import graph
-from faqd.train.elementwise import Scaled
+from faqd.train.elementwise import Constant, FixedNorm1d, FixedNorm2d, Scaled
 
 
 def with_own_tensors(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
@@ -31,6 +32,7 @@ def with_own_tensors(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     if len(held) != 1:
         return None
     ((place, own),) = held
+    own = _of_one_image(own, node)
     x = next((argument for argument in node.all_input_nodes if argument is not place), None)
     if x is None or graph.shape(node) != graph.shape(x) or not _spares_the_batch(own, x):
         return None
@@ -52,26 +54,58 @@ def _unexpanded(argument: Any) -> Any:
 
 
 def _own(traced: fx.GraphModule, node: Any) -> Tensor | None:
-    """The parameter or buffer that `node` is, where operators move its values in their new places; None for a tensor
-    that something else makes."""
-    if not isinstance(node, fx.Node):
-        return None
+    """The tensor that `node` is, where it depends on the network's own tensors and on sizes alone; None for others.
+
+    A parameter is one only as long as its values are moved: what is computed from it must be trained with it.
+    """
+    value = _value(traced, node) if isinstance(node, fx.Node) else None
+    return value if isinstance(value, Tensor) else None
+
+
+def _value(traced: fx.GraphModule, node: fx.Node) -> Any:
     if node.op == "get_attr":
         return graph.held_tensor(traced, node)
-    if graph.role(traced, node) != "reshape" or not graph.is_tensor(node) or not node.args:
+    if graph.is_fixed(node) or not node.op.startswith("call"):
         return None
-    first, *others = node.args
-    own = _own(traced, first)
-    if own is None:
+    read = {each: _value(traced, each) for each in node.all_input_nodes if not graph.is_fixed(each)}
+    moves = graph.role(traced, node) == "reshape" or node.target in ("expand", "repeat")
+    trained = any(isinstance(value, nn.Parameter) for value in read.values())
+    if any(value is None for value in read.values()) or (trained and not moves) or not (read or node.target in _MADE):
         return None
-    if len(node.all_input_nodes) > 1:  # a size that was read from another tensor
-        return _like(own, own.reshape(graph.shape(node))) if node.target in _BY_SIZES else None
     function: Any = graph.module_of(traced, node) or node.target
+    if isinstance(function, nn.Module) and function.state_dict():
+        return None
     function = getattr(Tensor, function) if isinstance(function, str) else function
-    return _like(own, function(own, *others, **node.kwargs))
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda each: read.get(each, graph.fixed(each)))
+    with torch.no_grad():
+        value = function(*args, **kwargs)
+    return nn.Parameter(value) if trained and isinstance(value, Tensor) else value
 
 
-_BY_SIZES = ("view", "reshape", torch.reshape)
+_MADE = (torch.arange, torch.linspace, torch.zeros, torch.ones, torch.full)
+"""What makes a tensor of sizes alone, the same one every time."""
+
+
+def _of_one_image(own: Tensor, node: fx.Node) -> Tensor:
+    """`own` without what was expanded to the batch of `node`, a batch of equal images."""
+    shape = graph.shape(node)
+    expanded = own.dim() == len(shape) and own.shape[0] == shape[0] and torch.equal(own, own[:1].expand_as(own))
+    return _like(own, own[:1]) if expanded else own
+
+
+def join_constants(traced: fx.GraphModule, node: fx.Node, place: str) -> None:
+    """Let a concatenation read the network's own tensors as Constants, as many as it reads images of the others."""
+    if graph.role(traced, node) != "concat":
+        return
+    own = {each: value for each in graph.tensor_inputs(node) if (value := _own(traced, each)) is not None}
+    images = next((each for each in graph.tensor_inputs(node) if each not in own), None)
+    for each, value in own.items() if images is not None else ():
+        path = graph.unused(f"{place}_constant", {name for name, _ in traced.named_modules()})
+        traced.add_submodule(path, Constant(_of_one_image(value, node)))
+        with traced.graph.inserting_before(node):
+            constant = traced.graph.call_module(path, (images,))
+        constant.meta, constant.stack_trace = {"tensor_meta": each.meta["tensor_meta"]}, node.stack_trace
+        node.replace_input_with(each, constant)
 
 
 # Sums and products: (the tensor, whether it stands first) -> module ------------------------------------------------
@@ -174,3 +208,29 @@ def _norm(own: dict[str, Any], given: dict[str, Any], dimensions: int) -> nn.Mod
 def _parameter(own: Tensor) -> nn.Parameter:
     """What the module trains, or a fixed filter, which is not trained."""
     return own if isinstance(own, nn.Parameter) else nn.Parameter(own, requires_grad=False)
+
+
+# Batch norm written out -------------------------------------------------------------------------------------------
+
+
+def norm_of_constants(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """The batch norm that sums and products with numbers and buffers make behind a layer, as frozen ones are written:
+    `node` is the last of them, and then reads the layer. None for any others."""
+    if any(isinstance(graph.module_of(traced, reader), Scaled) for reader in node.users):
+        return None
+    factor, offset, made = torch.ones(()), torch.zeros(()), node
+    while isinstance(scaled := graph.module_of(traced, made), Scaled):
+        if (made is not node and len(made.users) > 1) or any(True for _ in scaled.parameters()):
+            return None
+        factor, offset = factor * scaled.factor, offset + factor * scaled.offset
+        made = graph.operand(made)
+    whole = torch.broadcast_tensors(factor, offset)[0]
+    channels, dimensions = graph.shape(node)[1], len(graph.shape(node))
+    per_channel = (channels, *[1] * (dimensions - 2))
+    if whole.numel() <= 1 or graph.role(traced, made) != "compute" or len(made.users) > 1:
+        return None
+    if tuple(whole.shape[-len(per_channel) :]) != per_channel or whole.numel() != channels:
+        return None
+    node.args = (made,)
+    kind = FixedNorm2d if dimensions == 4 else FixedNorm1d
+    return kind(*(value.expand_as(whole).reshape(-1) for value in (factor, offset)))
