@@ -18,17 +18,20 @@ from faqd.train.convert import collect_output_scales, convert
 from faqd.train.fuse import fused
 from faqd.train.prepare import Student
 
+_rehearsed: set[str] = set()
+"""Students that differ in their weights alone are lowered alike: one of them is enough."""
 
-def rehearse(student: Student, teacher: nn.Module, x: Tensor, say: Callable[[str], None]) -> None:
-    """Lower a calibrated student and its teacher as `faqd-deploy export` will, and prove one image.
 
-    x: (N >= 2, C, H, W) float32 on the CPU, network input. UserError says what cannot be lowered, or whose file would
-    not be verified. A student with float activations is never exported.
+def rehearse(student: Student, teacher: nn.Module | None, x: Tensor, say: Callable[[str], None]) -> None:
+    """Lower a calibrated student as `faqd-deploy export` will, and prove both flavours on one image.
+
+    teacher: of another network, which is lowered as well. x: (N >= 2, C, H, W) float32 on the CPU, network input.
+    UserError says what cannot be lowered, or could not be verified. A student with float activations is never exported.
     """
-    if student.bits.activations == FLOAT_BITS:
+    kind = f"{student.bits} {tuple(x.shape[1:])} {student.network.graph} {student.network} {teacher}"
+    if student.bits.activations == FLOAT_BITS or kind in _rehearsed:
         return
     start = time.monotonic()
-    training = student.network.training
     scales = collect_output_scales(student, [x])
     for flavour in flavours(student.bits.target, student.bits.activations):
         deployed = convert(student, flavour, scales)
@@ -41,7 +44,7 @@ def rehearse(student: Student, teacher: nn.Module, x: Tensor, say: Callable[[str
                 "that place float with --exclude, or write it in another way.",
                 exit_code=1,
             )
-    onnx_from_deployed(convert(student, "float"), x, {})
-    onnx_from_network(fused(capture(teacher, x)), x, {})
-    student.network.train(training)
-    say(f"rehearsed the export before training, in {time.monotonic() - start:.1f} s: what is lowered can be verified.")
+    if teacher is not None:
+        onnx_from_network(fused(capture(teacher, x)), x, {})
+    _rehearsed.add(kind)
+    say(f"export rehearsed on the untrained student {student.bits.label}: {time.monotonic() - start:.1f} s.")

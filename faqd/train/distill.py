@@ -7,7 +7,7 @@ and, only where asked for, label_weight * cross-entropy. A term of weight 0 is n
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,6 +27,7 @@ from faqd.train.batches import Batch, Batches, Images, splits_on
 from faqd.train.capture import capture
 from faqd.train.convert import collect_output_scales
 from faqd.train.data import Say
+from faqd.train.doubts import question_taps, refuse_kl_of_one, refuse_one_class
 from faqd.train.job import Job, select_losses
 from faqd.train.loop import finish, fit
 from faqd.train.losses import affinity_loss, logit_loss
@@ -35,6 +36,7 @@ from faqd.train.outputs import named_outputs
 from faqd.train.prepare import Student, calibrate
 from faqd.train.recipes import FROM_SCRATCH, FROM_TRAINED, Autocast, DistillRecipe, TeacherDtype, recipe_json
 from faqd.train.run import (
+    RECORD,
     TEACHER_WEIGHTS,
     asked_json,
     begin,
@@ -44,14 +46,20 @@ from faqd.train.run import (
     is_done,
     read_record,
 )
-from faqd.train.source import Lesson, Teacher
+from faqd.train.source import Lesson, Teacher, output_shapes
 from faqd.train.student import new_student, start_of, student_source
 from faqd.train.taps import tap_names, tap_pairs
 from faqd.train.target import dtype_effect, target_of
 from faqd.train.world import World
 
 CALIBRATION_IMAGES = 512
+REHEARSED_IMAGES = 8
+"""What taps are looked at, and the export is rehearsed, with."""
 AUTOCAST: dict[Autocast, torch.dtype | None] = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+Rehearsal = Callable[[Student, nn.Module | None, Tensor, Say], None]
+"""(calibrated student, its teacher where that is another network, network input on the CPU, say)"""
 
 
 @dataclass(frozen=True)
@@ -72,8 +80,11 @@ def distill(
     say: Say,
     world: World,
     deadline: float = math.inf,
+    rehearse: Rehearsal | None = None,
 ) -> list[dict[str, Any]]:
     """Distil a student for every recipe and write each run into its folder. Returns their records.
+
+    rehearse: raises what would keep a student from being exported, before anything is trained or written.
 
     Students with one data seed, batch size and length learn side by side from one pass of the teacher; each ends as
     it would alone, to the last bit on a CPU. A finished one is left as it is. A loss that is no longer finite ends its
@@ -88,7 +99,9 @@ def distill(
     if waiting:
         train, select = splits_on(world.device, lesson.dataset)
         for _, together in groupby(sorted(waiting, key=_course), key=_course):
-            failed |= _distill_together(list(together), lesson.teacher, train, select, taps, say, world, deadline)
+            failed |= _distill_together(
+                list(together), lesson.teacher, train, select, taps, say, world, deadline, rehearse
+            )
     if failed:
         raise _all_of(failed, len(plans))
     return world.first(lambda: [read_record(plan.out) for plan in plans])
@@ -121,8 +134,11 @@ def _plan(recipe: DistillRecipe, out: Path, lesson: Lesson, taps: list[str] | No
             f"--autocast fp16: the limit of --scale-gradient {recipe.scale_gradient} does not go with a loss that is "
             "scaled up, as float16 needs it; use --autocast bf16, or --scale-gradient lsq."
         )
+    if recipe.logit == "kl" and recipe.logit_weight:
+        refuse_kl_of_one(output_shapes(lesson.teacher.network, lesson.teacher.source, "as the student's"))
     if recipe.label_weight:
         _refuse_without_labels(lesson)
+        refuse_one_class(lesson.dataset, "--label-weight")
     return Plan(recipe, out, source, _record(recipe, lesson, source, taps))
 
 
@@ -156,8 +172,10 @@ def _distill_together(
     say: Say,
     world: World,
     deadline: float,
+    rehearse: Rehearsal | None,
 ) -> dict[Path, UserError]:
-    example = train.normalised(train.pixels[:2]).cpu().contiguous()
+    images = train.normalised(train.pixels[:REHEARSED_IMAGES]).cpu().contiguous()
+    example = images[:2]
     teacher_graph = capture(teacher.network, example)
     students = [new_student(plan.recipe, plan.source, teacher, example) for plan in plans]
     pairs = [
@@ -175,9 +193,13 @@ def _distill_together(
     shown = target_of(teacher_graph, theirs, world.device, dtype)
     batches = Batches(train, select, training.batch_size, training.data_seed, shown, world)
     _say_taps(plans, names, say)
+    question_taps(teacher_graph, theirs, images, say)
     for plan, student in zip(plans, students, strict=True):
         student.network.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         calibrate(student, calibration_batches(train), "mse", batch_statistics=plan.recipe.init == "scratch")
+        if rehearse is not None and not (plan.out / RECORD).is_file():
+            another = None if plan.source == teacher.source else teacher.network
+            world.first(partial(rehearse, student, another, images, say))
     with ExitStack() as locks:
         if world.leads:
             for plan in plans:

@@ -13,6 +13,7 @@ from faqd.errors import UserError, first_line
 from faqd.files import sha256
 from faqd.preprocess import Preprocess
 from faqd.train.data import DataOptions, Dataset, Say, load_dataset
+from faqd.train.doubts import question_images, question_teacher
 from faqd.train.network import NetworkSource, is_users, user_source
 from faqd.train.outputs import named_outputs
 from faqd.train.run import data_options, finished, load_teacher, run_preprocess
@@ -53,6 +54,8 @@ def lesson_from(
     dataset = load_dataset(options, with_labels=with_labels, say=say)
     teacher = Teacher(*load_teacher(Path(spec))) if is_run else _users_teacher(spec, weights, dataset, say)
     _refuse_misfit(teacher, dataset)
+    question_images(dataset, say)
+    question_teacher(teacher.network, teacher.source.name, dataset, say)
     return Lesson(teacher, options, dataset)
 
 
