@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from faqd.errors import UserError
 from faqd.train import graph
 from faqd.train.data import Dataset, Say
-from faqd.train.outputs import named_outputs
+from faqd.train.outputs import named_outputs, renamed
 from faqd.train.run import network_input
 
 IMAGES = 16
@@ -54,7 +54,10 @@ def question_teacher(network: nn.Module, name: str, dataset: Dataset, say: Say) 
     pixels = dataset.train.images[:COMPARED_IMAGES]
     x = network_input(pixels[_different(pixels)[:IMAGES]], dataset.preprocess)
     with torch.no_grad():
-        answers = [named_outputs(network(some)) for some in x.split(2)]
+        returned = [network(some) for some in x.split(2)]
+    for output, place in renamed(returned[0]).items():
+        say(f"{name}: what it returns at {place} is called {output} in every file.")
+    answers = [named_outputs(each) for each in returned]
     outputs = {output: torch.cat([answer[output] for answer in answers]) for output in answers[0]}
     for output, values in outputs.items():
         broken = sum(not image.isfinite().all() for image in values)

@@ -30,6 +30,14 @@ def returned_at(returned: Any) -> dict[str, str]:
     return dict(zip(named_outputs(returned), places, strict=True))
 
 
+def renamed(returned: Any) -> dict[str, str]:
+    """Where the outputs are that have another name than their keys make."""
+    front = () if isinstance(returned, Mapping) else (SINGLE,)
+    plain = ["_".join(map(str, (*front, *keys))) for keys, _ in _leaves(returned)]
+    found = returned_at(returned)
+    return {name: found[name] for name, keys in zip(found, plain, strict=True) if name != keys}
+
+
 def graph_outputs(network: fx.GraphModule) -> dict[str, Any]:
     """The nodes that a captured network returns, by the names of its outputs."""
     (output,) = (node for node in network.graph.nodes if node.op == "output")

@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
+from torch.optim.swa_utils import AveragedModel
 
 from faqd.errors import UserError, first_line
 from faqd.train.exported import as_plain_modules, is_exported
@@ -41,7 +43,7 @@ def users_network(path: Path, name: str, sha256: str, example: Tensor) -> nn.Mod
                 f"{path}: {name} needs arguments ({', '.join(needed)}); give a function without any that returns the "
                 "network, for example `def build(): return Net(classes=10)`."
             )
-        built = _run_of_the_user(path, f"{name}()", build)
+        built = _unwrapped(_run_of_the_user(path, f"{name}()", build))
         if is_exported(built):
             return as_plain_modules(built)
         if not isinstance(built, nn.Module):
@@ -64,6 +66,18 @@ def _module(path: Path, sha256: str) -> ModuleType:
         _run_of_the_user(path, "importing it", lambda: loader.exec_module(module))
         _executed[path, sha256] = module
     return _executed[path, sha256]
+
+
+def _unwrapped(built: Any) -> Any:
+    """Without what runs a network elsewhere, compiles it or averages it: their forwards cannot be captured."""
+    while isinstance(built, _WRAPPERS) or hasattr(built, _COMPILED):
+        built = getattr(built, _COMPILED) if hasattr(built, _COMPILED) else built.module
+    return built
+
+
+_WRAPPERS = (nn.DataParallel, DistributedDataParallel, AveragedModel)
+_COMPILED = "_orig_mod"
+"""Where torch.compile keeps the network."""
 
 
 def _run(network: nn.Module, example: Tensor) -> None:

@@ -164,7 +164,8 @@ def _foreign_kind(value: Tensor, wanted: Tensor) -> str | None:
         return f"quantized ({_word(value.dtype)})"
     if value.layout != torch.strided or value.is_nested:
         return f"a {_word(value.layout).replace('_', ' ')} tensor" if not value.is_nested else "a nested tensor"
-    if _category(value) != _category(wanted):
+    counted = _category(wanted) == "whole" and value.is_floating_point() and bool((value == value.round()).all())
+    if _category(value) != _category(wanted) and not counted:
         return _word(value.dtype)
     return None
 
