@@ -262,6 +262,7 @@ RETURNED: dict[str, tuple[Callable[[Tensor, Tensor], object], list[str]]] = {
     "nested": (lambda k, x: {"a": k, "b": [k, {"c": k}]}, ["a", "b_0", "b_1_c"]),
     "as it is": (lambda k, x: (k, k.flatten(1)), ["logits_0", "logits_1"]),
     "the input": (lambda k, x: (k, x), ["logits_0", "logits_1"]),
+    "names that meet": (lambda k, x: {"input": k, "a": {"b": k}, "a_b": k}, ["input_1", "a_b", "a_b_1"]),
 }
 
 

@@ -202,6 +202,7 @@ def _norm(own: dict[str, Any], given: dict[str, Any], dimensions: int) -> nn.Mod
     norm = kind(len(own["running_mean"]), affine="weight" in own or "bias" in own, **settings)
     for name in ("running_mean", "running_var"):
         norm.register_buffer(name, own[name].detach())
+    norm.requires_grad_(False)  # what is not given; what is comes as it is
     return norm.eval()
 
 
