@@ -245,6 +245,14 @@ def test_modules_that_ask_for_the_version_of_their_weights_get_it(name: str, tmp
     assert torch.equal(found.weight, wanted.weight)
 
 
+def test_a_map_is_flattened_by_view(user: User, tmp_path: Path) -> None:
+    """As it is in older networks; a student is trained in memory where that is no view."""
+    code = NET.replace("self.features(x).mean((2, 3))", "self.features(x).view(x.size(0), -1)")
+    net = write_net(tmp_path / "net", code.replace("Linear(16,", "Linear(256,"))
+    line = ("--teacher", f"{net}:build", "--teacher-weights", net.parent / "best.pth", *user.data, "--batch-size", 16)
+    succeeds(faqd_train("distill", *line, "--steps", 1, "--out", tmp_path / "run"))
+
+
 def test_which_of_several_weights_was_taken_is_said(user: User, tmp_path: Path) -> None:
     state = torch.load(user.folder / "best.pth", weights_only=True)
     worse = {key: torch.zeros_like(value) for key, value in state.items()}

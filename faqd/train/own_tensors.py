@@ -32,7 +32,7 @@ def with_own_tensors(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     if len(held) != 1:
         return None
     ((place, own),) = held
-    own = _of_one_image(own, node)
+    own = own if place.op == "get_attr" else _of_one_image(own, node)
     x = next((argument for argument in node.all_input_nodes if argument is not place), None)
     if x is None or graph.shape(node) != graph.shape(x) or not _spares_the_batch(own, x):
         return None

@@ -144,6 +144,13 @@ def output_shapes(network: nn.Module, source: NetworkSource, images: str) -> dic
         outputs = named_outputs(network(source.example()))
     except Exception as error:  # whatever the user's forward raises
         raise UserError(f"{source.name}: fails on images of {shape} ({images}): {first_line(error)}.") from error
+    try:
+        network(source.example(3))
+    except Exception as error:
+        raise UserError(
+            f"{source.name}: takes two images and not three: {first_line(error)}. The number of images must be free; "
+            "torch.export has dynamic_shapes for that."
+        ) from error
     for name, output in outputs.items():
         if not isinstance(output, Tensor) or not output.is_floating_point():
             kind = str(output.dtype) if isinstance(output, Tensor) else type(output).__name__
