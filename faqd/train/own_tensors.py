@@ -28,7 +28,9 @@ def with_own_tensors(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     make = _SUMS.get(node.target if node.op == "call_function" else str(node.target))
     if make is None or len(node.args) != 2 or node.kwargs or node.op == "call_module":
         return None
-    held = [(argument, own) for argument in node.args if (own := _own(traced, _unexpanded(argument))) is not None]
+    held: list[tuple[Any, Tensor]] = [
+        (argument, own) for argument in node.args if (own := _own(traced, _unexpanded(argument))) is not None
+    ]
     if len(held) != 1:
         return None
     ((place, own),) = held
