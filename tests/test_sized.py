@@ -222,5 +222,10 @@ def test_nothing_moves_a_frozen_norm() -> None:
         torch.testing.assert_close(before[:, 0], 2 * x[:, 0] + 0.5)
 
 
+def test_a_number_that_is_made_of_parameters_is_no_norm() -> None:
+    with pytest.raises(UserError, match="cannot be quantized yet"):
+        captured(lambda s, x: x * (s.learned.relu().sum() + 1e-4))
+
+
 def test_a_learned_factor_behind_a_layer_stays_one() -> None:
     assert len(modules(captured(lambda s, x: (x * _moved(s.learned)).relu()), Scaled)) == 1

@@ -76,10 +76,7 @@ def _traced(network: nn.Module) -> fx.GraphModule:
         if hasattr(module, "inplace"):
             setattr(module, "inplace", False)  # noqa: B010 - mypy takes every attribute of a module for a tensor
     try:
-        try:
-            traced = _graph_of(network, False)
-        except Exception:  # such as of a buffer that is expanded to a size
-            traced = _graph_of(network, True)
+        traced = _graph_of(network)
     except Exception as error:  # whatever the user's forward raises under tracing
         raise UserError(
             f"{type(network).__name__}: its forward cannot be captured as a graph: "
@@ -101,15 +98,21 @@ def _traced(network: nn.Module) -> fx.GraphModule:
     return traced
 
 
-def _graph_of(network: nn.Module, traces_buffers: bool) -> fx.GraphModule:
-    """The network as a graph. A buffer is its values, by which a forward may choose its way, or a node like others,
-    which may meet sizes of other nodes."""
-    tracer = _Tracer()
-    tracer.record_stack_traces = True
-    tracer.proxy_buffer_attributes = traces_buffers
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of defaults that fx cannot assert to be what they are
-        return fx.GraphModule(network, _with_one_input(tracer.trace(network, _defaults(network))))
+def _graph_of(network: nn.Module) -> fx.GraphModule:
+    """The network as a graph. A buffer is its values, by which a forward may choose its way; where that cannot be,
+    since it meets sizes of other nodes, a node."""
+    failed: list[Exception] = []
+    for traces_buffers in (False, True):
+        tracer = _Tracer()
+        tracer.record_stack_traces = True
+        tracer.proxy_buffer_attributes = traces_buffers
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of defaults that fx cannot assert to be what they are
+                return fx.GraphModule(network, _with_one_input(tracer.trace(network, _defaults(network))))
+        except Exception as error:  # whatever the user's forward raises
+            failed.append(error)
+    raise failed[0]
 
 
 _IN_PLACE = ("add_", "sub_", "mul_", "div_", "relu_", "sigmoid_", "tanh_", "clamp_", "clamp_min_")

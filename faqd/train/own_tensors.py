@@ -227,12 +227,12 @@ def norm_of_constants(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None
             return None
         factor, offset = factor * scaled.factor, offset + factor * scaled.offset
         made = graph.operand(made)
+    if graph.role(traced, made) != "compute" or len(made.users) > 1:
+        return None
     whole = torch.broadcast_tensors(factor, offset)[0]
     channels, dimensions = graph.shape(node)[1], len(graph.shape(node))
     per_channel = (channels, *[1] * (dimensions - 2))
-    if whole.numel() <= 1 or graph.role(traced, made) != "compute" or len(made.users) > 1:
-        return None
-    if tuple(whole.shape[-len(per_channel) :]) != per_channel or whole.numel() != channels:
+    if whole.dim() == 0 or tuple(whole.shape[-len(per_channel) :]) != per_channel or whole.numel() != channels:
         return None
     node.args = (made,)
     kind = FixedNorm2d if dimensions == 4 else FixedNorm1d
