@@ -104,8 +104,11 @@ EXPORTED = NET.replace(
 )
 
 
+KEPT = EXPORTED.replace("shapes=batch)", "shapes=batch).module()").replace("def build", "def made")
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("code", [EXPORTED, EXPORTED.replace("shapes=batch)", "shapes=batch).module()")])
+@pytest.mark.parametrize("code", [EXPORTED, KEPT + "\nONLY = made()\n\n\ndef build():\n    return ONLY\n"])
 def test_an_exported_program_is_taken_by_the_whole_command(user: User, code: str, tmp_path: Path) -> None:
     made = source(tmp_path / "net", code)
     assert list(made.build().state_dict()) == list(torch.load(user.folder / "best.pth", weights_only=True))

@@ -5,6 +5,7 @@ Its layers get the places that they had in the user's code, so that the keys of 
 
 from __future__ import annotations
 
+import copy
 import operator
 import sys
 from collections.abc import Callable
@@ -34,7 +35,7 @@ def as_plain_modules(built: Any) -> fx.GraphModule:
 
     UserError where it was exported in training mode, whose statistics and random numbers its operators keep.
     """
-    exported = built.module() if isinstance(built, ExportedProgram) else built
+    exported = copy.deepcopy(built.module() if isinstance(built, ExportedProgram) else built)
     traced = fx.GraphModule(exported, exported.graph)
     _with_the_users_outputs(traced.graph)
     for node in list(traced.graph.nodes):
