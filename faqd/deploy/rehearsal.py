@@ -32,7 +32,7 @@ def rehearse(student: Student, teacher: nn.Module | None, x: Tensor, say: Callab
     if student.bits.activations == FLOAT_BITS or kind in _rehearsed:
         return
     start = time.monotonic()
-    scales = collect_output_scales(student, [x])
+    scales = collect_output_scales(student, [x[:2]])
     for flavour in flavours(student.bits.target, student.bits.activations):
         deployed = convert(student, flavour, scales)
         model = onnx_from_deployed(deployed, x, {})
