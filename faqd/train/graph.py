@@ -102,10 +102,17 @@ class _Shapes(fx.Interpreter):
             n.meta["tensor_meta"] = found
         else:
             n.meta[_FIXED] = result
+        read = (each for each in n.all_input_nodes if not is_fixed(each))
+        n.meta[_OWN] = n.op != "placeholder" and all(each.meta[_OWN] for each in read)
         return result
 
 
-_FIXED = "faqd_fixed"
+_FIXED, _OWN = "faqd_fixed", "faqd_own"
+
+
+def is_own(node: fx.Node) -> bool:
+    """Whether `node` depends on no image, but on the network's own tensors and on sizes alone."""
+    return bool(node.meta.get(_OWN, False))
 
 
 def is_fixed(node: fx.Node) -> bool:

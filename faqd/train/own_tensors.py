@@ -67,7 +67,7 @@ def _own(traced: fx.GraphModule, node: Any) -> Tensor | None:
 def _value(traced: fx.GraphModule, node: fx.Node) -> Any:
     if node.op == "get_attr":
         return graph.held_tensor(traced, node)
-    if graph.is_fixed(node) or not node.op.startswith("call"):
+    if not graph.is_own(node) or graph.is_fixed(node) or not node.op.startswith("call"):
         return None
     read = {each: _value(traced, each) for each in node.all_input_nodes if not graph.is_fixed(each)}
     moves = graph.role(traced, node) == "reshape" or node.target in ("expand", "repeat")
