@@ -262,6 +262,7 @@ RETURNED: dict[str, tuple[Callable[[Tensor, Tensor], object], list[str]]] = {
     "nested": (lambda k, x: {"a": k, "b": [k, {"c": k}]}, ["a", "b_0", "b_1_c"]),
     "as it is": (lambda k, x: (k, k.flatten(1)), ["logits_0", "logits_1"]),
     "the input": (lambda k, x: (k, x), ["logits_0", "logits_1"]),
+    "names that meet": (lambda k, x: {"input": k, "a": {"b": k}, "a_b": k}, ["input_1", "a_b", "a_b_1"]),
 }
 
 
@@ -302,12 +303,12 @@ def test_quantizers_are_placed_without_walking_every_path(joins: bool) -> None:
 
 
 def test_numbers_beyond_fp16_are_named_with_the_way_out(user: User, tmp_path: Path) -> None:
-    enormous = "net = Net()\n    nn.init.constant_(net.features[1].bias, 1e30)\n    return net"
+    enormous = "net = Net()\n    net.features[1].bias.data[0] = 1e5\n    return net"
     net = write_net(tmp_path, NET.replace("return Net()", enormous))
     line = ("ptq", "--teacher", f"{net}:build", "--teacher-weights", net.parent / "best.pth", *user.data)
     told = faqd_deploy(*line, "--eval-samples", 16, "--calibration-images", 16, "--out", tmp_path / "bundle")
     assert told.code == 1
-    assert "features.0.bias reaches 1e+30, beyond FP16's 65504" in told.stderr and "--float-type fp32" in told.stderr
+    assert "features.0.conv reaches 1e+05, beyond FP16's 65504" in told.stderr and "--float-type fp32" in told.stderr
 
 
 def test_sums_that_leave_fp16_are_told_from_small_differences() -> None:

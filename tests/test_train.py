@@ -21,7 +21,7 @@ from faqd.train.fuse import fused
 from faqd.train.images import upright_rgb
 from faqd.train.job import Job
 from faqd.train.loop import fit
-from faqd.train.network import load_weights, read_tensors, write_tensors
+from faqd.train.network import read_tensors, write_tensors
 from faqd.train.objective import distill_job
 from faqd.train.plan import Plan
 from faqd.train.prepare import calibrate
@@ -31,6 +31,7 @@ from faqd.train.source import Lesson, lesson_from
 from faqd.train.student import load_student, new_student, student_source
 from faqd.train.taps import tap_pairs
 from faqd.train.target import target_of
+from faqd.train.weights import load_weights
 from faqd.train.world import World
 from tests.toy_runs import NET, PLAIN, User, faqd_train, new_user, succeeds, write_images, write_net
 
@@ -243,6 +244,14 @@ def test_modules_that_ask_for_the_version_of_their_weights_get_it(name: str, tmp
         torch.save(dict(wanted.state_dict()), tmp_path / name)
     load_weights(found, tmp_path / name)
     assert torch.equal(found.weight, wanted.weight)
+
+
+def test_a_map_is_flattened_by_view(user: User, tmp_path: Path) -> None:
+    """As it is in older networks; a student is trained in memory where that is no view."""
+    code = NET.replace("self.features(x).mean((2, 3))", "self.features(x).view(x.size(0), -1)")
+    net = write_net(tmp_path / "net", code.replace("Linear(16,", "Linear(256,"))
+    line = ("--teacher", f"{net}:build", "--teacher-weights", net.parent / "best.pth", *user.data, "--batch-size", 16)
+    succeeds(faqd_train("distill", *line, "--steps", 1, "--out", tmp_path / "run"))
 
 
 def test_which_of_several_weights_was_taken_is_said(user: User, tmp_path: Path) -> None:

@@ -91,6 +91,56 @@ def form(operator: Callable[[Tensor], Any], inputs: int = 8) -> Callable[[], nn.
     return Form
 
 
+def joined(multiple: Callable[[Tensor], Tensor]) -> Callable[[], nn.Module]:
+    return form(lambda x: torch.cat([x.relu(), multiple(x.relu())], 1), 16)
+
+
+class ToldTwice(Base):
+    """And both times another size than the convolution would give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wider = nn.ConvTranspose2d(8, 8, 3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, b, c = three_levels(self, x)
+        c = self.wider(c, output_size=b.shape[-2:]).relu()
+        return self.last(self.wider(c, [15, 16]).relu())  # type: ignore[no-any-return]
+
+
+class Coordinates(Base):
+    grid: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("grid", torch.linspace(-1, 1, 16).expand(1, 2, 16, 16).clone())
+        self.last = nn.Conv2d(10, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid = self.grid.expand(x.shape[0], -1, -1, -1)
+        return self.last(torch.cat([self.first(x).relu(), grid], 1))  # type: ignore[no-any-return]
+
+
+class Frozen(Base):
+    """A batch norm of buffers, as detectors have it."""
+
+    weight: Tensor
+    bias: Tensor
+    mean: Tensor
+    var: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for index, name in enumerate(("weight", "bias", "mean", "var")):
+            self.register_buffer(name, torch.linspace(0.5, 1.5 + index, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight * (self.var + 1e-5).rsqrt()
+        shift = self.bias - self.mean * scale
+        y = self.first(x) * scale.reshape(1, -1, 1, 1) + shift.reshape(1, -1, 1, 1)
+        return self.last(y.relu())  # type: ignore[no-any-return]
+
+
 def behind(*modules: nn.Module) -> Callable[[], nn.Module]:
     return lambda: nn.Sequential(nn.Conv2d(3, 8, 3), *modules, nn.Conv2d(8, 4, 1))
 
@@ -122,6 +172,13 @@ TAKEN: dict[str, Callable[[], nn.Module]] = {
     "constant padding": behind(nn.ReLU(), nn.ConstantPad2d(1, 0.0)),
     "alpha dropout": behind(nn.ReLU(), nn.FeatureAlphaDropout(), nn.AlphaDropout()),
     "synchronised norm": behind(nn.SyncBatchNorm(8), nn.ReLU()),
+    "one transposed convolution told two sizes": ToldTwice,
+    "windows beyond one axis alone": form(lambda x: F.max_pool2d(x[..., :13].relu(), 2, 4, ceil_mode=True)),
+    "cropped and padded": form(lambda x: F.pad(x.relu(), (1, -3, -2, 2), "reflect")),
+    "coordinates": Coordinates,
+    "frozen norm": Frozen,
+    "half meets whole": joined(lambda x: x * 0.5),
+    "mean of two meets one": joined(lambda x: (x + F.max_pool2d(x, 3, 1, 1)) / 2),
 }
 
 

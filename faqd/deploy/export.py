@@ -29,9 +29,7 @@ from faqd.errors import UserError, first_line
 from faqd.files import written_beside
 from faqd.train.convert import Deployed
 from faqd.train.graph import is_tensor, module_of, operand, places, propagate, role, shape, unused
-from faqd.train.outputs import graph_outputs
-
-INPUT = "input"
+from faqd.train.outputs import INPUT, graph_outputs
 
 
 def onnx_from_deployed(deployed: Deployed, example: Tensor, metadata: dict[str, str]) -> onnx.ModelProto:

@@ -16,7 +16,7 @@ from faqd import bundle as names
 from faqd.bundle import Bundle, Evaluation, write_manifest
 from faqd.calib.ranges import Method
 from faqd.deploy.bundle_networks import flavours
-from faqd.deploy.export import INPUT, onnx_from_deployed, onnx_from_network, save
+from faqd.deploy.export import onnx_from_deployed, onnx_from_network, save
 from faqd.deploy.float16 import float16_from_float32
 from faqd.deploy.int8_rules import int8_layers
 from faqd.deploy.probes import probe_inputs
@@ -34,6 +34,7 @@ from faqd.train.data import load_dataset
 from faqd.train.deployed import IntegerLayer
 from faqd.train.fuse import fused
 from faqd.train.network import NetworkSource
+from faqd.train.outputs import INPUT, returned_at
 from faqd.train.placement import Bits
 from faqd.train.prepare import Student, calibrate, prepare, student_table
 from faqd.train.run import WEIGHTS, data_options, finished, load_teacher, network_input, run_preprocess
@@ -245,6 +246,8 @@ def _facts(
     parts: _Parts, deployed: Deployed, teacher: dict[str, NDArray[np.float32]], int8: dict[str, bool]
 ) -> dict[str, Any]:
     bits = parts.student.bits
+    with torch.no_grad():
+        places = returned_at(parts.teacher(parts.teacher_source.example()))
     return {
         "name": f"{parts.source.name} {bits.label}",
         "kind": parts.kind,
@@ -255,7 +258,10 @@ def _facts(
         "target": bits.target,
         "preprocess": parts.preprocess.to_json(),
         "classes": list(parts.classes) if parts.classes else None,
-        "outputs": [{"name": name, "shape": ["batch", *values.shape[1:]]} for name, values in teacher.items()],
+        "outputs": [
+            {"name": name, "shape": ["batch", *values.shape[1:]], "returned_at": places[name]}
+            for name, values in teacher.items()
+        ],
         "layers": [{**row, "runs_int8": int8.get(row["name"], False)} for row in student_table(parts.student)],
         "size": _size(parts.student, deployed),
         "teacher": {"name": parts.teacher_source.name, "sha256": parts.teacher_sha256},

@@ -75,12 +75,8 @@ def _traced(network: nn.Module) -> fx.GraphModule:
     for module in network.modules():
         if hasattr(module, "inplace"):
             setattr(module, "inplace", False)  # noqa: B010 - mypy takes every attribute of a module for a tensor
-    tracer = _Tracer()
-    tracer.record_stack_traces = True
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of defaults that fx cannot assert to be what they are
-            traced = fx.GraphModule(network, _with_one_input(tracer.trace(network, _defaults(network))))
+        traced = _graph_of(network)
     except Exception as error:  # whatever the user's forward raises under tracing
         raise UserError(
             f"{type(network).__name__}: its forward cannot be captured as a graph: "
@@ -91,6 +87,8 @@ def _traced(network: nn.Module) -> fx.GraphModule:
         node.target = _IN_PLACE_FREE.get(node.target, node.target)
         if node.op == "call_method" and node.target in _IN_PLACE:
             node.target = node.target[:-1]
+        if node.op == "call_method" and node.target == "view" and not isinstance(node.args[1], torch.dtype):
+            node.target = "reshape"  # in channels-last memory, where a student is trained, no view has all its channels
         if node.target is F.relu:
             node.args, node.kwargs = (operand(node),), {}  # without inplace=True
         if _hands_on(node):
@@ -98,6 +96,23 @@ def _traced(network: nn.Module) -> fx.GraphModule:
             traced.graph.erase_node(node)
     traced.recompile()
     return traced
+
+
+def _graph_of(network: nn.Module) -> fx.GraphModule:
+    """The network as a graph. A buffer is its values, by which a forward may choose its way; where that cannot be,
+    since it meets sizes of other nodes, a node."""
+    failed: list[Exception] = []
+    for traces_buffers in (False, True):
+        tracer = _Tracer()
+        tracer.record_stack_traces = True
+        tracer.proxy_buffer_attributes = traces_buffers
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of defaults that fx cannot assert to be what they are
+                return fx.GraphModule(network, _with_one_input(tracer.trace(network, _defaults(network))))
+        except Exception as error:  # whatever the user's forward raises
+            failed.append(error)
+    raise failed[0]
 
 
 _IN_PLACE = ("add_", "sub_", "mul_", "div_", "relu_", "sigmoid_", "tanh_", "clamp_", "clamp_min_")

@@ -25,6 +25,7 @@ from faqd.command import (
 from faqd.errors import UserError
 
 if TYPE_CHECKING:
+    from faqd.train.distill import Rehearsal
     from faqd.train.recipes import DistillRecipe
 
 SEED = click.IntRange(0, 2**32 - 1)
@@ -209,7 +210,9 @@ def distill(recipe: str, teacher: str, teacher_weights: Path | None, json_target
         seeded = distillation.with_seeds(variants, seeds or 1, lesson.teacher)
         names = [f"w{each.weight_bits}a{each.act_bits}-s{each.training.seed}" for each in seeded]
         runs = [out / name for name in names] if len(seeded) > 1 else [out]
-        records = distillation.distill(list(zip(seeded, runs, strict=True)), lesson, taps, resume, say, world, deadline)
+        records = distillation.distill(
+            list(zip(seeded, runs, strict=True)), lesson, taps, resume, say, world, deadline, _rehearsal(say)
+        )
         for each, run_folder, record in zip(seeded, runs, records, strict=True):
             before = record.get("select_untrained") or {}
             losses = ", ".join(
@@ -296,6 +299,16 @@ def _say(text: str) -> None:
 
 def _silent(text: str) -> None:
     """What all processes but the first say."""
+
+
+def _rehearsal(say: Callable[[str], None]) -> Rehearsal | None:
+    """What tries the export of a student before it is trained; None where what the export needs is not installed."""
+    try:
+        from faqd.deploy.rehearsal import rehearse
+    except ModuleNotFoundError as error:
+        say(f"the export is not tried before training: no {error.name} here; `pip install faqd[onnx]` brings it.")
+        return None
+    return rehearse
 
 
 def _place_values(options: dict[str, Any]) -> tuple[Path, str, bool, float]:

@@ -270,8 +270,9 @@ def _preprocess(
         _per_channel(given, neutral, channels, native, None if usual is None else usual[index])
         for index, (given, neutral) in enumerate(((options.mean, 0.0), (options.std, 1.0)))
     )
-    if any(value > 1 for value in mean):
-        raise UserError(f"--mean {mean}: expected units of a pixel range 0..1; divide --mean and --std by 255.")
+    for name, values in (("mean", mean), ("std", std)):
+        if any(abs(value) > 1 for value in values):
+            raise UserError(f"--{name} {values}: expected units of a pixel range 0..1; divide --mean and --std by 255.")
     height, width = options.image_size or size
     return Preprocess(height, width, mean, std, options.resize or "stretch", channels)
 

@@ -9,7 +9,7 @@ trained weights ends with the best ones that were seen, those before training am
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from faqd.errors import UserError
 from faqd.quant import FLOAT_BITS
@@ -27,6 +27,7 @@ from faqd.train.batches import Batches, Images, splits_on
 from faqd.train.capture import capture
 from faqd.train.convert import collect_output_scales
 from faqd.train.data import Say
+from faqd.train.doubts import question_taps
 from faqd.train.heads import Heads, heads_from, heads_of
 from faqd.train.job import Job, select_losses
 from faqd.train.loop import finish, fit
@@ -37,6 +38,7 @@ from faqd.train.prepare import Student, calibrate
 from faqd.train.progress import reporting
 from faqd.train.recipes import DistillRecipe, TeacherDtype, recipe_json, relative_rate
 from faqd.train.run import (
+    RECORD,
     TEACHER_WEIGHTS,
     begin,
     conclude,
@@ -54,6 +56,11 @@ from faqd.train.world import World
 CALIBRATION_IMAGES = 512
 FLOAT64_PIXELS = 2**19
 """What a batch of the deployed student holds: its values have eight bytes, and all of a layer's are there at once."""
+REHEARSED_IMAGES = 8
+"""What taps are looked at, and the export is rehearsed, with."""
+
+Rehearsal = Callable[[Student, nn.Module | None, Tensor, Say], None]
+"""(calibrated student, its teacher where that is another network, network input on the CPU, say)"""
 
 
 def distill(
@@ -64,8 +71,11 @@ def distill(
     say: Say,
     world: World,
     deadline: float = math.inf,
+    rehearse: Rehearsal | None = None,
 ) -> list[dict[str, Any]]:
     """Distil a student for every recipe and write each run into its folder. Returns their records.
+
+    rehearse: raises what would keep a student from being exported, before anything is trained or written.
 
     Students with one data seed, batch size and length learn side by side from one pass of the teacher; each ends as
     it would alone, to the last bit on a CPU. A finished one is left as it is. A loss that is no longer finite ends its
@@ -80,7 +90,9 @@ def distill(
     if waiting:
         train, select = splits_on(world.device, lesson.dataset)
         for _, together in groupby(sorted(waiting, key=_course), key=_course):
-            failed |= _distill_together(list(together), lesson.teacher, train, select, taps, say, world, deadline)
+            failed |= _distill_together(
+                list(together), lesson.teacher, train, select, taps, say, world, deadline, rehearse
+            )
     if failed:
         raise _all_of(failed, len(plans))
     return world.first(lambda: [read_record(plan.out) for plan in plans])
@@ -108,9 +120,11 @@ def _distill_together(
     say: Say,
     world: World,
     deadline: float,
+    rehearse: Rehearsal | None,
 ) -> dict[Path, UserError]:
     users = [_users_measure(plan.recipe, select) for plan in plans]
-    example = train.normalised(train.pixels[:2]).cpu().contiguous()
+    images = train.normalised(train.pixels[:REHEARSED_IMAGES]).cpu().contiguous()
+    example = images[:2]
     teacher_graph = capture(teacher.network, example)
     students = [new_student(plan.recipe, plan.source, teacher, example) for plan in plans]
     pairs = [
@@ -128,10 +142,14 @@ def _distill_together(
     shown = target_of(teacher_graph, theirs, world.device, dtype)
     batches = Batches(train, select, training.batch_size, training.data_seed, shown, world)
     _say_taps(plans, students, pairs, names, say)
+    question_taps(teacher_graph, theirs, images, say)
     for plan, student in zip(plans, students, strict=True):
         student.network.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         method, scratch = plan.recipe.calibration, plan.recipe.init == "scratch"
         calibrate(student, calibration_batches(train), method, batch_statistics=scratch)
+        if rehearse is not None and not (plan.out / RECORD).is_file():
+            another = None if plan.source == teacher.source else teacher.network
+            world.first(partial(rehearse, student, another, images, say))
     heads = heads_of(teacher_graph, lambda x: shown(x).outputs, _batches_of(train, training.batch_size))
     outputs = {"outputs": {name: head.to_json() for name, head in heads.items()}}
     plans = [_with_rate(plan, student, heads, batches) for plan, student in zip(plans, students, strict=True)]

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -59,6 +61,46 @@ class Scaled(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{n:g}" if isinstance(n, float) else str(tuple(n.shape)) for n in (self.factor, self.offset))
+
+
+class Constant(nn.Module):
+    """The same for every image, whatever it shows: `value` (1, ...), or without a batch, once for each image of x."""
+
+    value: Tensor
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        if isinstance(value, nn.Parameter):
+            self.value = value
+        else:
+            self.register_buffer("value", value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.value.expand(x.shape[0], *self.value.shape[1:])
+
+
+class _Fixed(nn.modules.batchnorm._BatchNorm):
+    """A batch norm that nothing moves: x * factor + offset (both (channels,)), whatever the batch and the mode."""
+
+    def __init__(self, factor: Tensor, offset: Tensor) -> None:
+        super().__init__(len(factor), eps=0.0)
+        self.weight = nn.Parameter(factor.clone(), requires_grad=False)
+        self.bias = nn.Parameter(offset.clone(), requires_grad=False)
+        self.train()
+
+    def train(self, mode: bool = True) -> Any:
+        return super().train(False)
+
+    def reset_running_stats(self) -> None:
+        """They are what makes it the identity before its factor."""
+
+
+class FixedNorm1d(_Fixed, nn.BatchNorm1d):
+    pass
+
+
+class FixedNorm2d(_Fixed, nn.BatchNorm2d):
+    pass
 
 
 class Part(nn.Module):

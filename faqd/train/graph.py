@@ -17,13 +17,14 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
+from torch.fx.passes.shape_prop import _extract_tensor_metadata
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from faqd.train.elementwise import CURVES, Bilinear, Clamp, Nearest, Part, Rows, Scaled
+from faqd.train.elementwise import CURVES, Bilinear, Clamp, Constant, Nearest, Part, Rows, Scaled
 
 Role = Literal[
     "input", "compute", "norm", "rectify", "clamp", "curve", "average", "add", "multiply", "concat", "reshape",
-    "output", "other",
+    "constant", "output", "other",
 ]  # fmt: skip
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
@@ -42,6 +43,7 @@ _MODULES: dict[Role, tuple[type[nn.Module], ...]] = {
     "rectify": (nn.ReLU,),
     "clamp": (Clamp,),
     "curve": (*CURVES, Scaled),
+    "constant": (Constant,),
     "average": (nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, Bilinear),
     # Reshaping operators only move or drop values, or pad with zeros: codes pass through them unchanged.
     "reshape": (
@@ -83,10 +85,44 @@ _TORCH = str(Path(torch.__file__).parent)
 
 
 def propagate(traced: fx.GraphModule, example: Tensor) -> None:
-    """Write each node's shape into its meta data."""
+    """Write each node's shape into its meta data; of what is no tensor, such as a size, the value."""
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        ShapeProp(traced).propagate(example)
+        _Shapes(traced).run(example)
+
+
+class _Shapes(fx.Interpreter):
+    def run_node(self, n: fx.Node) -> Any:
+        try:
+            result = super().run_node(n)
+        except Exception as error:  # whatever an operator raises where sizes do not meet
+            raise RuntimeError(n.name) from error
+        found = tree_map_only(Tensor, _extract_tensor_metadata, result)
+        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
+            n.meta["tensor_meta"] = found
+        else:
+            n.meta[_FIXED] = result
+        read = (each for each in n.all_input_nodes if not is_fixed(each))
+        n.meta[_OWN] = n.op != "placeholder" and all(each.meta[_OWN] for each in read)
+        return result
+
+
+_FIXED, _OWN = "faqd_fixed", "faqd_own"
+
+
+def is_own(node: fx.Node) -> bool:
+    """Whether `node` depends on no image, but on the network's own tensors and on sizes alone."""
+    return bool(node.meta.get(_OWN, False))
+
+
+def is_fixed(node: fx.Node) -> bool:
+    """Whether `node` is a size, or another value that is no tensor."""
+    return _FIXED in node.meta
+
+
+def fixed(argument: Any) -> Any:
+    """An argument of a call with the values of the sizes in it, those of two images (shapes propagated)."""
+    return fx.node.map_arg(argument, lambda node: node.meta.get(_FIXED, node))
 
 
 def role(traced: fx.GraphModule, node: fx.Node) -> Role:
@@ -146,6 +182,17 @@ def after_norm(network: fx.GraphModule, node: fx.Node) -> fx.Node:
     if len(readers) == 1 and role(network, readers[0]) == "norm":
         return readers[0]
     return node
+
+
+def called_behind(traced: fx.GraphModule, node: fx.Node, place: str, module: nn.Module) -> fx.Node:
+    """The call of `module` on what `node` gives, which all its readers then read; `place` or the next that is free."""
+    path = unused(place, {name for name, _ in traced.named_modules()})
+    traced.add_submodule(path, module)
+    with traced.graph.inserting_after(node):
+        new = traced.graph.call_module(path, (node,))
+    new.stack_trace = node.stack_trace
+    read_instead(node, new)
+    return new
 
 
 def places(traced: fx.GraphModule) -> dict[fx.Node, str]:

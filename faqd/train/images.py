@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 from faqd.errors import UserError
 
@@ -20,14 +20,28 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 """Pillow's other decoders stay closed: they are many, old and seldom what a user means."""
 BROKEN_PERCENT = 1
-"""More files than this that do not decode say that something else is wrong."""
+"""More files than this that cannot be read say that something else is wrong."""
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What brings an image upright, by its EXIF orientation."""
+ORIENTATION = 274
+"""The EXIF tag of that."""
+BITS = 14
+"""Cameras have up to so many; 16-bit files in which no pixel has more are theirs, and dark."""
 REPORT_EVERY = 5000
 TINY_IMAGENET = "tiny-imagenet-200"
 
 
 @dataclass(frozen=True)
 class Images:
-    """pixels: (N, H, W, C) uint8. kept: their indices in the list of files. skipped: files that do not decode."""
+    """pixels: (N, H, W, C) uint8. kept: their indices in the list of files. skipped: files that cannot be read."""
 
     pixels: NDArray[np.uint8]
     kept: list[int]
@@ -76,23 +90,29 @@ def read_images(
 ) -> Images:
     """Decode files and `fit` each; without `fit` all must have one size.
 
-    What does not decode is skipped and named; UserError where that is more than 1 %.
+    What does not decode, or is too large to, is skipped and named; UserError where that is more than 1 %. `say` also
+    tells of 16-bit files that use fewer bits.
     """
     pixels: NDArray[np.uint8] | None = None
     kept: list[int] = []
-    skipped: list[str] = []
+    skipped: dict[str, str] = {}
+    brightest: dict[str, int] = {}
 
-    def read(file: str) -> NDArray[np.uint8] | None:
+    def read(file: str) -> tuple[NDArray[np.uint8] | str, int]:
         image = _decoded(folder / file)
-        return image if image is None or fit is None else fit(image)
+        if isinstance(image, str):
+            return image, 0
+        highest = int(image.max())
+        return image if fit is None else fit(image), highest
 
     with ThreadPoolExecutor() as pool:
-        for index, image in enumerate(pool.map(read, files)):
+        for index, (image, highest) in enumerate(pool.map(read, files)):
             if index and index % REPORT_EVERY == 0:
                 say(f"{folder}: {index} of {len(files)} images read.")
-            if image is None:
-                skipped.append(files[index])
+            if isinstance(image, str):
+                skipped[files[index]] = image
                 continue
+            brightest[files[index]] = highest
             if pixels is None:
                 # One block from the start: a list of images would need their memory twice when it is stacked.
                 pixels = np.empty((len(files), *image.shape), np.uint8)
@@ -106,13 +126,14 @@ def read_images(
     if skipped:
         _report(folder, skipped, len(files), say)
     assert pixels is not None
+    _tell_of_dark_files(folder, brightest, say)
     return Images(pixels[: len(kept)], kept, tuple(skipped))
 
 
 def upright_rgb(path: Path) -> NDArray[np.uint8]:
     """One image file as (H, W, 3) uint8, turned as its EXIF orientation says."""
     with Image.open(path, formats=FORMATS) as opened:
-        image = ImageOps.exif_transpose(opened)
+        image = _upright(opened)
         if image.mode.startswith("I"):
             # 16-bit grey: the high byte, as Pillow reads 16-bit colour; its own conversion clips at 255.
             high = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
@@ -122,6 +143,15 @@ def upright_rgb(path: Path) -> NDArray[np.uint8]:
         # Drops transparency instead of choosing a background: that is what the common training loaders do, so it
         # is what the teacher saw.
         return np.asarray(image.convert("RGB"))
+
+
+def _upright(opened: Image.Image) -> Image.Image:
+    """`opened` turned by the one tag that says how, whatever else its metadata hold: nothing of them is kept."""
+    try:
+        turn = TURNS.get(opened.getexif().get(ORIENTATION, 1))
+    except Exception:  # of metadata that are damaged, nearly anything
+        turn = None
+    return opened.transpose(turn) if turn is not None else opened
 
 
 def read_npz(
@@ -204,21 +234,51 @@ def _npz_labels(
     return labels.astype(np.int64), classes
 
 
-def _decoded(path: Path) -> NDArray[np.uint8] | None:
+def _decoded(path: Path) -> NDArray[np.uint8] | str:
+    """The image, or what is wrong with its file."""
     try:
         return upright_rgb(path)
+    except Image.DecompressionBombError:
+        assert Image.MAX_IMAGE_PIXELS is not None
+        return f"have more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels, which is too large"
     # Pillow's decoders raise almost anything on a damaged file: SyntaxError, struct.error, EOFError, IndexError.
     except Exception:
-        return None
+        return "do not decode"
+
+
+def _tell_of_dark_files(folder: Path, brightest: dict[str, int], say: Callable[[str], None]) -> None:
+    """A sentence where no 16-bit file uses its 16 bits. brightest: the largest high byte of each file."""
+    dim = 2 ** (BITS - 8)
+    if not any(highest < dim and _has_16_bits(folder / file) for file, highest in brightest.items()):
+        return
+    deep = [highest for file, highest in brightest.items() if _has_16_bits(folder / file)]
+    if max(deep) < dim:
+        bits = 8 + max(deep).bit_length()
+        say(
+            f"{folder}: no pixel of the {len(deep)} images of 16 bits passes {2**bits - 1}, as of {bits}-bit data; the "
+            f"upper 8 of 16 bits are taken, so that they load dark. Where they hold {bits} bits, write them again with "
+            f"values shifted up by {16 - bits} bits."
+        )
+
+
+def _has_16_bits(path: Path) -> bool:
+    if path.suffix.lower() != ".png":  # the only format here that can
+        return False
+    with Image.open(path, formats=FORMATS) as opened:
+        return opened.mode.startswith("I") or any("16" in str(tile.args) for tile in opened.tile)
 
 
 def _size(image: NDArray[np.uint8]) -> str:
     return f"{image.shape[0]}x{image.shape[1]}"
 
 
-def _report(folder: Path, skipped: list[str], count: int, say: Callable[[str], None]) -> None:
-    named = ", ".join(skipped[:5]) + (", …" if len(skipped) > 5 else "")
-    found = f"{folder}: {len(skipped)} of {count} images do not decode ({named})"
+def _report(folder: Path, skipped: dict[str, str], count: int, say: Callable[[str], None]) -> None:
+    found = f"{folder}: " + ", ".join(_named(skipped, reason, count) for reason in dict.fromkeys(skipped.values()))
     if 100 * len(skipped) > BROKEN_PERCENT * count:
-        raise UserError(f"{found}; more than {BROKEN_PERCENT} % are too many to skip. Repair or remove them.")
+        raise UserError(f"{found}; more than {BROKEN_PERCENT} % are too many to skip. Repair, shrink or remove them.")
     say(f"{found}; skipped.")
+
+
+def _named(skipped: dict[str, str], reason: str, count: int) -> str:
+    files = [file for file, why in skipped.items() if why == reason]
+    return f"{len(files)} of {count} images {reason} ({', '.join(files[:5])}{', …' * (len(files) > 5)})"

@@ -9,13 +9,14 @@ from faqd.command import parse_size
 from faqd.errors import UserError
 from faqd.train.capture import capture
 from faqd.train.data import Say
-from faqd.train.network import NetworkSource, load_weights, user_source
+from faqd.train.network import NetworkSource, user_source
 from faqd.train.placement import Bits
 from faqd.train.prepare import prepare, student_table
 from faqd.train.run import read_record
 from faqd.train.source import Teacher, refuse_weights_of_a_run
 from faqd.train.student import student_source
 from faqd.train.taps import tap_names, tap_pairs
+from faqd.train.weights import load_weights
 
 
 def inspect_network(

@@ -1,7 +1,8 @@
 """Operators that read a parameter or a buffer of the user's module: as the layer or the numbers that they are.
 
-F.conv2d(x, self.weight) becomes a convolution, self.scale * x and (x - self.mean) / self.std become Scaled. A tensor of
-the user's that is only moved, such as self.scale.view(1, -1, 1, 1), is one more; moved once, here, not for every image.
+F.conv2d(x, self.weight) becomes a convolution, self.scale * x and (x - self.mean) / self.std become Scaled. What is
+made of such tensors and of sizes alone, as self.scale.view(1, -1, 1, 1) or a grid of coordinates, is one more, made
+once, here, not for every image. Where it is expanded to the batch and joined to a map, it is a Constant.
 """
 
 from __future__ import annotations
@@ -15,20 +16,25 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from faqd.train import graph
-from faqd.train.elementwise import Scaled
+from faqd.train.elementwise import Constant, FixedNorm1d, FixedNorm2d, Scaled
 
 
 def with_own_tensors(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     """The module that `node` is (shapes propagated), which then reads one tensor alone; None where it is none."""
-    if node.op == "call_function" and node.target in _LAYERS:
-        return _layer(traced, node)
+    layer = layer_of(traced, node, len(graph.shape(node)))
+    if layer is not None:
+        node.args, node.kwargs = (graph.operand(node),), {}
+        return layer
     make = _SUMS.get(node.target if node.op == "call_function" else str(node.target))
     if make is None or len(node.args) != 2 or node.kwargs or node.op == "call_module":
         return None
-    held = [(argument, own) for argument in node.args if (own := _own(traced, _unexpanded(argument))) is not None]
+    held: list[tuple[Any, Tensor]] = [
+        (argument, own) for argument in node.args if (own := _own(traced, _unexpanded(argument))) is not None
+    ]
     if len(held) != 1:
         return None
     ((place, own),) = held
+    own = own if place.op == "get_attr" else _of_one_image(own, node)
     x = next((argument for argument in node.all_input_nodes if argument is not place), None)
     if x is None or graph.shape(node) != graph.shape(x) or not _spares_the_batch(own, x):
         return None
@@ -50,26 +56,58 @@ def _unexpanded(argument: Any) -> Any:
 
 
 def _own(traced: fx.GraphModule, node: Any) -> Tensor | None:
-    """The parameter or buffer that `node` is, where operators move its values in their new places; None for a tensor
-    that something else makes."""
-    if not isinstance(node, fx.Node):
-        return None
+    """The tensor that `node` is, where it depends on the network's own tensors and on sizes alone; None for others.
+
+    A parameter is one only as long as its values are moved: what is computed from it must be trained with it.
+    """
+    value = _value(traced, node) if isinstance(node, fx.Node) else None
+    return value if isinstance(value, Tensor) else None
+
+
+def _value(traced: fx.GraphModule, node: fx.Node) -> Any:
     if node.op == "get_attr":
         return graph.held_tensor(traced, node)
-    if graph.role(traced, node) != "reshape" or not graph.is_tensor(node) or not node.args:
+    if not graph.is_own(node) or graph.is_fixed(node) or not node.op.startswith("call"):
         return None
-    first, *others = node.args
-    own = _own(traced, first)
-    if own is None:
+    read = {each: _value(traced, each) for each in node.all_input_nodes if not graph.is_fixed(each)}
+    moves = graph.role(traced, node) == "reshape" or node.target in ("expand", "repeat")
+    trained = any(isinstance(value, nn.Parameter) for value in read.values())
+    if any(value is None for value in read.values()) or (trained and not moves) or not (read or node.target in _MADE):
         return None
-    if len(node.all_input_nodes) > 1:  # a size that was read from another tensor
-        return _like(own, own.reshape(graph.shape(node))) if node.target in _BY_SIZES else None
     function: Any = graph.module_of(traced, node) or node.target
+    if isinstance(function, nn.Module) and function.state_dict():
+        return None
     function = getattr(Tensor, function) if isinstance(function, str) else function
-    return _like(own, function(own, *others, **node.kwargs))
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda each: read.get(each, graph.fixed(each)))
+    with torch.no_grad():
+        value = function(*args, **kwargs)
+    return nn.Parameter(value) if trained and isinstance(value, Tensor) else value
 
 
-_BY_SIZES = ("view", "reshape", torch.reshape)
+_MADE = (torch.arange, torch.linspace, torch.zeros, torch.ones, torch.full)
+"""What makes a tensor of sizes alone, the same one every time."""
+
+
+def _of_one_image(own: Tensor, node: fx.Node) -> Tensor:
+    """`own` without what was expanded to the batch of `node`, a batch of equal images."""
+    shape = graph.shape(node)
+    expanded = own.dim() == len(shape) and own.shape[0] == shape[0] and torch.equal(own, own[:1].expand_as(own))
+    return _like(own, own[:1]) if expanded else own
+
+
+def join_constants(traced: fx.GraphModule, node: fx.Node, place: str) -> None:
+    """Let a concatenation read the network's own tensors as Constants, as many as it reads images of the others."""
+    if graph.role(traced, node) != "concat":
+        return
+    own = {each: value for each in graph.tensor_inputs(node) if (value := _own(traced, each)) is not None}
+    images = next((each for each in graph.tensor_inputs(node) if each not in own), None)
+    for each, value in own.items() if images is not None else ():
+        path = graph.unused(f"{place}_constant", {name for name, _ in traced.named_modules()})
+        traced.add_submodule(path, Constant(_of_one_image(value, node)))
+        with traced.graph.inserting_before(node):
+            constant = traced.graph.call_module(path, (images,))
+        constant.meta, constant.stack_trace = {"tensor_meta": each.meta["tensor_meta"]}, node.stack_trace
+        node.replace_input_with(each, constant)
 
 
 # Sums and products: (the tensor, whether it stands first) -> module ------------------------------------------------
@@ -106,33 +144,96 @@ _SUMS: dict[Any, Callable[[Tensor, bool], Scaled | None]] = {
 
 # Layers -----------------------------------------------------------------------------------------------------------
 
-_LAYERS: dict[Any, tuple[str, ...]] = {
-    F.linear: (),
-    **dict.fromkeys((F.conv1d, torch.conv1d, F.conv2d, torch.conv2d), ("stride", "padding", "dilation", "groups")),
+_GEOMETRY = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+_ARGUMENTS: dict[Any, tuple[str, ...]] = {
+    F.linear: ("input", "weight", "bias"),
+    **dict.fromkeys((F.conv1d, torch.conv1d, F.conv2d, torch.conv2d), _GEOMETRY),
+    **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d), _TRANSPOSED),
+    F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
+    torch.batch_norm: (
+        *("input", "weight", "bias", "running_mean", "running_var"),
+        *("training", "momentum", "eps", "cudnn_enabled"),
+    ),
 }
-_KINDS: dict[Any, Any] = {F.conv1d: nn.Conv1d, torch.conv1d: nn.Conv1d, F.conv2d: nn.Conv2d, torch.conv2d: nn.Conv2d}
+_KINDS: dict[Any, Any] = {
+    F.conv1d: nn.Conv1d,
+    F.conv2d: nn.Conv2d,
+    F.conv_transpose1d: nn.ConvTranspose1d,
+    F.conv_transpose2d: nn.ConvTranspose2d,
+}
 
 
-def _layer(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
-    names = ("input", "weight", "bias", *_LAYERS[node.target])
-    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
-    x, weight, bias = given.pop("input", None), given.pop("weight", None), given.pop("bias", None)
-    values, offset = _own(traced, weight), _own(traced, bias)
-    if not isinstance(x, fx.Node) or values is None or (offset is None) != (bias is None):
+def layer_of(traced: fx.GraphModule, node: fx.Node, dimensions: int) -> nn.Module | None:
+    """The layer or the batch norm that a function with tensors of the network's own is; None where it is none.
+
+    dimensions: of its result.
+    """
+    if node.op != "call_function" or node.target not in _ARGUMENTS:
         return None
-    layer: Any
+    given: dict[str, Any] = dict(zip(_ARGUMENTS[node.target], node.args, strict=False)) | node.kwargs
+    x = given.pop("input", None)
+    tensors = ("weight", "bias", "running_mean", "running_var")
+    own = {name: _own(traced, given[name]) for name in tensors if given.get(name) is not None}
+    if not isinstance(x, fx.Node) or not own or None in own.values():
+        return None
+    others = {name: value for name, value in given.items() if name not in tensors}
+    made = _norm(own, others, dimensions) if "training" in _ARGUMENTS[node.target] else _layer(node, own, others)
+    for name, value in own.items():
+        if made is not None and value is not None and name in ("weight", "bias"):
+            setattr(made, name, _parameter(value))
+    return made
+
+
+def _layer(node: fx.Node, own: dict[str, Any], geometry: dict[str, Any]) -> nn.Module:
+    rows, columns, *kernel = own["weight"].shape
     if node.target is F.linear:
-        layer = nn.Linear(values.shape[1], values.shape[0], bias is not None)
-    else:
-        inputs, kernel = values.shape[1] * given.get("groups", 1), tuple(values.shape[2:])
-        layer = _KINDS[node.target](inputs, values.shape[0], kernel, bias=bias is not None, **given)
-    layer.weight = _parameter(values)
-    if offset is not None:
-        layer.bias = _parameter(offset)
-    node.args, node.kwargs = (x,), {}
-    return layer  # type: ignore[no-any-return]
+        return nn.Linear(columns, rows, "bias" in own)
+    kind, groups = _KINDS[node.target], geometry.get("groups", 1)
+    inputs, outputs = (columns * groups, rows) if kind in (nn.Conv1d, nn.Conv2d) else (rows, columns * groups)
+    layer: nn.Module = kind(inputs, outputs, tuple(kernel), bias="bias" in own, **geometry)
+    return layer
+
+
+def _norm(own: dict[str, Any], given: dict[str, Any], dimensions: int) -> nn.Module | None:
+    """The batch norm of F.batch_norm with statistics of the network's own, which does not take those of a batch."""
+    if given.get("training", False) or "running_mean" not in own or "running_var" not in own:
+        return None
+    kind = nn.BatchNorm2d if dimensions == 4 else nn.BatchNorm1d
+    settings = {name: given[name] for name in ("momentum", "eps") if name in given}
+    norm = kind(len(own["running_mean"]), affine="weight" in own or "bias" in own, **settings)
+    for name in ("running_mean", "running_var"):
+        norm.register_buffer(name, own[name].detach())
+    norm.requires_grad_(False)  # what is not given; what is comes as it is
+    return norm.eval()
 
 
 def _parameter(own: Tensor) -> nn.Parameter:
     """What the module trains, or a fixed filter, which is not trained."""
     return own if isinstance(own, nn.Parameter) else nn.Parameter(own, requires_grad=False)
+
+
+# Batch norm written out -------------------------------------------------------------------------------------------
+
+
+def norm_of_constants(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """The batch norm that sums and products with numbers and buffers make behind a layer, as frozen ones are written:
+    `node` is the last of them, and then reads the layer. None for any others."""
+    if any(isinstance(graph.module_of(traced, reader), Scaled) for reader in node.users):
+        return None
+    factor, offset, made = torch.ones(()), torch.zeros(()), node
+    while isinstance(scaled := graph.module_of(traced, made), Scaled):
+        if (made is not node and len(made.users) > 1) or any(True for _ in scaled.parameters()):
+            return None
+        factor, offset = factor * scaled.factor, offset + factor * scaled.offset
+        made = graph.operand(made)
+    if graph.role(traced, made) != "compute" or len(made.users) > 1:
+        return None
+    whole = torch.broadcast_tensors(factor, offset)[0]
+    channels, dimensions = graph.shape(node)[1], len(graph.shape(node))
+    per_channel = (channels, *[1] * (dimensions - 2))
+    if whole.dim() == 0 or tuple(whole.shape[-len(per_channel) :]) != per_channel or whole.numel() != channels:
+        return None
+    node.args = (made,)
+    kind = FixedNorm2d if dimensions == 4 else FixedNorm1d
+    return kind(*(value.expand_as(whole).reshape(-1) for value in (factor, offset)))

@@ -18,7 +18,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from faqd.errors import UserError
 from faqd.quant import (
@@ -33,7 +33,7 @@ from faqd.quant import (
     weight_quant,
 )
 from faqd.train import graph
-from faqd.train.elementwise import NEVER_NEGATIVE
+from faqd.train.elementwise import NEVER_NEGATIVE, Scaled
 from faqd.train.quantizers import ScaleGradient
 from faqd.train.support import refuse_unknown
 
@@ -165,6 +165,10 @@ def _weight_grids(reader: _Reader, bits: Bits) -> dict[fx.Node, Quant]:
     return {node: weight_quant(8 if node.target in outer else bits.weights, axis) for node in layers}
 
 
+_MULTIPLES = (Scaled, nn.LeakyReLU, nn.PReLU)
+"""What gives multiples of the values that it reads."""
+
+
 class _Reader:
     """Questions about one captured network, answered by walking its graph once: paths that part and meet again, as
     around every gate, double with each."""
@@ -175,11 +179,15 @@ class _Reader:
         self._depth: dict[fx.Node, int] = {}
         self._sources: dict[fx.Node, set[fx.Node]] = {}
         self._negative: dict[fx.Node, bool] = {}
+        self._combined: dict[fx.Node, set[fx.Node]] = {}
+        self._multiplied: dict[fx.Node, set[fx.Node]] = {}
         for node in traced.graph.nodes:
             before = max((self._depth[n] for n in node.all_input_nodes), default=0)
             self._depth[node] = before + (self.role(node) == "compute")
             self._sources[node] = self._find_sources(node)
             self._negative[node] = self._find_negative(node)
+            self._combined[node] = self._find_combined(node)
+            self._multiplied[node] = self._find_multiplied(node)
 
     def role(self, node: fx.Node) -> graph.Role:
         return "other" if node in self._excluded else graph.role(self.traced, node)
@@ -198,9 +206,34 @@ class _Reader:
 
     def _needs_its_own_scale(self, source: fx.Node, joined: set[fx.Node]) -> bool:
         """Whether what is joined cannot share the scale of `source`: that of the network input is its largest value;
-        and averages of codes that are rounded to those very codes would be ties, one in four of 2 x 2 pixels."""
-        averaged = self.role(source) == "average" and bool(self.sources(graph.operand(source)) & joined)
-        return source.op == "placeholder" or averaged
+        and multiples or means of codes that are rounded to those very codes would be ties, every second half."""
+        return source.op == "placeholder" or bool(self._multiplied[source] & joined)
+
+    def _find_multiplied(self, node: fx.Node) -> set[fx.Node]:
+        """The nodes of whose codes `node` gives multiples or means, however they are written."""
+        kind, module = self.role(node), graph.module_of(self.traced, node)
+        if kind in ("average", "norm") or self._is_multiple(node):
+            return self._combined[graph.operand(node)]
+        if kind in ("rectify", "clamp", "reshape", "concat") or isinstance(module, Scaled):
+            return set().union(*(self._multiplied[operand] for operand in graph.tensor_inputs(node)))
+        return set()
+
+    def _find_combined(self, node: fx.Node) -> set[fx.Node]:
+        """The nodes that made the values of `node`, and those whose codes it is computed from."""
+        read = graph.tensor_inputs(node)
+        if self.role(node) == "add":
+            return self._sources[node].union(*(self._sources[operand] for operand in read))
+        if self.role(node) in ("rectify", "clamp", "norm") or isinstance(
+            graph.module_of(self.traced, node), _MULTIPLES
+        ):
+            return self._sources[node].union(*(self._combined[operand] for operand in read))
+        return self._sources[node]
+
+    def _is_multiple(self, node: fx.Node) -> bool:
+        module = graph.module_of(self.traced, node)
+        if isinstance(module, Scaled) and isinstance(module.factor, float) and isinstance(module.offset, float):
+            return abs(module.factor) != 1.0 or module.offset != 0.0
+        return isinstance(module, _MULTIPLES)
 
     def can_be_negative(self, node: fx.Node) -> bool:
         return self._negative[node]

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from faqd.errors import UserError
+from faqd.train.doubts import refuse_kl_of_one, refuse_one_class
 from faqd.train.network import NetworkSource
 from faqd.train.outputs import named_outputs
 from faqd.train.recipes import DistillRecipe, recipe_json, usual_training
 from faqd.train.run import asked_json, data_json
-from faqd.train.source import Lesson
+from faqd.train.source import Lesson, output_shapes
 from faqd.train.student import start_of, student_source
 
 
@@ -46,8 +47,11 @@ def plan_of(recipe: DistillRecipe, out: Path, lesson: Lesson, taps: list[str] | 
             f"--autocast fp16: the limit of --scale-gradient {recipe.scale_gradient} does not go with a loss that is "
             "scaled up, as float16 needs it; use --autocast bf16, or --scale-gradient lsq."
         )
+    if recipe.logit == "kl" and recipe.logit_weight:
+        refuse_kl_of_one(output_shapes(lesson.teacher.network, lesson.teacher.source, "as the student's"))
     if recipe.label_weight:
         _refuse_without_labels(lesson)
+        refuse_one_class(lesson.dataset, "--label-weight")
     return Plan(recipe, out, source, _record(recipe, lesson, source, taps))
 
 

@@ -13,9 +13,11 @@ from faqd.errors import UserError, first_line
 from faqd.files import sha256
 from faqd.preprocess import Preprocess
 from faqd.train.data import DataOptions, Dataset, Say, load_dataset
-from faqd.train.network import NetworkSource, is_users, load_weights, user_source
+from faqd.train.doubts import question_images, question_teacher
+from faqd.train.network import NetworkSource, is_users, user_source
 from faqd.train.outputs import named_outputs
 from faqd.train.run import data_options, finished, load_teacher, run_preprocess
+from faqd.train.weights import load_weights
 
 NEUTRAL = {"mean": 0.0, "std": 1.0}
 """What `none` stands for."""
@@ -52,6 +54,8 @@ def lesson_from(
     dataset = load_dataset(options, with_labels=with_labels, say=say)
     teacher = Teacher(*load_teacher(Path(spec))) if is_run else _users_teacher(spec, weights, dataset, say)
     _refuse_misfit(teacher, dataset)
+    question_images(dataset, say)
+    question_teacher(teacher.network, teacher.source.name, dataset, say)
     return Lesson(teacher, options, dataset)
 
 
@@ -140,6 +144,13 @@ def output_shapes(network: nn.Module, source: NetworkSource, images: str) -> dic
         outputs = named_outputs(network(source.example()))
     except Exception as error:  # whatever the user's forward raises
         raise UserError(f"{source.name}: fails on images of {shape} ({images}): {first_line(error)}.") from error
+    try:
+        network(source.example(3))
+    except Exception as error:
+        raise UserError(
+            f"{source.name}: takes two images and not three: {first_line(error)}. The number of images must be free; "
+            "torch.export has dynamic_shapes for that."
+        ) from error
     for name, output in outputs.items():
         if not isinstance(output, Tensor) or not output.is_floating_point():
             kind = str(output.dtype) if isinstance(output, Tensor) else type(output).__name__

@@ -17,7 +17,8 @@ from torch import fx, nn
 
 from faqd.train import graph
 from faqd.train.elementwise import Bilinear, Clamp, Nearest, Part, Rows, Scaled
-from faqd.train.own_tensors import with_own_tensors
+from faqd.train.own_tensors import join_constants, norm_of_constants, with_own_tensors
+from faqd.train.sized import crop, with_its_size, with_whole_windows
 
 
 def standardise(traced: fx.GraphModule) -> None:
@@ -31,13 +32,21 @@ def standardise(traced: fx.GraphModule) -> None:
         if _is_idle(node):
             node.replace_all_uses_with(graph.operand(node))
             continue
-        module = _piece(traced, node) or with_own_tensors(traced, node) or _standard(traced, node)
+        module = (
+            _piece(traced, node)
+            or with_own_tensors(traced, node)
+            or with_its_size(traced, node)
+            or with_whole_windows(traced, node)
+            or _standard(traced, node)
+        )
         if module is not None:
             _call(traced, node, names[node], module)
+        crop(traced, node, names[node])
+        join_constants(traced, node, names[node])
         if isinstance(graph.module_of(traced, node), nn.Linear) and len(graph.shape(node)) > 2:
             _on_rows(traced, node, names[node])
     for node in traced.graph.nodes:
-        for join in (_hard_sigmoid, _gated, _divided_gate):
+        for join in (_hard_sigmoid, _gated, _divided_gate, _frozen_norm):
             join(traced, node)
     traced.graph.eliminate_dead_code()
     traced.delete_all_unused_submodules()
@@ -53,6 +62,8 @@ def _call(traced: fx.GraphModule, node: fx.Node, place: str, module: nn.Module) 
         while place in {name for name, _ in traced.named_modules()}:
             place += "_"
         traced.add_submodule(place, module)
+        if node.op == "call_module":
+            node.meta.pop("nn_module_stack", None)  # names the shared module, and with it nodes of the exported file
     node.op, node.target, node.args, node.kwargs = "call_module", place, (source,), {}
 
 
@@ -299,6 +310,12 @@ def _divided_gate(traced: fx.GraphModule, node: fx.Node) -> None:
             traced.set_submodule(str(node.target), nn.Hardswish())
             node.args = (x,)
             return
+
+
+def _frozen_norm(traced: fx.GraphModule, node: fx.Node) -> None:
+    """x * scale + shift behind a layer"""
+    if isinstance(graph.module_of(traced, node), Scaled) and (norm := norm_of_constants(traced, node)) is not None:
+        traced.set_submodule(str(node.target), norm)
 
 
 def _factors(traced: fx.GraphModule, node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:

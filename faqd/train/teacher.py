@@ -14,6 +14,7 @@ from torch.nn import functional
 from faqd.errors import UserError
 from faqd.train.batches import Batch, Batches, Images, splits_on
 from faqd.train.data import DataOptions, Dataset, Say, load_dataset
+from faqd.train.doubts import question_images, refuse_one_class
 from faqd.train.job import Job, Losses, select_losses
 from faqd.train.loop import finish, fit
 from faqd.train.network import NetworkSource, architecture_source
@@ -39,6 +40,8 @@ def train_teacher(
     architecture_source(recipe.arch, 1, (1, 1), 1)  # refuses a wrong name before images are read
     dataset = load_dataset(data, with_labels=True, say=say)
     source = _source(recipe, dataset)
+    refuse_one_class(dataset, "faqd-train teacher")
+    question_images(dataset, say)
     record = _record(recipe, data, dataset, source)
     if world.first(lambda: is_done(out, record, resume)):
         say(f"{out}: this run is finished.")

@@ -36,13 +36,14 @@ from faqd.benchmarks.sessions import ClosedLoop
 from faqd.benchmarks.training.foreign_networks import MobileNet
 from faqd.command import Finite, emit_json, json_option, run
 from faqd.cpu import adds_pairs_in_int16, instruction_sets
-from faqd.deploy.export import INPUT, onnx_from_deployed, save
+from faqd.deploy.export import onnx_from_deployed, save
 from faqd.deploy.integer_sums import integer_sums
 from faqd.deploy.onnx_file import load_model
 from faqd.deploy.onnx_session import OnnxSession, version
 from faqd.train.capture import capture
 from faqd.train.convert import collect_output_scales, convert
 from faqd.train.network import NetworkSource
+from faqd.train.outputs import INPUT
 from faqd.train.placement import Bits
 from faqd.train.prepare import calibrate, prepare
 

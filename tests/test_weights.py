@@ -1,0 +1,186 @@
+"""Files of weights as training scripts leave them: each loads as what it is, or is refused by a true sentence."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_model
+from torch import Tensor, nn
+
+from faqd.errors import UserError
+from faqd.train.weights import load_weights
+
+State = dict[str, Tensor]
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        self.head = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.backbone(x))  # type: ignore[no-any-return]
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.second.weight = self.first.weight
+
+
+def state_of(network: nn.Module, seed: int = 0) -> State:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        key: torch.rand(value.shape, generator=generator) if value.is_floating_point() else value.clone()
+        for key, value in network.state_dict().items()
+    }
+
+
+WANTED, WORSE = state_of(Net(), 1), state_of(Net(), 2)
+
+
+def under(prefix: str, state: State = WANTED) -> State:
+    return {prefix + key: value for key, value in state.items()}
+
+
+def kernels(change: Callable[[Tensor], Tensor]) -> State:
+    return {key: change(value) if value.dim() == 4 else value for key, value in WANTED.items()}
+
+
+LOADS: dict[str, tuple[Any, str]] = {
+    "plain": (WANTED, ""),
+    "averaged before the last": (
+        {"model": under("module.", WORSE), "ema": {"module": WANTED, "updates": 3}},
+        "'model'",
+    ),
+    "averaged only": ({"ema": {"module": WANTED, "updates": 3}}, ""),
+    "params_ema": ({"params": WORSE, "params_ema": WANTED}, "takes the weights under 'params_ema'"),
+    "module": ({"module": WANTED, "ds_version": "0.15"}, ""),
+    "model_state beside the optimizer": (
+        {"model_state": WANTED, "optimizer_state": {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": []}},
+        "",
+    ),
+    "a key of the user's own": ({"generator": WANTED, "discriminator": {"a.weight": torch.ones(2)}}, ""),
+    "the first wrapping is of another network": ({"ema": {"a.weight": torch.ones(2)}, "model": WANTED}, ""),
+    "a nest": ({"state": {"model": {"net": WANTED}}, "epoch": 3}, ""),
+    "Lightning with a criterion": (
+        {"state_dict": {**under("model."), "criterion.pos_weight": torch.ones(4)}},
+        "leaves out criterion.pos_weight",
+    ),
+    "a student beside its teacher": (
+        {**under("student."), **under("teacher.", WORSE)},
+        "takes the weights under 'student.' and leaves out teacher.backbone.0.weight",
+    ),
+    "wrapper inside": ({key.replace("backbone.", "backbone._orig_mod."): v for key, v in WANTED.items()}, ""),
+    "wrappers everywhere": ({"state_dict": under("model._orig_mod.module.")}, ""),
+    "sharded": (under("_fsdp_wrapped_module."), ""),
+    "checkpointed": (
+        {k.replace("backbone.", "backbone._checkpoint_wrapped_module."): v for k, v in WANTED.items()},
+        "",
+    ),
+    "an averaged model": ({"n_averaged": torch.tensor(5), **under("module.")}, ""),
+    "doubles": ({key: v.double() if v.is_floating_point() else v for key, v in WANTED.items()}, ""),
+    "counters as floats": ({key: v.float() for key, v in WANTED.items()}, ""),
+    "without counters": ({key: v for key, v in WANTED.items() if "num_batches" not in key}, ""),
+}
+
+
+@pytest.mark.parametrize("kind", LOADS)
+def test_loads(kind: str, tmp_path: Path) -> None:
+    file, words = LOADS[kind]
+    said: list[str] = []
+    torch.save(file, tmp_path / "w.pth")
+    network = Net()
+    load_weights(network, tmp_path / "w.pth", said.append)
+    assert all(torch.equal(value, WANTED[key]) for key, value in network.state_dict().items())
+    assert len(said) == bool(words) and all(words in text for text in said), said
+
+
+@pytest.mark.parametrize("name", ["w.PTH", "best.pth.tar", "last.ckpt", "pytorch_model.bin", "w.pt"])
+def test_what_torch_saves_has_many_names(name: str, tmp_path: Path) -> None:
+    torch.save({"state_dict": WANTED}, tmp_path / name)
+    network = Net()
+    load_weights(network, tmp_path / name)
+    assert torch.equal(network.head.weight, WANTED["head.weight"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float16])
+def test_narrow_floats_are_widened(dtype: torch.dtype, tmp_path: Path) -> None:
+    torch.save(kernels(lambda value: value.to(dtype)), tmp_path / "w.pth")
+    network = Net()
+    load_weights(network, tmp_path / "w.pth")
+    assert torch.equal(network.head.weight, WANTED["head.weight"].to(dtype).float())
+
+
+@pytest.mark.parametrize("wrapped", [nn.DataParallel, torch.optim.swa_utils.AveragedModel])
+def test_a_network_in_a_wrapper_takes_plain_weights(wrapped: Callable[[nn.Module], nn.Module], tmp_path: Path) -> None:
+    torch.save(WANTED, tmp_path / "w.pth")
+    network = wrapped(Net())
+    load_weights(network, tmp_path / "w.pth")
+    assert torch.equal(network.state_dict()["module.head.weight"], WANTED["head.weight"])
+
+
+def quantized(value: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # such tensors are old, their files are still about
+        return torch.quantize_per_tensor(value, 0.01, 0, torch.qint8)
+
+
+def whole_counter() -> State:
+    return {**WANTED, "backbone.1.num_batches_tracked": torch.tensor(2.5)}
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], list[str]]] = {
+    "int8": (lambda: kernels(lambda v: (v * 100).to(torch.int8)), ["backbone.0.weight is int8", "float32"]),
+    "bool": (lambda: kernels(lambda v: v > 0.5), ["backbone.0.weight is bool"]),
+    "complex": (lambda: kernels(lambda v: v.to(torch.complex64)), ["backbone.0.weight is complex64"]),
+    "quantized": (lambda: kernels(quantized), ["backbone.0.weight is quantized (qint8)"]),
+    "sparse": (lambda: kernels(lambda v: v.to_sparse()), ["backbone.0.weight is a sparse coo tensor"]),
+    "meta": (lambda: kernels(lambda v: v.to("meta")), ["backbone.0.weight", "meta device"]),
+    "a count that is none": (whole_counter, ["num_batches_tracked is float32", "int64"]),
+    "beyond float32": (lambda: kernels(lambda v: v.double() * 1e300), ["backbone.0.weight holds NaN or infinite"]),
+    "pruned": (
+        lambda: {**{k: v for k, v in WANTED.items() if k != "head.weight"}, "head.weight_orig": WANTED["head.weight"]},
+        ["1 missing (first: head.weight)", "1 unknown (first: head.weight_orig)"],
+    ),
+    "another layer under the prefix": (
+        lambda: under("model.", {**WANTED, "neck.weight": torch.ones(2)}),
+        ["1 unknown (first: model.neck.weight)"],
+    ),
+    "a class": (lambda: {"state_dict": WANTED, "args": argparse.Namespace(lr=0.1)}, ["(argparse.Namespace)"]),
+    "no tensor": (lambda: {"epoch": 3, "optimizer": {}}, ["no state dict", "epoch, optimizer"]),
+    "a list": (lambda: list(WANTED.values()), ["holds a list"]),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_is_refused(kind: str, tmp_path: Path) -> None:
+    make, words = REFUSED[kind]
+    torch.save(make(), tmp_path / "w.pth")
+    with pytest.raises(UserError) as refused:
+        load_weights(Net(), tmp_path / "w.pth")
+    assert all(word in str(refused.value) for word in ["w.pth", *words]), refused.value
+
+
+def test_a_tied_tensor_is_read_from_any_of_its_names_but_not_from_two_values(tmp_path: Path) -> None:
+    tied = Tied()
+    with torch.no_grad():
+        tied.first.weight.copy_(torch.eye(4))
+    save_model(tied, str(tmp_path / "one.safetensors"))  # keeps one name of each tensor
+    torch.save(tied.state_dict(), tmp_path / "both.pth")
+    torch.save({key: v + (key == "second.weight") for key, v in tied.state_dict().items()}, tmp_path / "differ.pth")
+    for name in ("one.safetensors", "both.pth"):
+        network = Tied()
+        load_weights(network, tmp_path / name)
+        assert torch.equal(network.second.weight, torch.eye(4))
+    with pytest.raises(UserError, match=r"first\.weight and second\.weight hold different values"):
+        load_weights(Tied(), tmp_path / "differ.pth")
