@@ -87,10 +87,10 @@ def verification(bundle: Bundle) -> dict[str, Any]:
         trace, results[flavour], modes = _verify_flavour(bundle, flavour, inputs, driven)
         own[flavour] = [f"{flavour}: {text}" for text in results[flavour]["failures"]]
         outputs[flavour] = outputs_of(OnnxSession(bundle.path(FILES[flavour]), optimise=modes[-1]), images)
-        own[flavour] += [f"{flavour}: {text}" for text in _constant_outputs(outputs[flavour], evaluation.teacher)]
         if flavour == "tensorrt":
             record["float16"] = verify_float16(bundle, trace, images, outputs[flavour])
             own[flavour] += record["float16"]["failures"]
+        own[flavour] += [f"{flavour}: {text}" for text in _constant_outputs(outputs[flavour], evaluation.teacher)]
     if bundle.takes_pixels:
         record["preprocessing"] = _verify_preprocessing(bundle, evaluation.images[:PIXEL_PROBES])
         for name, compared in record["preprocessing"].items():
