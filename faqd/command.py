@@ -68,8 +68,8 @@ def wait_briefly() -> None:
     """Let the threads of torch's OpenMP runtime sleep soon where they wait for each other, if the user has not said how
     they wait. To be called before torch is loaded: it reads the environment once.
 
-    By default they spin for about a millisecond, with which two processes on the same cores take each other's time:
-    results/waiting.json. Sleeping at once costs a single process more than spinning shortly.
+    By default they spin for long, with which two processes on the same cores take each other's time; sleeping at once
+    costs a single process more than spinning shortly. faqd.benchmarks.training.waiting measures it.
     """
     if not any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")):
         os.environ["GOMP_SPINCOUNT"] = str(SPINS)
