@@ -20,6 +20,7 @@ from faqd.deploy.integer_sums import integer_sums
 from faqd.deploy.student import _size
 from faqd.deploy.torch_values import as_trained, torch_digests
 from faqd.deploy.verify_layers import verify_file
+from faqd.train import channels
 from faqd.train.convert import Deployed, collect_output_scales, convert
 from faqd.train.models import build_architecture
 from faqd.train.placement import Bits
@@ -88,7 +89,7 @@ def test_a_residual_network_runs_in_integers(bits: Bits, limits: int, tmp_path: 
     # The input is quantized; nothing is taken back to float before the classifier, which may give floats itself.
     assert found["QuantizeLinear"] == 1 and found["DequantizeLinear"] <= 1 and found["Transpose"] <= 2
     # The zeros among the image's channels are bytes, not floats.
-    assert optimised(model, tmp_path)[:4] == ["QuantizeLinear", "Unsqueeze", "Pad", "Reshape"]
+    assert optimised(model, tmp_path)[:2] == ["QuantizeLinear", "Pad"]
     # One for each rounding to a grid below 0..255: 7 behind a ReLU, and the average's, whose grid is 0..127.
     assert found["Clip"] == limits
 
@@ -145,21 +146,33 @@ def test_what_was_trained_is_compared_without_spare_channels() -> None:
 
 
 @pytest.mark.parametrize(
-    ("inputs", "outputs", "opposed", "stored", "trained"),
+    ("inputs", "outputs", "opposed", "few", "stored", "trained"),
     [
-        (3, 16, True, 4, slice(3)),
-        (4, 16, True, 4, slice(4)),
-        (1, 16, False, 4, slice(0, 1)),
-        (3, 16, False, 8, slice(0, 6, 2)),
-        (4, 16, False, 8, slice(0, 8, 2)),
-        (3, 12, False, 8, slice(0, 6, 2)),
+        (3, 16, True, True, 4, slice(3)),
+        (4, 16, True, True, 4, slice(4)),
+        (1, 16, False, True, 4, slice(0, 1)),
+        (3, 16, False, True, 8, slice(0, 6, 2)),
+        (4, 16, False, True, 8, slice(0, 8, 2)),
+        (3, 12, False, True, 8, slice(0, 6, 2)),
+        (3, 16, False, False, 4, slice(3)),
+        (4, 16, False, False, 4, slice(4)),
+        (3, 12, False, False, 3, slice(3)),
     ],
     ids=str,
 )
 def test_channels_of_zeros_among_those_of_an_image(
-    inputs: int, outputs: int, opposed: bool, stored: int, trained: slice
+    inputs: int,
+    outputs: int,
+    opposed: bool,
+    few: bool,
+    stored: int,
+    trained: slice,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
-    """A fourth at the end; one behind each where neighbours of one sign could saturate."""
+    """A fourth at the end; one behind each where neighbours of one sign could saturate, and such layers have few of all
+    products: else their weights are coarser."""
+    monkeypatch.setattr(channels, "FEW_PRODUCTS", 1.0 if few else 0.02)
     shape = (inputs, *SHAPE[1:])
     network = lively(Moved("pool", inputs, outputs), 1)
     if opposed:
@@ -168,6 +181,8 @@ def test_channels_of_zeros_among_those_of_an_image(
             network.get_parameter(name).data = network.get_parameter(name).data.abs() * signs
     student = calibrated(network, Bits(4, 4), shape=shape)
     deployed, model = lowered(student, shape)
+    assert set(deployed.changes.coarser) == (set() if few else {"conv1"})
+    assert optimised(model, tmp_path)[0] == "QuantizeLinear"
     weights = first_weights(model)
     others = np.delete(np.arange(stored), trained)
     assert weights.shape[1] == stored and not weights[:, others].any() and weights[:, trained].all((1, 2, 3)).any()

@@ -33,6 +33,7 @@ from faqd.proof import proof_of
 from faqd.quant import Quant, weight_quant
 from faqd.train import pair_limits
 from faqd.train.convert import Deployed, collect_output_scales, convert
+from faqd.train.deployed import Filling
 from faqd.train.models import build_architecture
 from faqd.train.placement import Bits
 from faqd.train.prepare import Student
@@ -101,16 +102,18 @@ def test_neighbours_have_the_channels_innermost() -> None:
     assert saturation.largest_pairs(np.array([[100, -100, 0, 0]])).tolist() == [100]
 
 
+@pytest.mark.parametrize("at_end", [0, 1])
 @pytest.mark.parametrize("axis", [0, None])
 @pytest.mark.parametrize("shape", [(16, 3, 3, 3), (7, 5), (8, 12, 1), (4, 1, 3, 3)], ids=str)
 @pytest.mark.parametrize("bits", [8, 7, 4])
-def test_weights_within_pairs(axis: int | None, shape: tuple[int, ...], bits: int) -> None:
+def test_weights_within_pairs(axis: int | None, shape: tuple[int, ...], bits: int, at_end: int) -> None:
     quant = weight_quant(bits, axis)
     for seed in range(5):
         weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         codes, scale = project(weight, quant)
-        found, coarser = within_pairs(weight, codes, scale, quant, 128)
-        pairs = [saturation.largest_pairs(saturation.in_kernel_order(c.numpy())) for c in (codes, found)]
+        found, coarser = within_pairs(weight, codes, scale, quant, 128, at_end)
+        filled = [Filling(at_end)(c) for c in (codes, found)]
+        pairs = [saturation.largest_pairs(saturation.in_kernel_order(c.numpy())) for c in filled]
         assert (pairs[1] <= 128).all() and (bits > 7 or torch.equal(found, codes))
         changed = (found != codes).flatten(1).any(1).numpy()
         assert ((pairs[0] > 128) >= changed).all() or axis is None
@@ -135,7 +138,9 @@ def test_no_sum_of_a_written_file_saturates(target: Any, bits: int, name: str) -
     x = images(5, 16, SHAPE, reach=3.0)
     assert verify_file(model, x.numpy(), torch_digests(deployed, x), [False, True])["failures"] == []
     # A student for TensorRT has its trained weights there; one for onnxruntime alone was trained within the limits.
-    assert (deployed.changes.coarser == {}) == (target == "onnxruntime" or name == "resnet8")
+    assert (deployed.changes.coarser == {}) == (target == "onnxruntime")
+    if name == "resnet8":  # its other layers read codes of 0..127
+        assert set(deployed.changes.coarser) <= {"stem.0"}
     if target == "tensorrt":
         assert convert(student, "tensorrt").changes.coarser == {}
 

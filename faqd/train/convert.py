@@ -21,7 +21,7 @@ from faqd.calib.ranges import scale_max
 from faqd.errors import UserError
 from faqd.quant import FLOAT_BITS, SIGNED_8
 from faqd.train import graph
-from faqd.train.channels import fill_up_channels
+from faqd.train.channels import fill_up_channels, image_layers
 from faqd.train.curves import Curve, Interpolate, deployed_clamp
 from faqd.train.deployed import ChannelAffine, Flavour, IntegerAverage, Requantize
 from faqd.train.elementwise import CURVES, Bilinear, Clamp, Scaled
@@ -85,10 +85,11 @@ def convert(student: Student, flavour: Flavour, output_scales: dict[str, float] 
         quantize_outputs(network, output_scales or {})
     if flavour != "float":
         requantize_behind_moves(network, flavour == "onnxruntime")
+    of_the_image = image_layers(network)
     for node in list(network.graph.nodes):
         kind = graph.role(network, node)
         if kind == "compute":
-            fold_layer(network, node, flavour, changes, shifts)
+            fold_layer(network, node, flavour, changes, shifts, of_the_image)
         elif kind == "average" and flavour != "float" and input_quantizer(network, node) is not None:
             _replace(network, node, _average(network, node))
     for node in network.graph.nodes:
@@ -96,7 +97,7 @@ def convert(student: Student, flavour: Flavour, output_scales: dict[str, float] 
         if new is not None:
             network.set_submodule(str(node.target), new)
     if flavour == "onnxruntime":
-        fill_up_channels(network)
+        fill_up_channels(network, of_the_image)
     network.delete_all_unused_submodules()
     network.graph.eliminate_dead_code()
     network.graph.lint()

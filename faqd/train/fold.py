@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from faqd import saturation
 from faqd.train import graph
-from faqd.train.channels import readers_of_the_image
+from faqd.train.channels import ImageLayers
 from faqd.train.deployed import Flavour, IntegerLayer
 from faqd.train.layers import latent_weight, output_channels, output_first, weight_codes, weight_quantizer
 from faqd.train.pair_limits import LARGEST_INT8, pair_limit
 from faqd.train.prepare import input_quantizer
-from faqd.train.quantizers import ActivationQuantizer, within_pairs
+from faqd.train.quantizers import ActivationQuantizer, largest_pairs, within_pairs
 
 LARGEST_INT32 = 2**31 - 1
 ROOM = 2**30
@@ -50,12 +48,26 @@ class Changes:
             yield f"{layer}: stays float, for products of {inputs:,} inputs could pass int32"
 
 
+@dataclass(frozen=True)
+class Pairs:
+    """What neighbouring codes of a layer are held to, for onnxruntime.
+
+    limit: of the sum of two of one sign; None where any may be. zeros_at_end: channels that follow those of the layer's
+    input. apart: whether zeros will come between all of them where a pair is beyond the limit.
+    """
+
+    limit: int | None
+    zeros_at_end: int
+    apart: bool
+
+
 def fold_layer(
     network: fx.GraphModule,
     node: fx.Node,
     flavour: Flavour,
     changes: Changes,
     shifts: dict[fx.Node, Tensor],
+    of_the_image: ImageLayers,
 ) -> None:
     """Replace a layer and its batch norm: sign into the codes, magnitude into the scale, the rest into the bias."""
     layer: Any = network.get_submodule(str(node.target))
@@ -66,19 +78,16 @@ def fold_layer(
         network.set_submodule(str(node.target), _float_layer(layer, factor, offset))
     else:
         read = quantizer_of(network, node)
-        limit = _limit_in(flavour, network, node, read)
-        integer = partial(_onnxruntime_layer, limit=limit, changes=changes, name=str(node.target))
-        new = (integer if flavour == "onnxruntime" else _tensorrt_layer)(layer, factor, offset, read)
+        if flavour == "onnxruntime":
+            apart = node in of_the_image.nodes and of_the_image.doubled
+            pairs = Pairs(pair_limit(network, node, read.quant), of_the_image.at_end_for(node), apart)
+            new = _onnxruntime_layer(layer, factor, offset, read, pairs, changes, str(node.target))
+        else:
+            new = _tensorrt_layer(layer, factor, offset, read)
         network.set_submodule(str(node.target), new)
     if end is not node:
         end.replace_all_uses_with(node)
         network.graph.erase_node(end)
-
-
-def _limit_in(flavour: Flavour, network: fx.GraphModule, node: fx.Node, read: ActivationQuantizer) -> int | None:
-    """The pair limit that the layer has to be held to here: none where zeros among the image's channels will do."""
-    apart = node in readers_of_the_image(network)
-    return pair_limit(network, node, read.quant) if flavour == "onnxruntime" and not apart else None
 
 
 def _layer_affine(layer: Any, norm: nn.Module | None) -> tuple[Tensor, Tensor]:
@@ -131,29 +140,31 @@ def _onnxruntime_layer(
     factor: Tensor,
     offset: Tensor,
     read: ActivationQuantizer,
-    *,
-    limit: int | None,
+    pairs: Pairs,
     changes: Changes,
     name: str,
 ) -> nn.Module:
-    """The layer with an int32 bias, or the same in floats where int32 cannot hold its sums. limit: of two neighbouring
-    codes. What of `name` is not as trained goes into `changes`."""
+    """The layer with an int32 bias, or the same in floats where int32 cannot hold its sums. What of `name` is not as
+    trained goes into `changes`."""
     quantizer = weight_quantizer(layer)
     assert quantizer is not None
     trained, trained_scale = weight_codes(layer)
     codes, unfolded = trained, trained_scale
-    if limit is not None:
+    largest = int(largest_pairs(trained, pairs.zeros_at_end).max())
+    if pairs.limit is not None and largest > pairs.limit and not pairs.apart:
         weight = output_first(layer, latent_weight(layer))
-        codes, unfolded = within_pairs(weight, trained, trained_scale, quantizer.quant, limit)
+        quant, limit, largest = quantizer.quant, pairs.limit, pairs.limit
+        codes, unfolded = within_pairs(weight, trained, trained_scale, quant, limit, pairs.zeros_at_end)
     sign, input_scale = _per_channel(factor.sign(), codes), read.scale.detach().float()
     reach = codes.double().abs().flatten(1).sum(1) * _input_high(read)
     if float(reach.max()) >= ROOM:
         changes.floats[name] = codes[0].numel()
         return _float_layer(layer, factor, offset, trained.double() * _per_channel(trained_scale.double(), trained))
     # Finer biases for coarse grids: the product of code and scale stays the same, the int32 bias step shrinks.
-    largest = int(saturation.largest_pairs(saturation.in_kernel_order(codes.numpy())).max(initial=0))
-    multiple = LARGEST_INT8 // quantizer.quant.high if limit is None else limit // max(1, largest)
-    multiple = max(1, min(multiple, LARGEST_INT8 // quantizer.quant.high, int(ROOM / max(1.0, float(reach.max())))))
+    multiple = min(LARGEST_INT8 // quantizer.quant.high, int(ROOM / max(1.0, float(reach.max()))))
+    if pairs.limit is not None:
+        multiple = min(multiple, pairs.limit // max(1, largest))
+    multiple = max(1, multiple)
     codes, scale = codes.double() * sign * multiple, _float32(unfolded.double() * factor.abs() / multiple)
     codes, scale = _with_room(codes, scale, offset / input_scale.double(), reach * multiple)
     dead = scale < torch.finfo(torch.float32).tiny

@@ -17,6 +17,7 @@ from faqd.calib.ranges import Method, scale_from
 from faqd.errors import UserError
 from faqd.quant import FLOAT_BITS
 from faqd.train import graph
+from faqd.train.channels import image_layers
 from faqd.train.elementwise import Scaled
 from faqd.train.layers import latent_weight, operator_name, quantize_weight, weight_quantizer
 from faqd.train.pair_limits import pair_limit
@@ -101,6 +102,7 @@ def prepare(traced: fx.GraphModule, bits: Bits, example: Tensor) -> Student:
 
 def _limit_pairs(network: fx.GraphModule) -> None:
     """Weights for which no sum of onnxruntime's kernels saturates, where the student is trained for it alone."""
+    of_the_image = image_layers(network)
     for node in network.graph.nodes:
         layer = graph.module_of(network, node)
         quantizer = weight_quantizer(layer) if graph.role(network, node) == "compute" and layer is not None else None
@@ -108,6 +110,7 @@ def _limit_pairs(network: fx.GraphModule) -> None:
         if quantizer is not None and read is not None:
             limits = (quantizer.pair_limit, pair_limit(network, node, read.quant))
             quantizer.pair_limit = min((limit for limit in limits if limit is not None), default=None)
+            quantizer.zeros_at_end = of_the_image.at_end_for(node)
 
 
 def _refuse_hooks(network: fx.GraphModule) -> None:

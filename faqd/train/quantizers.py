@@ -118,16 +118,18 @@ def _ordinary_where_zero(scale: Tensor) -> Tensor:
     return torch.where(positive, scale, ordinary)
 
 
-def within_pairs(weight: Tensor, codes: Tensor, scale: Tensor, quant: Quant, limit: int) -> tuple[Tensor, Tensor]:
+def within_pairs(
+    weight: Tensor, codes: Tensor, scale: Tensor, quant: Quant, limit: int, at_end: int = 0
+) -> tuple[Tensor, Tensor]:
     """Coarser codes where two neighbours of one sign add up to more than `limit` (faqd.saturation), with the scale that
     fits them best; others as they came.
 
-    weight, codes: output channels first. The scale grows until the largest pair of weights takes limit - 1 codes:
-    rounding adds at most one half to each of the two.
+    weight, codes: output channels first. at_end: zeros behind the input channels, which count as neighbours. The scale
+    grows until the largest pair of weights takes limit - 1 codes: rounding adds at most one half to each of the two.
     """
     rows = weight.detach().flatten(1)
-    coarse = _largest_pairs(weight.detach()) / (limit - 1)
-    beyond = _largest_pairs(codes) > limit
+    coarse = largest_pairs(weight.detach(), at_end) / (limit - 1)
+    beyond = largest_pairs(codes, at_end) > limit
     if quant.axis is None:  # one scale for all channels
         rows, coarse, beyond = rows.reshape(1, -1), coarse.amax(0, keepdim=True), beyond.any(0, keepdim=True)
     coarser = (rows / coarse.clamp_min(torch.finfo(rows.dtype).tiny)[:, None]).round().clamp(-quant.high, quant.high)
@@ -136,9 +138,9 @@ def within_pairs(weight: Tensor, codes: Tensor, scale: Tensor, quant: Quant, lim
     return torch.where(beyond[:, None], coarser, kept).reshape(weight.shape), torch.where(beyond, fitted, scale)
 
 
-def _largest_pairs(weight: Tensor) -> Tensor:
-    """As faqd.saturation.largest_pairs, of weights (O, C, kernel...)."""
-    rows = weight.movedim(1, -1).flatten(1)
+def largest_pairs(weight: Tensor, at_end: int = 0) -> Tensor:
+    """As faqd.saturation.largest_pairs, of weights (O, C, kernel...) with zeros behind the input channels."""
+    rows = nn.functional.pad(weight.movedim(1, -1), (0, at_end)).flatten(1)
     pairs = nn.functional.pad(rows, (0, rows.shape[1] % 2)).unflatten(1, (-1, 2))
     return torch.maximum(pairs.clamp_min(0).sum(2).amax(1), -pairs.clamp_max(0).sum(2).amin(1))
 
@@ -148,7 +150,7 @@ class WeightQuantizer(nn.Module):
 
     `scale` is the warm start of the next projection and part of the checkpoint, so that the codes seen in training,
     in evaluation and in the exported file come from one and the same call. `enabled` is False only while ranges are
-    collected. pair_limit: see `within_pairs`; None where any pair may be.
+    collected. pair_limit, zeros_at_end: see `within_pairs`; a limit of None where any pair may be.
     """
 
     scale: Tensor
@@ -157,6 +159,7 @@ class WeightQuantizer(nn.Module):
         super().__init__()
         self.quant = quant
         self.pair_limit: int | None = None
+        self.zeros_at_end = 0
         self.enabled = True
         self.register_buffer("scale", project(weight, quant)[1])
 
@@ -165,7 +168,7 @@ class WeightQuantizer(nn.Module):
         codes, scale = project(weight, self.quant, self.scale)
         if self.pair_limit is None:
             return codes, scale
-        return within_pairs(weight, codes, scale, self.quant, self.pair_limit)
+        return within_pairs(weight, codes, scale, self.quant, self.pair_limit, self.zeros_at_end)
 
     def forward(self, weight: Tensor) -> Tensor:
         if not self.enabled:
