@@ -138,9 +138,7 @@ def test_no_sum_of_a_written_file_saturates(target: Any, bits: int, name: str) -
     x = images(5, 16, SHAPE, reach=3.0)
     assert verify_file(model, x.numpy(), torch_digests(deployed, x), [False, True])["failures"] == []
     # A student for TensorRT has its trained weights there; one for onnxruntime alone was trained within the limits.
-    assert (deployed.changes.coarser == {}) == (target == "onnxruntime")
-    if name == "resnet8":  # its other layers read codes of 0..127
-        assert set(deployed.changes.coarser) <= {"stem.0"}
+    assert (deployed.changes.coarser == {}) == (target == "onnxruntime" or name == "resnet8")
     if target == "tensorrt":
         assert convert(student, "tensorrt").changes.coarser == {}
 

@@ -79,8 +79,8 @@ def fold_layer(
     else:
         read = quantizer_of(network, node)
         if flavour == "onnxruntime":
-            apart = node in of_the_image.nodes and of_the_image.doubled
-            pairs = Pairs(pair_limit(network, node, read.quant), of_the_image.at_end_for(node), apart)
+            limit, apart = pair_limit(network, node, read.quant), node in of_the_image.nodes
+            pairs = Pairs(limit, of_the_image.at_end_for(node), apart)
             new = _onnxruntime_layer(layer, factor, offset, read, pairs, changes, str(node.target))
         else:
             new = _tensorrt_layer(layer, factor, offset, read)
