@@ -228,6 +228,9 @@ def _write_bundle(
                 f: deployed.changes.coarser for f, deployed in students.items() if deployed.changes.coarser
             },
             "float_layers": {f: deployed.changes.floats for f, deployed in students.items() if deployed.changes.floats},
+            "unrounded_layers": {
+                f: deployed.changes.unrounded for f, deployed in students.items() if deployed.changes.unrounded
+            },
             "float_type": float_type,
             "input": _input(parts, input_form),
         }

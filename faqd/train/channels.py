@@ -7,7 +7,7 @@ some CPU (faqd.saturation): a product with zero is added to each instead, and th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,12 +42,12 @@ class ImageLayers:
         return self.at_end if node in self.nodes else 0
 
 
-def image_layers(network: fx.GraphModule) -> ImageLayers:
+def image_layers(network: fx.GraphModule, floats: Collection[fx.Node] = ()) -> ImageLayers:
     """Those of a prepared network: none, unless small convolutions of all channels at once are all that reads the
-    image, and read it rounded."""
+    image, and read it rounded. floats: layers that will multiply floats."""
     nodes = frozenset(_readers_of_the_image(network))
     layers: list[Any] = [graph.module_of(network, node) for node in nodes]
-    if not layers or not all(_convolves_all(layer) for layer in layers):
+    if not layers or not all(_convolves_all(layer) for layer in layers) or not nodes.isdisjoint(floats):
         return ImageLayers()
     faster = layers[0].in_channels % TOGETHER == TOGETHER - 1 and all(_has_a_kernel(layer) for layer in layers)
     return ImageLayers(nodes, int(faster))

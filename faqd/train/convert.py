@@ -31,9 +31,11 @@ from faqd.train.quantizers import ActivationQuantizer
 from faqd.train.roundings import (
     Again,
     flatten_behind_rounding,
-    float_outputs,
-    quantize_outputs,
+    quantize_sums,
     requantize_behind_moves,
+    round_before_moves,
+    summed_layers,
+    unrounded_layers,
 )
 from faqd.train.shifts import place_shifts
 
@@ -66,8 +68,8 @@ class Deployed:
 def convert(student: Student, flavour: Flavour, output_scales: dict[str, float] | None = None) -> Deployed:
     """The deployed form of `student`, which stays as it is.
 
-    output_scales: for the onnxruntime flavour, the scale of every convolution output that training left float, by
-    place; `collect_output_scales` finds them.
+    output_scales: for the onnxruntime flavour, the scale of every convolution output that training left float and
+    a sum reads, by place; `collect_output_scales` finds them.
     """
     if student.bits.activations == FLOAT_BITS and flavour != "float":
         raise UserError("a student with 32-bit activations has no integer form; distil it with --act-bits 1 to 8.")
@@ -82,14 +84,16 @@ def convert(student: Student, flavour: Flavour, output_scales: dict[str, float] 
         shifts = place_shifts(network)
     if flavour == "onnxruntime":
         flatten_behind_rounding(network)
-        quantize_outputs(network, output_scales or {})
+        round_before_moves(network)
+        quantize_sums(network, output_scales or {})
     if flavour != "float":
         requantize_behind_moves(network, flavour == "onnxruntime")
-    of_the_image = image_layers(network)
+    unrounded = set(unrounded_layers(network)) if flavour == "onnxruntime" else set()
+    of_the_image = image_layers(network, unrounded)
     for node in list(network.graph.nodes):
         kind = graph.role(network, node)
         if kind == "compute":
-            fold_layer(network, node, flavour, changes, shifts, of_the_image)
+            fold_layer(network, node, flavour, changes, shifts, of_the_image, stays_float=node in unrounded)
         elif kind == "average" and flavour != "float" and input_quantizer(network, node) is not None:
             _replace(network, node, _average(network, node))
     for node in network.graph.nodes:
@@ -102,7 +106,7 @@ def convert(student: Student, flavour: Flavour, output_scales: dict[str, float] 
     network.graph.eliminate_dead_code()
     network.graph.lint()
     network.recompile()
-    return Deployed(network.double(), flavour, changes, integers_only and not changes.floats)
+    return Deployed(network.double(), flavour, changes, integers_only and not changes.floats and not changes.unrounded)
 
 
 def _deployed_module(
@@ -172,13 +176,13 @@ def _remove_idle(network: fx.GraphModule) -> None:
 
 @torch.no_grad()
 def collect_output_scales(student: Student, batches: Iterable[Tensor]) -> dict[str, float]:
-    """Scales for the convolution outputs that training left float, from the deployed student's own values.
+    """Scales for the convolution outputs that training left float before a sum, from the deployed student's own values.
 
     The largest magnitude seen becomes HIGHEST_OUTPUT: these roundings were not trained, so nothing of them may be
     clipped.
     """
     deployed = convert(student, "tensorrt").network
-    wanted = {str(node.target): node for node in float_outputs(deployed)}
+    wanted = {str(node.target): node for node in summed_layers(deployed)}
     observed: dict[str, list[float]] = {name: [] for name in wanted}
 
     def watch(name: str) -> Any:

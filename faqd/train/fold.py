@@ -28,12 +28,14 @@ class Changes:
 
     coarser: channels whose weights have a larger scale now, so that no sum of their products saturates on any CPU, or
     beside their bias. zeroed: those of the latter whose weights are nothing beside it. floats: layers that multiply
-    floats, and the number of their inputs, whose products int32 could not add up.
+    floats, and the number of their inputs, whose products int32 could not add up. unrounded: layers that multiply
+    floats because what reads their output was trained on sums that nothing rounded.
     """
 
     coarser: dict[str, int] = field(default_factory=dict)
     zeroed: dict[str, int] = field(default_factory=dict)
     floats: dict[str, int] = field(default_factory=dict)
+    unrounded: list[str] = field(default_factory=list)
 
     def sentences(self) -> Iterator[str]:
         """What to say of it to whoever exports."""
@@ -46,6 +48,11 @@ class Changes:
             yield f"{layer}: {count} channels are their bias alone, beside which their weights are nothing"
         for layer, inputs in self.floats.items():
             yield f"{layer}: stays float, for products of {inputs:,} inputs could pass int32"
+        if self.unrounded:
+            yield (
+                f"{len(self.unrounded)} layers multiply floats, for their sums go on unrounded, as into a SiLU: the file "
+                "computes what was trained, and is no faster there than the float network"
+            )
 
 
 @dataclass(frozen=True)
@@ -68,17 +75,26 @@ def fold_layer(
     changes: Changes,
     shifts: dict[fx.Node, Tensor],
     of_the_image: ImageLayers,
+    *,
+    stays_float: bool,
 ) -> None:
-    """Replace a layer and its batch norm: sign into the codes, magnitude into the scale, the rest into the bias."""
+    """Replace a layer and its batch norm: sign into the codes, magnitude into the scale, the rest into the bias.
+
+    stays_float: whether it multiplies what its codes stand for, as floats.
+    """
     layer: Any = network.get_submodule(str(node.target))
     end = graph.after_norm(network, node)
     factor, offset = _layer_affine(layer, graph.module_of(network, end) if end is not node else None)
     offset = offset + shifts.get(end, 0.0)
     if flavour == "float" or weight_quantizer(layer) is None:
-        network.set_submodule(str(node.target), _float_layer(layer, factor, offset))
+        weight = output_first(layer, latent_weight(layer)).double()
+        network.set_submodule(str(node.target), _float_layer(layer, weight * _per_channel(factor, weight), offset))
     else:
         read = quantizer_of(network, node)
-        if flavour == "onnxruntime":
+        if stays_float:
+            changes.unrounded.append(str(node.target))
+            new: nn.Module = _float_layer(layer, *_real(_tensorrt_layer(layer, factor, offset, read)))
+        elif flavour == "onnxruntime":
             limit, apart = pair_limit(network, node, read.quant), node in of_the_image.nodes
             pairs = Pairs(limit, of_the_image.at_end_for(node), apart)
             new = _onnxruntime_layer(layer, factor, offset, read, pairs, changes, str(node.target))
@@ -109,8 +125,13 @@ def affine(norm: Any) -> tuple[Tensor, Tensor]:
     return factor, beta - factor * norm.running_mean.double()
 
 
-def _float_layer(layer: Any, factor: Tensor, offset: Tensor, weight: Tensor | None = None) -> nn.Module:
-    """weight: output channels first; by default the float one that a quantizer rounds."""
+def _real(layer: IntegerLayer) -> tuple[Tensor, Tensor]:
+    """Weights, output channels first, and biases that the codes of a layer stand for."""
+    return layer.codes.double() * _per_channel(layer.weight_scale.double(), layer.codes), layer.bias
+
+
+def _float_layer(layer: Any, weight: Tensor, bias: Tensor) -> nn.Module:
+    """weight: output channels first."""
     # Built anew: taking the parametrization off a copy would take it off the class that the student's layer shares.
     folded: Any
     if isinstance(layer, nn.Linear):
@@ -120,13 +141,12 @@ def _float_layer(layer: Any, factor: Tensor, offset: Tensor, weight: Tensor | No
         names = ["stride", "padding", "dilation", "groups"] + ["output_padding"] * isinstance(layer, graph.TRANSPOSED)
         geometry = {name: getattr(layer, name) for name in (*names, "padding_mode")}
         folded = kind(layer.in_channels, layer.out_channels, layer.kernel_size, **geometry)
-    weight = output_first(layer, latent_weight(layer)).double() if weight is None else weight
-    folded.weight = nn.Parameter(output_first(layer, weight * _per_channel(factor, weight)).float())
-    folded.bias = nn.Parameter(offset.float())
+    folded.weight = nn.Parameter(output_first(layer, weight).float())
+    folded.bias = nn.Parameter(bias.float())
     return folded  # type: ignore[no-any-return]
 
 
-def _tensorrt_layer(layer: Any, factor: Tensor, offset: Tensor, read: ActivationQuantizer) -> nn.Module:
+def _tensorrt_layer(layer: Any, factor: Tensor, offset: Tensor, read: ActivationQuantizer) -> IntegerLayer:
     codes, unfolded = weight_codes(layer)
     codes = codes.double() * _per_channel(factor.sign(), codes)
     scale = _float32(unfolded.double() * factor.abs())
@@ -159,7 +179,7 @@ def _onnxruntime_layer(
     reach = codes.double().abs().flatten(1).sum(1) * _input_high(read)
     if float(reach.max()) >= ROOM:
         changes.floats[name] = codes[0].numel()
-        return _float_layer(layer, factor, offset, trained.double() * _per_channel(trained_scale.double(), trained))
+        return _float_layer(layer, *_real(_tensorrt_layer(layer, factor, offset, read)))
     # Finer biases for coarse grids: the product of code and scale stays the same, the int32 bias step shrinks.
     multiple = min(LARGEST_INT8 // quantizer.quant.high, int(ROOM / max(1.0, float(reach.max()))))
     if pairs.limit is not None:

@@ -16,9 +16,63 @@ from faqd.train.prepare import origin
 from faqd.train.quantizers import ActivationQuantizer
 
 
-def quantize_outputs(network: fx.GraphModule, scales: dict[str, float]) -> None:
-    """Round every layer's output that training left float. scales: by the layer's place."""
-    for node in float_outputs(network):
+def round_before_moves(network: fx.GraphModule) -> None:
+    """Round a layer's output in front of the operators that move its values, where training did so behind them.
+
+    Rounding is monotone and acts on each value alone, so that the codes are the same; onnxruntime computes a layer in
+    integers only where its rounding follows at once.
+    """
+    for node in unrounded_layers(network):
+        behind = _roundings_behind(network, graph.after_norm(network, node))
+        first = behind[0] if behind else None
+        if first is None or any(_grid(found) != _grid(first) for found in behind):
+            continue
+        early = ActivationQuantizer(first.quant, first.rectifies)
+        early.scale = first.scale
+        _insert_after(network, graph.after_norm(network, node), f"{node.target}_out", early)
+    for node in network.graph.nodes:
+        found = graph.module_of(network, node)
+        if isinstance(found, ActivationQuantizer) and _made_of_codes(network, graph.operand(node), found):
+            again = Again(found.quant, rectifies=False)
+            again.scale = found.scale
+            network.set_submodule(str(node.target), again)
+
+
+def _roundings_behind(network: fx.GraphModule, node: fx.Node) -> list[ActivationQuantizer]:
+    """What rounds the values of `node`, all of them in the end; empty where something else reads them as well."""
+    found = []
+    for reader in node.users:
+        module = graph.module_of(network, reader)
+        if isinstance(module, ActivationQuantizer):
+            found.append(module)
+        elif graph.role(network, reader) in graph.MOVES and (behind := _roundings_behind(network, reader)):
+            found += behind
+        else:
+            return []
+    return found
+
+
+def _grid(rounding: ActivationQuantizer) -> Any:
+    return id(rounding.scale), rounding.quant, rounding.rectifies
+
+
+def _made_of_codes(network: fx.GraphModule, node: fx.Node, rounding: ActivationQuantizer) -> bool:
+    """Whether `node` moves what was rounded as `rounding` does, and nothing else."""
+    if graph.role(network, node) not in graph.MOVES:
+        return False
+    operands = graph.tensor_inputs(node)
+    modules = [graph.module_of(network, operand) for operand in operands]
+    return all(
+        _grid(module) == _grid(rounding)
+        if isinstance(module, ActivationQuantizer)
+        else _made_of_codes(network, operand, rounding)
+        for operand, module in zip(operands, modules, strict=True)
+    )
+
+
+def quantize_sums(network: fx.GraphModule, scales: dict[str, float]) -> None:
+    """Round the outputs of `summed_layers`. scales: by the layer's place."""
+    for node in summed_layers(network):
         name = str(node.target)
         if name not in scales:
             raise ValueError(f"{name}: no output scale for the onnxruntime flavour")
@@ -111,15 +165,58 @@ def _insert_after(network: fx.GraphModule, node: fx.Node, path: str, module: nn.
         graph.read_instead(node, network.graph.call_module(path, (node,)))
 
 
-def float_outputs(network: fx.GraphModule) -> list[fx.Node]:
-    """Layers (with their batch norm folded) whose output reaches another operator unrounded."""
+def unrounded_layers(network: fx.GraphModule) -> list[fx.Node]:
+    """Convolutions of integers (with their batch norm) whose output reaches another operator unrounded.
+
+    Linear layers are not among them: onnxruntime gives their integer sums as floats. Nor are transposed convolutions,
+    which it computes in floats anyway.
+    """
     found = []
     for node in network.graph.nodes:
         layer = graph.module_of(network, node)
-        if layer is None or not (isinstance(layer, IntegerLayer) or weight_quantizer(layer)):
+        integer = isinstance(layer, IntegerLayer) and layer.operator == "Conv"
+        if not integer and not (isinstance(layer, graph.CONVOLUTIONS) and weight_quantizer(layer)):
             continue
         readers = graph.after_norm(network, node).users
-        rounded = all(isinstance(graph.module_of(network, r), (ActivationQuantizer, Requantize)) for r in readers)
+        rounded = all(_rounds(network, reader) for reader in readers)
         if not rounded and not all(reader.op == "output" for reader in readers):
             found.append(node)
     return found
+
+
+def summed_layers(network: fx.GraphModule) -> list[fx.Node]:
+    """Those of `unrounded_layers` whose output is added to codes, or to one another's, and the sum rounded: onnxruntime
+    adds codes in integers, which the blocks of residual networks live on."""
+    unrounded = unrounded_layers(network)
+    ends = {graph.after_norm(network, node) for node in unrounded}
+
+    def adds_codes(node: fx.Node) -> bool:
+        return (
+            graph.role(network, node) == "add"
+            and node.target not in graph.SUBTRACT
+            and all(_rounds(network, reader) for reader in node.users)
+            and all(operand in ends or _holds_codes(network, operand) for operand in graph.tensor_inputs(node))
+        )
+
+    found = [
+        node
+        for node in unrounded
+        if all(_rounds(network, reader) or adds_codes(reader) for reader in graph.after_norm(network, node).users)
+    ]
+    # Where one layer that is added stays float, the sum does, and the others need no rounding for it.
+    ends = {graph.after_norm(network, node) for node in found}
+    return [
+        node
+        for node in found
+        if all(_rounds(network, reader) or adds_codes(reader) for reader in graph.after_norm(network, node).users)
+    ]
+
+
+def _rounds(network: fx.GraphModule, node: fx.Node) -> bool:
+    return isinstance(graph.module_of(network, node), (ActivationQuantizer, Requantize))
+
+
+def _holds_codes(network: fx.GraphModule, node: fx.Node) -> bool:
+    if graph.role(network, node) in graph.MOVES:
+        return all(_holds_codes(network, operand) for operand in graph.tensor_inputs(node))
+    return _rounds(network, node)

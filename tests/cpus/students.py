@@ -50,7 +50,10 @@ class Rectified(nn.Module):
 
 
 class Signed(nn.Module):
-    """Activations below zero: an inverted residual with a linear bottleneck, a grouped layer, linear layers."""
+    """Activations below zero: linear bottlenecks around a depthwise layer, a residual, a grouped layer, linear layers.
+
+    The first layer multiplies floats, for a curve reads it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,9 +66,8 @@ class Signed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.hardswish(self.bn0(self.stem(x)))
-        branch = F.silu(self.depthwise(F.silu(self.bn1(self.expand(x)))))
-        x = x + self.bn2(self.project(branch))
-        x = F.leaky_relu(self.grouped(x), 0.1).mean((2, 3))
+        x = x + self.bn2(self.project(self.depthwise(self.bn1(self.expand(x)))))
+        x = self.grouped(x).mean((2, 3))
         return self.last(F.hardswish(self.hidden(x)))  # type: ignore[no-any-return]
 
 
