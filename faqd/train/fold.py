@@ -50,8 +50,8 @@ class Changes:
             yield f"{layer}: stays float, for products of {inputs:,} inputs could pass int32"
         if self.unrounded:
             yield (
-                f"{len(self.unrounded)} layers multiply floats, for their sums go on unrounded, as into a SiLU: the file "
-                "computes what was trained, and is no faster there than the float network"
+                f"{len(self.unrounded)} layers multiply floats, for their sums go on unrounded, as into a SiLU: the "
+                "file computes what was trained, and is no faster there than the float network"
             )
 
 
