@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from faqd import bundle as names
 from faqd.bundle import Bundle
 from faqd.cpu import cpu_kind, cpu_model, instruction_sets
+from faqd.deploy.agreement import agreement_failures
 from faqd.deploy.bundle_networks import flavours_in, load_network, refuse_other_files, torch_digests
 from faqd.deploy.integer_sums import integer_sums
 from faqd.deploy.onnx_session import OnnxSession
@@ -67,7 +68,7 @@ def verification(bundle: Bundle) -> dict[str, Any]:
     inputs, driven = probe_inputs(evaluation.images, bundle.preprocess.normalise)
     images = bundle.network_input(evaluation.images[: agreement_images(evaluation.teacher)])
     results: dict[str, dict[str, Any]] = {}
-    outputs: dict[str, Outputs] = {}
+    outputs: dict[Target, Outputs] = {}
     record: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
@@ -90,13 +91,15 @@ def verification(bundle: Bundle) -> dict[str, Any]:
         if flavour == "tensorrt":
             record["float16"] = verify_float16(bundle, trace, images, outputs[flavour])
             own[flavour] += record["float16"]["failures"]
-        own[flavour] += [f"{flavour}: {text}" for text in _constant_outputs(outputs[flavour], evaluation.teacher)]
     if bundle.takes_pixels:
         record["preprocessing"] = _verify_preprocessing(bundle, evaluation.images[:PIXEL_PROBES])
         for name, compared in record["preprocessing"].items():
             if not compared["equal"]:
-                told = own[_FLAVOUR_OF[name]] if name in _FLAVOUR_OF else failures
-                told.append(f"{name}: input: its preprocessing is not the record's")
+                concerned = own[_FLAVOUR_OF[name]] if name in _FLAVOUR_OF else failures
+                concerned.append(f"{name}: input: its preprocessing is not the record's")
+    told = agreement_failures(outputs, evaluation.teacher, record["as_trained"], record["rounding"])
+    for flavour, texts in told.items():
+        own[flavour] += [f"{flavour}: {text}" for text in texts]
     if len(outputs) == 2:
         record["between_flavours"] = compare_outputs(outputs["onnxruntime"], outputs["tensorrt"])
     failures += _verify_float_networks(bundle, record, inputs, driven, images)
@@ -198,20 +201,6 @@ def _evaluation_failures(bundle: Bundle, images: NDArray[Any], wanted: Outputs) 
         for name, n in rows.items()
     }
     return [f"{names.EVAL}: {text}" for text in _too_far(names.TEACHER, snr)]
-
-
-def _constant_outputs(found: Outputs, teacher: Outputs) -> list[str]:
-    """What is wrong with outputs that no longer depend on the image, where the teacher's do: every layer may be right,
-    and all that an image makes of the network is rounded or limited away."""
-    return [
-        f"the output {name} is the same for all {len(values)} images, and the teacher's is not"
-        for name, values in found.items()
-        if name in teacher and len(values) > 1 and _is_constant(values) and not _is_constant(teacher[name])
-    ]
-
-
-def _is_constant(values: NDArray[Any]) -> bool:
-    return bool((values == values[:1]).all())
 
 
 def _refuse_other_outputs(bundle: Bundle, file: str, found: list[str], wanted: Outputs) -> None:

@@ -1,0 +1,70 @@
+"""Floors below which whole outputs fail, whatever every layer computes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from faqd.deploy.agreement import agreement_failures
+from faqd.quant import Target
+
+IMAGES, CLASSES = 64, 10
+
+
+def values(seed: int) -> NDArray[np.float32]:
+    return np.random.default_rng(seed).normal(size=(IMAGES, CLASSES)).astype(np.float32)
+
+
+def apart(wanted: NDArray[np.float32], decibels: float) -> NDArray[np.float32]:
+    """`wanted` with noise of that ratio."""
+    noise = values(int(decibels) + 100)
+    scale = np.sqrt(np.square(wanted).sum() / np.square(noise).sum()) * 10 ** (-decibels / 20)
+    result: NDArray[np.float32] = wanted + np.float32(scale) * noise
+    return result
+
+
+TEACHER = values(0)
+ALIKE = np.repeat(TEACHER[:1], IMAGES, 0)
+STUDENT = apart(TEACHER, 20)
+
+
+@pytest.mark.parametrize(
+    ("found", "told"),
+    [
+        (STUDENT, ""),
+        (apart(TEACHER, -15), ""),  # a bad student, but a student
+        (ALIKE, "is the same for all 64 images"),
+        (-STUDENT, "nothing of the teacher's left"),
+        (values(3) - 0.2 * TEACHER, "nothing of the teacher's left"),
+    ],
+    ids=["good", "bad", "constant", "turned round", "unrelated"],
+)
+def test_outputs_beside_the_teachers(found: NDArray[np.float32], told: str) -> None:
+    outputs: dict[Target, Any] = {"onnxruntime": {"y": found}}
+    failures = agreement_failures(outputs, {"y": TEACHER}, None, "nearest")["onnxruntime"]
+    assert told in " ".join(failures) and bool(failures) == bool(told)
+
+
+def test_what_tells_nothing_fails_nothing() -> None:
+    outputs: dict[Target, Any] = {"tensorrt": {"y": -STUDENT[:4], "z": ALIKE, "own": STUDENT}}
+    teacher = {"y": TEACHER, "z": ALIKE}
+    assert agreement_failures(outputs, teacher, None, None) == {"tensorrt": []}
+
+
+@pytest.mark.parametrize(
+    ("student_db", "found_db", "fails"),
+    [(20, 18, False), (20, 15, True), (60, 31, False), (60, 28, True), (2, 7, False), (2, 5, True)],
+)
+@pytest.mark.parametrize("rounding", ["nearest", "ceil"])
+def test_forms_of_one_student(student_db: float, found_db: float, fails: bool, rounding: str) -> None:
+    tensorrt = apart(TEACHER, student_db)
+    outputs: dict[Target, Any] = {"tensorrt": {"y": tensorrt}, "onnxruntime": {"y": apart(tensorrt, found_db)}}
+    trained = {"snr_db": {"y": found_db}}
+    failures = agreement_failures(outputs, {"y": TEACHER}, trained, rounding)
+    assert bool(failures["tensorrt"]) == fails
+    assert bool(failures["onnxruntime"]) == (fails and rounding == "nearest")
+    alone = agreement_failures({"onnxruntime": {"y": tensorrt}}, {"y": TEACHER}, trained, rounding)["onnxruntime"]
+    assert bool(alone) == (fails and rounding == "nearest")
