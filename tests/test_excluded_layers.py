@@ -10,8 +10,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from faqd.deploy.export import onnx_from_deployed
+from faqd.deploy.float16 import float16_from_float32
 from faqd.deploy.onnx_session import OnnxSession
+from faqd.deploy.segments import segments
 from faqd.deploy.torch_values import torch_digests
+from faqd.deploy.verify_float16 import _multiplies_floats
 from faqd.deploy.verify_layers import verify_file
 from faqd.deploy.whole_outputs import compare_outputs
 from faqd.errors import UserError
@@ -88,3 +91,11 @@ def test_what_the_lowering_forgot_shows_in_the_float_file(monkeypatch: pytest.Mo
     x = images(3, 16, SHAPE)
     model = onnx_from_deployed(convert(student, "float"), x, {}).SerializeToString()
     assert max(float_file_db(model, student, x).values()) < 20
+
+
+def test_which_layers_of_an_fp16_file_multiply_floats() -> None:
+    student = calibrated(net(conv("zeros")), FIRST_FLOAT, shape=SHAPE)
+    model = onnx_from_deployed(convert(student, "tensorrt"), images(3, 2, SHAPE), {})
+    for file in (model, float16_from_float32(model)):
+        found = {segment.layer: _multiplies_floats(segment) for segment in segments(file)}
+        assert len(found) >= 2 and [layer for layer, floats in found.items() if floats] == [next(iter(found))]

@@ -97,7 +97,8 @@ def verification(bundle: Bundle) -> dict[str, Any]:
             if not compared["equal"]:
                 concerned = own[_FLAVOUR_OF[name]] if name in _FLAVOUR_OF else failures
                 concerned.append(f"{name}: input: its preprocessing is not the record's")
-    told = agreement_failures(outputs, evaluation.teacher, record["as_trained"], record["rounding"])
+    half = record["float16"]["outputs"] if "float16" in record else None
+    told = agreement_failures(outputs, evaluation.teacher, record["as_trained"], record["rounding"], half)
     for flavour, texts in told.items():
         own[flavour] += [f"{flavour}: {text}" for text in texts]
     if len(outputs) == 2:

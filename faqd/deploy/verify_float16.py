@@ -13,6 +13,7 @@ from onnx import numpy_helper
 from faqd import bundle as names
 from faqd.bundle import Bundle
 from faqd.deploy.bundle_networks import load_network
+from faqd.deploy.constants import WEIGHTED
 from faqd.deploy.float16 import LARGEST, STATED, narrowed
 from faqd.deploy.onnx_session import OnnxSession
 from faqd.deploy.referee import Referee, code_tensors
@@ -22,13 +23,14 @@ from faqd.deploy.whole_outputs import Outputs, compare_outputs, outputs_of, snr_
 from faqd.reference import real
 
 EQUAL_CODES_FP16 = 0.999
-"""Least share of codes at most one apart between the FP16 and the FP32 file."""
+"""Least share of codes at most one apart between the FP16 and the FP32 file, in a layer of integer products."""
 LEAST_SNR_DB = 30
-"""Of a float output, on the referee's own inputs of the layers that make it; FP16 has 11 bits, about 66 dB."""
+"""Of a float output, and of codes behind layers that multiply floats, which FP16 moves by more than one here and there;
+on the referee's own inputs of the layers that make them. FP16 has 11 bits, about 66 dB."""
 
 
 def verify_float16(bundle: Bundle, trace: Trace, images: NDArray[Any], wanted: Outputs) -> dict[str, Any]:
-    """Whole networks' outputs, reported, and every layer on the referee's inputs, bounded.
+    """Whole networks' outputs, whose floor is agreement.py's, and every layer on the referee's inputs, bounded.
 
     trace: of the FP32 file. Driven probes are left out: sums that no image leads to may be too large for FP16.
     """
@@ -37,7 +39,7 @@ def verify_float16(bundle: Bundle, trace: Trace, images: NDArray[Any], wanted: O
         half, full = without_preprocessing(half), without_preprocessing(full)
     here = set(code_tensors(half.graph))
     failures = [f"{name}: the FP16 file has no such codes" for name in code_tensors(full.graph) if name not in here]
-    layers = []
+    layers: list[dict[str, Any]] = []
     for segment in segments(half):
         feeds = trace.feeds(segment)
         if segment.output not in trace.computed or feeds is None:
@@ -55,13 +57,36 @@ def verify_float16(bundle: Bundle, trace: Trace, images: NDArray[Any], wanted: O
             continue
         difference = np.abs(found.astype(np.int16) - expected.astype(np.int16))
         close = float(np.mean(difference <= 1))
-        layers.append({"layer": segment.layer, "within_one_code": close, "largest_difference": int(difference.max())})
-        if close < EQUAL_CODES_FP16:
+        row: dict[str, Any] = {
+            "layer": segment.layer,
+            "within_one_code": close,
+            "largest_difference": int(difference.max()),
+        }
+        layers.append(row)
+        if _multiplies_floats(segment):
+            row["snr_db"] = snr = snr_db(found, expected)
+            if snr is not None and snr < LEAST_SNR_DB:
+                apart = f"{segment.layer}: the FP16 codes are {snr:.0f} dB from FP32"
+                failures.append(apart + _beyond(segment, _values(full, trace, segment), found))
+        elif close < EQUAL_CODES_FP16:
             apart = f"{segment.layer}: only {100 * close:.3f} % of FP16 codes are within one of FP32"
             failures.append(apart + _beyond(segment, _values(full, trace, segment), found))
     failures += changed(half, full)
     session = OnnxSession(bundle.path(names.STUDENT_TENSORRT), optimise=False)
     return {"layers": layers, "failures": failures, "outputs": compare_outputs(outputs_of(session, images), wanted)}
+
+
+def _multiplies_floats(segment: Segment) -> bool:
+    """Whether a layer that --exclude left float is part of it."""
+    makers = {name: node for node in segment.model.graph.node for name in node.output}
+
+    def dequantized(name: str) -> bool:
+        while name in makers and _is_float_cast(makers[name]):
+            name = makers[name].input[0]
+        return name in makers and makers[name].op_type == "DequantizeLinear"
+
+    products = [node for node in segment.model.graph.node if node.op_type in (*WEIGHTED, "MatMul")]
+    return not all(dequantized(node.input[1]) for node in products)
 
 
 def _undriven(trace: Trace, array: NDArray[Any]) -> NDArray[Any]:
