@@ -1,7 +1,7 @@
 """From a trained student to the deployed one: batch norm folded, integers final, arithmetic exact.
 
 Two flavours share weight codes and activation scales. `tensorrt`: float biases, float convolution outputs before a
-residual sum. `onnxruntime`: int32 biases and codes on every convolution output. `float` is the same graph
+residual sum. `onnxruntime`: int32 biases, and codes on convolution outputs that are added. `float` is the same graph
 unquantized, the honest baseline for speed.
 """
 
