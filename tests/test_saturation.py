@@ -16,7 +16,7 @@ from torch import nn
 
 from faqd import cpu, saturation
 from faqd.bundle import STUDENT_ONNXRUNTIME, Bundle, load_bundle
-from faqd.deploy import verify_layers
+from faqd.deploy import verify, verify_layers
 from faqd.deploy.explain import explanation
 from faqd.deploy.explain_table import print_explanation
 from faqd.deploy.export import onnx_from_deployed
@@ -319,7 +319,8 @@ def old(unlimited: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bun
     """A bundle whose file for onnxruntime can saturate, verified on a CPU with VNNI."""
     (tmp_path / "net.py").write_text(NETWORK)
     monkeypatch.setattr(cpu, "instruction_sets", lambda: ["avx2", "avx512", "avx512-vnni"])
-    monkeypatch.setattr(verify_layers, "OnnxSession", ExactSession)
+    for place in (verify, verify_layers):
+        monkeypatch.setattr(place, "OnnxSession", ExactSession)
     arguments = ("--data", "digits", "--calibration-images", 64, "--eval-samples", 40)
     weights = tmp_path / "best.pth"
     space: dict[str, Any] = {}

@@ -16,8 +16,8 @@ BESIDE_TEACHER_DB = 3.0
 """Two forms of a student have to be as close to each other as it is to its teacher, less this, within LOWEST_DB and
 HIGHEST_DB: what one form rounds beside the other may cost no more than the quantization itself. A fixed bound would not
 do: in a deep network that quantization has made chaotic, single codes at ties move outputs by 15 dB."""
-FEWEST_IMAGES = 8
-"""On which a correlation says something."""
+FEWEST_IMAGES = 64
+"""On which a correlation says something: fewer leave a poor student one below zero by chance."""
 
 
 def agreement_failures(
