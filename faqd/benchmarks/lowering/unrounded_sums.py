@@ -1,8 +1,8 @@
 """What a layer of integer weights costs on onnxruntime where nothing may round its sums before a SiLU.
 
 `python -m faqd.benchmarks.lowering.unrounded_sums --json FILE` times, on one thread and in turn in one process, a few
-equal layers in a row, each a convolution of codes, SiLU and a rounding: with the sums rounded to 8 bits (another network),
-as ConvInteger, as floats with weights dequantized in every run or once and for all, and a plain float network.
+equal layers in a row, each a convolution of codes, SiLU and a rounding: with the sums rounded to 8 bits (another
+network), as ConvInteger, as floats with weights dequantized in every run or once and for all, and all in floats.
 """
 
 from __future__ import annotations
