@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from faqd.deploy.export import onnx_from_deployed
 from faqd.deploy.integer_sums import integer_sums
 from faqd.deploy.student import _size
-from faqd.deploy.torch_values import as_trained, torch_digests
+from faqd.deploy.torch_values import as_trained, torch_codes, torch_digests
 from faqd.deploy.verify_layers import verify_file
 from faqd.train.convert import Deployed, collect_output_scales, convert
 from faqd.train.models import build_architecture
@@ -187,3 +187,49 @@ def test_channels_of_zeros_among_those_of_an_image(
     assert model.graph.input[0].type.tensor_type.shape.dim[1].dim_value == inputs
     x = images(5, 8, shape, reach=3.0)
     assert verify_file(model, x.numpy(), torch_digests(deployed, x), [False, True])["failures"] == []
+
+
+class Unrounded(nn.Module):
+    """Two convolutions of which something reads the unrounded output, and a head."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.one, self.two = nn.Conv2d(3, CHANNELS, 3, padding=1), nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1)
+        self.last = nn.Conv2d(2 * CHANNELS if kind == "joined" else CHANNELS, 10, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.one(x).relu()
+        z = self.two(y)
+        result: Tensor = self.last(UNROUNDED[self.kind](z, y))
+        return result
+
+
+UNROUNDED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "pooled": lambda z, y: F.max_pool2d(z, 2).relu(),
+    "joined": lambda z, y: torch.cat([z, y], 1).relu(),
+    "added": lambda z, y: (z + y).relu(),
+    "curve": lambda z, y: F.silu(z),
+    "curve behind a pool": lambda z, y: F.silu(F.max_pool2d(z, 2)),
+    "difference": lambda z, y: (y - z).relu(),
+    "product": lambda z, y: (z * y).relu(),
+    "sum and curve": lambda z, y: F.silu(z) + z,
+    "sum before a curve": lambda z, y: F.hardswish(z + y),
+}
+INTEGERS_ALL_THE_SAME = ("pooled", "joined", "added", "product", "sum and curve")
+"""The last two round in training as well."""
+
+
+@pytest.mark.parametrize("kind", UNROUNDED)
+def test_nothing_is_rounded_that_training_left_float_but_what_is_added(kind: str, tmp_path: Path) -> None:
+    student = calibrated(lively(Unrounded(kind), 1), Bits(8, 8), shape=SHAPE)
+    deployed, model = lowered(student)
+    x = images(5, 16, SHAPE, reach=3.0)
+    assert verify_file(model, x.numpy(), torch_digests(deployed, x), [False, True])["failures"] == []
+    integer = kind in INTEGERS_ALL_THE_SAME
+    assert deployed.changes.unrounded == ([] if integer else ["two"])
+    assert optimised(model, tmp_path).count("QLinearConv") == (2 if integer else 1)
+    # The same codes as for TensorRT, but for last bits of biases, and where a sum's operand is rounded.
+    found, wanted = (torch_codes(form, x) for form in (deployed, convert(student, "tensorrt")))
+    alike = [(found[place] == codes).mean() for place, codes in wanted.items() if found[place].shape == codes.shape]
+    assert (min(alike) > 0.99) == (kind != "added")
