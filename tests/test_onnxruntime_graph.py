@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from faqd.deploy.export import onnx_from_deployed
 from faqd.deploy.integer_sums import integer_sums
+from faqd.deploy.segments import segments
 from faqd.deploy.student import _size
 from faqd.deploy.torch_values import as_trained, torch_codes, torch_digests
 from faqd.deploy.verify_layers import verify_file
@@ -183,6 +184,10 @@ def test_channels_of_zeros_among_those_of_an_image(
     others = np.delete(np.arange(stored), trained)
     assert weights.shape[1] == stored and not weights[:, others].any() and weights[:, trained].all((1, 2, 3)).any()
     assert not any(found.saturates for found in integer_sums(model))
+    pixels = np.random.default_rng(0).random((2, *shape))
+    placed = next(iter(segments(model))).put_in_place(pixels)
+    assert placed.shape == (2, stored, *shape[1:]) and np.array_equal(placed[:, trained], pixels)
+    assert not any(node.op_type == "Identity" for node in model.graph.node)
     assert _size(student, deployed) == _size(student, convert(student, "tensorrt"))
     assert model.graph.input[0].type.tensor_type.shape.dim[1].dim_value == inputs
     x = images(5, 8, shape, reach=3.0)

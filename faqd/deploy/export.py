@@ -101,6 +101,7 @@ def onnx_from_network(network: fx.GraphModule, example: Tensor, metadata: dict[s
     assert program is not None
     model = program.model
     _fold_constants(model)
+    _read_constants_themselves(model.graph)
     _keep_outputs_apart(model.graph)
     _name(model, list(graph_outputs(network)))
     _strip(model)
@@ -124,6 +125,16 @@ def _fold_constants(model: ir.Model) -> None:
         fold_constants(model)
         common.RemoveUnusedNodesPass()(model)
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+
+
+def _read_constants_themselves(graph: ir.Graph) -> None:
+    """Remove the copies of constants that the exporter writes for tensors made in forward."""
+    for node in list(graph):
+        if node.op_type == "Identity" and node.inputs[0] is not None and node.inputs[0].is_initializer():
+            (copied,) = node.outputs
+            if not copied.is_graph_output():
+                ir.convenience.replace_all_uses_with(copied, node.inputs[0])
+                graph.remove(node, safe=True)
 
 
 def _keep_outputs_apart(graph: ir.Graph) -> None:

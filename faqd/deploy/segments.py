@@ -56,6 +56,9 @@ class Segment:
             behind.append(node)
             name = node.input[0]
         constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in self.model.graph.initializer}
+        for node in self.model.graph.node:
+            if node.op_type == "Identity" and node.input[0] in constants:
+                constants[node.output[0]] = constants[node.input[0]]
         for node in reversed(behind):
             operands = [values, *(constants[name] for name in node.input[1:])]
             if node.op_type == "Pad":
