@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from faqd.deploy.whole_outputs import Outputs, snr_db
 from faqd.quant import Target
 
-LOWEST_DB, HIGHEST_DB = 6.0, 30.0
+LOWEST_DB, HIGHEST_DB = 3.0, 30.0
 BESIDE_TEACHER_DB = 3.0
 """Two forms of a student have to be as close to each other as it is to its teacher, less this, within LOWEST_DB and
 HIGHEST_DB: what one form rounds beside the other may cost no more than the quantization itself. A fixed bound would not
@@ -56,8 +56,8 @@ def _too_far(snr_by_output: dict[str, float | None], least: dict[str, float], ot
     for name, snr in snr_by_output.items():
         if snr is not None and snr < least[name]:
             yield (
-                f"the output {name} is {snr:.0f} dB from {other}, at least {least[name]:.0f} are needed: the "
-                "quantization itself has changed less"
+                f"the output {name} is {snr:.1f} dB from {other}, at least {least[name]:.1f} are needed, about what "
+                "the student is from its teacher"
             )
 
 
