@@ -44,14 +44,14 @@ STUDENT = apart(TEACHER, 20)
 )
 def test_outputs_beside_the_teachers(found: NDArray[np.float32], told: str) -> None:
     outputs: dict[Target, Any] = {"onnxruntime": {"y": found}}
-    failures = agreement_failures(outputs, {"y": TEACHER}, None, "nearest")["onnxruntime"]
+    failures = agreement_failures(outputs, {"y": TEACHER}, "nearest")["onnxruntime"]
     assert told in " ".join(failures) and bool(failures) == bool(told)
 
 
 def test_what_tells_nothing_fails_nothing() -> None:
     outputs: dict[Target, Any] = {"tensorrt": {"y": -STUDENT[:4], "z": ALIKE, "own": STUDENT}}
     teacher = {"y": TEACHER, "z": ALIKE}
-    assert agreement_failures(outputs, teacher, None, None) == {"tensorrt": []}
+    assert agreement_failures(outputs, teacher, None) == {"tensorrt": []}
 
 
 @pytest.mark.parametrize(
@@ -62,9 +62,11 @@ def test_what_tells_nothing_fails_nothing() -> None:
 def test_forms_of_one_student(student_db: float, found_db: float, fails: bool, rounding: str) -> None:
     tensorrt = apart(TEACHER, student_db)
     outputs: dict[Target, Any] = {"tensorrt": {"y": tensorrt}, "onnxruntime": {"y": apart(tensorrt, found_db)}}
-    trained = {"snr_db": {"y": found_db}}
-    failures = agreement_failures(outputs, {"y": TEACHER}, trained, rounding)
+    apart_by = {"snr_db": {"y": found_db}}
+    failures = agreement_failures(outputs, {"y": TEACHER}, rounding, as_trained=apart_by, between_flavours=apart_by)
+    assert bool(agreement_failures(outputs, {"y": TEACHER}, rounding, float16=apart_by)["tensorrt"]) == fails
     assert bool(failures["tensorrt"]) == fails
     assert bool(failures["onnxruntime"]) == (fails and rounding == "nearest")
-    alone = agreement_failures({"onnxruntime": {"y": tensorrt}}, {"y": TEACHER}, trained, rounding)["onnxruntime"]
-    assert bool(alone) == (fails and rounding == "nearest")
+    outputs = {"onnxruntime": {"y": tensorrt}}
+    alone = agreement_failures(outputs, {"y": TEACHER}, rounding, as_trained=apart_by)
+    assert bool(alone["onnxruntime"]) == (fails and rounding == "nearest")

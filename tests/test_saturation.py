@@ -64,7 +64,8 @@ class Everything(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.depthwise(self.grouped(self.dilated(self.stem(x))))
         x = nn.functional.max_pool2d(self.point(self.multiplied(x)), 3).flatten(1)
-        return self.head(nn.functional.leaky_relu(self.hidden(x), 0.5))  # type: ignore[no-any-return]
+        result: torch.Tensor = self.head(nn.functional.leaky_relu(self.hidden(x), 0.5))
+        return result
 
 
 def student_of(network: nn.Module, bits: Bits) -> Student:

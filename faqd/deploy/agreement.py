@@ -23,26 +23,30 @@ FEWEST_IMAGES = 64
 def agreement_failures(
     outputs: dict[Target, Outputs],
     teacher: Outputs,
-    as_trained: dict[str, Any] | None,
     rounding: str | None,
+    *,
+    as_trained: dict[str, Any] | None = None,
     float16: dict[str, Any] | None = None,
+    between_flavours: dict[str, Any] | None = None,
 ) -> dict[Target, list[str]]:
-    """By flavour, what is wrong with its outputs for the evaluation images. as_trained: what the manifest says of the
-    student in training beside the first flavour. rounding: of activations, in training. float16: of the file for
-    TensorRT that engines are built from, beside the FP32 one; both as `compare_outputs` has them."""
+    """By flavour, what is wrong with its outputs for the evaluation images.
+
+    rounding: of activations, in training. The others are comparisons as `compare_outputs` makes them, where there are
+    any: the student in training with the first flavour, the FP16 file that engines are built from with the FP32 one,
+    and the two flavours.
+    """
     failures: dict[Target, list[str]] = {
         flavour: [*_constant(found, teacher), *_unlike(found, teacher)] for flavour, found in outputs.items()
     }
-    first, *second = outputs
+    first = next(iter(outputs))
     least = {name: _least(values, teacher.get(name)) for name, values in outputs[first].items()}
     # The file for onnxruntime rounds what it adds, behind which rounding up is another function: no bound for it.
     if as_trained is not None and (first == "tensorrt" or rounding != "ceil"):
         failures[first] += _too_far(as_trained["snr_db"], least, "the student as it was trained")
     if float16 is not None:
         failures["tensorrt"] += _too_far(float16["snr_db"], least, "that of the FP32 file in the FP16 file")
-    for flavour in second if rounding != "ceil" else []:
-        between = {name: snr_db(outputs[flavour][name], values) for name, values in outputs[first].items()}
-        failures[flavour] += _too_far(between, least, "that of the TensorRT file")
+    if between_flavours is not None and rounding != "ceil":
+        failures["onnxruntime"] += _too_far(between_flavours["snr_db"], least, "that of the TensorRT file")
     return failures
 
 

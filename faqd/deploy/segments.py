@@ -56,7 +56,7 @@ class Segment:
             behind.append(node)
             name = node.input[0]
         constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in self.model.graph.initializer}
-        for node in self.model.graph.node:
+        for node in self.model.graph.node:  # copies of constants, in files of before
             if node.op_type == "Identity" and node.input[0] in constants:
                 constants[node.output[0]] = constants[node.input[0]]
         for node in reversed(behind):

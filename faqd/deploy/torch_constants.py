@@ -45,7 +45,7 @@ def _never_negative(network: fx.GraphModule) -> set[fx.Node]:
     found: set[fx.Node] = set()
     for node in network.graph.nodes:
         if _makes_no_negative(network, node) or (
-            _keeps_signs(network, node) and found >= set(_values_of(network, node))
+            _keeps_signs(network, node) and found >= set(graph.values_of(network, node))
         ):
             found.add(node)
     return found
@@ -65,11 +65,6 @@ def _keeps_signs(network: fx.GraphModule, node: fx.Node) -> bool:
     kinds = ("average", "add", "multiply", *graph.MOVES)
     known = isinstance(graph.module_of(network, node), (Requantize, IntegerAverage, Interpolate))
     return known or (graph.role(network, node) in kinds and node.target not in graph.SUBTRACT)
-
-
-def _values_of(network: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
-    """The tensors that an operator reads; behind the first of one that only reshapes, there are sizes."""
-    return node.all_input_nodes[:1] if graph.role(network, node) == "reshape" else node.all_input_nodes
 
 
 def _layer(name: str, layer: IntegerLayer) -> dict[str, Any]:

@@ -97,12 +97,18 @@ def verification(bundle: Bundle) -> dict[str, Any]:
             if not compared["equal"]:
                 concerned = own[_FLAVOUR_OF[name]] if name in _FLAVOUR_OF else failures
                 concerned.append(f"{name}: input: its preprocessing is not the record's")
-    half = record["float16"]["outputs"] if "float16" in record else None
-    told = agreement_failures(outputs, evaluation.teacher, record["as_trained"], record["rounding"], half)
-    for flavour, texts in told.items():
-        own[flavour] += [f"{flavour}: {text}" for text in texts]
     if len(outputs) == 2:
         record["between_flavours"] = compare_outputs(outputs["onnxruntime"], outputs["tensorrt"])
+    told = agreement_failures(
+        outputs,
+        evaluation.teacher,
+        record["rounding"],
+        as_trained=record["as_trained"],
+        float16=record.get("float16", {}).get("outputs"),
+        between_flavours=record.get("between_flavours"),
+    )
+    for flavour, texts in told.items():
+        own[flavour] += [f"{flavour}: {text}" for text in texts]
     failures += _verify_float_networks(bundle, record, inputs, driven, images)
     failures += _evaluation_failures(bundle, images, evaluation.teacher)
     for name, result in results.items():

@@ -166,6 +166,11 @@ def tensor_inputs(node: fx.Node) -> list[fx.Node]:
     return [argument for argument in node.all_input_nodes if is_tensor(argument)]
 
 
+def values_of(traced: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
+    """The tensors that an operator reads; behind the first of one that only reshapes, there are sizes."""
+    return node.all_input_nodes[:1] if role(traced, node) == "reshape" else node.all_input_nodes
+
+
 def operand(node: fx.Node) -> fx.Node:
     """The tensor that an operator of one input reads, however the user passed it."""
     return node.all_input_nodes[0]

@@ -32,10 +32,19 @@ def round_before_moves(network: fx.GraphModule) -> None:
         _insert_after(network, graph.after_norm(network, node), f"{node.target}_out", early)
     for node in network.graph.nodes:
         found = graph.module_of(network, node)
-        if isinstance(found, ActivationQuantizer) and _made_of_codes(network, graph.operand(node), found):
+        if isinstance(found, ActivationQuantizer) and _rounded_before(network, node, found):
             again = Again(found.quant, rectifies=False)
             again.scale = found.scale
             network.set_submodule(str(node.target), again)
+
+
+def _rounded_before(network: fx.GraphModule, node: fx.Node, rounding: ActivationQuantizer) -> bool:
+    """Whether all that `rounding`, called by `node`, reads are codes of its own grid, moved since."""
+    read = graph.operand(node)
+    made = [graph.module_of(network, source) for source in _sources(network, read)]
+    return graph.role(network, read) in graph.MOVES and all(
+        isinstance(module, ActivationQuantizer) and _grid(module) == _grid(rounding) for module in made
+    )
 
 
 def _roundings_behind(network: fx.GraphModule, node: fx.Node) -> list[ActivationQuantizer]:
@@ -54,20 +63,6 @@ def _roundings_behind(network: fx.GraphModule, node: fx.Node) -> list[Activation
 
 def _grid(rounding: ActivationQuantizer) -> Any:
     return id(rounding.scale), rounding.quant, rounding.rectifies
-
-
-def _made_of_codes(network: fx.GraphModule, node: fx.Node, rounding: ActivationQuantizer) -> bool:
-    """Whether `node` moves what was rounded as `rounding` does, and nothing else."""
-    if graph.role(network, node) not in graph.MOVES:
-        return False
-    operands = graph.tensor_inputs(node)
-    modules = [graph.module_of(network, operand) for operand in operands]
-    return all(
-        _grid(module) == _grid(rounding)
-        if isinstance(module, ActivationQuantizer)
-        else _made_of_codes(network, operand, rounding)
-        for operand, module in zip(operands, modules, strict=True)
-    )
 
 
 def quantize_sums(network: fx.GraphModule, scales: dict[str, float]) -> None:
@@ -187,29 +182,32 @@ def unrounded_layers(network: fx.GraphModule) -> list[fx.Node]:
 def summed_layers(network: fx.GraphModule) -> list[fx.Node]:
     """Those of `unrounded_layers` whose output is added to codes, or to one another's, and the sum rounded: onnxruntime
     adds codes in integers, which the blocks of residual networks live on."""
-    unrounded = unrounded_layers(network)
-    ends = {graph.after_norm(network, node) for node in unrounded}
+    found = unrounded_layers(network)
+    while True:
+        kept = _added_to_codes(network, found)
+        # Where one layer that is added stays float, the sum does, and the others need no rounding for it.
+        if len(kept) == len(found):
+            return kept
+        found = kept
+
+
+def _added_to_codes(network: fx.GraphModule, layers: list[fx.Node]) -> list[fx.Node]:
+    """Those of `layers`, all of them rounded, whose outputs nothing reads but roundings and sums of codes."""
+    ends = {graph.after_norm(network, node) for node in layers}
 
     def adds_codes(node: fx.Node) -> bool:
         return (
             graph.role(network, node) == "add"
             and node.target not in graph.SUBTRACT
             and all(_rounds(network, reader) for reader in node.users)
-            and all(operand in ends or _holds_codes(network, operand) for operand in graph.tensor_inputs(node))
+            and all(operand in ends or _holds_codes(network, operand) for operand in graph.values_of(network, node))
         )
 
-    found = [
-        node
-        for node in unrounded
-        if all(_rounds(network, reader) or adds_codes(reader) for reader in graph.after_norm(network, node).users)
-    ]
-    # Where one layer that is added stays float, the sum does, and the others need no rounding for it.
-    ends = {graph.after_norm(network, node) for node in found}
-    return [
-        node
-        for node in found
-        if all(_rounds(network, reader) or adds_codes(reader) for reader in graph.after_norm(network, node).users)
-    ]
+    def is_added(node: fx.Node) -> bool:
+        readers = graph.after_norm(network, node).users
+        return all(_rounds(network, reader) or adds_codes(reader) for reader in readers)
+
+    return [node for node in layers if is_added(node)]
 
 
 def _rounds(network: fx.GraphModule, node: fx.Node) -> bool:
@@ -217,6 +215,11 @@ def _rounds(network: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _holds_codes(network: fx.GraphModule, node: fx.Node) -> bool:
-    if graph.role(network, node) in graph.MOVES:
-        return all(_holds_codes(network, operand) for operand in graph.tensor_inputs(node))
-    return _rounds(network, node)
+    return all(_rounds(network, source) for source in _sources(network, node))
+
+
+def _sources(network: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
+    """What made the values of `node`, behind operators that only move or join them."""
+    if graph.role(network, node) not in graph.MOVES:
+        return [node]
+    return [source for read in graph.values_of(network, node) for source in _sources(network, read)]
