@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
+from faqd.bundle import STUDENT_TENSORRT, STUDENT_TENSORRT_FP32, load_bundle
 from faqd.deploy.build_options import BuildOptions
+from faqd.deploy.bundle_networks import load_network
 from faqd.deploy.engine import engine_from_onnx
 from faqd.deploy.export import onnx_from_deployed, save
 from faqd.deploy.float16 import float16_from_float32
@@ -266,6 +268,8 @@ RETURNED: dict[str, tuple[Callable[[Tensor, Tensor], object], list[str]]] = {
     "nested": (lambda k, x: {"a": k, "b": [k, {"c": k}]}, ["a", "b_0", "b_1_c"]),
     "as it is": (lambda k, x: (k, k.flatten(1)), ["logits_0", "logits_1"]),
     "the input": (lambda k, x: (k, x), ["logits_0", "logits_1"]),
+    "no name": (lambda k, x: {"": k, "input": {"": k}}, ["_", "input__"]),
+    "names of other letters": (lambda k, x: {"a b/c": k, "π": k, None: k}, ["a_b_c", "π", "None"]),
     "names that meet": (lambda k, x: {"input": k, "a": {"b": k}, "a_b": k}, ["input_1", "a_b", "a_b_1"]),
 }
 
@@ -306,13 +310,27 @@ def test_quantizers_are_placed_without_walking_every_path(joins: bool) -> None:
 # Beyond FP16 --------------------------------------------------------------------------------------------------------
 
 
-def test_numbers_beyond_fp16_are_named_with_the_way_out(user: User, tmp_path: Path) -> None:
-    enormous = "net = Net()\n    net.features[1].bias.data[0] = 1e5\n    return net"
-    net = write_net(tmp_path, NET.replace("return Net()", enormous))
-    line = ("ptq", "--teacher", f"{net}:build", "--teacher-weights", net.parent / "best.pth", *user.data)
-    told = faqd_deploy(*line, "--eval-samples", 16, "--calibration-images", 16, "--out", tmp_path / "bundle")
-    assert told.code == 1
-    assert "features.0.conv reaches 1e+05, beyond FP16's 65504" in told.stderr and "--float-type fp32" in told.stderr
+ENORMOUS: dict[str, dict[str, float]] = {
+    "outputs": {"head.weight": 1e6, "head.bias": 1e6},
+    "maps": {"features.1.weight": 1e6, "features.1.bias": 1e6, "features.3.weight": 1e-6},
+}
+
+
+@pytest.mark.parametrize("what", ENORMOUS)
+def test_numbers_beyond_fp16_leave_the_file_in_fp32(what: str, user: User, tmp_path: Path) -> None:
+    net = write_net(tmp_path, NET)
+    weights = torch.load(net.parent / "best.pth", weights_only=True)
+    weights = {name: value * ENORMOUS[what].get(name, 1) for name, value in weights.items()}
+    torch.save(weights, tmp_path / "large.pth")
+    line = ("ptq", "--teacher", f"{net}:build", "--teacher-weights", tmp_path / "large.pth", *user.data)
+    told = succeeds(faqd_deploy(*line, "--eval-samples", 16, "--calibration-images", 16, "--out", tmp_path / "bundle"))
+    assert "student.tensorrt.onnx stays FP32 outside of its integers: " in told.stderr
+    assert "beyond FP16's 65504" in told.stderr and "--float-type" not in told.stderr
+    bundle = load_bundle(tmp_path / "bundle")
+    assert bundle.manifest["float_type"] == "fp32"
+    assert load_network(bundle, STUDENT_TENSORRT) == load_network(bundle, STUDENT_TENSORRT_FP32)
+    asked = succeeds(faqd_deploy(*line, "--eval-samples", 16, "--float-type", "fp32", "--out", tmp_path / "asked"))
+    assert "stays FP32" not in asked.stderr
 
 
 def test_sums_that_leave_fp16_are_told_from_small_differences() -> None:

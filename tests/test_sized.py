@@ -193,6 +193,10 @@ NORMS: dict[str, Callable[[Around, Tensor], Tensor]] = {
     "in four steps": lambda s, x: (
         (x - _moved(s.mean)) / _moved((s.var + 1e-5).sqrt()) * _moved(s.factor) + _moved(s.offset)
     ),
+    "addcmul": lambda s, x: torch.addcmul(_moved(s.offset), x, _moved(s.factor * (s.var + 1e-5).rsqrt())),
+    "addcmul method": lambda s, x: _moved(s.offset).addcmul(x - _moved(s.mean), _moved(_scale_and_shift(s)[0])),
+    "words": lambda s, x: torch.add(torch.multiply(x, _moved(s.factor)), _moved(s.offset), alpha=0.5),
+    "of parameters": lambda s, x: x * _moved(s.learned * (s.var + 1e-5).rsqrt()) + _moved(s.offset - s.learned),
     "in one step": lambda s, x: _moved(s.factor) * x,
     "function": lambda s, x: F.batch_norm(x, s.mean, s.var, s.factor, s.offset, False, 0.0, 1e-5),
     "function by keywords": lambda s, x: F.batch_norm(
@@ -212,6 +216,29 @@ def test_a_frozen_norm_is_a_batch_norm(how: str) -> None:
     assert trained == (["weight"] if how == "function by keywords" else [])
 
 
+LEARNED: dict[str, tuple[Callable[[Around, Tensor], Tensor], list[str]]] = {
+    "factor and offset": (
+        lambda s, x: (x - _moved(s.mean)) / _moved((s.var + 1e-5).sqrt()) * _moved(s.learned) + _moved(s.learned),
+        ["weight", "bias"],
+    ),
+    "factor alone": (lambda s, x: _moved(s.learned) * ((x - _moved(s.mean)) * _moved(s.var)), ["weight"]),
+    "offset alone": (lambda s, x: (x * _moved(s.var)) + _moved(s.learned), ["bias"]),
+    "addcmul": (
+        lambda s, x: torch.addcmul(_moved(s.learned), x * _moved(s.var), _moved(s.learned)),
+        ["weight", "bias"],
+    ),
+}
+
+
+@pytest.mark.parametrize("how", LEARNED)
+def test_a_written_norm_keeps_its_parameters(how: str) -> None:
+    forward, trained = LEARNED[how]
+    traced = captured(lambda s, x: forward(s, x).relu())
+    (norm,) = modules(traced, nn.BatchNorm2d)
+    assert not modules(traced, Scaled)
+    assert [name for name, parameter in norm.named_parameters() if parameter.requires_grad] == trained
+
+
 def test_nothing_moves_a_frozen_norm() -> None:
     for kind, shape in ((FixedNorm2d, (4, 2, 3, 3)), (FixedNorm1d, (4, 2))):
         norm = kind(torch.tensor([2.0, -1.0]), torch.tensor([0.5, 3.0]))
@@ -222,9 +249,14 @@ def test_nothing_moves_a_frozen_norm() -> None:
         torch.testing.assert_close(before[:, 0], 2 * x[:, 0] + 0.5)
 
 
-def test_a_number_that_is_made_of_parameters_is_no_norm() -> None:
+def test_a_number_that_is_made_of_parameters_is_no_norm_and_stands_still() -> None:
+    (scaled,) = modules(captured(lambda s, x: x * (s.learned.relu().sum() + 1e-4)), Scaled)
+    assert not list(scaled.parameters())
+
+
+def test_weights_that_are_made_of_parameters_are_refused_for_they_would_stand_still() -> None:
     with pytest.raises(UserError, match="cannot be quantized yet"):
-        captured(lambda s, x: x * (s.learned.relu().sum() + 1e-4))
+        captured(lambda s, x: F.conv2d(x, (s.learned * 2).reshape(8, 1, 1, 1), groups=8))
 
 
 def test_a_learned_factor_behind_a_layer_stays_one() -> None:

@@ -18,7 +18,7 @@ from faqd.train.batches import NORMS, Batch, Batches, Images, splits_on, stream
 from faqd.train.capture import capture
 from faqd.train.data import Augmentation
 from faqd.train.fuse import fused
-from faqd.train.images import upright_rgb
+from faqd.train.images import read_picture
 from faqd.train.job import Job
 from faqd.train.loop import fit
 from faqd.train.network import read_tensors, write_tensors
@@ -199,9 +199,9 @@ def test_a_users_images_are_read_once(user: User, tmp_path: Path, monkeypatch: p
 
     def counted(path: Path) -> Any:
         read.append(path)
-        return upright_rgb(path)
+        return read_picture(path)
 
-    monkeypatch.setattr("faqd.train.images.upright_rgb", counted)
+    monkeypatch.setattr("faqd.train.images.read_picture", counted)
     succeeds(user.distill(tmp_path / "all", "--weight-bits", "4,8", "--steps", 1))
     assert set(Counter(read).values()) == {1}
 

@@ -177,6 +177,22 @@ TAKEN: dict[str, Callable[[], nn.Module]] = {
     "cropped and padded": form(lambda x: F.pad(x.relu(), (1, -3, -2, 2), "reflect")),
     "coordinates": Coordinates,
     "frozen norm": Frozen,
+    "sum with a factor": form(lambda x: torch.add(x, x.relu(), alpha=0.5).sub(x.relu(), alpha=2)),
+    "words for sums and products": form(
+        lambda x: torch.subtract(torch.multiply(x.relu(), 0.3).divide(0.7), torch.negative(x)).true_divide(2)
+    ),
+    "turned subtraction": form(lambda x: torch.rsub(x, 1.5).relu()),
+    "product and sum in one": form(lambda x: torch.addcmul(x, x.relu(), torch.sigmoid(x), value=0.5)),
+    "quotient and sum in one": form(lambda x: torch.addcdiv(torch.ones(1, 8, 1, 1), x, torch.full((8, 1, 1), 3.0))),
+    "square": form(lambda x: x.relu().square() + torch.square(x)),
+    "positive and swapped": form(lambda x: torch.positive(x.relu()).swapaxes(2, 3)),
+    "concatenate": form(lambda x: torch.concatenate([x.relu()[:, :4], x.sigmoid()[:, 4:]], dim=1)),
+    "lerp meets its ends": form(
+        lambda x: torch.cat([torch.lerp(x.relu(), F.max_pool2d(x.relu(), 3, 1, 1), w) for w in (0.5, 0.25)], 1), 16
+    ),
+    "lerp by a map": form(lambda x: x.relu().lerp(x.sigmoid(), torch.sigmoid(x))),
+    "len for the batch": form(lambda x: torch.cat([x.relu(), torch.ones(1, 2, 16, 16).repeat(len(x), 1, 1, 1)], 1), 10),
+    "len of a list of chunks": form(lambda x: torch.cat([p * len(x.chunk(2, 1)) for p in x.chunk(2, 1)], 1)),
     "half meets whole": joined(lambda x: x * 0.5),
     "mean of two meets one": joined(lambda x: (x + F.max_pool2d(x, 3, 1, 1)) / 2),
 }
@@ -203,7 +219,10 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "mean over the batch": (form(lambda x: x - x.mean(0, keepdim=True)), "mixes images"),
     "list of places": (form(lambda x: x.relu()[:, [1, 0, 3, 2, 5, 4, 7, 6]]), "indexing with a list of places"),
     "divisor": (form(lambda x: F.avg_pool2d(x.relu(), 2, 2, 0, False, True, 3)), "divisor_override"),
-    "factor": (form(lambda x: torch.add(x, x.relu(), alpha=0.5)), "--exclude"),
+    "random numbers": (form(lambda x: x + torch.rand(1, 8, 16, 16)), "draws random numbers in evaluation mode"),
+    "random numbers of its size": (form(lambda x: x + torch.randn_like(x)), "draws random numbers in evaluation mode"),
+    "dropout that stays on": (form(lambda x: F.dropout(x, 0.5)), "draws random numbers in evaluation mode"),
+    "no function of tensors": (form(lambda x: x + int(x[0, 0, 0, 0] * 0)), "depends on tensor values or sizes"),
     "sizes": (form(lambda x: x if x.shape[2] == 16 else x.relu()), "depends on tensor values or sizes"),
 }
 

@@ -26,28 +26,34 @@ def agreement_failures(
     rounding: str | None,
     *,
     as_trained: dict[str, Any] | None = None,
-    float16: dict[str, Any] | None = None,
     between_flavours: dict[str, Any] | None = None,
 ) -> dict[Target, list[str]]:
     """By flavour, what is wrong with its outputs for the evaluation images.
 
     rounding: of activations, in training. The others are comparisons as `compare_outputs` makes them, where there are
-    any: the student in training with the first flavour, the FP16 file that engines are built from with the FP32 one,
-    and the two flavours.
+    any: the student in training with the first flavour, and the two flavours.
     """
     failures: dict[Target, list[str]] = {
         flavour: [*_constant(found, teacher), *_unlike(found, teacher)] for flavour, found in outputs.items()
     }
     first = next(iter(outputs))
-    least = {name: _least(values, teacher.get(name)) for name, values in outputs[first].items()}
+    least = _least_by_output(outputs[first], teacher)
     # The file for onnxruntime rounds what it adds, behind which rounding up is another function: no bound for it.
     if as_trained is not None and (first == "tensorrt" or rounding != "ceil"):
         failures[first] += _too_far(as_trained["snr_db"], least, "the student as it was trained")
-    if float16 is not None:
-        failures["tensorrt"] += _too_far(float16["snr_db"], least, "that of the FP32 file in the FP16 file")
     if between_flavours is not None and rounding != "ceil":
         failures["onnxruntime"] += _too_far(between_flavours["snr_db"], least, "that of the TensorRT file")
     return failures
+
+
+def float16_failures(found: Outputs, teacher: Outputs, float16: dict[str, Any]) -> list[str]:
+    """What is wrong with the outputs of the FP16 file that engines are built from. found: those of the FP32 file;
+    float16: the comparison of the two."""
+    return [*_too_far(float16["snr_db"], _least_by_output(found, teacher), "that of the FP32 file in the FP16 file")]
+
+
+def _least_by_output(found: Outputs, teacher: Outputs) -> dict[str, float]:
+    return {name: _least(values, teacher.get(name)) for name, values in found.items()}
 
 
 def _least(found: NDArray[Any], teacher: NDArray[Any] | None) -> float:

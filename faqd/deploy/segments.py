@@ -16,6 +16,7 @@ from faqd.deploy.onnx_graph import attributes_of
 from faqd.deploy.probes import Drive
 from faqd.deploy.referee import OPERATORS, Referee, Value, code_tensors, stored
 from faqd.errors import UserError
+from faqd.reference import real
 
 ON_CODES = ("Clip", "Pad", "Unsqueeze", "Reshape")
 """What may stand behind a rounding: its limits, and zeros among the channels of an image."""
@@ -117,12 +118,14 @@ def segments(model: onnx.ModelProto) -> Iterator[Segment]:
 class Trace:
     """The referee's run of a file, segment by segment: each is fed what the segments in front of it hand on.
 
-    computed: codes and outputs by tensor, as the file stores them. drive: hands on other codes for driven probes.
-    probes: how many there are; undriven: how many of them, the first, are not driven.
+    computed: codes and outputs by tensor, as the file stores them. reached: the largest real value of every tensor, of
+    probes that are not driven. drive: hands on other codes for driven probes. probes: how many there are; undriven: how
+    many of them, the first, are not driven.
     """
 
     def __init__(self, model: onnx.ModelProto, inputs: NDArray[np.float32], drive: Drive) -> None:
         self.computed: dict[str, NDArray[Any]] = {}
+        self.reached: dict[str, float] = {}
         self.probes, self.undriven = len(inputs), len(inputs) - drive.driven
         self._model = model
         self._inputs = {model.graph.input[0].name: inputs}
@@ -142,7 +145,14 @@ class Trace:
                 )
             values = Referee(segment.model).run(feeds)
             self.computed[segment.output] = stored(values[segment.output])
+            self._note(values)
             yield segment, feeds, values
+
+    def _note(self, values: dict[str, Value]) -> None:
+        for name, value in values.items():
+            found = real(value)
+            own = found[: self.undriven] if found.ndim and len(found) == self.probes else found
+            self.reached[name] = float(np.abs(own).max(initial=0.0))
 
     def feeds(self, segment: Segment) -> dict[str, NDArray[Any]] | None:
         """What a segment is fed, by name; None where it reads what this file does not compute."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -235,13 +236,17 @@ def _write_bundle(
             "input": _input(parts, input_form),
         }
         bundle = write_manifest(folder, facts, made_from)
+        say("verifying")
+        if beyond := verify_bundle(bundle).get("float16", {}).get("failures"):
+            say(f"{names.STUDENT_TENSORRT} stays FP32 outside of its integers: {beyond[0].partition(';')[0]}")
+            shutil.copyfile(folder / names.STUDENT_TENSORRT_FP32, folder / names.STUDENT_TENSORRT)
+            bundle = write_manifest(folder, {**facts, "float_type": "fp32"}, made_from)
+            verify_bundle(bundle)
         for name, text in serving_files(bundle, servers).items():
             (folder / name).write_text(text, encoding="utf-8")
             say(f"wrote {name}, untried")
         if bits.rounding == "ceil":
             say(CEIL_NOTE)
-        say("verifying")
-        verify_bundle(bundle)
     return Bundle(out, bundle.manifest)
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from faqd import bundle as names
 from faqd.bundle import Bundle
 from faqd.cpu import cpu_kind, cpu_model, instruction_sets
-from faqd.deploy.agreement import agreement_failures
+from faqd.deploy.agreement import agreement_failures, float16_failures
 from faqd.deploy.bundle_networks import flavours_in, load_network, refuse_other_files, torch_digests
 from faqd.deploy.integer_sums import integer_sums
 from faqd.deploy.onnx_session import OnnxSession
@@ -89,8 +89,9 @@ def verification(bundle: Bundle) -> dict[str, Any]:
         own[flavour] = [f"{flavour}: {text}" for text in results[flavour]["failures"]]
         outputs[flavour] = outputs_of(OnnxSession(bundle.path(FILES[flavour]), optimise=modes[-1]), images)
         if flavour == "tensorrt":
-            record["float16"] = verify_float16(bundle, trace, images, outputs[flavour])
-            own[flavour] += record["float16"]["failures"]
+            half = record["float16"] = verify_float16(bundle, trace, images, outputs[flavour])
+            half["failures"] += float16_failures(outputs[flavour], evaluation.teacher, half["outputs"])
+            own[flavour] += half["failures"]
     if bundle.takes_pixels:
         record["preprocessing"] = _verify_preprocessing(bundle, evaluation.images[:PIXEL_PROBES])
         for name, compared in record["preprocessing"].items():
@@ -104,7 +105,6 @@ def verification(bundle: Bundle) -> dict[str, Any]:
         evaluation.teacher,
         record["rounding"],
         as_trained=record["as_trained"],
-        float16=record.get("float16", {}).get("outputs"),
         between_flavours=record.get("between_flavours"),
     )
     for flavour, texts in told.items():

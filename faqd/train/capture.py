@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import builtins
 import inspect
 import operator
 import traceback
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from faqd.errors import UserError, first_line
 from faqd.train.graph import innermost, operand, propagate
+from faqd.train.spellings import SAME, written_out
 from faqd.train.standard import standardise
 
 _IN_PLACE_FREE = {
@@ -37,6 +40,11 @@ def capture(network: nn.Module, example: Tensor) -> fx.GraphModule:
     network = network.eval()
     noise = torch.randn(example[:2].shape, generator=torch.Generator().manual_seed(0)).to(example)
     wanted = _outputs(network, noise)
+    if not _equal(_outputs(network, noise), wanted):
+        raise UserError(
+            f"{type(network).__name__}: returns something else each time for the same images: it draws random numbers "
+            "in evaluation mode, as F.dropout without training=self.training or torch.rand do. Draw none there."
+        )
     traced = _traced(network)
     try:
         propagate(traced, example)
@@ -48,11 +56,10 @@ def capture(network: nn.Module, example: Tensor) -> fx.GraphModule:
             f"images of shape {tuple(example.shape)}: {first_line(error.__cause__ or error)}. Control flow that "
             "depends on sizes or values is the usual cause; move it out of forward."
         ) from error
-    if not _same(traced, noise, wanted):
+    if not _equal(_outputs(traced, noise), wanted):
         raise UserError(
-            f"{type(network).__name__}: the captured graph computes something else than its forward. Usual causes: an "
-            "in-place operator whose input is read again (ReLU(inplace=True) in front of a shortcut), or values drawn "
-            "at random in evaluation mode (F.dropout without training=self.training)."
+            f"{type(network).__name__}: the captured graph computes something else than its forward. The usual cause "
+            "is an in-place operator whose input is read again, such as ReLU(inplace=True) in front of a shortcut."
         )
     return traced
 
@@ -66,8 +73,7 @@ def _refuse_scripts(network: nn.Module) -> None:
             )
 
 
-def _same(traced: fx.GraphModule, x: Tensor, wanted: list[Any]) -> bool:
-    found = _outputs(traced, x)
+def _equal(found: list[Any], wanted: list[Any]) -> bool:
     return len(found) == len(wanted) and all(map(_close, found, wanted))
 
 
@@ -78,10 +84,13 @@ def _traced(network: nn.Module) -> fx.GraphModule:
     try:
         traced = _graph_of(network)
     except Exception as error:  # whatever the user's forward raises under tracing
+        # Of tests, loops and numbers that are made of tensors; what else may be wrong, the error says.
+        cause = " Control flow that depends on tensor values or sizes is the usual cause; move it out of forward."
+        of_tensors = isinstance(error, fx.proxy.TraceError) or "Proxy" in str(error)
         raise UserError(
             f"{type(network).__name__}: its forward cannot be captured as a graph: "
-            f"{first_line(error.__cause__ or error)}{_line_that_raised(error)}. "
-            "Control flow that depends on tensor values or sizes is the usual cause; move it out of forward."
+            f"{first_line(error.__cause__ or error)}{_line_that_raised(error)}."
+            f"{cause * of_tensors}"
         ) from error
     for node in traced.graph.nodes:
         node.target = _IN_PLACE_FREE.get(node.target, node.target)
@@ -107,7 +116,7 @@ def _graph_of(network: nn.Module) -> fx.GraphModule:
         tracer.record_stack_traces = True
         tracer.proxy_buffer_attributes = traces_buffers
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), _lengths_of_proxies():
                 warnings.simplefilter("ignore")  # of defaults that fx cannot assert to be what they are
                 return fx.GraphModule(network, _with_one_input(tracer.trace(network, _defaults(network))))
         except Exception as error:  # whatever the user's forward raises
@@ -115,11 +124,35 @@ def _graph_of(network: nn.Module) -> fx.GraphModule:
     raise failed[0]
 
 
+@contextmanager
+def _lengths_of_proxies() -> Iterator[None]:
+    """Lets len(x) be the first size of what stands for a tensor; Python takes nothing but an int from __len__."""
+    length = builtins.len
+
+    def first_size(value: Any) -> Any:
+        stands_in = isinstance(value, fx.Proxy) and not isinstance(value, _Pieces)
+        return value.size(0) if stands_in else length(value)
+
+    builtins.len = first_size
+    try:
+        yield
+    finally:
+        builtins.len = length
+
+
 _IN_PLACE = ("add_", "sub_", "mul_", "div_", "relu_", "sigmoid_", "tanh_", "clamp_", "clamp_min_")
 
 
 class _Tracer(fx.Tracer):
-    """Knows how many pieces come of chunk and split, so that forward may iterate over them."""
+    """Knows how many pieces come of chunk and split, so that forward may iterate over them, and other words for what
+    the quantizer knows."""
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
+        spelled = None
+        if kind in ("call_function", "call_method"):
+            target = SAME.get(target, target)
+            spelled = written_out(target, args, kwargs)
+        return spelled() if spelled is not None else super().create_proxy(kind, target, args, kwargs, *rest, **more)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return super().proxy(node) if _pieces(node) is None else _Pieces(node, self)
@@ -205,4 +238,4 @@ def _close(a: Any, b: Any) -> bool:
 
 def _line_that_raised(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
-    return innermost([(frame.filename, frame.lineno or 0) for frame in frames if frame.filename != __file__])
+    return innermost([(frame.filename, frame.lineno or 0) for frame in frames])

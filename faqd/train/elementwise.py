@@ -80,12 +80,20 @@ class Constant(nn.Module):
 
 
 class _Fixed(nn.modules.batchnorm._BatchNorm):
-    """A batch norm that nothing moves: x * factor + offset (both (channels,)), whatever the batch and the mode."""
+    """A batch norm that nothing moves: x * factor + offset (both (channels,)), whatever the batch and the mode; or that
+    times `gamma` plus `beta`, parameters of the network's, which are trained. `factor` is then positive."""
 
-    def __init__(self, factor: Tensor, offset: Tensor) -> None:
+    def __init__(self, factor: Tensor, offset: Tensor, gamma: Tensor | None = None, beta: Tensor | None = None) -> None:
         super().__init__(len(factor), eps=0.0)
         self.weight = nn.Parameter(factor.clone(), requires_grad=False)
         self.bias = nn.Parameter(offset.clone(), requires_grad=False)
+        if gamma is not None or beta is not None:
+            self.running_mean, self.running_var = -offset / factor, 1 / factor**2
+            learned = ((torch.ones_like(factor), gamma), (torch.zeros_like(factor), beta))
+            self.weight, self.bias = (
+                nn.Parameter(neutral, requires_grad=False) if own is None else nn.Parameter(own.detach().reshape(-1))
+                for neutral, own in learned
+            )
         self.train()
 
     def train(self, mode: bool = True) -> Any:

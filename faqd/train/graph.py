@@ -81,7 +81,11 @@ _METHODS: dict[Role, tuple[str, ...]] = {
 MOVES: tuple[Role, ...] = ("reshape", "concat")
 """What codes pass through."""
 SUBTRACT = (operator.sub, torch.sub, "sub")
-_TORCH = str(Path(torch.__file__).parent)
+_TRACERS = (
+    str(Path(torch.__file__).parent),
+    *(str(Path(__file__).with_name(f)) for f in ("capture.py", "spellings.py")),
+)
+"""Where code lies that stands between the user's and a node."""
 
 
 def propagate(traced: fx.GraphModule, example: Tensor) -> None:
@@ -251,8 +255,8 @@ def line_of_code(node: fx.Node) -> str:
 
 
 def innermost(frames: list[tuple[str, int]]) -> str:
-    """The last frame outside torch, as ` (file:line)`."""
-    outside = [f"{file}:{line}" for file, line in frames if not file.startswith(_TORCH)]
+    """The last frame that is not a tracer's, as ` (file:line)`."""
+    outside = [f"{file}:{line}" for file, line in frames if not file.startswith(_TRACERS)]
     return f" ({outside[-1]})" if outside else ""
 
 

@@ -49,6 +49,14 @@ class Images:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """pixels: (H, W, 3) uint8, RGB, upright. shows: whether some of it is not transparent."""
+
+    pixels: NDArray[np.uint8]
+    shows: bool
+
+
+@dataclass(frozen=True)
 class TinyImageNet:
     """The files of the published tree, relative to `folder`; the class of each is a WordNet id."""
 
@@ -91,19 +99,22 @@ def read_images(
     """Decode files and `fit` each; without `fit` all must have one size.
 
     What does not decode, or is too large to, is skipped and named; UserError where that is more than 1 %. `say` also
-    tells of 16-bit files that use fewer bits.
+    tells of 16-bit files that use fewer bits, and of images that show nothing.
     """
     pixels: NDArray[np.uint8] | None = None
     kept: list[int] = []
     skipped: dict[str, str] = {}
     brightest: dict[str, int] = {}
+    transparent: list[str] = []
 
     def read(file: str) -> tuple[NDArray[np.uint8] | str, int]:
-        image = _decoded(folder / file)
-        if isinstance(image, str):
-            return image, 0
-        highest = int(image.max())
-        return image if fit is None else fit(image), highest
+        decoded = _decoded(folder / file)
+        if isinstance(decoded, str):
+            return decoded, 0
+        if not decoded.shows:
+            transparent.append(file)
+        highest = int(decoded.pixels.max())
+        return decoded.pixels if fit is None else fit(decoded.pixels), highest
 
     with ThreadPoolExecutor() as pool:
         for index, (image, highest) in enumerate(pool.map(read, files)):
@@ -127,22 +138,28 @@ def read_images(
         _report(folder, skipped, len(files), say)
     assert pixels is not None
     _tell_of_dark_files(folder, brightest, say)
+    if transparent:
+        say(
+            f"{folder}: {len(transparent)} of {len(files)} images are transparent everywhere ({min(transparent)}), so "
+            "that a viewer shows nothing; their colours are read as if they were not."
+        )
     return Images(pixels[: len(kept)], kept, tuple(skipped))
 
 
-def upright_rgb(path: Path) -> NDArray[np.uint8]:
-    """One image file as (H, W, 3) uint8, turned as its EXIF orientation says."""
+def read_picture(path: Path) -> Picture:
+    """One image file, turned as its EXIF orientation says."""
     with Image.open(path, formats=FORMATS) as opened:
         image = _upright(opened)
         if image.mode.startswith("I"):
             # 16-bit grey: the high byte, as Pillow reads 16-bit colour; its own conversion clips at 255.
             high = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
-            return np.repeat(high[..., None], 3, axis=2)
+            return Picture(np.repeat(high[..., None], 3, axis=2), True)
         if image.mode in ("P", "PA"):
             image = image.convert("RGBA")
+        shows = "A" not in image.getbands() or image.getchannel("A").getbbox() is not None
         # Drops transparency instead of choosing a background: that is what the common training loaders do, so it
         # is what the teacher saw.
-        return np.asarray(image.convert("RGB"))
+        return Picture(np.asarray(image.convert("RGB")), shows)
 
 
 def _upright(opened: Image.Image) -> Image.Image:
@@ -234,10 +251,10 @@ def _npz_labels(
     return labels.astype(np.int64), classes
 
 
-def _decoded(path: Path) -> NDArray[np.uint8] | str:
-    """The image, or what is wrong with its file."""
+def _decoded(path: Path) -> Picture | str:
+    """The picture, or what is wrong with its file."""
     try:
-        return upright_rgb(path)
+        return read_picture(path)
     except Image.DecompressionBombError:
         assert Image.MAX_IMAGE_PIXELS is not None
         return f"have more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels, which is too large"

@@ -61,4 +61,4 @@ def _leaves(value: Any, keys: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any,
 
 
 def _word(key: Any) -> str:
-    return re.sub(r"\W", "_", str(key))
+    return re.sub(r"\W", "_", str(key)) or "_"

@@ -29,14 +29,18 @@ def with_own_tensors(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     if make is None or len(node.args) != 2 or node.kwargs or node.op == "call_module":
         return None
     held: list[tuple[Any, Tensor]] = [
-        (argument, own) for argument in node.args if (own := _own(traced, _unexpanded(argument))) is not None
+        (argument, own)
+        for argument in node.args
+        if (own := _own(traced, _unexpanded(argument), computed=True)) is not None
     ]
     if len(held) != 1:
         return None
     ((place, own),) = held
-    own = own if place.op == "get_attr" else _of_one_image(own, node)
     x = next((argument for argument in node.all_input_nodes if argument is not place), None)
-    if x is None or graph.shape(node) != graph.shape(x) or not _spares_the_batch(own, x):
+    if x is None:
+        return None
+    own = own if place.op == "get_attr" else _of_one_image(own, node)
+    if graph.shape(node) != graph.shape(x) or not _spares_the_batch(own, x):
         return None
     scaled = make(own, node.args[0] is place)
     if scaled is not None:
@@ -55,25 +59,30 @@ def _unexpanded(argument: Any) -> Any:
     return argument.args[0] if expands else argument
 
 
-def _own(traced: fx.GraphModule, node: Any) -> Tensor | None:
+def _own(traced: fx.GraphModule, node: Any, *, computed: bool = False) -> Tensor | None:
     """The tensor that `node` is, where it depends on the network's own tensors and on sizes alone; None for others.
 
-    A parameter is one only as long as its values are moved: what is computed from it must be trained with it.
+    A parameter is trained as long as its values are moved. What is computed from one keeps the teacher's values, and is
+    something only if `computed`: as a factor of a norm it may stand still, as the weights of a layer it must not.
     """
-    value = _value(traced, node) if isinstance(node, fx.Node) else None
+    value = _value(traced, node, computed) if isinstance(node, fx.Node) else None
     return value if isinstance(value, Tensor) else None
 
 
-def _value(traced: fx.GraphModule, node: fx.Node) -> Any:
+def _value(traced: fx.GraphModule, node: fx.Node, computed: bool) -> Any:
     if node.op == "get_attr":
         return graph.held_tensor(traced, node)
     if not graph.is_own(node) or graph.is_fixed(node) or not node.op.startswith("call"):
         return None
-    read = {each: _value(traced, each) for each in node.all_input_nodes if not graph.is_fixed(each)}
+    read = {each: _value(traced, each, computed) for each in node.all_input_nodes if not graph.is_fixed(each)}
     moves = graph.role(traced, node) == "reshape" or node.target in ("expand", "repeat")
     trained = any(isinstance(value, nn.Parameter) for value in read.values())
-    if any(value is None for value in read.values()) or (trained and not moves) or not (read or node.target in _MADE):
+    if any(value is None for value in read.values()) or not (read or node.target in _MADE):
         return None
+    if trained and not moves:
+        if not computed:
+            return None
+        trained = False
     function: Any = graph.module_of(traced, node) or node.target
     if isinstance(function, nn.Module) and function.state_dict():
         return None
@@ -99,7 +108,9 @@ def join_constants(traced: fx.GraphModule, node: fx.Node, place: str) -> None:
     """Let a concatenation read the network's own tensors as Constants, as many as it reads images of the others."""
     if graph.role(traced, node) != "concat":
         return
-    own = {each: value for each in graph.tensor_inputs(node) if (value := _own(traced, each)) is not None}
+    own = {
+        each: value for each in graph.tensor_inputs(node) if (value := _own(traced, each, computed=True)) is not None
+    }
     images = next((each for each in graph.tensor_inputs(node) if each not in own), None)
     for each, value in own.items() if images is not None else ():
         path = graph.unused(f"{place}_constant", {name for name, _ in traced.named_modules()})
@@ -217,23 +228,46 @@ def _parameter(own: Tensor) -> nn.Parameter:
 
 
 def norm_of_constants(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
-    """The batch norm that sums and products with numbers and buffers make behind a layer, as frozen ones are written:
-    `node` is the last of them, and then reads the layer. None for any others."""
+    """The batch norm that sums and products with numbers and buffers make behind a layer, as frozen ones are written,
+    with a parameter as factor and one as offset behind them: `node` is the last of them, and then reads the layer. None
+    for any others."""
     if any(isinstance(graph.module_of(traced, reader), Scaled) for reader in node.users):
         return None
-    factor, offset, made = torch.ones(()), torch.zeros(()), node
+    chain, made = [], node
     while isinstance(scaled := graph.module_of(traced, made), Scaled):
-        if (made is not node and len(made.users) > 1) or any(True for _ in scaled.parameters()):
+        if made is not node and len(made.users) > 1:
             return None
-        factor, offset = factor * scaled.factor, offset + factor * scaled.offset
+        chain.append(scaled)
         made = graph.operand(made)
+    beta = gamma = None
+    if chain and _is_learned(chain[0].offset, chain[0].factor, 1.0):
+        beta = torch.as_tensor(chain.pop(0).offset)
+    if chain and _is_learned(chain[0].factor, chain[0].offset, 0.0):
+        gamma = torch.as_tensor(chain.pop(0).factor)
+    if not chain or any(True for scaled in chain for _ in scaled.parameters()):
+        return None
+    factor, offset = torch.ones(()), torch.zeros(())
+    for scaled in chain:
+        factor, offset = factor * scaled.factor, offset + factor * scaled.offset
     if graph.role(traced, made) != "compute" or len(made.users) > 1:
         return None
     whole = torch.broadcast_tensors(factor, offset)[0]
-    channels, dimensions = graph.shape(node)[1], len(graph.shape(node))
-    per_channel = (channels, *[1] * (dimensions - 2))
-    if whole.dim() == 0 or tuple(whole.shape[-len(per_channel) :]) != per_channel or whole.numel() != channels:
+    if not all(_is_per_channel(value, node) for value in (whole, beta, gamma) if value is not None):
+        return None
+    if (gamma is not None or beta is not None) and not bool((factor > 0).all()):
         return None
     node.args = (made,)
-    kind = FixedNorm2d if dimensions == 4 else FixedNorm1d
-    return kind(*(value.expand_as(whole).reshape(-1) for value in (factor, offset)))
+    kind = FixedNorm2d if len(graph.shape(node)) == 4 else FixedNorm1d
+    factor, offset = (value.expand_as(whole).reshape(-1) for value in (factor, offset))
+    return kind(factor, offset, gamma, beta)
+
+
+def _is_learned(value: Any, other: Any, neutral: float) -> bool:
+    return isinstance(value, nn.Parameter) and not isinstance(other, Tensor) and other == neutral
+
+
+def _is_per_channel(value: Any, node: fx.Node) -> bool:
+    """Whether a tensor has one number for each channel of `node`, and meets it so."""
+    channels, dimensions = graph.shape(node)[1], len(graph.shape(node))
+    shape = (channels, *[1] * (dimensions - 2))
+    return value.dim() > 0 and tuple(value.shape[-len(shape) :]) == shape and value.numel() == channels

@@ -143,7 +143,8 @@ def output_shapes(network: nn.Module, source: NetworkSource, images: str) -> dic
     try:
         outputs = named_outputs(network(source.example()))
     except Exception as error:  # whatever the user's forward raises
-        raise UserError(f"{source.name}: fails on images of {shape} ({images}): {first_line(error)}.") from error
+        where = _other_floats(network) or f"on images of {shape} ({images})"
+        raise UserError(f"{source.name}: fails {where}: {first_line(error)}.") from error
     try:
         network(source.example(3))
     except Exception as error:
@@ -151,6 +152,8 @@ def output_shapes(network: nn.Module, source: NetworkSource, images: str) -> dic
             f"{source.name}: takes two images and not three: {first_line(error)}. The number of images must be free; "
             "torch.export has dynamic_shapes for that."
         ) from error
+    if not outputs:
+        raise UserError(f"{source.name}: returns no output; give a callable whose network returns what to imitate.")
     for name, output in outputs.items():
         if not isinstance(output, Tensor) or not output.is_floating_point():
             kind = str(output.dtype) if isinstance(output, Tensor) else type(output).__name__
@@ -164,3 +167,12 @@ def output_shapes(network: nn.Module, source: NetworkSource, images: str) -> dic
                 "classes, ...)."
             )
     return {name: tuple(output.shape) for name, output in outputs.items()}
+
+
+def _other_floats(network: nn.Module) -> str:
+    """Why a network fails on float32 images where its own numbers are of another kind; nothing where none is."""
+    for name, value in (*network.named_parameters(), *network.named_buffers()):
+        if value.is_floating_point() and value.dtype != torch.float32:
+            kind = str(value.dtype).removeprefix("torch.")
+            return f"on float32 images, and its {name} is {kind}; let the callable return network.float()"
+    return ""

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-import re
-import warnings
-import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,11 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from faqd.errors import UserError, first_line
-from faqd.train.network import read_tensors
+from faqd.errors import UserError
+from faqd.train.weights_file import read_weights_file
 
-SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".tar")
-"""Of files that torch.save writes; the last as in best.pth.tar."""
 WRAPPINGS = (
     *("state_dict_ema", "model_ema", "ema_model", "params_ema", "ema", "state_dict", "model_state_dict", "model_state"),
     *("model", "module", "network", "net", "params", "weights"),
@@ -27,7 +21,8 @@ WRAPPINGS = (
 weights, by which such scripts judge, first. Other keys come after these."""
 WRAPPERS = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 """Parts of keys that DataParallel and averaged models, torch.compile and sharding put in front of what they wrap."""
-COUNTERS = ("n_averaged", "steps", "num_batches_tracked")
+BATCHES = "num_batches_tracked"
+COUNTERS = ("n_averaged", "steps", BATCHES)
 """Entries of averaged models and batch norms that are no weights."""
 DEPTH = 4
 """How far wrappings are looked through."""
@@ -38,12 +33,13 @@ def load_weights(network: nn.Module, path: Path, say: Callable[[str], None] = la
 
     Wrappings are looked through; `say` tells which of several state dicts was taken, and what beside it was left out.
     UserError for a damaged file, pickled classes, another network's weights, and values that are no weights: not
-    finite, of another kind than floats, or different ones for what the network has as one tensor.
+    finite, of another kind than floats, a negative variance, or different ones for what the network has as one tensor.
     """
     wanted = {key: value for key, value in network.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
-    found = [_Fit(where, state, wanted) for where, state in _state_dicts(_loaded(path))]
+    loaded = read_weights_file(path)
+    found = [_Fit(where, state, wanted) for where, state in _state_dicts(loaded)]
     if not found:
-        raise UserError(f"{path}: holds no state dict; save one with torch.save(network.state_dict(), 'weights.pth').")
+        raise UserError(f"{path}: holds no state dict; found the keys {', '.join(map(str, list(loaded)[:8]))}.")
     fitting = [fit for fit in found if not fit.problems]
     if not fitting:
         nearest = min(found, key=lambda fit: fit.distance)
@@ -56,7 +52,8 @@ def load_weights(network: nn.Module, path: Path, say: Callable[[str], None] = la
         names = ", ".join(repr(fit.where) for fit in others)
         say(f"{path}: takes the weights under '{taken.where}'; the file also holds {names}.")
     if taken.left_out:
-        say(f"{path}: takes the weights under '{taken.prefix}' and leaves out {_listed(taken.left_out)}.")
+        takes = f"takes the weights under '{taken.prefix}' and " if taken.prefix else ""
+        say(f"{path}: {takes}leaves out {_listed(taken.left_out)}.")
     state = OrderedDict((key, _as_weight(path, key, value, wanted[key])) for key, value in taken.state.items())
     _refuse_two_values(path, state, wanted)
     # Modules that read several versions of their own weights ask for it, and not every file keeps it.
@@ -71,7 +68,8 @@ class _Fit:
     """One state dict of the file held against the network.
 
     where: its keys in the file. state: its tensors by the network's keys. problems: why it is not the network's, in
-    words; distance: how many keys say so. left_out: keys that do not lie under `prefix`, as the network's own do.
+    words; distance: how many keys say so. left_out: keys that are none of the network's own, which lie under `prefix`;
+    how many batches a norm has seen is not worth a word.
     """
 
     def __init__(self, where: str, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
@@ -79,7 +77,8 @@ class _Fit:
         bare, needed = _without_wrappers(found), _without_wrappers(wanted)
         self.prefix = prefix = _prefix(bare, needed, _aliases(wanted))
         under = {key.removeprefix(prefix): full for key, full in bare.items() if key.startswith(prefix)}
-        self.left_out = [full for key, full in bare.items() if not key.startswith(prefix) and not _is_counter(key)]
+        own = {prefix + key for key in needed}
+        self.left_out = [full for key, full in bare.items() if key not in own and not key.endswith(BATCHES)]
         self.state = {key: found[under[short]] for short, key in needed.items() if short in under}
         for one, same in _aliases(wanted).items():
             if one not in self.state and any(other in self.state for other in same):
@@ -153,6 +152,8 @@ def _as_weight(path: Path, key: str, value: Tensor, wanted: Tensor) -> Tensor:
     converted = value.to(wanted.dtype)
     if not converted.isfinite().all():
         raise UserError(f"{path}: {key} holds NaN or infinite values; give weights from before they broke down.")
+    if key.endswith("running_var") and bool((converted < 0).any()):
+        raise UserError(f"{path}: {key} holds negative values, and is a variance; these are not trained weights.")
     return converted
 
 
@@ -189,52 +190,3 @@ def _refuse_two_values(path: Path, state: dict[str, Tensor], wanted: dict[str, T
                     f"{path}: {key} and {other} hold different values, and are one tensor in the network that was "
                     "built. Build it with two, or give the weights of a network in which they are tied."
                 )
-
-
-# Which file -------------------------------------------------------------------------------------------------------
-
-
-def _loaded(path: Path) -> Any:
-    if not path.is_file():
-        raise UserError(f"{path}: no such weights file.")
-    suffix = path.suffix.lower()
-    if suffix == ".safetensors":
-        return read_tensors(path)
-    if suffix not in SUFFIXES:
-        raise UserError(
-            f"{path}: weights are read from .safetensors, .pt or .pth files, and from .ckpt, .bin and .pth.tar ones of "
-            "torch.save."
-        )
-    if _is_torchscript(path):
-        raise UserError(
-            f"{path}: a TorchScript archive, which holds code; save only its tensors: "
-            f"torch.save(torch.jit.load('{path.name}').state_dict(), 'weights.pth')."
-        )
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on damaged files; they end below
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        wants = re.search(r"GLOBAL (\S+)", str(error))
-        raise UserError(
-            f"{path}: cannot be read as plain tensors; it is damaged, or it holds pickled classes"
-            f"{f' ({wants[1]})' if wants else ''}, which could run code. Where the network was trained, save only its "
-            "tensors: torch.save(network.state_dict(), 'weights.pth')."
-        ) from error
-    # A damaged file makes torch's readers raise almost anything: RuntimeError, EOFError, KeyError, struct.error.
-    except Exception as error:
-        raise UserError(
-            f"{path}: not a readable torch file; it is damaged or cut short ({first_line(error)}). Copy it again."
-        ) from error
-    if not isinstance(loaded, Mapping):
-        raise UserError(f"{path}: holds a {type(loaded).__name__}, expected a state dict.")
-    if not any(True for _ in _state_dicts(loaded)):
-        raise UserError(f"{path}: holds no state dict; found the keys {', '.join(map(str, list(loaded)[:8]))}.")
-    return loaded
-
-
-def _is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
