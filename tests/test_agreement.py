@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from faqd.deploy.agreement import agreement_failures, float16_failures
+from faqd.deploy.verify.agreement import agreement_failures, float16_failures
 from faqd.quant import Target
 
 IMAGES, CLASSES = 64, 10

@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch import nn
 
-from faqd.train.batches import splits_on
-from faqd.train.capture import capture
-from faqd.train.data import load_dataset
+from faqd.quantize.capture.capture import capture
+from faqd.quantize.placement import Bits
+from faqd.quantize.prepare import calibrate, prepare
+from faqd.train.data.datasets import load_dataset
 from faqd.train.distill import calibration_batches
-from faqd.train.network import read_tensors
-from faqd.train.placement import Bits
-from faqd.train.prepare import calibrate, prepare
-from faqd.train.run import data_options, load_teacher
-from faqd.train.select import Best, is_due
+from faqd.train.loop.batches import splits_on
+from faqd.train.loop.select import Best, is_due
+from faqd.train.networks.source import read_tensors
+from faqd.train.run.folder import data_options, load_teacher
 from tests.toy_runs import Outcome, faqd_train, succeeds
 
 LINE = ("--data", "digits", "--batch-size", 32, "--steps", 12)

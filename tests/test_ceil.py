@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from faqd.calib.ranges import scale_mse
-from faqd.deploy.torch_values import as_trained, torch_codes
+from faqd.deploy.verify.torch_values import as_trained, torch_codes
 from faqd.quant import SHIFTS, Quant, activation_quant
+from faqd.quantize.convert import convert
+from faqd.quantize.operators.deployed import ChannelAffine
+from faqd.quantize.placement import Bits
+from faqd.quantize.quantizers.quantizers import ActivationQuantizer, ScaleGradient
 from faqd.reference import quantize
-from faqd.train.convert import convert
-from faqd.train.deployed import ChannelAffine
-from faqd.train.placement import Bits
-from faqd.train.quantizers import ActivationQuantizer, ScaleGradient
 from tests.networks import CHANNELS, CLASSES, NETWORKS, calibrated, conv, images, lively, undecided
 from tests.test_lowering import failures, lowered
 

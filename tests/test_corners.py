@@ -14,24 +14,24 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from faqd.bundle import STUDENT_TENSORRT, STUDENT_TENSORRT_FP32, load_bundle
-from faqd.deploy.build_options import BuildOptions
-from faqd.deploy.bundle_networks import load_network
-from faqd.deploy.engine import engine_from_onnx
-from faqd.deploy.export import onnx_from_deployed, save
-from faqd.deploy.float16 import float16_from_float32
-from faqd.deploy.referee import Referee
-from faqd.deploy.segments import segments
-from faqd.deploy.torch_values import as_trained, torch_digests
-from faqd.deploy.verify_float16 import _beyond
-from faqd.deploy.verify_layers import verify_file
+from faqd.deploy.engine.build import engine_from_onnx
+from faqd.deploy.engine.options import BuildOptions
+from faqd.deploy.export.float16 import float16_from_float32
+from faqd.deploy.export.torch_to_onnx import onnx_from_deployed, save
+from faqd.deploy.reference.evaluator import Referee
+from faqd.deploy.verify.bundle_networks import load_network
+from faqd.deploy.verify.float16 import _beyond
+from faqd.deploy.verify.layers import verify_file
+from faqd.deploy.verify.segments import segments
+from faqd.deploy.verify.torch_values import as_trained, torch_digests
 from faqd.errors import UserError
-from faqd.train.capture import capture
-from faqd.train.convert import collect_output_scales, convert
-from faqd.train.deployed import Flavour
-from faqd.train.fuse import fused
-from faqd.train.placement import Bits, place
-from faqd.train.prepare import ASIDE, calibrate
-from faqd.train.student import load_student
+from faqd.quantize.capture.capture import capture
+from faqd.quantize.capture.fuse_batch_norm import fused
+from faqd.quantize.convert import collect_output_scales, convert
+from faqd.quantize.operators.deployed import Flavour
+from faqd.quantize.placement import Bits, place
+from faqd.quantize.prepare import ASIDE, calibrate
+from faqd.train.run.student import load_student
 from tests.networks import CHANNELS, SHAPE, calibrated, captured, conv, images, lively
 from tests.test_export import needs_rtx
 from tests.toy_runs import NET, User, faqd_deploy, faqd_train, new_user, succeeds, write_net

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from faqd.errors import UserError
-from faqd.train import cifar
-from faqd.train.data import DataOptions, Dataset, Split, load_dataset, split_by_content
-from faqd.train.images import read_picture
+from faqd.train.data import cifar
+from faqd.train.data.datasets import DataOptions, Dataset, Split, load_dataset, split_by_content
+from faqd.train.data.image_files import read_picture
 
 Pixels = NDArray[np.uint8]
 

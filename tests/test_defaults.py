@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from faqd.benchmarks.training import defaults
+from faqd.benchmarks.studies import defaults
 from tests.toy_runs import Outcome, new_user, outcome_of, succeeds
 
 METRIC = """

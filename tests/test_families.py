@@ -10,20 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from faqd.deploy.build_options import BuildOptions
-from faqd.deploy.engine import engine_from_onnx
-from faqd.deploy.export import onnx_from_deployed, save
-from faqd.deploy.float16 import float16_from_float32
-from faqd.deploy.int8_rules import int8_layers
-from faqd.deploy.onnx_file import load_model
-from faqd.deploy.torch_values import torch_digests
-from faqd.deploy.verify_layers import verify_file
+from faqd.deploy.engine.build import engine_from_onnx
+from faqd.deploy.engine.options import BuildOptions
+from faqd.deploy.explain.tensorrt_rules import int8_layers
+from faqd.deploy.export.float16 import float16_from_float32
+from faqd.deploy.export.torch_to_onnx import onnx_from_deployed, save
+from faqd.deploy.onnx_model.load import load_model
+from faqd.deploy.verify.layers import verify_file
+from faqd.deploy.verify.torch_values import torch_digests
 from faqd.errors import UserError
 from faqd.quant import Quant
-from faqd.train.convert import collect_output_scales, convert
-from faqd.train.elementwise import Clamp
-from faqd.train.placement import Bits
-from faqd.train.prepare import Student, float_forward, student_table
+from faqd.quantize.convert import collect_output_scales, convert
+from faqd.quantize.operators.elementwise import Clamp
+from faqd.quantize.placement import Bits
+from faqd.quantize.prepare import Student, float_forward, student_table
 from tests.families import FAMILIES, MobileNetV2, ShuffleNet, SqueezeExcite
 from tests.networks import CHANNELS, CLASSES, calibrated, captured, conv, images, lively
 from tests.test_export import needs_rtx

@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from faqd.errors import UserError
-from faqd.train.capture import capture
-from faqd.train.data import DataOptions, load_dataset
-from faqd.train.network import user_source
-from faqd.train.outputs import named_outputs
-from faqd.train.placement import Bits, place
-from faqd.train.weights import load_weights
+from faqd.quantize.capture.capture import capture
+from faqd.quantize.outputs import named_outputs
+from faqd.quantize.placement import Bits, place
+from faqd.train.data.datasets import DataOptions, load_dataset
+from faqd.train.networks.load_weights import load_weights
+from faqd.train.networks.source import user_source
 
 CASES = Path(__file__).resolve().parents[2] / "shared" / "cases"
 pytestmark = pytest.mark.skipif(not CASES.is_dir(), reason="no folder of cases beside the repository")

@@ -12,22 +12,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from faqd.deploy import verify_layers
-from faqd.deploy.export import onnx_from_deployed
-from faqd.deploy.integer_sums import integer_sums
-from faqd.deploy.referee import Referee
-from faqd.deploy.segments import place_of
-from faqd.deploy.torch_values import as_trained, torch_codes, torch_digests
-from faqd.deploy.verify_layers import verify_file
+from faqd.deploy.export.torch_to_onnx import onnx_from_deployed
+from faqd.deploy.onnx_model.integer_sums import integer_sums
+from faqd.deploy.reference.evaluator import Referee
+from faqd.deploy.verify import layers as verify_layers
+from faqd.deploy.verify.layers import verify_file
+from faqd.deploy.verify.segments import place_of
+from faqd.deploy.verify.torch_values import as_trained, torch_codes, torch_digests
 from faqd.errors import UserError
 from faqd.quant import FLOAT_BITS
+from faqd.quantize.convert import Deployed, collect_output_scales, convert
+from faqd.quantize.lowering import fold_batch_norm as fold
+from faqd.quantize.lowering.fold_batch_norm import LARGEST_INT32
+from faqd.quantize.operators.deployed import Flavour, IntegerLayer
+from faqd.quantize.placement import Bits
+from faqd.quantize.prepare import Student
 from faqd.reference import real
-from faqd.train import fold
-from faqd.train.convert import Deployed, collect_output_scales, convert
-from faqd.train.deployed import Flavour, IntegerLayer
-from faqd.train.fold import LARGEST_INT32
-from faqd.train.placement import Bits
-from faqd.train.prepare import Student
 from tests.networks import CHANNELS, CLASSES, NETWORKS, SHAPE, calibrated, conv, images, lively, undecided
 
 NETWORK_SEEDS = range(14)

@@ -15,16 +15,16 @@ import torch.nn.functional as F
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from faqd.deploy.export import onnx_from_deployed
-from faqd.deploy.integer_sums import integer_sums
-from faqd.deploy.segments import segments
-from faqd.deploy.student import _size
-from faqd.deploy.torch_values import as_trained, torch_codes, torch_digests
-from faqd.deploy.verify_layers import verify_file
-from faqd.train.convert import Deployed, collect_output_scales, convert
-from faqd.train.models import build_architecture
-from faqd.train.placement import Bits
-from faqd.train.prepare import Student
+from faqd.deploy.export.torch_to_onnx import onnx_from_deployed
+from faqd.deploy.onnx_model.integer_sums import integer_sums
+from faqd.deploy.verify.layers import verify_file
+from faqd.deploy.verify.segments import segments
+from faqd.deploy.verify.torch_values import as_trained, torch_codes, torch_digests
+from faqd.deploy.write_bundle import _size
+from faqd.quantize.convert import Deployed, collect_output_scales, convert
+from faqd.quantize.placement import Bits
+from faqd.quantize.prepare import Student
+from faqd.train.networks.zoo import build_architecture
 from tests.networks import calibrated, images, lively
 
 SHAPE = (3, 16, 16)

@@ -14,10 +14,10 @@ from torch import Tensor, fx, nn
 
 from faqd.errors import UserError
 from faqd.quant import FLOAT_BITS
-from faqd.train import graph
-from faqd.train.capture import capture
-from faqd.train.placement import Bits, place
-from faqd.train.prepare import calibrate, float_forward, prepare
+from faqd.quantize import nodes
+from faqd.quantize.capture.capture import capture
+from faqd.quantize.placement import Bits, place
+from faqd.quantize.prepare import calibrate, float_forward, prepare
 from tests.networks import CHANNELS, CLASSES, NETWORKS, PIXELS, calibrated, captured, conv, images, lively
 
 INPUT, SIGNED, POOLED = ("x", "8 (-128..127)"), "8 (-128..127)", "8 (0..127)"
@@ -25,7 +25,7 @@ INPUT, SIGNED, POOLED = ("x", "8 (-128..127)"), "8 (-128..127)", "8 (0..127)"
 
 def grids(network: nn.Module, bits: Bits) -> list[tuple[str, str]]:
     traced = captured(network)
-    names = graph.places(traced)
+    names = nodes.places(traced)
     return [(names[node], quant.label) for node, quant in place(traced, bits).activations.items()]
 
 
@@ -228,4 +228,4 @@ def test_taps_name_a_student_node_for_every_float_node() -> None:
     names = {node.name for node in student.network.graph.nodes}
     assert set(student.taps) == {node.name for node in traced.graph.nodes}
     assert set(student.taps.values()) <= names
-    assert isinstance(graph.with_taps(student.network, [student.taps["block1_relu_1"]]), fx.GraphModule)
+    assert isinstance(nodes.with_taps(student.network, [student.taps["block1_relu_1"]]), fx.GraphModule)

@@ -16,11 +16,11 @@ from torch.nn.grad import conv2d_weight
 from torch.nn.utils import parametrize
 
 from faqd.quant import Quant, activation_quant, weight_quant
-from faqd.train.convert import convert
-from faqd.train.deployed import IntegerLayer
-from faqd.train.placement import Bits
-from faqd.train.prepare import sampled
-from faqd.train.quantizers import ActivationQuantizer, WeightQuantizer, _alternate, _exact, _scan, project
+from faqd.quantize.convert import convert
+from faqd.quantize.operators.deployed import IntegerLayer
+from faqd.quantize.placement import Bits
+from faqd.quantize.prepare import sampled
+from faqd.quantize.quantizers.quantizers import ActivationQuantizer, WeightQuantizer, _alternate, _exact, _scan, project
 from tests.networks import Residual, calibrated, images, lively
 
 EXAMPLE = torch.tensor([[0.9, -0.4, 0.05, 0.3, -1.2, 0.1, 0.6, -0.02]])

@@ -16,28 +16,29 @@ from torch import nn
 
 from faqd import cpu, saturation
 from faqd.bundle import STUDENT_ONNXRUNTIME, Bundle, load_bundle
-from faqd.deploy import verify, verify_layers
-from faqd.deploy.explain import explanation
-from faqd.deploy.explain_table import print_explanation
-from faqd.deploy.export import onnx_from_deployed
-from faqd.deploy.int16_kernel import emulated
-from faqd.deploy.integer_sums import integer_sums, intervals
-from faqd.deploy.onnx_graph import Graph
-from faqd.deploy.onnx_session import OnnxSession
-from faqd.deploy.segments import Segment
-from faqd.deploy.torch_values import torch_digests
-from faqd.deploy.verify import verify_bundle
-from faqd.deploy.verify_layers import SATURATED, trace_of, verify_file
+from faqd.deploy.explain.explain import explanation
+from faqd.deploy.explain.table import print_explanation
+from faqd.deploy.export.torch_to_onnx import onnx_from_deployed
+from faqd.deploy.onnx_model.graph import Graph
+from faqd.deploy.onnx_model.integer_sums import integer_sums, intervals
+from faqd.deploy.onnx_model.session import OnnxSession
+from faqd.deploy.reference.int16_kernel import emulated
+from faqd.deploy.verify import layers as verify_layers
+from faqd.deploy.verify import verify
+from faqd.deploy.verify.layers import SATURATED, trace_of, verify_file
+from faqd.deploy.verify.segments import Segment
+from faqd.deploy.verify.torch_values import torch_digests
+from faqd.deploy.verify.verify import verify_bundle
 from faqd.files import read_json
 from faqd.proof import proof_of
 from faqd.quant import Quant, weight_quant
-from faqd.train import pair_limits
-from faqd.train.convert import Deployed, collect_output_scales, convert
-from faqd.train.deployed import Filling
-from faqd.train.models import build_architecture
-from faqd.train.placement import Bits
-from faqd.train.prepare import Student
-from faqd.train.quantizers import WeightQuantizer, project, within_pairs
+from faqd.quantize.convert import Deployed, collect_output_scales, convert
+from faqd.quantize.lowering import pair_limits
+from faqd.quantize.operators.deployed import Filling
+from faqd.quantize.placement import Bits
+from faqd.quantize.prepare import Student
+from faqd.quantize.quantizers.quantizers import WeightQuantizer, project, within_pairs
+from faqd.train.networks.zoo import build_architecture
 from tests.networks import calibrated, images, lively
 from tests.test_verify import NETWORK
 from tests.toy_runs import faqd_deploy
@@ -308,7 +309,7 @@ def test_a_large_layer_is_emulated_for_some_probes(monkeypatch: pytest.MonkeyPat
     for segment, feeds, _ in trace_of(model, x, torch_digests(deployed, images(5, 16, SHAPE, reach=3.0))):
         cut.append((segment, feeds))
     whole = [emulated(s.model, feeds, s.output) for s, feeds in cut]
-    monkeypatch.setattr("faqd.deploy.int16_kernel.MOST_PRODUCTS", 2**18)
+    monkeypatch.setattr("faqd.deploy.reference.int16_kernel.MOST_PRODUCTS", 2**18)
     some = [emulated(s.model, feeds, s.output) for s, feeds in cut]
     pairs = [(a, b) for a, b in zip(whole, some, strict=True) if a is not None and b is not None]
     assert len(pairs) >= 6 and any(len(b) < len(a) for a, b in pairs)

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from faqd.errors import UserError
-from faqd.train import graph
-from faqd.train.capture import capture
-from faqd.train.elementwise import Constant, FixedNorm1d, FixedNorm2d, Scaled
-from faqd.train.placement import Bits, place
+from faqd.quantize import nodes
+from faqd.quantize.capture.capture import capture
+from faqd.quantize.operators.elementwise import Constant, FixedNorm1d, FixedNorm2d, Scaled
+from faqd.quantize.placement import Bits, place
 
 X = torch.randn(4, 3, 13, 16, generator=torch.Generator().manual_seed(0))
 
@@ -80,9 +80,9 @@ def test_a_window_in_the_padding_is_none(geometry: tuple[int, int, int, int]) ->
     for pool in pools:
         traced = captured(pool)
         (node,) = (n for n in traced.graph.nodes if "pool" in n.name and "_pad" not in n.name)
-        before, after = (graph.shape(n)[2:] for n in (graph.operand(node), node))
+        before, after = (nodes.shape(n)[2:] for n in (nodes.operand(node), node))
         room = [size + 2 * padding - dilation * (kernel - 1) - 1 for size in before]
-        module = graph.module_of(traced, node)
+        module = nodes.module_of(traced, node)
         kept = module is None or bool(module.ceil_mode)
         assert list(after) == [-(-space // stride) + 1 if kept else space // stride + 1 for space in room]
 
@@ -111,7 +111,7 @@ TOLD: dict[str, Callable[[Around, Tensor], Tensor]] = {
 @pytest.mark.parametrize("how", TOLD)
 def test_a_transposed_convolution_has_its_output_padding(how: str) -> None:
     traced = captured(TOLD[how])
-    assert all(len(n.args) == 1 and not n.kwargs for n in traced.graph.nodes if graph.role(traced, n) == "compute")
+    assert all(len(n.args) == 1 and not n.kwargs for n in traced.graph.nodes if nodes.role(traced, n) == "compute")
 
 
 def test_two_uses_of_a_told_convolution_share_its_weights() -> None:
@@ -211,7 +211,7 @@ NORMS: dict[str, Callable[[Around, Tensor], Tensor]] = {
 def test_a_frozen_norm_is_a_batch_norm(how: str) -> None:
     traced = captured(lambda s, x: NORMS[how](s, x).relu())
     (norm,) = modules(traced, nn.BatchNorm2d)
-    assert not modules(traced, Scaled) and "norm" in {graph.role(traced, node) for node in traced.graph.nodes}
+    assert not modules(traced, Scaled) and "norm" in {nodes.role(traced, node) for node in traced.graph.nodes}
     trained = [name for name, parameter in norm.named_parameters() if parameter.requires_grad]
     assert trained == (["weight"] if how == "function by keywords" else [])
 

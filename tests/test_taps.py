@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from faqd.train.capture import capture
-from faqd.train.losses import AffinityForm
-from faqd.train.placement import Bits
-from faqd.train.prepare import prepare
-from faqd.train.taps import tap_costs, tap_names, tap_pairs
+from faqd.quantize.capture.capture import capture
+from faqd.quantize.placement import Bits
+from faqd.quantize.prepare import prepare
+from faqd.train.losses.distillation import AffinityForm
+from faqd.train.losses.taps import tap_costs, tap_names, tap_pairs
 
 EXAMPLE = torch.zeros(2, 3, 16, 16)
 

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from faqd.deploy.export import onnx_from_deployed
-from faqd.deploy.torch_values import torch_digests
-from faqd.deploy.verify_layers import verify_file
+from faqd.deploy.export.torch_to_onnx import onnx_from_deployed
+from faqd.deploy.verify.layers import verify_file
+from faqd.deploy.verify.torch_values import torch_digests
 from faqd.errors import UserError
-from faqd.train.capture import capture
-from faqd.train.convert import collect_output_scales, convert
-from faqd.train.placement import Bits
+from faqd.quantize.capture.capture import capture
+from faqd.quantize.convert import collect_output_scales, convert
+from faqd.quantize.placement import Bits
 from tests.networks import calibrated, float_file_db, images, lively
 
 SHAPE = (3, 16, 16)

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from faqd.errors import UserError
-from faqd.train.capture import capture
-from faqd.train.exported import as_plain_modules
-from faqd.train.network import NetworkSource, user_source
-from faqd.train.placement import Bits
-from faqd.train.prepare import prepare, student_table
-from faqd.train.source import output_shapes
+from faqd.quantize.capture.capture import capture
+from faqd.quantize.capture.exported_program import as_plain_modules
+from faqd.quantize.placement import Bits
+from faqd.quantize.prepare import prepare, student_table
+from faqd.train.networks.source import NetworkSource, user_source
+from faqd.train.run.lesson import output_shapes
 from tests.toy_runs import NET, User, faqd_deploy, faqd_train, new_user, succeeds, write_net
 
 REGISTERS = """

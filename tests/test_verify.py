@@ -34,27 +34,27 @@ from faqd.bundle import (
     save_probe_outputs,
     write_manifest,
 )
-from faqd.deploy.constants import wrong_constants
-from faqd.deploy.export import onnx_from_deployed
-from faqd.deploy.float16 import float16_from_float32
-from faqd.deploy.onnx_file import load_model
-from faqd.deploy.onnx_session import OnnxSession
-from faqd.deploy.probes import Drive, driven_codes, probe_inputs
-from faqd.deploy.proof_table import print_verification
-from faqd.deploy.referee import Referee
-from faqd.deploy.segments import segments
-from faqd.deploy.student import quantize_after_training
-from faqd.deploy.teacher_float16 import TEACHER_IMAGES
-from faqd.deploy.ties import distinct_roundings
-from faqd.deploy.verify import verification, verify_bundle
-from faqd.deploy.verify_layers import CHANCE, EQUAL_CODES, tolerated, trace_of, verify_file
-from faqd.deploy.whole_outputs import snr_db
+from faqd.deploy.export.float16 import float16_from_float32
+from faqd.deploy.export.teacher_float16 import TEACHER_IMAGES
+from faqd.deploy.export.torch_to_onnx import onnx_from_deployed
+from faqd.deploy.onnx_model.load import load_model
+from faqd.deploy.onnx_model.session import OnnxSession
+from faqd.deploy.reference.evaluator import Referee
+from faqd.deploy.verify.layers import CHANCE, EQUAL_CODES, tolerated, trace_of, verify_file
+from faqd.deploy.verify.numbers import wrong_constants
+from faqd.deploy.verify.outputs import snr_db
+from faqd.deploy.verify.segments import segments
+from faqd.deploy.verify.table import print_verification
+from faqd.deploy.verify.test_vectors import Drive, driven_codes, probe_inputs
+from faqd.deploy.verify.ties import distinct_roundings
+from faqd.deploy.verify.verify import verification, verify_bundle
+from faqd.deploy.write_bundle import quantize_after_training
 from faqd.errors import UserError
 from faqd.files import read_json
+from faqd.quantize.convert import convert
+from faqd.quantize.placement import Bits
 from faqd.reference import real
-from faqd.train.convert import convert
-from faqd.train.data import DataOptions
-from faqd.train.placement import Bits
+from faqd.train.data.datasets import DataOptions
 from tests.networks import Functional, calibrated, float_file_db, images, lively
 from tests.toy_runs import faqd_deploy
 

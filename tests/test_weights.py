@@ -18,7 +18,7 @@ from safetensors.torch import save, save_model
 from torch import Tensor, nn
 
 from faqd.errors import UserError
-from faqd.train.weights import load_weights
+from faqd.train.networks.load_weights import load_weights
 
 State = dict[str, Tensor]
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from faqd.deploy.build_options import BuildOptions
-from faqd.deploy.engine import engine_from_onnx
-from faqd.deploy.export import onnx_from_deployed, save
-from faqd.deploy.float16 import float16_from_float32
-from faqd.train.convert import convert
-from faqd.train.models import ARCHITECTURES, build_architecture
-from faqd.train.placement import Bits
-from faqd.train.prepare import calibrate, prepare
+from faqd.deploy.engine.build import engine_from_onnx
+from faqd.deploy.engine.options import BuildOptions
+from faqd.deploy.export.float16 import float16_from_float32
+from faqd.deploy.export.torch_to_onnx import onnx_from_deployed, save
+from faqd.quantize.convert import convert
+from faqd.quantize.placement import Bits
+from faqd.quantize.prepare import calibrate, prepare
+from faqd.train.networks.zoo import ARCHITECTURES, build_architecture
 from tests.networks import captured, images
 
 pytestmark = pytest.mark.skipif(

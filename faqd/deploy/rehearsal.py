@@ -7,16 +7,16 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from faqd.deploy.bundle_networks import flavours
-from faqd.deploy.export import onnx_from_deployed, onnx_from_network
-from faqd.deploy.torch_values import torch_digests
-from faqd.deploy.verify_layers import verify_file
+from faqd.deploy.export.torch_to_onnx import onnx_from_deployed, onnx_from_network
+from faqd.deploy.verify.bundle_networks import flavours
+from faqd.deploy.verify.layers import verify_file
+from faqd.deploy.verify.torch_values import torch_digests
 from faqd.errors import UserError
 from faqd.quant import FLOAT_BITS
-from faqd.train.capture import capture
-from faqd.train.convert import collect_output_scales, convert
-from faqd.train.fuse import fused
-from faqd.train.prepare import Student
+from faqd.quantize.capture.capture import capture
+from faqd.quantize.capture.fuse_batch_norm import fused
+from faqd.quantize.convert import collect_output_scales, convert
+from faqd.quantize.prepare import Student
 
 _rehearsed: set[str] = set()
 """Students that differ in their weights alone are lowered alike: one of them is enough."""

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from faqd.quant import FLOAT_BITS
-from faqd.train.convert import convert
-from faqd.train.data import load_dataset
-from faqd.train.outputs import run_batches
-from faqd.train.prepare import Student
-from faqd.train.run import data_options, finished, load_teacher, network_input, run_preprocess
-from faqd.train.student import load_student
+from faqd.quantize.convert import convert
+from faqd.quantize.outputs import run_batches
+from faqd.quantize.prepare import Student
+from faqd.train.data.datasets import load_dataset
+from faqd.train.run.folder import data_options, finished, load_teacher, network_input, run_preprocess
+from faqd.train.run.student import load_student
 
 BATCH = 250
 

@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from faqd.deploy.constants import grids
-from faqd.deploy.export import onnx_from_deployed
-from faqd.deploy.probes import UNDRIVEN, Drive
-from faqd.deploy.referee import Value
-from faqd.deploy.segments import Segment, Trace
-from faqd.deploy.torch_constants import torch_constants
-from faqd.train.convert import collect_output_scales, convert
-from faqd.train.placement import Bits
+from faqd.deploy.export.torch_to_onnx import onnx_from_deployed
+from faqd.deploy.reference.evaluator import Value
+from faqd.deploy.verify.numbers import grids
+from faqd.deploy.verify.segments import Segment, Trace
+from faqd.deploy.verify.test_vectors import UNDRIVEN, Drive
+from faqd.deploy.verify.torch_numbers import torch_constants
+from faqd.quantize.convert import collect_output_scales, convert
+from faqd.quantize.placement import Bits
 from tests.networks import CLASSES, calibrated, conv, images, lively
 from tests.qdq_network import SHAPE, Graph
 
