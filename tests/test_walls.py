@@ -85,5 +85,21 @@ def test_every_folder_of_the_package_is_one() -> None:
     assert {path.parent for path in python_files()} == {path.parent for path in (ROOT / "faqd").rglob("__init__.py")}
 
 
+NAMED = re.compile(r"(?<![\w/.-])(?:faqd|tests|results|docs|\.ci)/[\w./-]*\w(?![\w*])")
+NOT_HERE = ("faqd/bin", "results/boards/BUILDER-VERSION-GPU.json", "results/foreign")
+"""A virtual environment, a pattern, and what a script writes."""
+
+
+def test_every_path_that_a_text_names_exists() -> None:
+    texts = [path for path in listed() if path.suffix in (".md", ".py", ".cfg", ".toml") and path.is_file()]
+    missing = {
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in texts
+        for name in NAMED.findall(path.read_text("utf-8"))
+        if not (ROOT / name).exists() and not name.startswith(NOT_HERE)
+    }
+    assert not missing, "\n".join(sorted(missing))
+
+
 def python_files() -> list[Path]:
     return sorted((ROOT / "faqd").rglob("*.py"))

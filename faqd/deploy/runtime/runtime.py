@@ -143,7 +143,7 @@ class Engine:
         spin: bool = True,
         zero_copy: bool = False,
     ) -> Pipeline:
-        """Queries of these arrays again and again, timed; `slots` of them can be in flight. See faqd/deploy/pipeline.
+        """Queries of these arrays again and again, timed; `slots` of them can be in flight. See pipeline.py.
 
         graph: launch the kernels as one CUDA graph. transfers: copy in and out with every query. spin: wait actively.
         zero_copy: the kernels work on the host's memory.
