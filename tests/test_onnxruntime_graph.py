@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from onnx import numpy_helper
 from torch import Tensor, nn
 
+from faqd.deploy.bundle_facts import deployed_size
 from faqd.deploy.export.torch_to_onnx import onnx_from_deployed
 from faqd.deploy.onnx_model.integer_sums import integer_sums
 from faqd.deploy.verify.layers import verify_file
 from faqd.deploy.verify.segments import segments
 from faqd.deploy.verify.torch_values import as_trained, torch_codes, torch_digests
-from faqd.deploy.write_bundle import _size
 from faqd.quantize.convert import Deployed, collect_output_scales, convert
 from faqd.quantize.placement import Bits
 from faqd.quantize.prepare import Student
@@ -188,7 +188,7 @@ def test_channels_of_zeros_among_those_of_an_image(
     placed = next(iter(segments(model))).put_in_place(pixels)
     assert placed.shape == (2, stored, *shape[1:]) and np.array_equal(placed[:, trained], pixels)
     assert not any(node.op_type == "Identity" for node in model.graph.node)
-    assert _size(student, deployed) == _size(student, convert(student, "tensorrt"))
+    assert deployed_size(student, deployed) == deployed_size(student, convert(student, "tensorrt"))
     assert model.graph.input[0].type.tensor_type.shape.dim[1].dim_value == inputs
     x = images(5, 8, shape, reach=3.0)
     assert verify_file(model, x.numpy(), torch_digests(deployed, x), [False, True])["failures"] == []

@@ -20,6 +20,7 @@ from faqd.benchmarks.backends.sessions import OnnxruntimeBackend
 from faqd.benchmarks.bench import Options, bench
 from faqd.benchmarks.measure.latency import Length
 from faqd.bundle import FLOAT_STUDENT_FP16, STUDENT_ONNXRUNTIME, STUDENT_TENSORRT, TEACHER, Bundle
+from faqd.deploy.bundle_facts import BundleOptions
 from faqd.deploy.engine.bundle_engines import build_bundle
 from faqd.deploy.engine.options import BuildOptions
 from faqd.deploy.explain.explain import explanation
@@ -28,7 +29,7 @@ from faqd.deploy.export.uint8_input import compare_preprocessing, with_preproces
 from faqd.deploy.onnx_model.load import load_model
 from faqd.deploy.onnx_model.session import OnnxSession
 from faqd.deploy.verify.verify import verification
-from faqd.deploy.write_bundle import quantize_after_training
+from faqd.deploy.write_bundle import Calibration, quantize_after_training
 from faqd.errors import UserError
 from faqd.files import read_json
 from faqd.preprocess import Channels, Preprocess
@@ -71,14 +72,10 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
         weights,
         data,
         bits,
-        "mse",
-        128,
+        Calibration(images=128),
         out,
-        100,
-        "fp16",
+        BundleOptions(100, input_form="uint8-nhwc", servers=("triton",)),
         lambda _: None,
-        "uint8-nhwc",
-        ("triton",),
     )
 
 

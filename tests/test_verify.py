@@ -34,6 +34,7 @@ from faqd.bundle import (
     save_probe_outputs,
     write_manifest,
 )
+from faqd.deploy.bundle_facts import BundleOptions
 from faqd.deploy.export.float16 import float16_from_float32
 from faqd.deploy.export.teacher_float16 import TEACHER_IMAGES
 from faqd.deploy.export.torch_to_onnx import onnx_from_deployed
@@ -48,7 +49,7 @@ from faqd.deploy.verify.table import print_verification
 from faqd.deploy.verify.test_vectors import Drive, driven_codes, probe_inputs
 from faqd.deploy.verify.ties import distinct_roundings
 from faqd.deploy.verify.verify import verification, verify_bundle
-from faqd.deploy.write_bundle import quantize_after_training
+from faqd.deploy.write_bundle import Calibration, quantize_after_training
 from faqd.errors import UserError
 from faqd.files import read_json
 from faqd.quantize.convert import convert
@@ -94,7 +95,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     weights, out = folder / "best.pth", folder / "out"
     net = f"{folder}/net.py:Net"
     return quantize_after_training(
-        net, weights, data, bits, "mse", 256, out, 200, "fp16", lambda _: None, licence="CC-BY-4.0"
+        net, weights, data, bits, Calibration(images=256), out, BundleOptions(200, licence="CC-BY-4.0"), lambda _: None
     )
 
 
@@ -138,7 +139,7 @@ def test_dark_images_hide_no_clip(tmp_path: Path) -> None:
     data = asdict(DataOptions(f"npz:{tmp_path}/images.npz", mean=(0.0,), std=(1.0,)))
     net, out = f"{tmp_path}/net.py:Net", tmp_path / "out"
     dark = quantize_after_training(
-        net, tmp_path / "best.pth", data, Bits(4, 4), "mse", 256, out, 100, "fp16", lambda _: None
+        net, tmp_path / "best.pth", data, Bits(4, 4), Calibration(images=256), out, BundleOptions(100), lambda _: None
     )
     assert dark.evaluation().images[:8].max() < 13
     for flavour, result in read_json(dark.folder / VERIFY)["flavours"].items():

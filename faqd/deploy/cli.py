@@ -79,9 +79,11 @@ def export(
     json_target: str | None,
 ) -> None:
     """Write the bundle of a distilled student, and verify it."""
+    from faqd.deploy.bundle_facts import BundleOptions
     from faqd.deploy.write_bundle import export_run
 
-    bundle = export_run(run_folder, out, data_root, eval_samples, float_type, _say, input_form, servers, licence)
+    options = BundleOptions(eval_samples, float_type, input_form, servers, licence)
+    bundle = export_run(run_folder, out, options, _say, data_root)
     _conclude(bundle, json_target)
 
 
@@ -134,24 +136,14 @@ def ptq(
     **options: Any,
 ) -> None:
     """Quantize a float network without training: the baseline, as a bundle of the same kind."""
-    from faqd.deploy.write_bundle import quantize_after_training
+    from faqd.deploy.bundle_facts import BundleOptions
+    from faqd.deploy.write_bundle import Calibration, quantize_after_training
     from faqd.quantize.placement import Bits
 
-    bundle = quantize_after_training(
-        teacher,
-        teacher_weights,
-        data_values(options),
-        Bits(weight_bits, act_bits, target, exclude=exclude),
-        calibration,
-        calibration_images,
-        out,
-        eval_samples,
-        float_type,
-        _say,
-        input_form,
-        servers,
-        licence,
-    )
+    bits = Bits(weight_bits, act_bits, target, exclude=exclude)
+    chosen = Calibration(calibration, calibration_images)
+    asked = BundleOptions(eval_samples, float_type, input_form, servers, licence)
+    bundle = quantize_after_training(teacher, teacher_weights, data_values(options), bits, chosen, out, asked, _say)
     _conclude(bundle, json_target)
 
 

@@ -37,7 +37,8 @@ from faqd.benchmarks.studies.resumable import STUDY, claim, going_on, say, train
 from faqd.benchmarks.studies.scene_teacher import train_on_scenes
 from faqd.bundle import MANIFEST, load_bundle
 from faqd.command import emit_json, json_option, run
-from faqd.deploy.write_bundle import export_run, quantize_after_training
+from faqd.deploy.bundle_facts import BundleOptions
+from faqd.deploy.write_bundle import Calibration, export_run, quantize_after_training
 from faqd.errors import UserError
 from faqd.files import read_json, write_json, written_beside
 from faqd.quant import FLOAT_BITS
@@ -278,12 +279,19 @@ def _quantize(work: Work, bits: int, out: Path) -> None:
     teacher = work.spec if work.dense else str(work.teacher)
     given = {**asdict(DataOptions(**work.data)), **({} if work.dense else {"source": None, "resize": None})}
     quantize_after_training(
-        teacher, work.weights, given, Bits(bits, bits), "mse", CALIBRATION_IMAGES, out, BUNDLED, "fp16", say
+        teacher,
+        work.weights,
+        given,
+        Bits(bits, bits),
+        Calibration(images=CALIBRATION_IMAGES),
+        out,
+        BundleOptions(BUNDLED),
+        say,
     )
 
 
 def _export(work: Work, bits: int, out: Path) -> None:
-    export_run(work.run(bits, 0), out, None, BUNDLED, "fp16", say)
+    export_run(work.run(bits, 0), out, BundleOptions(BUNDLED), say)
 
 
 def _benched(entry: dict[str, Any]) -> dict[str, Any]:
