@@ -13,7 +13,7 @@ from faqd.deploy.verify.outputs import compare_outputs, outputs_of
 from faqd.deploy.verify.torch_values import float_outputs_in_torch
 from faqd.quantize import nodes
 from faqd.quantize.capture.capture import capture
-from faqd.quantize.placement import Bits
+from faqd.quantize.config import QuantConfig
 from faqd.quantize.prepare import Student, calibrate, prepare
 
 CLASSES = 10
@@ -186,7 +186,7 @@ def captured(network: nn.Module, shape: tuple[int, ...] = SHAPE) -> fx.GraphModu
     return capture(network, torch.zeros(2, *shape))
 
 
-def calibrated(network: nn.Module, bits: Bits, seed: int = 0, shape: tuple[int, ...] = SHAPE) -> Student:
+def calibrated(network: nn.Module, bits: QuantConfig, seed: int = 0, shape: tuple[int, ...] = SHAPE) -> Student:
     """The prepared student of a lively network, its scales chosen so that both clips are reached."""
     student = prepare(captured(network, shape), bits, torch.zeros(2, *shape))
     student.network.eval()

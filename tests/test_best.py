@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from faqd.quantize.capture.capture import capture
-from faqd.quantize.placement import Bits
+from faqd.quantize.config import QuantConfig
 from faqd.quantize.prepare import calibrate, prepare
 from faqd.train.data.datasets import load_dataset
 from faqd.train.distill import calibration_batches
@@ -58,7 +58,7 @@ def ptq_of(run: Path, method: Any = "mse") -> dict[str, torch.Tensor]:
     """The teacher of a run quantized without training, on the same images."""
     train, _ = splits_on(torch.device("cpu"), load_dataset(data_options(record_of(run)), with_labels=False))
     example = train.normalised(train.pixels[:2]).contiguous()
-    student = prepare(capture(load_teacher(run)[0], example), Bits(8, 8), example)
+    student = prepare(capture(load_teacher(run)[0], example), QuantConfig(8, 8), example)
     student.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     calibrate(student, calibration_batches(train), method)
     return student.network.state_dict()

@@ -27,9 +27,10 @@ from faqd.deploy.verify.torch_values import as_trained, torch_digests
 from faqd.errors import UserError
 from faqd.quantize.capture.capture import capture
 from faqd.quantize.capture.fuse_batch_norm import fused
+from faqd.quantize.config import QuantConfig
 from faqd.quantize.convert import collect_output_scales, convert
 from faqd.quantize.operators.deployed import Flavour
-from faqd.quantize.placement import Bits, place
+from faqd.quantize.placement import place
 from faqd.quantize.prepare import ASIDE, calibrate
 from faqd.train.run.student import load_student
 from tests.networks import CHANNELS, SHAPE, calibrated, captured, conv, images, lively
@@ -42,7 +43,7 @@ FLAVOURS: dict[Flavour, list[bool]] = {"onnxruntime": [False, True], "tensorrt":
 
 def proved(network: nn.Module) -> onnx.ModelProto:
     """The student's file for TensorRT, once both flavours compute what torch, the referee and onnxruntime say."""
-    student = calibrated(lively(network, 3), Bits(8, 8))
+    student = calibrated(lively(network, 3), QuantConfig(8, 8))
     x = images(5, 8, SHAPE, reach=3.0)
     for flavour, modes in FLAVOURS.items():
         scales = collect_output_scales(student, [images(0, 16)])
@@ -304,7 +305,7 @@ class Parting(nn.Module):
 
 @pytest.mark.parametrize("joins", [False, True])
 def test_quantizers_are_placed_without_walking_every_path(joins: bool) -> None:
-    place(captured(Parting(joins), (3, 4, 4)), Bits(8, 8))
+    place(captured(Parting(joins), (3, 4, 4)), QuantConfig(8, 8))
 
 
 # Beyond FP16 --------------------------------------------------------------------------------------------------------
@@ -369,8 +370,8 @@ class _Means(nn.Module):
         return scores
 
 
-@pytest.mark.parametrize("bits", [Bits(8, 8), Bits(4, 4)], ids=["8", "4"])
-def test_means_of_codes_that_are_all_at_the_limit_lie_at_no_tie(bits: Bits) -> None:
+@pytest.mark.parametrize("bits", [QuantConfig(8, 8), QuantConfig(4, 4)], ids=["8", "4"])
+def test_means_of_codes_that_are_all_at_the_limit_lie_at_no_tie(bits: QuantConfig) -> None:
     """At a simple multiple of the scale of its codes, a quarter of the averages of four would lie between two."""
     torch.manual_seed(0)
     network = _Means()
@@ -394,7 +395,7 @@ def test_an_average_that_reaches_beyond_the_map() -> None:
         pool = nn.AvgPool2d(kernel, 2, padding, ceil_mode=True)
         last = nn.Linear(8 * side * side, 5)
         network = nn.Sequential(nn.Conv2d(SHAPE[0], 8, 1), nn.ReLU(), pool, nn.Flatten(), last)
-        student = calibrated(network, Bits(8, 8), shape=SHAPE)
+        student = calibrated(network, QuantConfig(8, 8), shape=SHAPE)
         deployed = convert(student, "onnxruntime", collect_output_scales(student, [x]))
         if (kernel, padding) == (3, 1):
             with pytest.raises(UserError, match=r"2: an average with ceil_mode that counts its padding"):

@@ -12,7 +12,7 @@ from torch import nn
 from faqd.bundle import VERIFY
 from faqd.quantize import nodes
 from faqd.quantize.capture.capture import capture
-from faqd.quantize.placement import Bits
+from faqd.quantize.config import QuantConfig
 from faqd.quantize.prepare import prepare, student_table
 from faqd.train.loop.trainee import Job
 from faqd.train.losses.adaptors import Adapted
@@ -43,7 +43,7 @@ def test_it_trains_and_is_exported(tmp_path: Path) -> None:
 
 
 def test_adaptors_start_as_the_identity_and_learn() -> None:
-    student = calibrated(lively(Residual(), 1), Bits(4, 4))
+    student = calibrated(lively(Residual(), 1), QuantConfig(4, 4))
     maps = [n.name for n in student.network.graph.nodes if n.name.endswith("relu_quant") and nodes.is_tensor(n)]
     tapped = nodes.with_taps(student.network, maps)
     shapes = {n.name: nodes.shape(n) for n in student.network.graph.nodes}
@@ -57,7 +57,7 @@ def test_adaptors_start_as_the_identity_and_learn() -> None:
 
 
 def test_the_float_weights_decay_and_nothing_else() -> None:
-    student = calibrated(lively(Residual(), 1), Bits(4, 4))
+    student = calibrated(lively(Residual(), 1), QuantConfig(4, 4))
     network = Adapted(nodes.with_taps(student.network, []), [8], torch.device("cpu"))
     decayed, free = decay_groups(network)
     names = {id(p): name for name, p in network.named_parameters()}
@@ -81,7 +81,7 @@ def test_a_parameter_outside_of_one_group_is_our_mistake(tmp_path: Path, change:
 def test_the_reference_student_has_a_bare_stem() -> None:
     network = reference_resnet(20, 3, 10).eval()
     assert [type(m) for m in network.stem] == [nn.Conv2d]
-    student = calibrated(network, Bits(4, 4, per_channel=False, rounding="ceil"), shape=(3, 16, 16))
+    student = calibrated(network, QuantConfig(4, 4, per_channel=False, rounding="ceil"), shape=(3, 16, 16))
     quantizers = student.quantizers()
     assert quantizers["stem.0"].quant.signed and quantizers["stages.3.1"].shift > 0
     assert student.network(images(1, 2, (3, 16, 16))).shape == (2, 10)

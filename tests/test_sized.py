@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from faqd.errors import UserError
 from faqd.quantize import nodes
 from faqd.quantize.capture.capture import capture
+from faqd.quantize.config import QuantConfig
 from faqd.quantize.operators.elementwise import Constant, FixedNorm1d, FixedNorm2d, Scaled
-from faqd.quantize.placement import Bits, place
+from faqd.quantize.placement import place
 
 X = torch.randn(4, 3, 13, 16, generator=torch.Generator().manual_seed(0))
 
@@ -48,7 +49,7 @@ class Around(nn.Module):
 def captured(between: Callable[[Around, Tensor], Tensor], channels: int = 8) -> torch.fx.GraphModule:
     network = Around(between, channels).eval()
     traced = capture(network, X[:2])
-    place(traced, Bits(8, 8))
+    place(traced, QuantConfig(8, 8))
     torch.testing.assert_close(traced(X), network(X), rtol=1e-5, atol=1e-6)
     return traced
 
@@ -142,7 +143,7 @@ CROPS: list[nn.Module] = [
 def test_a_module_that_crops_is_a_slice(crop: nn.Module) -> None:
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), crop, nn.Conv2d(8, 4, 1)).eval()
     traced = capture(network, X[:2])
-    place(traced, Bits(8, 8))
+    place(traced, QuantConfig(8, 8))
     assert torch.equal(traced(X), network(X)) and not modules(traced, type(crop))
 
 

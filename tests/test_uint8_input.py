@@ -33,7 +33,7 @@ from faqd.deploy.write_bundle import Calibration, quantize_after_training
 from faqd.errors import UserError
 from faqd.files import read_json
 from faqd.preprocess import Channels, Preprocess
-from faqd.quantize.placement import Bits
+from faqd.quantize.config import QuantConfig
 from faqd.train.data.datasets import DataOptions
 from tests.networks import lively
 from tests.qdq_network import SHAPE, residual_network
@@ -65,7 +65,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     space: dict[str, Any] = {}
     exec(NETWORK, space)
     torch.save(lively(space["Net"](), 1).state_dict(), folder / "best.pth")
-    data, bits = asdict(DataOptions("digits")), Bits(4, 4)
+    data, bits = asdict(DataOptions("digits")), QuantConfig(4, 4)
     weights, out = folder / "best.pth", folder / "out"
     return quantize_after_training(
         f"{folder}/net.py:Net",

@@ -15,8 +15,8 @@ from faqd.deploy.verify.layers import verify_file
 from faqd.deploy.verify.torch_values import torch_digests
 from faqd.errors import UserError
 from faqd.quantize.capture.capture import capture
+from faqd.quantize.config import QuantConfig
 from faqd.quantize.convert import collect_output_scales, convert
-from faqd.quantize.placement import Bits
 from tests.networks import calibrated, float_file_db, images, lively
 
 SHAPE = (3, 16, 16)
@@ -201,7 +201,7 @@ TAKEN: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("kind", TAKEN)
 def test_is_taken_as_it_stands(kind: str) -> None:
     x = images(3, 8, SHAPE)
-    student = calibrated(lively(TAKEN[kind](), 1), Bits(8, 8), shape=SHAPE)
+    student = calibrated(lively(TAKEN[kind](), 1), QuantConfig(8, 8), shape=SHAPE)
     scales = collect_output_scales(student, [images(0, 16, SHAPE)])
     for flavour in ("tensorrt", "onnxruntime"):
         deployed = convert(student, flavour, scales)
@@ -232,7 +232,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
 def test_is_refused_in_a_sentence(kind: str) -> None:
     make, words = REFUSED[kind]
     with pytest.raises(UserError, match=words):
-        calibrated(make(), Bits(8, 8), shape=SHAPE)
+        calibrated(make(), QuantConfig(8, 8), shape=SHAPE)
 
 
 def test_a_network_of_two_inputs_is_refused() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from faqd.errors import UserError
 from faqd.quantize.capture.capture import capture
 from faqd.quantize.capture.exported_program import as_plain_modules
-from faqd.quantize.placement import Bits
+from faqd.quantize.config import QuantConfig
 from faqd.quantize.prepare import prepare, student_table
 from faqd.train.networks.source import NetworkSource, user_source
 from faqd.train.run.lesson import output_shapes
@@ -154,7 +154,7 @@ def test_an_exported_program_is_the_network_with_its_layers(dynamic: bool) -> No
     if not dynamic:
         with pytest.raises(UserError, match=r"takes two images and not three: .*dynamic_shapes"):
             output_shapes(plain, NetworkSource(3, (8, 8), 0, file="net.py", callable="build"), "")
-    rows = student_table(prepare(capture(plain, x), Bits(8, 8), x))
+    rows = student_table(prepare(capture(plain, x), QuantConfig(8, 8), x))
     assert [row["name"] for row in rows] == ["first", "up", "flat", "last"]
 
 

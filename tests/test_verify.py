@@ -52,8 +52,8 @@ from faqd.deploy.verify.verify import verification, verify_bundle
 from faqd.deploy.write_bundle import Calibration, quantize_after_training
 from faqd.errors import UserError
 from faqd.files import read_json
+from faqd.quantize.config import QuantConfig
 from faqd.quantize.convert import convert
-from faqd.quantize.placement import Bits
 from faqd.reference import real
 from faqd.train.data.datasets import DataOptions
 from tests.networks import Functional, calibrated, float_file_db, images, lively
@@ -91,7 +91,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     exec(NETWORK, space)
     torch.save(lively(space["Net"](), 1).state_dict(), folder / "best.pth")
     data = asdict(DataOptions("digits"))
-    bits = Bits(4, 4)
+    bits = QuantConfig(4, 4)
     weights, out = folder / "best.pth", folder / "out"
     net = f"{folder}/net.py:Net"
     return quantize_after_training(
@@ -139,7 +139,14 @@ def test_dark_images_hide_no_clip(tmp_path: Path) -> None:
     data = asdict(DataOptions(f"npz:{tmp_path}/images.npz", mean=(0.0,), std=(1.0,)))
     net, out = f"{tmp_path}/net.py:Net", tmp_path / "out"
     dark = quantize_after_training(
-        net, tmp_path / "best.pth", data, Bits(4, 4), Calibration(images=256), out, BundleOptions(100), lambda _: None
+        net,
+        tmp_path / "best.pth",
+        data,
+        QuantConfig(4, 4),
+        Calibration(images=256),
+        out,
+        BundleOptions(100),
+        lambda _: None,
     )
     assert dark.evaluation().images[:8].max() < 13
     for flavour, result in read_json(dark.folder / VERIFY)["flavours"].items():
@@ -573,7 +580,7 @@ def test_probes_at_which_torch_overflowed_tell_nothing(bundle: Bundle, tmp_path:
 
 def test_a_float_file_of_another_network_is_far_from_torch() -> None:
     x = images(0, 16)
-    student = calibrated(lively(Functional(), 1), Bits(8, 8))
+    student = calibrated(lively(Functional(), 1), QuantConfig(8, 8))
     model = onnx_from_deployed(convert(student, "float"), x, {})
     assert float_file_db(model.SerializeToString(), student, x)["logits"] > 100
     change(model, "fc2.bias", lambda bias: bias + 0.1)

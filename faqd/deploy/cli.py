@@ -138,9 +138,9 @@ def ptq(
     """Quantize a float network without training: the baseline, as a bundle of the same kind."""
     from faqd.deploy.bundle_facts import BundleOptions
     from faqd.deploy.write_bundle import Calibration, quantize_after_training
-    from faqd.quantize.placement import Bits
+    from faqd.quantize.config import QuantConfig
 
-    bits = Bits(weight_bits, act_bits, target, exclude=exclude)
+    bits = QuantConfig(weight_bits, act_bits, target, exclude=exclude)
     chosen = Calibration(calibration, calibration_images)
     asked = BundleOptions(eval_samples, float_type, input_form, servers, licence)
     bundle = quantize_after_training(teacher, teacher_weights, data_values(options), bits, chosen, out, asked, _say)

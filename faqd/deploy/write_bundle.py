@@ -32,8 +32,8 @@ from faqd.preprocess import Preprocess
 from faqd.quant import Target
 from faqd.quantize.capture.capture import capture
 from faqd.quantize.capture.fuse_batch_norm import fused
+from faqd.quantize.config import QuantConfig
 from faqd.quantize.convert import collect_output_scales, convert
-from faqd.quantize.placement import Bits
 from faqd.quantize.prepare import calibrate, prepare
 from faqd.train.data.datasets import Dataset, load_dataset
 from faqd.train.networks.source import NetworkSource
@@ -82,7 +82,7 @@ def quantize_after_training(
     teacher: str,
     teacher_weights: Path | None,
     data: dict[str, Any],
-    bits: Bits,
+    bits: QuantConfig,
     calibration: Calibration,
     out: Path,
     options: BundleOptions,

@@ -9,7 +9,7 @@
 4. Grids: the network input, activations other than ReLU and its limited kin, and whatever can be negative have 8 signed
    bits; behind a ReLU, the chosen bits; averages of non-negative values, 0..127. Weights have the chosen bits, 8 in the
    first and the last layer.
-5. Layers that `Bits.exclude` names stay float, and nothing is rounded on their account.
+5. Layers that `QuantConfig.exclude` names stay float, and nothing is rounded on their account.
 """
 
 from __future__ import annotations
@@ -26,46 +26,13 @@ from faqd.quant import (
     POOLED_8,
     SIGNED_8,
     Quant,
-    Rounding,
-    Target,
     activation_quant,
-    check_bits,
     weight_quant,
 )
 from faqd.quantize import nodes
 from faqd.quantize.capture.validate import refuse_unknown
+from faqd.quantize.config import QuantConfig
 from faqd.quantize.operators.elementwise import NEVER_NEGATIVE, Scaled
-from faqd.quantize.quantizers.quantizers import ScaleGradient
-
-
-@dataclass(frozen=True)
-class Bits:
-    """What a student is quantized to. activations: 1-8, or 32 for float. per_channel: weight scales.
-
-    weights: 1-8, or 32 where the activations are float as well: a student without any quantizer.
-    rounding: of what is behind a ReLU. scale_gradient: by which those scales learn; a lowered file shows none of it.
-    exclude: regular expressions; a layer or operator stays float where one is found in its place.
-    """
-
-    weights: int = 8
-    activations: int = 8
-    target: Target = "tensorrt"
-    per_channel: bool = True
-    rounding: Rounding = "nearest"
-    scale_gradient: ScaleGradient = "lsq"
-    exclude: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.weights == FLOAT_BITS and self.activations != FLOAT_BITS:
-            raise UserError("--weight-bits 32: choose 1 to 8; float weights go with --act-bits 32 only.")
-        if self.weights != FLOAT_BITS:
-            check_bits("--weight-bits", self.weights, 8)
-        if self.activations != FLOAT_BITS:
-            check_bits("--act-bits", self.activations, 8)
-
-    @property
-    def label(self) -> str:
-        return f"{self.weights}/{self.activations}"
 
 
 @dataclass(frozen=True)
@@ -80,7 +47,7 @@ class Placement:
     shared: list[list[fx.Node]]
 
 
-def place(traced: fx.GraphModule, bits: Bits) -> Placement:
+def place(traced: fx.GraphModule, bits: QuantConfig) -> Placement:
     """Decide every quantizer of `traced` (shapes propagated). UserError for an operator that has no rule."""
     excluded = excluded_nodes(traced, bits.exclude)
     refuse_unknown(traced, excluded)
@@ -143,7 +110,7 @@ def _groups(reader: _Reader, rounded: set[fx.Node]) -> dict[fx.Node, list[fx.Nod
     return groups
 
 
-def _grid(reader: _Reader, group: list[fx.Node], bits: Bits) -> Quant:
+def _grid(reader: _Reader, group: list[fx.Node], bits: QuantConfig) -> Quant:
     if any(reader.can_be_negative(node) or reader.role(node) == "curve" for node in group):
         return SIGNED_8
     if all(reader.role(node) == "average" for node in group):
@@ -151,7 +118,7 @@ def _grid(reader: _Reader, group: list[fx.Node], bits: Bits) -> Quant:
     return activation_quant(bits.activations, bits.target)
 
 
-def _weight_grids(reader: _Reader, bits: Bits) -> dict[fx.Node, Quant]:
+def _weight_grids(reader: _Reader, bits: QuantConfig) -> dict[fx.Node, Quant]:
     layers = [node for node in reader.traced.graph.nodes if reader.role(node) == "compute"]
     if not layers:
         raise UserError("the network has no convolution or linear layer to quantize.")

@@ -17,10 +17,11 @@ from faqd.calib.ranges import Method, scale_from
 from faqd.errors import UserError
 from faqd.quant import FLOAT_BITS
 from faqd.quantize import nodes
+from faqd.quantize.config import QuantConfig
 from faqd.quantize.lowering.pad_channels import image_layers
 from faqd.quantize.lowering.pair_limits import pair_limit
 from faqd.quantize.operators.elementwise import Scaled
-from faqd.quantize.placement import Bits, place
+from faqd.quantize.placement import place
 from faqd.quantize.quantizers.layers import latent_weight, operator_name, quantize_weight, weight_quantizer
 from faqd.quantize.quantizers.quantizers import ActivationQuantizer
 
@@ -37,7 +38,7 @@ class Student:
     """
 
     network: fx.GraphModule
-    bits: Bits
+    bits: QuantConfig
     taps: dict[str, str]
 
     def quantizers(self) -> dict[str, ActivationQuantizer]:
@@ -60,7 +61,7 @@ SIMPLE = 16
 """Largest denominator of a simple multiple."""
 
 
-def prepare(traced: fx.GraphModule, bits: Bits, example: Tensor) -> Student:
+def prepare(traced: fx.GraphModule, bits: QuantConfig, example: Tensor) -> Student:
     """Copy a captured float network and place its quantizers; activation scales still need `calibrate`.
 
     example: (N, C, H, W), for shapes.

@@ -8,7 +8,7 @@ from typing import Any
 from faqd.command import parse_size
 from faqd.errors import UserError
 from faqd.quantize.capture.capture import capture
-from faqd.quantize.placement import Bits
+from faqd.quantize.config import QuantConfig
 from faqd.quantize.prepare import prepare, student_table
 from faqd.train.data.datasets import Say
 from faqd.train.losses.taps import tap_names, tap_pairs
@@ -42,7 +42,7 @@ def inspect_network(
     network, example = source.build(), source.example()
     if teacher_weights is not None:
         load_weights(network, teacher_weights, say)
-    bits = Bits(weight_bits, act_bits, target, scales == "channel", exclude=exclude)
+    bits = QuantConfig(weight_bits, act_bits, target, scales == "channel", exclude=exclude)
     traced = capture(network, example)
     source = student_source(arch, Teacher(network, source, ""))
     student = prepare(traced if arch is None else capture(source.build(), example), bits, example)

@@ -29,8 +29,8 @@ from faqd.command import Finite, emit_json, json_option, run
 from faqd.errors import UserError
 from faqd.files import read_json, write_json
 from faqd.quant import FLOAT_BITS
+from faqd.quantize.config import QuantConfig
 from faqd.quantize.outputs import SINGLE, run_batches
-from faqd.quantize.placement import Bits
 from faqd.quantize.prepare import calibrate
 from faqd.train.data.datasets import DataOptions
 from faqd.train.distill import calibration_batches, distill
@@ -295,7 +295,7 @@ def _refuse_bits(pair: str) -> None:
     weights, _, activations = pair.partition("/")
     if not (weights.isdecimal() and activations.isdecimal()):
         raise UserError(f"--bits {pair}: expected weights and activations, such as 4/4.")
-    Bits(int(weights), int(activations))
+    QuantConfig(int(weights), int(activations))
 
 
 def main() -> None:

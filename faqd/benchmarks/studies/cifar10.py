@@ -40,7 +40,7 @@ from faqd.train.teacher import train_teacher
 
 VERSION = 1
 STUDENTS = ((8, 8), (4, 4), (2, 4), (1, 4))
-"""Bits of weights and activations."""
+"""QuantConfig of weights and activations."""
 ROUNDS = 10
 LARGEST_KEPT = 8_000_000
 """Bytes of teacher weights that are kept beside the record."""

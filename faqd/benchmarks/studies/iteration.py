@@ -33,7 +33,7 @@ from faqd.benchmarks.studies.iteration_baseline import Mark, Straightforward
 from faqd.command import emit_json, json_option, run
 from faqd.errors import UserError
 from faqd.quantize.capture.capture import capture
-from faqd.quantize.placement import Bits
+from faqd.quantize.config import QuantConfig
 from faqd.quantize.prepare import calibrate, prepare
 from faqd.train.data.datasets import Augmentation
 from faqd.train.loop.batches import Batch, Batches, Images, Target
@@ -100,7 +100,7 @@ def pupil(
     settle_norms(big, replace(images, scale=scale.float(), offset=offset.float(), pixels=pixels[:200]), training)
     example = torch.zeros(2, 3, PIXELS, PIXELS)
     traced = capture(big.cpu(), example)
-    learner = prepare(capture(source.build(), example), Bits(BITS, BITS), example)
+    learner = prepare(capture(source.build(), example), QuantConfig(BITS, BITS), example)
     calibrate(learner, [images.normalised(pixels[:128]).cpu().float()], "mse", batch_statistics=True)
     traced.to(device, dtype)
     learner.network.to(device, dtype)

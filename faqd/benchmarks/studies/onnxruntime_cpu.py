@@ -41,9 +41,9 @@ from faqd.deploy.onnx_model.integer_sums import integer_sums
 from faqd.deploy.onnx_model.load import load_model
 from faqd.deploy.onnx_model.session import OnnxSession, version
 from faqd.quantize.capture.capture import capture
+from faqd.quantize.config import QuantConfig
 from faqd.quantize.convert import collect_output_scales, convert
 from faqd.quantize.outputs import INPUT
-from faqd.quantize.placement import Bits
 from faqd.quantize.prepare import calibrate, prepare
 from faqd.train.networks.source import NetworkSource
 
@@ -62,9 +62,9 @@ STATIC: dict[str, dict[str, Any]] = {
 }
 """Settings of onnxruntime's own quantizer; weights are int8 and ranges those of minimum and maximum in all."""
 STUDENTS = {
-    "8/8": Bits(8, 8),
-    "4/4": Bits(4, 4),
-    "8/8 --target onnxruntime": Bits(8, 8, "onnxruntime"),
+    "8/8": QuantConfig(8, 8),
+    "4/4": QuantConfig(4, 4),
+    "8/8 --target onnxruntime": QuantConfig(8, 8, "onnxruntime"),
 }
 TARGETS = {("resnet20", 1): 2.0, ("resnet20", 32): 2.2, ("resnet18", 1): 3.2, ("resnet18", 32): 3.2}
 """Least speed-up over the float graph on a CPU with VNNI, by network and batch size."""

@@ -43,8 +43,8 @@ from faqd.errors import UserError
 from faqd.files import read_json, write_json, written_beside
 from faqd.quant import FLOAT_BITS
 from faqd.quantize.capture.capture import capture
+from faqd.quantize.config import QuantConfig
 from faqd.quantize.outputs import SINGLE, run_batches
-from faqd.quantize.placement import Bits
 from faqd.quantize.prepare import calibrate, prepare
 from faqd.train.data.cifar import load_cifar
 from faqd.train.data.datasets import DataOptions
@@ -203,7 +203,7 @@ def quantized(work: Work, bits: int, seed: int) -> Any:
     if len(images) < CALIBRATION_IMAGES:
         raise UserError(f"--limit: {len(dataset.train)} training images are too few for seed {seed} of calibration.")
     inputs = network_input(images, dataset.preprocess)
-    student = prepare(capture(work.lesson.teacher.network, inputs[:2]), Bits(bits, bits), inputs[:2])
+    student = prepare(capture(work.lesson.teacher.network, inputs[:2]), QuantConfig(bits, bits), inputs[:2])
     student.network.eval()
     calibrate(student, inputs.split(128), "mse")
     return deployable(student)
@@ -282,7 +282,7 @@ def _quantize(work: Work, bits: int, out: Path) -> None:
         teacher,
         work.weights,
         given,
-        Bits(bits, bits),
+        QuantConfig(bits, bits),
         Calibration(images=CALIBRATION_IMAGES),
         out,
         BundleOptions(BUNDLED),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from faqd.errors import UserError
 from faqd.quantize.capture.capture import capture
-from faqd.quantize.placement import Bits
+from faqd.quantize.config import QuantConfig
 from faqd.quantize.prepare import Student, prepare
 from faqd.train.networks.source import NetworkSource, architecture_source, read_tensors
 from faqd.train.recipes import DistillRecipe
@@ -83,13 +83,13 @@ def _load_float(network: nn.Module, source: NetworkSource, folder: Path) -> None
     fill(network, {key: value for key, value in latent.items() if key in wanted}, folder / WEIGHTS)
 
 
-def recipe_bits(recipe: DistillRecipe) -> Bits:
+def recipe_bits(recipe: DistillRecipe) -> QuantConfig:
     return _bits(asdict(recipe))
 
 
-def _bits(asked: dict[str, Any]) -> Bits:
+def _bits(asked: dict[str, Any]) -> QuantConfig:
     """What a recipe, as a run records it, asks of the quantizers."""
-    return Bits(
+    return QuantConfig(
         asked["weight_bits"],
         asked["act_bits"],
         asked["target"],
