@@ -12,9 +12,11 @@ from faqd.deploy.onnx_model.session import OnnxSession
 from faqd.deploy.verify.outputs import compare_outputs, outputs_of
 from faqd.deploy.verify.torch_values import float_outputs_in_torch
 from faqd.quantize import nodes
+from faqd.quantize.calibrate import calibrate
 from faqd.quantize.capture.capture import capture
 from faqd.quantize.config import QuantConfig
-from faqd.quantize.prepare import Student, calibrate, prepare
+from faqd.quantize.prepare import prepare
+from faqd.quantize.student import Student
 
 CLASSES = 10
 CHANNELS = 8

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import nn
 
+from faqd.quantize.calibrate import calibrate
 from faqd.quantize.capture.capture import capture
 from faqd.quantize.config import QuantConfig
-from faqd.quantize.prepare import calibrate, prepare
+from faqd.quantize.prepare import prepare
 from faqd.train.data.datasets import load_dataset
 from faqd.train.distill import calibration_batches
 from faqd.train.loop.batches import splits_on

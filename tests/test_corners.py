@@ -25,13 +25,13 @@ from faqd.deploy.verify.layers import verify_file
 from faqd.deploy.verify.segments import segments
 from faqd.deploy.verify.torch_values import as_trained, torch_digests
 from faqd.errors import UserError
+from faqd.quantize.calibrate import ASIDE, calibrate
 from faqd.quantize.capture.capture import capture
 from faqd.quantize.capture.fuse_batch_norm import fused
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.convert import collect_output_scales, convert
 from faqd.quantize.operators.deployed import Flavour
 from faqd.quantize.placement import place
-from faqd.quantize.prepare import ASIDE, calibrate
 from faqd.train.run.student import load_student
 from tests.networks import CHANNELS, SHAPE, calibrated, captured, conv, images, lively
 from tests.test_export import needs_rtx

@@ -28,7 +28,7 @@ from faqd.deploy.verify.torch_values import torch_digests
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.convert import collect_output_scales, convert
 from faqd.quantize.operators.deployed import Flavour
-from faqd.quantize.prepare import Student
+from faqd.quantize.student import Student
 from faqd.train.networks.zoo import build_architecture
 from tests.networks import CHANNELS, calibrated, conv, images, lively
 

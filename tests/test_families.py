@@ -20,10 +20,11 @@ from faqd.deploy.verify.layers import verify_file
 from faqd.deploy.verify.torch_values import torch_digests
 from faqd.errors import UserError
 from faqd.quant import Quant
+from faqd.quantize.calibrate import float_forward
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.convert import collect_output_scales, convert
 from faqd.quantize.operators.elementwise import Clamp
-from faqd.quantize.prepare import Student, float_forward, student_table
+from faqd.quantize.student import Student, student_table
 from tests.families import FAMILIES, MobileNetV2, ShuffleNet, SqueezeExcite
 from tests.networks import CHANNELS, CLASSES, calibrated, captured, conv, images, lively
 from tests.test_export import needs_rtx

@@ -23,7 +23,7 @@ from faqd.deploy.verify.segments import segments
 from faqd.deploy.verify.torch_values import as_trained, torch_codes, torch_digests
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.convert import Deployed, collect_output_scales, convert
-from faqd.quantize.prepare import Student
+from faqd.quantize.student import Student
 from faqd.train.networks.zoo import build_architecture
 from tests.networks import calibrated, images, lively
 

@@ -15,10 +15,11 @@ from torch import Tensor, fx, nn
 from faqd.errors import UserError
 from faqd.quant import FLOAT_BITS
 from faqd.quantize import nodes
+from faqd.quantize.calibrate import calibrate, float_forward
 from faqd.quantize.capture.capture import capture
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.placement import place
-from faqd.quantize.prepare import calibrate, float_forward, prepare
+from faqd.quantize.prepare import prepare
 from tests.networks import CHANNELS, CLASSES, NETWORKS, PIXELS, calibrated, captured, conv, images, lively
 
 INPUT, SIGNED, POOLED = ("x", "8 (-128..127)"), "8 (-128..127)", "8 (0..127)"

@@ -16,10 +16,10 @@ from torch.nn.grad import conv2d_weight
 from torch.nn.utils import parametrize
 
 from faqd.quant import Quant, activation_quant, weight_quant
+from faqd.quantize.calibrate import sampled
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.convert import convert
 from faqd.quantize.operators.deployed import IntegerLayer
-from faqd.quantize.prepare import sampled
 from faqd.quantize.quantizers.quantizers import ActivationQuantizer, WeightQuantizer, _alternate, _exact, _scan, project
 from tests.networks import Residual, calibrated, images, lively
 

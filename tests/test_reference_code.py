@@ -13,7 +13,8 @@ from faqd.bundle import VERIFY
 from faqd.quantize import nodes
 from faqd.quantize.capture.capture import capture
 from faqd.quantize.config import QuantConfig
-from faqd.quantize.prepare import prepare, student_table
+from faqd.quantize.prepare import prepare
+from faqd.quantize.student import student_table
 from faqd.train.loop.trainee import Job
 from faqd.train.losses.adaptors import Adapted
 from faqd.train.losses.objective import decay_groups

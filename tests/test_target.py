@@ -14,10 +14,11 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from faqd.quantize import nodes
+from faqd.quantize.calibrate import calibrate
 from faqd.quantize.capture.capture import capture
 from faqd.quantize.capture.fuse_batch_norm import fused, in_place
 from faqd.quantize.config import QuantConfig
-from faqd.quantize.prepare import calibrate, prepare
+from faqd.quantize.prepare import prepare
 from faqd.quantize.quantizers.quantizers import ActivationQuantizer, WeightQuantizer
 from faqd.train.data.datasets import Augmentation
 from faqd.train.loop.batches import Batches, Images

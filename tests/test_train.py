@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from faqd.quantize.calibrate import calibrate
 from faqd.quantize.capture.capture import capture
 from faqd.quantize.capture.fuse_batch_norm import fused
-from faqd.quantize.prepare import calibrate
 from faqd.train.data.augment import augment
 from faqd.train.data.datasets import Augmentation
 from faqd.train.data.image_files import read_picture

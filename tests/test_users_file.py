@@ -12,7 +12,8 @@ from faqd.errors import UserError
 from faqd.quantize.capture.capture import capture
 from faqd.quantize.capture.exported_program import as_plain_modules
 from faqd.quantize.config import QuantConfig
-from faqd.quantize.prepare import prepare, student_table
+from faqd.quantize.prepare import prepare
+from faqd.quantize.student import student_table
 from faqd.train.networks.source import NetworkSource, user_source
 from faqd.train.run.lesson import output_shapes
 from tests.toy_runs import NET, User, faqd_deploy, faqd_train, new_user, succeeds, write_net

@@ -11,9 +11,10 @@ from faqd.deploy.engine.build import engine_from_onnx
 from faqd.deploy.engine.options import BuildOptions
 from faqd.deploy.export.float16 import float16_from_float32
 from faqd.deploy.export.torch_to_onnx import onnx_from_deployed, save
+from faqd.quantize.calibrate import calibrate
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.convert import convert
-from faqd.quantize.prepare import calibrate, prepare
+from faqd.quantize.prepare import prepare
 from faqd.train.networks.zoo import ARCHITECTURES, build_architecture
 from tests.networks import captured, images
 

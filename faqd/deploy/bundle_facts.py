@@ -19,7 +19,7 @@ from faqd.quant import Target
 from faqd.quantize.convert import Deployed
 from faqd.quantize.operators.deployed import IntegerLayer
 from faqd.quantize.outputs import INPUT, returned_at
-from faqd.quantize.prepare import Student, student_table
+from faqd.quantize.student import Student, student_table
 
 FloatType = Literal["fp16", "fp32"]
 InputForm = Literal["float32-nchw", "uint8-nhwc"]

@@ -14,7 +14,7 @@ from faqd.deploy.export.torch_to_onnx import onnx_from_deployed
 from faqd.deploy.verify.torch_values import torch_digests
 from faqd.quant import Target
 from faqd.quantize.convert import Deployed, convert
-from faqd.quantize.prepare import Student
+from faqd.quantize.student import Student
 
 
 @dataclass(frozen=True)

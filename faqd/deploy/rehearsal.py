@@ -16,7 +16,7 @@ from faqd.quant import FLOAT_BITS
 from faqd.quantize.capture.capture import capture
 from faqd.quantize.capture.fuse_batch_norm import fused
 from faqd.quantize.convert import collect_output_scales
-from faqd.quantize.prepare import Student
+from faqd.quantize.student import Student
 
 _rehearsed: set[str] = set()
 """Students that differ in their weights alone are lowered alike: one of them is enough."""

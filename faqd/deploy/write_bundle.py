@@ -30,11 +30,12 @@ from faqd.errors import UserError
 from faqd.files import sha256, written_beside
 from faqd.preprocess import Preprocess
 from faqd.quant import Target
+from faqd.quantize.calibrate import calibrate
 from faqd.quantize.capture.capture import capture
 from faqd.quantize.capture.fuse_batch_norm import fused
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.convert import collect_output_scales, convert
-from faqd.quantize.prepare import calibrate, prepare
+from faqd.quantize.prepare import prepare
 from faqd.train.data.datasets import Dataset, load_dataset
 from faqd.train.networks.source import NetworkSource
 from faqd.train.run.folder import WEIGHTS, data_options, finished, load_teacher, network_input, run_preprocess

@@ -36,8 +36,8 @@ from faqd.quantize.lowering.rounding_shift import place_shifts
 from faqd.quantize.operators.curves import Curve, Interpolate, deployed_clamp
 from faqd.quantize.operators.deployed import ChannelAffine, Flavour, IntegerAverage, Requantize
 from faqd.quantize.operators.elementwise import CURVES, Bilinear, Clamp, Scaled
-from faqd.quantize.prepare import Student, computes_floats, input_quantizer
 from faqd.quantize.quantizers.quantizers import ActivationQuantizer
+from faqd.quantize.student import Student, computes_floats, input_quantizer
 
 HIGHEST_OUTPUT = 126 + (5**0.5 - 1) / 2
 """What the largest output of a layer is in codes. Outputs of low-bit layers are often simple fractions of the largest:

@@ -23,9 +23,10 @@ from torch import Tensor, fx, nn
 from faqd.errors import UserError
 from faqd.quant import FLOAT_BITS
 from faqd.quantize import nodes
+from faqd.quantize.calibrate import calibrate
 from faqd.quantize.capture.capture import capture
 from faqd.quantize.convert import collect_output_scales
-from faqd.quantize.prepare import Student, calibrate
+from faqd.quantize.student import Student
 from faqd.train.data.datasets import Say
 from faqd.train.data.doubts import question_taps
 from faqd.train.loop.batches import Batches, Images, splits_on

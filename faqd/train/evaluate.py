@@ -11,7 +11,7 @@ from torch import Tensor
 from faqd.quant import FLOAT_BITS
 from faqd.quantize.convert import convert
 from faqd.quantize.outputs import run_batches
-from faqd.quantize.prepare import Student
+from faqd.quantize.student import Student
 from faqd.train.data.datasets import load_dataset
 from faqd.train.run.folder import data_options, finished, load_teacher, network_input, run_preprocess
 from faqd.train.run.student import load_student

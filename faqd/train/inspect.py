@@ -9,7 +9,8 @@ from faqd.command import parse_size
 from faqd.errors import UserError
 from faqd.quantize.capture.capture import capture
 from faqd.quantize.config import QuantConfig
-from faqd.quantize.prepare import prepare, student_table
+from faqd.quantize.prepare import prepare
+from faqd.quantize.student import student_table
 from faqd.train.data.datasets import Say
 from faqd.train.losses.taps import tap_names, tap_pairs
 from faqd.train.networks.load_weights import load_weights

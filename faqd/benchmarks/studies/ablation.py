@@ -29,9 +29,9 @@ from faqd.command import Finite, emit_json, json_option, run
 from faqd.errors import UserError
 from faqd.files import read_json, write_json
 from faqd.quant import FLOAT_BITS
+from faqd.quantize.calibrate import calibrate
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.outputs import SINGLE, run_batches
-from faqd.quantize.prepare import calibrate
 from faqd.train.data.datasets import DataOptions
 from faqd.train.distill import calibration_batches, distill
 from faqd.train.evaluate import BATCH, deployable

@@ -30,9 +30,11 @@ from faqd.benchmarks.studies.resumable import claim, going_on, say
 from faqd.command import data_values, emit_json, json_option, run
 from faqd.errors import UserError
 from faqd.files import read_json, write_json
+from faqd.quantize.calibrate import calibrate
 from faqd.quantize.capture.capture import capture
 from faqd.quantize.outputs import run_batches
-from faqd.quantize.prepare import Student, calibrate, prepare
+from faqd.quantize.prepare import prepare
+from faqd.quantize.student import Student
 from faqd.train.distill import calibration_batches, distill
 from faqd.train.evaluate import deployable
 from faqd.train.loop.batches import splits_on

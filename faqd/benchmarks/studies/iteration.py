@@ -32,9 +32,10 @@ from faqd.benchmarks.studies.affinity import speed_up
 from faqd.benchmarks.studies.iteration_baseline import Mark, Straightforward
 from faqd.command import emit_json, json_option, run
 from faqd.errors import UserError
+from faqd.quantize.calibrate import calibrate
 from faqd.quantize.capture.capture import capture
 from faqd.quantize.config import QuantConfig
-from faqd.quantize.prepare import calibrate, prepare
+from faqd.quantize.prepare import prepare
 from faqd.train.data.datasets import Augmentation
 from faqd.train.loop.batches import Batch, Batches, Images, Target
 from faqd.train.loop.distributed import World

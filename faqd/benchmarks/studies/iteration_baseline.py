@@ -25,8 +25,8 @@ from torch.nn.utils import parametrize
 from faqd.benchmarks.studies.affinity import direct_affinity
 from faqd.quant import Quant
 from faqd.quantize import nodes
-from faqd.quantize.prepare import Student
 from faqd.quantize.quantizers.quantizers import ActivationQuantizer, WeightQuantizer
+from faqd.quantize.student import Student
 from faqd.train.loop.batches import AUGMENTATION, ORDER, Images, stream
 from faqd.train.loop.trainee import Job
 

@@ -40,11 +40,12 @@ from faqd.deploy.export.torch_to_onnx import onnx_from_deployed, save
 from faqd.deploy.onnx_model.integer_sums import integer_sums
 from faqd.deploy.onnx_model.load import load_model
 from faqd.deploy.onnx_model.session import OnnxSession, version
+from faqd.quantize.calibrate import calibrate
 from faqd.quantize.capture.capture import capture
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.convert import collect_output_scales, convert
 from faqd.quantize.outputs import INPUT
-from faqd.quantize.prepare import calibrate, prepare
+from faqd.quantize.prepare import prepare
 from faqd.train.networks.source import NetworkSource
 
 VERSION = 2

@@ -42,10 +42,11 @@ from faqd.deploy.write_bundle import Calibration, export_run, quantize_after_tra
 from faqd.errors import UserError
 from faqd.files import read_json, write_json, written_beside
 from faqd.quant import FLOAT_BITS
+from faqd.quantize.calibrate import calibrate
 from faqd.quantize.capture.capture import capture
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.outputs import SINGLE, run_batches
-from faqd.quantize.prepare import calibrate, prepare
+from faqd.quantize.prepare import prepare
 from faqd.train.data.cifar import load_cifar
 from faqd.train.data.datasets import DataOptions
 from faqd.train.distill import CALIBRATION_IMAGES, distill, with_seeds

@@ -14,9 +14,10 @@ from faqd.deploy.verify.numbers import grids
 from faqd.deploy.verify.outputs import compare_outputs
 from faqd.deploy.verify.test_vectors import UNDRIVEN, Drive
 from faqd.deploy.verify.torch_numbers import place_of_module, torch_constants
+from faqd.quantize.calibrate import float_forward
 from faqd.quantize.convert import Deployed
 from faqd.quantize.outputs import named_outputs, run_batches
-from faqd.quantize.prepare import Student, float_forward
+from faqd.quantize.student import Student
 
 STORED_VALUES = 2**24
 """Values of one output kept in a bundle, 64 MiB: dense outputs are stored for the first images only."""

@@ -11,9 +11,9 @@ from faqd.quant import SIGNED_8
 from faqd.quantize import nodes
 from faqd.quantize.operators.deployed import IntegerLayer, Requantize
 from faqd.quantize.operators.elementwise import Nearest
-from faqd.quantize.prepare import origin
 from faqd.quantize.quantizers.layers import weight_quantizer
 from faqd.quantize.quantizers.quantizers import ActivationQuantizer
+from faqd.quantize.student import origin
 
 
 def round_before_moves(network: fx.GraphModule) -> None:

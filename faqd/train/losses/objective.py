@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from faqd.quantize import nodes
 from faqd.quantize.outputs import named_outputs
-from faqd.quantize.prepare import Student
+from faqd.quantize.student import Student
 from faqd.train.loop.batches import Batch, Target
 from faqd.train.loop.select import Answers, Measure, mean_losses
 from faqd.train.loop.trainee import Job, Losses

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from faqd.errors import UserError
 from faqd.quantize.capture.capture import capture
 from faqd.quantize.config import QuantConfig
-from faqd.quantize.prepare import Student, prepare
+from faqd.quantize.prepare import prepare
+from faqd.quantize.student import Student
 from faqd.train.networks.source import NetworkSource, architecture_source, read_tensors
 from faqd.train.recipes import DistillRecipe
 from faqd.train.run.folder import WEIGHTS, fill, finished, load_exactly, read_record
