@@ -157,7 +157,6 @@ def aliased(self: Any, x: Tensor) -> Tensor:
 REFUSED: dict[str, tuple[nn.Module, str]] = {
     "unknown operator": (network_of(lambda self, x: torch.sin(x)), "sin cannot be quantized yet"),
     "unknown module": (network_of(lambda self, x: self.act(x), act=nn.Mish()), "act.*Mish cannot be quantized yet"),
-    "factor": (network_of(lambda self, x: torch.add(x, x, alpha=2)), "only the plain sum or product of two tensors"),
     "padding": (
         network_of(lambda self, x: self.conv(x), conv=nn.Conv2d(CHANNELS, 4, 3, padding=1, padding_mode="reflect")),
         "conv .*padding_mode='reflect'",

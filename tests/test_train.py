@@ -129,7 +129,7 @@ def test_teacher_and_student_are_networks_of_the_user(tmp_path: Path) -> None:
     succeeds(faqd_train("distill", *line, "--arch", f"{tmp_path / 'small.py'}:build", "--out", student))
     record = record_of(student)
     assert record["recipe"]["init"] == "scratch" and record["network"]["file"] == str(tmp_path / "small.py")
-    assert record["teacher"]["file"] == str(net) and load_student(student).bits.label == "4/8"
+    assert record["teacher"]["file"] == str(net) and load_student(student).config.label == "4/8"
     # The same network by its name is the teacher's own: the student starts from its weights.
     succeeds(faqd_train("distill", *line, "--arch", f"{net}:build", "--out", tmp_path / "own"))
     assert record_of(tmp_path / "own")["recipe"]["init"] == "teacher"
@@ -153,7 +153,7 @@ def test_a_student_starts_from_a_run_of_any_bits(user: User, first: tuple[str, s
     torch.testing.assert_close(
         read_tensors(after / "weights.safetensors")[latent], read_tensors(before / "weights.safetensors")[latent]
     )
-    assert load_student(after).bits.label == "4/4"
+    assert load_student(after).config.label == "4/4"
 
 
 def test_lists_train_the_cross_product(user: User, tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def manifest_facts(
     parts: Parts, options: BundleOptions, lowered: Mapping[Target, Lowered], teacher: dict[str, NDArray[np.float32]]
 ) -> dict[str, Any]:
     """The manifest but for its files. teacher: its outputs for the evaluation images."""
-    bits = parts.student.bits
+    bits = parts.student.config
     first = next(iter(lowered.values()))
     changes = {runtime: each.network.changes for runtime, each in lowered.items()}
     return {
@@ -132,7 +132,7 @@ def deployed_size(student: Student, deployed: Deployed) -> dict[str, int]:
 
 def student_metadata(parts: Parts, options: BundleOptions) -> dict[str, str]:
     """What the ONNX files of the student say of it."""
-    bits = parts.student.bits
+    bits = parts.student.config
     return {
         "faqd.student": f"{parts.name} {bits.label}",
         "faqd.kind": parts.kind,

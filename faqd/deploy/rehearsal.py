@@ -28,12 +28,12 @@ def rehearse(student: Student, teacher: nn.Module | None, x: Tensor, say: Callab
     teacher: of another network, which is lowered as well. x: (N >= 2, C, H, W) float32 on the CPU, network input.
     UserError says what cannot be lowered, or could not be verified. A student with float activations is never exported.
     """
-    kind = f"{student.bits} {tuple(x.shape[1:])} {student.network.graph} {student.network} {teacher}"
-    if student.bits.activations == FLOAT_BITS or kind in _rehearsed:
+    kind = f"{student.config} {tuple(x.shape[1:])} {student.network.graph} {student.network} {teacher}"
+    if student.config.activations == FLOAT_BITS or kind in _rehearsed:
         return
     start = time.monotonic()
     scales = collect_output_scales(student, [x[:2]])
-    for flavour in flavours(student.bits.target, student.bits.activations):
+    for flavour in flavours(student.config.target, student.config.activations):
         lowered = lower(student, flavour, scales, x[:2])
         modes = [False, True] if flavour == "onnxruntime" else [False]
         failures = verify_file(lowered.onnx, x[:2].numpy(), lowered.digests, modes)["failures"]
@@ -46,4 +46,4 @@ def rehearse(student: Student, teacher: nn.Module | None, x: Tensor, say: Callab
     if teacher is not None:
         onnx_from_network(fused(capture(teacher, x)), x, {})
     _rehearsed.add(kind)
-    say(f"export rehearsed on the untrained student {student.bits.label}: {time.monotonic() - start:.1f} s.")
+    say(f"export rehearsed on the untrained student {student.config.label}: {time.monotonic() - start:.1f} s.")

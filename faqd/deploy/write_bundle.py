@@ -168,7 +168,7 @@ def _write_bundle(parts: Parts, out: Path, options: BundleOptions, say: Say) -> 
         for name, text in serving_files(bundle, options.servers).items():
             (folder / name).write_text(text, encoding="utf-8")
             say(f"wrote {name}, untried")
-        if parts.student.bits.rounding == "ceil":
+        if parts.student.config.rounding == "ceil":
             say(CEIL_NOTE)
     return Bundle(out, bundle.manifest)
 
@@ -178,7 +178,7 @@ def _put_students(
 ) -> dict[Target, Lowered]:
     """The files of the student, by what runs them."""
     found: dict[Target, Lowered] = {}
-    bits, metadata = parts.student.bits, student_metadata(parts, options)
+    bits, metadata = parts.student.config, student_metadata(parts, options)
     for runtime in flavours(bits.target, bits.activations):
         lowered = found[runtime] = lower(
             parts.student, runtime, parts.output_scales, probes, driven=driven, metadata=metadata

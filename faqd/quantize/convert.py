@@ -71,7 +71,7 @@ def convert(student: Student, flavour: Flavour, output_scales: dict[str, float] 
     output_scales: for the onnxruntime flavour, the scale of every convolution output that training left float and
     a sum reads, by place; `collect_output_scales` finds them.
     """
-    if student.bits.activations == FLOAT_BITS and flavour != "float":
+    if student.config.activations == FLOAT_BITS and flavour != "float":
         raise UserError("a student with 32-bit activations has no integer form; distil it with --act-bits 1 to 8.")
     network = copy.deepcopy(student.network).eval().cpu()
     changes = Changes()

@@ -54,7 +54,7 @@ def prepare(traced: fx.GraphModule, bits: QuantConfig, example: Tensor) -> Stude
     network.graph.lint()
     network.recompile()
     nodes.propagate(network, example)
-    return Student(network.train(), bits, taps)
+    return Student(network.train(), bits, taps, traced)
 
 
 def _limit_pairs(network: fx.GraphModule) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx, nn
 
 from faqd.quant import FLOAT_BITS
 from faqd.quantize import nodes
@@ -14,17 +13,28 @@ from faqd.quantize.quantizers.layers import latent_weight, operator_name, weight
 from faqd.quantize.quantizers.quantizers import ActivationQuantizer
 
 
-@dataclass(frozen=True)
-class Student:
-    """A network in training with its quantizers.
+class Student(nn.Module):
+    """A network in training with its quantizers: `network` is a graph module, `config` what it was prepared for.
 
-    network: a graph module; state dict keys follow the user's module paths. bits: what it was prepared for.
-    taps: float node name -> student node name, for every node of the float graph.
+    taps: float node name -> student node name, for every node of the float graph. float_network: what it was prepared
+    from, whose parameters are no part of the student's. `print(student)` shows every layer with its grids.
     """
 
     network: fx.GraphModule
-    bits: QuantConfig
-    taps: dict[str, str]
+    float_network: fx.GraphModule
+
+    def __init__(
+        self, network: fx.GraphModule, config: QuantConfig, taps: dict[str, str], float_network: fx.GraphModule
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.config = config
+        self.taps = taps
+        self.__dict__["float_network"] = float_network  # registered, its parameters would be trained and saved
+
+    def forward(self, x: Tensor) -> Any:
+        """What the user's forward returns, for network input (N, C, H, W)."""
+        return self.network(x)
 
     def quantizers(self) -> dict[str, ActivationQuantizer]:
         """Activation quantizers by place, in graph order."""
@@ -35,6 +45,13 @@ class Student:
             for name in names
             if isinstance(module := modules[name], ActivationQuantizer)
         }
+
+    def __repr__(self) -> str:
+        rows = [(row["name"], row["operator"], row["weights"], row["inputs"]) for row in student_table(self)]
+        rows.insert(0, ("layer", "operator", "weights", "inputs"))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+        return f"Student {self.config.label} for {self.config.target}\n" + "\n".join(f"  {line}" for line in lines)
 
 
 SUFFIX = "_quant"

@@ -21,7 +21,7 @@ BATCH = 250
 
 def deployable(student: Student) -> Any:
     """What a student's accuracy is measured on: its integers, or the network itself where activations are float."""
-    return student.network if student.bits.activations == FLOAT_BITS else convert(student, "tensorrt")
+    return student.network if student.config.activations == FLOAT_BITS else convert(student, "tensorrt")
 
 
 def evaluate_run(folder: Path, data_root: Path | None) -> dict[str, Any]:

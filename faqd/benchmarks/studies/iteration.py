@@ -36,6 +36,7 @@ from faqd.quantize.calibrate import calibrate
 from faqd.quantize.capture.capture import capture
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.prepare import prepare
+from faqd.quantize.student import Student
 from faqd.train.data.datasets import Augmentation
 from faqd.train.loop.batches import Batch, Batches, Images, Target
 from faqd.train.loop.distributed import World
@@ -110,7 +111,7 @@ def pupil(
     names = [theirs for theirs, _ in pairs]
 
     def ours(teacher_dtype: TeacherDtype) -> Callable[[Mark], Trainee]:
-        copied = replace(learner, network=copy.deepcopy(learner.network))
+        copied = Student(copy.deepcopy(learner.network), learner.config, learner.taps, learner.float_network)
         copied.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         job = distill_job(Plan(recipe, folder, source, {}), copied, pairs)
         target, mark = target_of(traced, names, device, teacher_dtype), Marks()
