@@ -183,7 +183,7 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
     ),
     "data dependent": (network_of(data_dependent), "cannot be captured"),
     "in place": (network_of(aliased, conv=conv()), "in-place operator whose input is read again"),
-    "dropout that stays on": (network_of(lambda self, x: F.dropout(x, 0.5)), "drawn at random"),
+    "dropout that stays on": (network_of(lambda self, x: F.dropout(x, 0.5)), "draws random numbers"),
 }
 
 

@@ -74,10 +74,10 @@ def _problem(traced: fx.GraphModule, node: fx.Node) -> str | None:
 
 def _arithmetic_problem(node: fx.Node) -> str | None:
     tensors = _tensor_arguments(node)
-    if len(tensors) != 2 or "alpha" in node.kwargs:
+    if len(tensors) != 2:
         return (
-            "only the plain sum or product of two tensors can be quantized yet, not one with a factor; --exclude with "
-            "a regular expression that fits this place keeps it float."
+            "only the sum or product of two tensors can be quantized yet; --exclude with a regular expression that "
+            "fits this place keeps it float."
         )
     if any(tensor.op == "get_attr" for tensor in tensors):
         return (
