@@ -43,7 +43,7 @@ test-cpus: wheel ## Hold onnxruntime on emulated x86 and ARM CPUs against the re
 
 .PHONY: results-cifar10
 results-cifar10: $(INSTALLED) ## Train CIFAR-10 at full length, a piece of nine minutes; again until it says written
-	$(PYTHON) -m faqd.benchmarks.training.cifar10 --data-root $(DATA) --work $(WORK) $(ARGS)
+	$(PYTHON) -m faqd.benchmarks.studies.cifar10 --data-root $(DATA) --work $(WORK) $(ARGS)
 
 .PHONY: check
 check: $(INSTALLED) ## Format, lint, types, import contracts

@@ -69,7 +69,7 @@ def wait_briefly() -> None:
     they wait. To be called before torch is loaded: it reads the environment once.
 
     By default they spin for long, with which two processes on the same cores take each other's time; sleeping at once
-    costs a single process more than spinning shortly. faqd.benchmarks.training.waiting measures it.
+    costs a single process more than spinning shortly. faqd.benchmarks.studies.waiting measures it.
     """
     if not any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")):
         os.environ["GOMP_SPINCOUNT"] = str(SPINS)

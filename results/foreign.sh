@@ -8,7 +8,7 @@ data=$1 work=$2
 export OMP_NUM_THREADS=1
 
 study() {
-  exec python -m faqd.benchmarks.training.foreign --network "$1" --data-root "$data" --out "$work/$1" \
+  exec python -m faqd.benchmarks.studies.own_networks --network "$1" --data-root "$data" --out "$work/$1" \
     --json "results/foreign-$1.json"
 }
 # One network on each core.

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from faqd.deploy.cuda import open_cuda
-from faqd.deploy.cuda_interface import Cuda
+from faqd.deploy.cuda.cuda import open_cuda
+from faqd.deploy.cuda.interface import Cuda
 from faqd.errors import UserError
 
 

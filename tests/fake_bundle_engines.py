@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from faqd.benchmarks import engines
+from faqd.benchmarks.backends import engines
 from faqd.bundle import FLOAT_STUDENT, FLOAT_STUDENT_FP16, TEACHER, TEACHER_FP16, write_manifest
-from faqd.deploy import cuda as cuda_module
-from faqd.deploy.trt import TensorRT
+from faqd.deploy.cuda import cuda as cuda_module
+from faqd.deploy.engine.trt import TensorRT
 from tests.fake_gpu import GPU, FakeCuda, FakeNetwork, FakeTensorRT, Io, Mode, fake_gpu
 from tests.tiny_bundles import CLASSES, SIDE, make_bundle
 

@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from faqd.deploy import runtime
-from faqd.deploy.cuda_interface import Cuda, Device
-from faqd.deploy.trt import TensorRT
+from faqd.deploy.cuda.interface import Cuda, Device
+from faqd.deploy.engine.trt import TensorRT
+from faqd.deploy.runtime import runtime
 from faqd.errors import UserError
 
 GPU = Device("Fake GPU", "8.7", 1 << 33, "580.1", "13.0")

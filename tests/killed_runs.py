@@ -20,10 +20,11 @@ from typing import Any
 import torch
 
 from faqd.command import run
-from faqd.train import distill, loop
-from faqd.train.batches import Batch
+from faqd.train import distill
 from faqd.train.cli import cli
-from faqd.train.job import Trainee
+from faqd.train.loop import fit as loop
+from faqd.train.loop.batches import Batch
+from faqd.train.loop.trainee import Trainee
 
 Kill = Callable[[], None]
 

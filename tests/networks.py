@@ -8,13 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from faqd.deploy.onnx_session import OnnxSession
-from faqd.deploy.torch_values import float_outputs_in_torch
-from faqd.deploy.whole_outputs import compare_outputs, outputs_of
-from faqd.train import graph
-from faqd.train.capture import capture
-from faqd.train.placement import Bits
-from faqd.train.prepare import Student, calibrate, prepare
+from faqd.deploy.onnx_model.session import OnnxSession
+from faqd.deploy.verify.outputs import compare_outputs, outputs_of
+from faqd.deploy.verify.torch_values import float_outputs_in_torch
+from faqd.quantize import nodes
+from faqd.quantize.calibrate import calibrate
+from faqd.quantize.capture.capture import capture
+from faqd.quantize.config import QuantConfig
+from faqd.quantize.prepare import prepare
+from faqd.quantize.student import Student
 
 CLASSES = 10
 CHANNELS = 8
@@ -154,14 +156,14 @@ def lively(network: nn.Module, seed: int, zero_gamma: float = 0.0) -> nn.Module:
         return torch.rand(like.shape, generator=generator) * (high - low) + low
 
     for module in network.modules():
-        if isinstance(module, graph.COMPUTE):
+        if isinstance(module, nodes.COMPUTE):
             fan_in = module.weight[0].numel()
             module.weight.data = torch.randn(module.weight.shape, generator=generator) * (2 / fan_in) ** 0.5
             if module.bias is not None:
                 module.bias.data = uniform(module.bias, -0.5, 0.5)
         elif isinstance(module, nn.PReLU):
             module.weight.data = uniform(module.weight, -0.5, 0.8)
-        elif isinstance(module, graph.NORM) and module.affine:
+        elif isinstance(module, nodes.NORM) and module.affine:
             sign = torch.where(uniform(module.weight, 0, 1) < 0.3, -1.0, 1.0)
             module.weight.data = sign * uniform(module.weight, 0.5, 1.5)
             draw = uniform(module.weight, 0, 1)
@@ -186,7 +188,7 @@ def captured(network: nn.Module, shape: tuple[int, ...] = SHAPE) -> fx.GraphModu
     return capture(network, torch.zeros(2, *shape))
 
 
-def calibrated(network: nn.Module, bits: Bits, seed: int = 0, shape: tuple[int, ...] = SHAPE) -> Student:
+def calibrated(network: nn.Module, bits: QuantConfig, seed: int = 0, shape: tuple[int, ...] = SHAPE) -> Student:
     """The prepared student of a lively network, its scales chosen so that both clips are reached."""
     student = prepare(captured(network, shape), bits, torch.zeros(2, *shape))
     student.network.eval()

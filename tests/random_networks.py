@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from faqd.quant import POOLED_8, SIGNED_8, activation_quant, weight_quant
-from faqd.train import placement
-from faqd.train.convert import Deployed, collect_output_scales, convert
-from faqd.train.deployed import Flavour
-from faqd.train.fold import Changes
-from faqd.train.placement import Bits, Placement
-from faqd.train.prepare import Student
+from faqd.quantize import placement
+from faqd.quantize.config import QuantConfig
+from faqd.quantize.convert import Deployed, collect_output_scales, convert
+from faqd.quantize.lowering.fold_batch_norm import Changes
+from faqd.quantize.operators.deployed import Flavour
+from faqd.quantize.placement import Placement
+from faqd.quantize.student import Student
 from tests.networks import CHANNELS, CLASSES, calibrated, images, lively, undecided
 
 ACTIVATIONS: tuple[Callable[[], nn.Module], ...] = (
@@ -166,11 +167,11 @@ def random_student(seed: int, size: int) -> Student:
     for index, module in enumerate(network.modules()):
         if isinstance(module, nn.BatchNorm2d) and module.affine and random.Random(f"{seed} {index}").random() < 0.1:
             module.weight.data.zero_()
-    with mock.patch("faqd.train.prepare.place", lambda traced, bits: bits_per_layer(traced, bits, seed)):
-        return undecided(calibrated(network, Bits(8, 8), seed), images(seed + 1, reach=3.0))
+    with mock.patch("faqd.quantize.prepare.place", lambda traced, bits: bits_per_layer(traced, bits, seed)):
+        return undecided(calibrated(network, QuantConfig(8, 8), seed), images(seed + 1, reach=3.0))
 
 
-def bits_per_layer(traced: fx.GraphModule, bits: Bits, seed: int) -> Placement:
+def bits_per_layer(traced: fx.GraphModule, bits: QuantConfig, seed: int) -> Placement:
     placed = placement.place(traced, bits)
     draw = random.Random(f"bits {seed}")
     axis = 0 if draw.random() < 0.7 else None

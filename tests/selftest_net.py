@@ -12,7 +12,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from faqd.deploy.referee import Referee
+from faqd.deploy.reference.evaluator import Referee
 from faqd.reference import real
 
 BATCH = 2

@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
-from faqd.deploy.float16 import float16_from_float32
-from faqd.deploy.selftest_cases import CASES_FILE, FORMAT, VERSION
+from faqd.deploy.board.cases import CASES_FILE, FORMAT, VERSION
+from faqd.deploy.export.float16 import float16_from_float32
 from faqd.files import written_beside
 from faqd.reference import convolve
 from tests.selftest_net import BATCH, SIDE, WIDTH, Net, power_of_two

@@ -11,7 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from faqd.benchmarks.accuracy import PairedGap, Share, agreement, judge, kl_to_teacher, paired_gap, snr_db, top_k
+from faqd.benchmarks.measure.accuracy import (
+    PairedGap,
+    Share,
+    agreement,
+    judge,
+    kl_to_teacher,
+    paired_gap,
+    snr_db,
+    top_k,
+)
 from faqd.errors import UserError
 
 

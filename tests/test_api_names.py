@@ -18,7 +18,7 @@ NAMES = Path(__file__).parent / "api_names" / "names.txt"
 SOURCES = [
     text
     for path in sorted((ROOT / "faqd").rglob("*.py"))
-    if "faqd.deploy.trt " in (text := path.read_text("utf-8")) or path.name == "trt.py"
+    if "faqd.deploy.engine.trt " in (text := path.read_text("utf-8")) or path.name == "trt.py"
 ]
 
 WEAKLY_TYPED = {"10.3", "10.7"}
@@ -253,7 +253,7 @@ def missing(used: set[str]) -> dict[str, set[str]]:
 def test_every_name_of_tensorrt_exists_in_every_version() -> None:
     used, unclear = read(SOURCES)
     assert missing(used) == {}
-    assert unclear == set(), "of which class are these? Annotate them with the words of faqd/deploy/trt.py"
+    assert unclear == set(), "of which class are these? Annotate them with the words of faqd/deploy/engine/trt.py"
     assert NOT_EVERYWHERE.keys() <= used, "an exception without a use"
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from faqd.train.augment import augment
-from faqd.train.data import Augmentation
+from faqd.train.data.augment import augment
+from faqd.train.data.datasets import Augmentation
 
 
 def images(count: int = 64, dtype: torch.dtype = torch.uint8) -> Tensor:

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from faqd.benchmarks.backends.sessions import OnnxruntimeBackend
 from faqd.benchmarks.bench import Options, bench
 from faqd.benchmarks.cli import main
-from faqd.benchmarks.gates import Gates
-from faqd.benchmarks.latency import Length
-from faqd.benchmarks.sessions import OnnxruntimeBackend
+from faqd.benchmarks.measure.latency import Length
+from faqd.benchmarks.record.gates import Gates
 from faqd.bundle import STUDENT_ONNXRUNTIME, TEACHER, load_bundle
-from faqd.deploy.onnx_session import OnnxSession
+from faqd.deploy.onnx_model.session import OnnxSession
 from faqd.errors import UserError
 from tests.tiny_bundles import PREPROCESS, make_bundle, network, write_verify
 

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from faqd.benchmarks import accuracy, bench, energy, hwmon
-from faqd.benchmarks.clocks import Clocks
-from faqd.benchmarks.report import page_from_result
-from faqd.deploy.runtime import Engine
+from faqd.benchmarks import bench
+from faqd.benchmarks.measure import accuracy, energy, hwmon
+from faqd.benchmarks.measure.clocks import Clocks
+from faqd.benchmarks.report.html import page_from_result
+from faqd.deploy.runtime.runtime import Engine
 from tests.boards import ORIN_NANO, board
 from tests.fake_bundle_engines import MOST, gpu, make_engines
 from tests.fake_gpu import FakeCuda
@@ -270,9 +271,9 @@ def test_without_onnxruntime_the_reason_is_what_keeps_the_engines_from_running(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    for module in ("faqd.benchmarks.sessions", "faqd.deploy.onnx_session"):
+    for module in ("faqd.benchmarks.backends.sessions", "faqd.deploy.onnx_model.session"):
         monkeypatch.delitem(sys.modules, module, raising=False)
-    monkeypatch.setattr("faqd.deploy.cuda.device_or_none", lambda backend=None: (None, "no NVIDIA driver found"))
+    monkeypatch.setattr("faqd.deploy.cuda.cuda.device_or_none", lambda backend=None: (None, "no NVIDIA driver found"))
     assert call(monkeypatch, folder) == 2
     said = "no GPU that can be used from here (no NVIDIA driver found). To measure on the CPU instead: pip install"
     assert said in capsys.readouterr().err

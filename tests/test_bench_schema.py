@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from faqd.benchmarks import energy, hwmon
-from faqd.benchmarks.compare import compare
-from faqd.benchmarks.gates import Gates, judged
-from faqd.benchmarks.report import page_from_result
-from faqd.benchmarks.schema import complaint
-from faqd.benchmarks.stored import read_record
-from faqd.benchmarks.table import print_comparison, print_result
+from faqd.benchmarks.measure import energy, hwmon
+from faqd.benchmarks.record.compare import compare
+from faqd.benchmarks.record.gates import Gates, judged
+from faqd.benchmarks.record.read import read_record
+from faqd.benchmarks.record.schema import complaint
+from faqd.benchmarks.report.html import page_from_result
+from faqd.benchmarks.report.terminal import print_comparison, print_result
 from faqd.errors import UserError
 from tests.boards import ORIN_NANO, board
 from tests.fake_bundle_engines import gpu, make_engines

@@ -11,15 +11,16 @@ import pytest
 import torch
 from torch import nn
 
-from faqd.train.batches import splits_on
-from faqd.train.capture import capture
-from faqd.train.data import load_dataset
+from faqd.quantize.calibrate import calibrate
+from faqd.quantize.capture.capture import capture
+from faqd.quantize.config import QuantConfig
+from faqd.quantize.prepare import prepare
+from faqd.train.data.datasets import load_dataset
 from faqd.train.distill import calibration_batches
-from faqd.train.network import read_tensors
-from faqd.train.placement import Bits
-from faqd.train.prepare import calibrate, prepare
-from faqd.train.run import data_options, load_teacher
-from faqd.train.select import Best, is_due
+from faqd.train.loop.batches import splits_on
+from faqd.train.loop.select import Best, is_due
+from faqd.train.networks.source import read_tensors
+from faqd.train.run.folder import data_options, load_teacher
 from tests.toy_runs import Outcome, faqd_train, succeeds
 
 LINE = ("--data", "digits", "--batch-size", 32, "--steps", 12)
@@ -58,7 +59,7 @@ def ptq_of(run: Path, method: Any = "mse") -> dict[str, torch.Tensor]:
     """The teacher of a run quantized without training, on the same images."""
     train, _ = splits_on(torch.device("cpu"), load_dataset(data_options(record_of(run)), with_labels=False))
     example = train.normalised(train.pixels[:2]).contiguous()
-    student = prepare(capture(load_teacher(run)[0], example), Bits(8, 8), example)
+    student = prepare(capture(load_teacher(run)[0], example), QuantConfig(8, 8), example)
     student.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     calibrate(student, calibration_batches(train), method)
     return student.network.state_dict()

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from faqd.deploy import engine
-from faqd.deploy.build_options import (
+from faqd.deploy.engine import build as engine
+from faqd.deploy.engine.options import (
     BuildOptions,
     Profile,
     hardware_level,
@@ -19,7 +19,7 @@ from faqd.deploy.build_options import (
     shapes_from_text,
     trtexec_line,
 )
-from faqd.deploy.trt import Name, TensorRT
+from faqd.deploy.engine.trt import Name, TensorRT
 from faqd.errors import UserError
 from tests.test_api_names import API
 

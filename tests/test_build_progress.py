@@ -14,10 +14,10 @@ import pytest
 from rich.console import Console
 
 from faqd.bundle import STUDENT_TENSORRT, write_manifest
-from faqd.deploy.build_options import BuildOptions
-from faqd.deploy.build_progress import Phase, Watch, interruptible, watched
-from faqd.deploy.engine import engine_from_onnx
-from faqd.deploy.trt import TensorRT
+from faqd.deploy.engine.build import engine_from_onnx
+from faqd.deploy.engine.options import BuildOptions
+from faqd.deploy.engine.progress import Phase, Watch, interruptible, watched
+from faqd.deploy.engine.trt import TensorRT
 from tests.qdq_network import residual_network, written
 from tests.tiny_bundles import facts_of
 

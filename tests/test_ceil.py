@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from faqd.calib.ranges import scale_mse
-from faqd.deploy.torch_values import as_trained, torch_codes
+from faqd.deploy.verify.torch_values import as_trained, torch_codes
 from faqd.quant import SHIFTS, Quant, activation_quant
+from faqd.quantize.config import QuantConfig
+from faqd.quantize.convert import convert
+from faqd.quantize.operators.deployed import ChannelAffine
+from faqd.quantize.quantizers.quantizers import ActivationQuantizer, ScaleGradient
 from faqd.reference import quantize
-from faqd.train.convert import convert
-from faqd.train.deployed import ChannelAffine
-from faqd.train.placement import Bits
-from faqd.train.quantizers import ActivationQuantizer, ScaleGradient
 from tests.networks import CHANNELS, CLASSES, NETWORKS, calibrated, conv, images, lively, undecided
 from tests.test_lowering import failures, lowered
 
@@ -106,13 +106,13 @@ class Unshared(nn.Module):
 def test_rounding_up_is_lowered_exactly(name: str) -> None:
     x = images(11, 64, reach=3.0)
     network = Unshared() if name == "unshared" else NETWORKS[name]()
-    student = undecided(calibrated(lively(network, 3), Bits(3, 3, rounding="ceil")), x)
+    student = undecided(calibrated(lively(network, 3), QuantConfig(3, 3, rounding="ceil")), x)
     deployed, model = lowered(student, "tensorrt")
     assert failures(deployed, model, x) == []
     trained = as_trained(student, deployed, x)
     assert min(trained["equal_codes_per_layer"].values()) > 0.998
     assert trained["top1_agreement"] == 1.0
-    plain = convert(calibrated(lively(network, 3), Bits(3, 3)), "tensorrt")
+    plain = convert(calibrated(lively(network, 3), QuantConfig(3, 3)), "tensorrt")
     ours, theirs = torch_codes(deployed, x), torch_codes(plain, x)
     assert any(np.mean(ours[place] == theirs[place]) < 0.9 for place in ours)
     added = [m for m in deployed.network.modules() if isinstance(m, ChannelAffine) and m.factor.numel() == 1]
@@ -120,7 +120,7 @@ def test_rounding_up_is_lowered_exactly(name: str) -> None:
 
 
 def test_on_a_residual_the_branch_carries_the_shift() -> None:
-    student = calibrated(lively(NETWORKS["residual"](), 3), Bits(4, 4, rounding="ceil"))
+    student = calibrated(lively(NETWORKS["residual"](), 3), QuantConfig(4, 4, rounding="ceil"))
     shifted = convert(student, "tensorrt").network
     for quantizer in student.quantizers().values():
         quantizer.shift = 0.0
@@ -140,7 +140,7 @@ def test_on_a_residual_the_branch_carries_the_shift() -> None:
 
 def test_the_onnxruntime_flavour_carries_it_too() -> None:
     x = images(11, 64, reach=3.0)
-    student = undecided(calibrated(lively(NETWORKS["vgg"](), 3), Bits(3, 3, rounding="ceil")), x)
+    student = undecided(calibrated(lively(NETWORKS["vgg"](), 3), QuantConfig(3, 3, rounding="ceil")), x)
     deployed, model = lowered(student, "onnxruntime")
     assert failures(deployed, model, x) == []
     assert min(as_trained(student, deployed, x)["equal_codes_per_layer"].values()) > 0.998

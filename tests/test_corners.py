@@ -13,23 +13,26 @@ import torch.nn.functional as F
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from faqd.deploy.build_options import BuildOptions
-from faqd.deploy.engine import engine_from_onnx
-from faqd.deploy.export import onnx_from_deployed, save
-from faqd.deploy.float16 import float16_from_float32
-from faqd.deploy.referee import Referee
-from faqd.deploy.segments import segments
-from faqd.deploy.torch_values import as_trained, torch_digests
-from faqd.deploy.verify_float16 import _beyond
-from faqd.deploy.verify_layers import verify_file
+from faqd.bundle import STUDENT_TENSORRT, STUDENT_TENSORRT_FP32, load_bundle
+from faqd.deploy.engine.build import engine_from_onnx
+from faqd.deploy.engine.options import BuildOptions
+from faqd.deploy.export.float16 import float16_from_float32
+from faqd.deploy.export.torch_to_onnx import onnx_from_deployed, save
+from faqd.deploy.reference.evaluator import Referee
+from faqd.deploy.verify.bundle_networks import load_network
+from faqd.deploy.verify.float16 import _beyond
+from faqd.deploy.verify.layers import verify_file
+from faqd.deploy.verify.segments import segments
+from faqd.deploy.verify.torch_values import as_trained, torch_digests
 from faqd.errors import UserError
-from faqd.train.capture import capture
-from faqd.train.convert import collect_output_scales, convert
-from faqd.train.deployed import Flavour
-from faqd.train.fuse import fused
-from faqd.train.placement import Bits, place
-from faqd.train.prepare import ASIDE, calibrate
-from faqd.train.student import load_student
+from faqd.quantize.calibrate import ASIDE, calibrate
+from faqd.quantize.capture.capture import capture
+from faqd.quantize.capture.fuse_batch_norm import fused
+from faqd.quantize.config import QuantConfig
+from faqd.quantize.convert import collect_output_scales, convert
+from faqd.quantize.operators.deployed import Flavour
+from faqd.quantize.placement import place
+from faqd.train.run.student import load_student
 from tests.networks import CHANNELS, SHAPE, calibrated, captured, conv, images, lively
 from tests.test_export import needs_rtx
 from tests.toy_runs import NET, User, faqd_deploy, faqd_train, new_user, succeeds, write_net
@@ -40,7 +43,7 @@ FLAVOURS: dict[Flavour, list[bool]] = {"onnxruntime": [False, True], "tensorrt":
 
 def proved(network: nn.Module) -> onnx.ModelProto:
     """The student's file for TensorRT, once both flavours compute what torch, the referee and onnxruntime say."""
-    student = calibrated(lively(network, 3), Bits(8, 8))
+    student = calibrated(lively(network, 3), QuantConfig(8, 8))
     x = images(5, 8, SHAPE, reach=3.0)
     for flavour, modes in FLAVOURS.items():
         scales = collect_output_scales(student, [images(0, 16)])
@@ -266,6 +269,8 @@ RETURNED: dict[str, tuple[Callable[[Tensor, Tensor], object], list[str]]] = {
     "nested": (lambda k, x: {"a": k, "b": [k, {"c": k}]}, ["a", "b_0", "b_1_c"]),
     "as it is": (lambda k, x: (k, k.flatten(1)), ["logits_0", "logits_1"]),
     "the input": (lambda k, x: (k, x), ["logits_0", "logits_1"]),
+    "no name": (lambda k, x: {"": k, "input": {"": k}}, ["_", "input__"]),
+    "names of other letters": (lambda k, x: {"a b/c": k, "π": k, None: k}, ["a_b_c", "π", "None"]),
     "names that meet": (lambda k, x: {"input": k, "a": {"b": k}, "a_b": k}, ["input_1", "a_b", "a_b_1"]),
 }
 
@@ -300,19 +305,33 @@ class Parting(nn.Module):
 
 @pytest.mark.parametrize("joins", [False, True])
 def test_quantizers_are_placed_without_walking_every_path(joins: bool) -> None:
-    place(captured(Parting(joins), (3, 4, 4)), Bits(8, 8))
+    place(captured(Parting(joins), (3, 4, 4)), QuantConfig(8, 8))
 
 
 # Beyond FP16 --------------------------------------------------------------------------------------------------------
 
 
-def test_numbers_beyond_fp16_are_named_with_the_way_out(user: User, tmp_path: Path) -> None:
-    enormous = "net = Net()\n    net.features[1].bias.data[0] = 1e5\n    return net"
-    net = write_net(tmp_path, NET.replace("return Net()", enormous))
-    line = ("ptq", "--teacher", f"{net}:build", "--teacher-weights", net.parent / "best.pth", *user.data)
-    told = faqd_deploy(*line, "--eval-samples", 16, "--calibration-images", 16, "--out", tmp_path / "bundle")
-    assert told.code == 1
-    assert "features.0.conv reaches 1e+05, beyond FP16's 65504" in told.stderr and "--float-type fp32" in told.stderr
+ENORMOUS: dict[str, dict[str, float]] = {
+    "outputs": {"head.weight": 1e6, "head.bias": 1e6},
+    "maps": {"features.1.weight": 1e6, "features.1.bias": 1e6, "features.3.weight": 1e-6},
+}
+
+
+@pytest.mark.parametrize("what", ENORMOUS)
+def test_numbers_beyond_fp16_leave_the_file_in_fp32(what: str, user: User, tmp_path: Path) -> None:
+    net = write_net(tmp_path, NET)
+    weights = torch.load(net.parent / "best.pth", weights_only=True)
+    weights = {name: value * ENORMOUS[what].get(name, 1) for name, value in weights.items()}
+    torch.save(weights, tmp_path / "large.pth")
+    line = ("ptq", "--teacher", f"{net}:build", "--teacher-weights", tmp_path / "large.pth", *user.data)
+    told = succeeds(faqd_deploy(*line, "--eval-samples", 16, "--calibration-images", 16, "--out", tmp_path / "bundle"))
+    assert "student.tensorrt.onnx stays FP32 outside of its integers: " in told.stderr
+    assert "beyond FP16's 65504" in told.stderr and "--float-type" not in told.stderr
+    bundle = load_bundle(tmp_path / "bundle")
+    assert bundle.manifest["float_type"] == "fp32"
+    assert load_network(bundle, STUDENT_TENSORRT) == load_network(bundle, STUDENT_TENSORRT_FP32)
+    asked = succeeds(faqd_deploy(*line, "--eval-samples", 16, "--float-type", "fp32", "--out", tmp_path / "asked"))
+    assert "stays FP32" not in asked.stderr
 
 
 def test_sums_that_leave_fp16_are_told_from_small_differences() -> None:
@@ -351,8 +370,8 @@ class _Means(nn.Module):
         return scores
 
 
-@pytest.mark.parametrize("bits", [Bits(8, 8), Bits(4, 4)], ids=["8", "4"])
-def test_means_of_codes_that_are_all_at_the_limit_lie_at_no_tie(bits: Bits) -> None:
+@pytest.mark.parametrize("bits", [QuantConfig(8, 8), QuantConfig(4, 4)], ids=["8", "4"])
+def test_means_of_codes_that_are_all_at_the_limit_lie_at_no_tie(bits: QuantConfig) -> None:
     """At a simple multiple of the scale of its codes, a quarter of the averages of four would lie between two."""
     torch.manual_seed(0)
     network = _Means()
@@ -376,7 +395,7 @@ def test_an_average_that_reaches_beyond_the_map() -> None:
         pool = nn.AvgPool2d(kernel, 2, padding, ceil_mode=True)
         last = nn.Linear(8 * side * side, 5)
         network = nn.Sequential(nn.Conv2d(SHAPE[0], 8, 1), nn.ReLU(), pool, nn.Flatten(), last)
-        student = calibrated(network, Bits(8, 8), shape=SHAPE)
+        student = calibrated(network, QuantConfig(8, 8), shape=SHAPE)
         deployed = convert(student, "onnxruntime", collect_output_scales(student, [x]))
         if (kernel, padding) == (3, 1):
             with pytest.raises(UserError, match=r"2: an average with ceil_mode that counts its padding"):

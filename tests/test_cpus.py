@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from faqd.deploy.int16_kernel import emulated
-from faqd.deploy.referee import stored
+from faqd.deploy.reference.evaluator import stored
+from faqd.deploy.reference.int16_kernel import emulated
 from tests.cpus import runner
 from tests.cpus.__main__ import bad_end
 from tests.cpus.emulated import A76, CPUS, Cpu, run_as, tell_about

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from faqd.errors import UserError
-from faqd.train import cifar
-from faqd.train.data import DataOptions, Dataset, Split, load_dataset, split_by_content
-from faqd.train.images import upright_rgb
+from faqd.train.data import cifar
+from faqd.train.data.datasets import DataOptions, Dataset, Split, load_dataset, split_by_content
+from faqd.train.data.image_files import read_picture
 
 Pixels = NDArray[np.uint8]
 
@@ -297,7 +297,7 @@ def test_npz_never_runs_a_pickle(tmp_path: Path) -> None:
 def test_formats(tmp_path: Path, suffix: str) -> None:
     image = np.full((4, 6, 3), (200, 100, 50), np.uint8)
     Image.fromarray(image).save(tmp_path / f"a.{suffix}")
-    assert np.abs(upright_rgb(tmp_path / f"a.{suffix}").astype(int) - image).max() <= 3
+    assert np.abs(read_picture(tmp_path / f"a.{suffix}").pixels.astype(int) - image).max() <= 3
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
@@ -313,7 +313,7 @@ def test_exif_orientation_is_undone(tmp_path: Path, suffix: str, orientation: in
     # 5 is "transposed": turned like 6, then mirrored left to right.
     upright = np.rot90(stored, turns)
     upright = upright[:, ::-1] if mirrored else upright
-    read = upright_rgb(tmp_path / f"a.{suffix}")
+    read = read_picture(tmp_path / f"a.{suffix}").pixels
     assert read.shape == upright.shape
     assert np.abs(read.astype(int) - upright).max() < 60
 
@@ -323,7 +323,7 @@ def test_sixteen_bit_grey_keeps_its_high_byte(tmp_path: Path) -> None:
     Image.fromarray(wide).save(tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as image:
         assert image.mode.startswith("I")
-    assert np.array_equal(upright_rgb(tmp_path / "a.png"), np.repeat((wide >> 8)[..., None], 3, 2))
+    assert np.array_equal(read_picture(tmp_path / "a.png").pixels, np.repeat((wide >> 8)[..., None], 3, 2))
 
 
 def test_other_modes_become_rgb(tmp_path: Path) -> None:
@@ -343,7 +343,7 @@ def test_other_modes_become_rgb(tmp_path: Path) -> None:
     ]
     for image, how, expected in cases:
         image.save(tmp_path / "a.png", **how)
-        assert np.array_equal(upright_rgb(tmp_path / "a.png"), expected), image.mode
+        assert np.array_equal(read_picture(tmp_path / "a.png").pixels, expected), image.mode
 
 
 def test_sizes_must_be_said_where_they_differ(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from faqd.benchmarks.training import defaults
-from faqd.train.network import user_function
+from faqd.benchmarks.studies import defaults
+from faqd.train.networks.source import user_function
 from tests.toy_runs import Outcome, new_user, outcome_of, succeeds, write_images
 
 RESULTS = Path(__file__).parents[1] / "results" / "defaults"

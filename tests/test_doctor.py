@@ -10,11 +10,20 @@ from typing import Any
 
 import pytest
 
-from faqd.deploy import cuda, doctor
-from faqd.deploy.cuda_interface import Device
-from faqd.deploy.doctor import Finding, examine, jetson, lines
-from faqd.deploy.record import check_gpu, check_version, older_driver, other_gpu, wrong_gpu, wrong_system, wrong_version
-from faqd.deploy.trt import Name, TensorRT
+from faqd.deploy.board import doctor
+from faqd.deploy.board.doctor import Finding, examine, jetson, lines
+from faqd.deploy.cuda import cuda
+from faqd.deploy.cuda.interface import Device
+from faqd.deploy.engine.record import (
+    check_gpu,
+    check_version,
+    older_driver,
+    other_gpu,
+    wrong_gpu,
+    wrong_system,
+    wrong_version,
+)
+from faqd.deploy.engine.trt import Name, TensorRT
 from faqd.errors import UserError
 from faqd.files import sha256, write_json
 from tests.toy_runs import faqd_deploy

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from faqd.errors import UserError
 from faqd.preprocess import Preprocess
-from faqd.train.capture import capture
-from faqd.train.data import Augmentation, DataOptions, Dataset, Split, load_dataset
-from faqd.train.doubts import (
+from faqd.quantize.capture.capture import capture
+from faqd.train.data.datasets import Augmentation, DataOptions, Dataset, Split, load_dataset
+from faqd.train.data.doubts import (
     question_images,
     question_taps,
     question_teacher,
@@ -85,6 +85,7 @@ UNTOUCHED = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(
 TEACHERS: dict[str, tuple[nn.Module, str]] = {
     "new statistics": (UNTOUCHED, "batch norm 1 and 1 more have the statistics of a new one"),
     "one constant output": (Returns(lambda y, x: {"a": y, "b": 0 * y + 3}), "its output b"),
+    "without a name": (Returns(lambda y, x: {"": y, "b": y}), "what it returns at [''] is called _ in every file"),
     "named like the input": (Returns(lambda y, x: {"input": y, "b": y}), "['input'] is called input_1 in every file"),
 }
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from faqd.benchmarks.clocks import Clocks, moved
-from faqd.benchmarks.energy import find_meter, measure
-from faqd.benchmarks.sustained import sustained
+from faqd.benchmarks.measure.clocks import Clocks, moved
+from faqd.benchmarks.measure.energy import find_meter, measure
+from faqd.benchmarks.measure.sustained import sustained
 from faqd.errors import UserError
 from tests.boards import AGX_ORIN, AGX_THOR, ORIN_NANO, board
 from tests.test_latency import Clock, Turns

@@ -14,14 +14,16 @@ import numpy as np
 import pytest
 
 from faqd.bundle import FLOAT_STUDENT_FP16, STUDENT_TENSORRT, TEACHER, TEACHER_FP16, VERIFY, Bundle, write_manifest
-from faqd.deploy import cuda, engine, runtime
-from faqd.deploy.build_options import BuildOptions
-from faqd.deploy.bundle_engines import build_bundle
-from faqd.deploy.engine import engine_from_onnx
-from faqd.deploy.float16 import float16_from_float32
-from faqd.deploy.record import read_record
-from faqd.deploy.runtime import load_engine
-from faqd.deploy.trt import Messages, TensorRT, builder_here
+from faqd.deploy.cuda import cuda
+from faqd.deploy.engine import build as engine
+from faqd.deploy.engine.build import engine_from_onnx
+from faqd.deploy.engine.bundle_engines import build_bundle
+from faqd.deploy.engine.options import BuildOptions
+from faqd.deploy.engine.record import read_record
+from faqd.deploy.engine.trt import Messages, TensorRT, builder_here
+from faqd.deploy.export.float16 import float16_from_float32
+from faqd.deploy.runtime import runtime
+from faqd.deploy.runtime.runtime import load_engine
 from faqd.errors import UserError
 from faqd.files import sha256, write_json
 from tests.qdq_network import LAYERS, residual_network, unbuildable_network, written
@@ -367,8 +369,8 @@ for name in {blocked!r}:
 import importlib
 for name in {modules!r}:
     importlib.import_module("faqd.deploy." + name)
-from faqd.deploy.cuda import device_or_none
-from faqd.deploy.trt import installed
+from faqd.deploy.cuda.cuda import device_or_none
+from faqd.deploy.engine.trt import installed
 from faqd.errors import UserError
 device, why = device_or_none()
 assert device is None and "faqd[device]" in why, why

@@ -9,21 +9,21 @@ import pytest
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from faqd.deploy.export import onnx_from_deployed
-from faqd.deploy.float16 import float16_from_float32
-from faqd.deploy.onnx_session import OnnxSession
-from faqd.deploy.segments import segments
-from faqd.deploy.torch_values import torch_digests
-from faqd.deploy.verify_float16 import _multiplies_floats
-from faqd.deploy.verify_layers import verify_file
-from faqd.deploy.whole_outputs import compare_outputs
+from faqd.deploy.export.float16 import float16_from_float32
+from faqd.deploy.export.torch_to_onnx import onnx_from_deployed
+from faqd.deploy.onnx_model.session import OnnxSession
+from faqd.deploy.verify.float16 import _multiplies_floats
+from faqd.deploy.verify.layers import verify_file
+from faqd.deploy.verify.outputs import compare_outputs
+from faqd.deploy.verify.segments import segments
+from faqd.deploy.verify.torch_values import torch_digests
 from faqd.errors import UserError
-from faqd.train.convert import collect_output_scales, convert
-from faqd.train.placement import Bits
+from faqd.quantize.config import QuantConfig
+from faqd.quantize.convert import collect_output_scales, convert
 from tests.networks import calibrated, float_file_db, images, lively
 
 SHAPE = (3, 16, 16)
-FIRST_FLOAT = Bits(8, 8, exclude=("^0$",))
+FIRST_FLOAT = QuantConfig(8, 8, exclude=("^0$",))
 
 
 def net(first: nn.Module) -> nn.Sequential:
@@ -73,9 +73,9 @@ HOOKS: dict[str, tuple[Callable[[nn.Module], object], str]] = {
 
 
 @pytest.mark.parametrize("kind", HOOKS)
-@pytest.mark.parametrize("bits", [FIRST_FLOAT, Bits(8, 8)], ids=["excluded", "quantized"])
+@pytest.mark.parametrize("bits", [FIRST_FLOAT, QuantConfig(8, 8)], ids=["excluded", "quantized"])
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
-def test_a_module_with_a_hook_is_refused_by_name(kind: str, bits: Bits) -> None:
+def test_a_module_with_a_hook_is_refused_by_name(kind: str, bits: QuantConfig) -> None:
     network = net(conv("zeros"))
     hook, name = HOOKS[kind]
     hook(network[0])
@@ -84,10 +84,10 @@ def test_a_module_with_a_hook_is_refused_by_name(kind: str, bits: Bits) -> None:
 
 
 def test_what_the_lowering_forgot_shows_in_the_float_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("faqd.train.prepare._refuse_hooks", lambda network: None)
+    monkeypatch.setattr("faqd.quantize.prepare._refuse_hooks", lambda network: None)
     network = net(conv("zeros"))
     network[0].register_forward_hook(tripled)
-    student = calibrated(network, Bits(8, 8), shape=SHAPE)
+    student = calibrated(network, QuantConfig(8, 8), shape=SHAPE)
     x = images(3, 16, SHAPE)
     model = onnx_from_deployed(convert(student, "float"), x, {}).SerializeToString()
     assert max(float_file_db(model, student, x).values()) < 20

@@ -19,10 +19,10 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from torch import nn
 
 from faqd.bundle import STUDENT_ONNXRUNTIME, STUDENT_TENSORRT, write_manifest
-from faqd.deploy.build_options import BuildOptions
-from faqd.deploy.engine import engine_from_onnx
-from faqd.deploy.explain import explanation
-from faqd.deploy.int8_rules import RULES
+from faqd.deploy.engine.build import engine_from_onnx
+from faqd.deploy.engine.options import BuildOptions
+from faqd.deploy.explain.explain import explanation
+from faqd.deploy.explain.tensorrt_rules import RULES
 from faqd.errors import UserError
 from tests.qdq_layers import LAYER, MIDDLES, Builder, float_stem, network
 from tests.qdq_network import LAYERS, residual_network, unbuildable_network, written

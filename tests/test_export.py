@@ -14,22 +14,22 @@ from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 from torch import Tensor, nn
 
-from faqd.deploy.build_options import BuildOptions
-from faqd.deploy.engine import engine_from_onnx
-from faqd.deploy.export import onnx_from_deployed, save
-from faqd.deploy.float16 import float16_from_float32
-from faqd.deploy.onnx_file import load_model
-from faqd.deploy.onnx_session import OnnxSession
-from faqd.deploy.plain_twins import OPSET
-from faqd.deploy.referee import Referee, stored
-from faqd.deploy.segments import segments
-from faqd.deploy.torch_values import torch_digests
-from faqd.deploy.verify_layers import verify_file
-from faqd.train.convert import collect_output_scales, convert
-from faqd.train.deployed import Flavour
-from faqd.train.models import build_architecture
-from faqd.train.placement import Bits
-from faqd.train.prepare import Student
+from faqd.deploy.engine.build import engine_from_onnx
+from faqd.deploy.engine.options import BuildOptions
+from faqd.deploy.export.float16 import float16_from_float32
+from faqd.deploy.export.plain_twins import OPSET
+from faqd.deploy.export.torch_to_onnx import onnx_from_deployed, save
+from faqd.deploy.onnx_model.load import load_model
+from faqd.deploy.onnx_model.session import OnnxSession
+from faqd.deploy.reference.evaluator import Referee, stored
+from faqd.deploy.verify.layers import verify_file
+from faqd.deploy.verify.segments import segments
+from faqd.deploy.verify.torch_values import torch_digests
+from faqd.quantize.config import QuantConfig
+from faqd.quantize.convert import collect_output_scales, convert
+from faqd.quantize.operators.deployed import Flavour
+from faqd.quantize.student import Student
+from faqd.train.networks.zoo import build_architecture
 from tests.networks import CHANNELS, calibrated, conv, images, lively
 
 SHAPE = (3, 32, 32)
@@ -43,7 +43,7 @@ needs_rtx = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def student() -> Student:
-    return calibrated(lively(build_architecture("resnet8", 3, 10, 32), 1), Bits(4, 4), shape=SHAPE)
+    return calibrated(lively(build_architecture("resnet8", 3, 10, 32), 1), QuantConfig(4, 4), shape=SHAPE)
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +178,7 @@ def test_fp16_of_a_network_that_returns_a_rounded_map_and_an_inner_sum() -> None
             second = self.conv2(first) + first
             return first, second, self.fc(second.relu().mean((2, 3)))
 
-    deployed = convert(calibrated(lively(TwoOutputs(), 1), Bits(4, 4)), "tensorrt")
+    deployed = convert(calibrated(lively(TwoOutputs(), 1), QuantConfig(4, 4)), "tensorrt")
     full = onnx_from_deployed(deployed, images(1, 2), {})
     x = images(2, 8)
     digests = torch_digests(deployed, x)

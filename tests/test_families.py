@@ -10,26 +10,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from faqd.deploy.build_options import BuildOptions
-from faqd.deploy.engine import engine_from_onnx
-from faqd.deploy.export import onnx_from_deployed, save
-from faqd.deploy.float16 import float16_from_float32
-from faqd.deploy.int8_rules import int8_layers
-from faqd.deploy.onnx_file import load_model
-from faqd.deploy.torch_values import torch_digests
-from faqd.deploy.verify_layers import verify_file
+from faqd.deploy.engine.build import engine_from_onnx
+from faqd.deploy.engine.options import BuildOptions
+from faqd.deploy.explain.tensorrt_rules import int8_layers
+from faqd.deploy.export.float16 import float16_from_float32
+from faqd.deploy.export.torch_to_onnx import onnx_from_deployed, save
+from faqd.deploy.onnx_model.load import load_model
+from faqd.deploy.verify.layers import verify_file
+from faqd.deploy.verify.torch_values import torch_digests
 from faqd.errors import UserError
 from faqd.quant import Quant
-from faqd.train.convert import collect_output_scales, convert
-from faqd.train.elementwise import Clamp
-from faqd.train.placement import Bits
-from faqd.train.prepare import Student, float_forward, student_table
+from faqd.quantize.calibrate import float_forward
+from faqd.quantize.config import QuantConfig
+from faqd.quantize.convert import collect_output_scales, convert
+from faqd.quantize.operators.elementwise import Clamp
+from faqd.quantize.student import Student, student_table
 from tests.families import FAMILIES, MobileNetV2, ShuffleNet, SqueezeExcite
 from tests.networks import CHANNELS, CLASSES, calibrated, captured, conv, images, lively
 from tests.test_export import needs_rtx
 
 SHAPE = (3, 16, 16)
-BITS = Bits(4, 4)
+BITS = QuantConfig(4, 4)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,7 @@ def test_one_scale_runs_through_split_shuffle_and_concatenation() -> None:
 
 
 def test_relu6_becomes_the_limit_of_its_codes() -> None:
-    student = calibrated(lively(MobileNetV2(), 3), Bits(8, 8), shape=SHAPE)
+    student = calibrated(lively(MobileNetV2(), 3), QuantConfig(8, 8), shape=SHAPE)
     quantizer = student.quantizers()["features.2"]
     quantizer.scale.data.fill_(0.1)  # 6 is code 60 of 127
     deployed = convert(student, "tensorrt")
@@ -159,7 +160,7 @@ class WithUnknown(nn.Module):
 
 
 def test_excluded_layers_stay_float_and_the_rest_stays_exact() -> None:
-    bits = Bits(4, 4, exclude=(r"features\.3\.conv\.[03]$", "classifier"))
+    bits = QuantConfig(4, 4, exclude=(r"features\.3\.conv\.[03]$", "classifier"))
     student = calibrated(lively(MobileNetV2(), 3), bits, shape=SHAPE)
     rows = {row["name"]: row for row in student_table(student)}
     floats = {name for name, row in rows.items() if row["weights"] == "float"}
@@ -180,7 +181,7 @@ def test_an_operator_that_cannot_be_quantized_is_named_with_the_way_out() -> Non
 
 def test_a_refusal_lists_the_other_places() -> None:
     with pytest.raises(UserError, match=r"^norm .*LayerNorm cannot.* So it is at 7 more places: group, .*softmax\."):
-        calibrated(lively(Floats(), 3), Bits(8, 8, exclude=("^up$",)), shape=SHAPE)
+        calibrated(lively(Floats(), 3), QuantConfig(8, 8, exclude=("^up$",)), shape=SHAPE)
 
 
 class Floats(nn.Module):
@@ -205,7 +206,7 @@ FLOATS = ("norm", "^gate", "^up$", "group", "softplus", "^gt", "where", "normali
 
 
 def test_operators_that_stay_float_are_lowered_and_proved_all_the_same(tmp_path: Path) -> None:
-    student = calibrated(lively(Floats(), 3), Bits(8, 8, exclude=FLOATS), shape=SHAPE)
+    student = calibrated(lively(Floats(), 3), QuantConfig(8, 8, exclude=FLOATS), shape=SHAPE)
     x = images(5, 8, SHAPE, reach=3.0)
     for flavour, modes in (("tensorrt", [False]), ("onnxruntime", [False, True])):
         scales = collect_output_scales(student, [images(0, 16, SHAPE)])
@@ -229,14 +230,14 @@ class Bessel(nn.Module):
 
 
 def test_an_operator_that_no_onnx_file_can_hold_is_named() -> None:
-    student = calibrated(lively(Bessel(), 1), Bits(8, 8, exclude=("bessel",)))
+    student = calibrated(lively(Bessel(), 1), QuantConfig(8, 8, exclude=("bessel",)))
     with pytest.raises(UserError, match=r"torch's exporter cannot write .*bessel_j0"):
         onnx_from_deployed(convert(student, "tensorrt"), images(1, 2), {})
 
 
 @needs_rtx
 def test_tensorrt_builds_what_stays_float(tmp_path: Path) -> None:
-    student = calibrated(lively(Floats(), 3), Bits(8, 8, exclude=FLOATS), shape=SHAPE)
+    student = calibrated(lively(Floats(), 3), QuantConfig(8, 8, exclude=FLOATS), shape=SHAPE)
     model = onnx_from_deployed(convert(student, "tensorrt"), images(1, 2, SHAPE), {})
     save(float16_from_float32(model), tmp_path / "student.onnx")
     record = engine_from_onnx(tmp_path / "student.onnx", tmp_path / "student.engine", BuildOptions(), lambda _: None)
@@ -270,4 +271,4 @@ def test_what_would_fail_after_the_training_is_refused_before_it(
 @pytest.mark.parametrize(("pattern", "message"), [("(", "not a regular expression"), ("nothing", "layers are first")])
 def test_a_pattern_that_fits_nothing_is_refused(pattern: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        calibrated(lively(WithUnknown(), 1), Bits(4, 4, exclude=(pattern,)))
+        calibrated(lively(WithUnknown(), 1), QuantConfig(4, 4, exclude=(pattern,)))

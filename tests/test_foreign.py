@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from faqd.benchmarks.accuracy import Share
-from faqd.benchmarks.metric import load_metric
-from faqd.benchmarks.training import foreign, foreign_networks, scenes
-from faqd.benchmarks.training.foreign_table import Judged, rows
+from faqd.benchmarks.measure.accuracy import Share
+from faqd.benchmarks.measure.user_metric import load_metric
+from faqd.benchmarks.studies import own_networks as foreign
+from faqd.benchmarks.studies import own_networks_models as foreign_networks
+from faqd.benchmarks.studies import scenes
+from faqd.benchmarks.studies.own_networks_table import Judged, rows
 from faqd.errors import UserError
-from faqd.train.capture import capture
+from faqd.quantize.capture.capture import capture
 from tests.test_data import small_cifar10
 from tests.toy_runs import Outcome, everything_in, outcome_of, succeeds
 
@@ -53,7 +55,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         small_cifar10(folder / "cifar-10-batches-py", patch, each=100)
         patch.setattr(foreign, "NETWORKS", folder / "tiny.py")
-        for module in ("faqd.train.distill", "faqd.benchmarks.training.foreign"):
+        for module in ("faqd.train.distill", "faqd.benchmarks.studies.own_networks"):
             patch.setattr(f"{module}.CALIBRATION_IMAGES", 32)
         yield folder
     torch.set_num_threads(threads)

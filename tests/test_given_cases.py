@@ -15,12 +15,13 @@ import torch
 from torch import nn
 
 from faqd.errors import UserError
-from faqd.train.capture import capture
-from faqd.train.data import DataOptions, load_dataset
-from faqd.train.network import user_source
-from faqd.train.outputs import named_outputs
-from faqd.train.placement import Bits, place
-from faqd.train.weights import load_weights
+from faqd.quantize.capture.capture import capture
+from faqd.quantize.config import QuantConfig
+from faqd.quantize.outputs import named_outputs
+from faqd.quantize.placement import place
+from faqd.train.data.datasets import DataOptions, load_dataset
+from faqd.train.networks.load_weights import load_weights
+from faqd.train.networks.source import user_source
 
 CASES = Path(__file__).resolve().parents[2] / "shared" / "cases"
 pytestmark = pytest.mark.skipif(not CASES.is_dir(), reason="no folder of cases beside the repository")
@@ -38,7 +39,7 @@ def _functions(file: str) -> list[str]:
 def test_a_network_is_captured_and_has_its_quantizers(name: str) -> None:
     source = user_source(f"{CASES / 'networks.py'}:{name}", 3, (32, 32))
     traced = capture(source.build(), source.example())
-    place(traced, Bits(8, 8))
+    place(traced, QuantConfig(8, 8))
     assert not any(getattr(module, "ceil_mode", False) for module in traced.modules())
 
 
@@ -51,7 +52,7 @@ def test_a_habit_is_taken(name: str) -> None:
     network = source.build()
     names = list(named_outputs(network.eval()(source.example())))
     assert "input" not in names and len(names) == (2 if name.startswith("outputs") else 1)
-    place(capture(network, source.example()), Bits(8, 8))
+    place(capture(network, source.example()), QuantConfig(8, 8))
 
 
 @pytest.fixture(scope="module")

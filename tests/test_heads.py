@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from faqd.train.capture import capture
-from faqd.train.heads import Branch, Head, certainties, distance, heads_of
-from faqd.train.outputs import named_outputs
+from faqd.quantize.capture.capture import capture
+from faqd.quantize.outputs import named_outputs
+from faqd.train.losses.heads import Branch, Head, certainties, distance, heads_of
 
 EXAMPLE = torch.zeros(2, 3, 6, 6)
 BOXES, GATE, CLASSES = slice(0, 4), slice(4, 5), slice(5, 8)

@@ -30,8 +30,8 @@ from faqd.bundle import (
     save_probe_outputs,
     write_manifest,
 )
-from faqd.deploy.onnx_file import load_bytes, load_model
-from faqd.deploy.onnx_scan import read_scanned, scan
+from faqd.deploy.onnx_model.load import load_bytes, load_model
+from faqd.deploy.onnx_model.scan import read_scanned, scan
 from faqd.errors import UserError
 from tests.hostile_files import SHELF, WORST, Edit, constant, edited, good, shelve
 from tests.tiny_bundles import PREPROCESS, facts_of
@@ -349,7 +349,7 @@ def test_the_worst_take_little_memory_and_time(tmp_path: Path) -> None:
     program = """
 import json, resource, sys
 from pathlib import Path
-from faqd.deploy.onnx_file import load_model
+from faqd.deploy.onnx_model.load import load_model
 from faqd.errors import UserError
 resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
 resource.setrlimit(resource.RLIMIT_CPU, (30, 30))
@@ -424,7 +424,7 @@ def test_explain_walks_any_network_in_seconds(tmp_path: Path, model: Callable[[]
     program = """
 import resource, sys
 from pathlib import Path
-from faqd.deploy.explain import explanation
+from faqd.deploy.explain.explain import explanation
 from faqd.errors import UserError
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
 resource.setrlimit(resource.RLIMIT_CPU, (60, 60))

@@ -24,27 +24,8 @@ ONNX = ("onnx", "onnx_ir", "onnxruntime", "onnxscript")
 DEVICE = ("cuda", "pycuda", "tensorrt", "tensorrt_rtx")
 
 # On a board: an engine is built, loaded, run and benched with these.
-ON_A_BOARD = (
-    "build_options",
-    "build_progress",
-    "bundle_engines",
-    "binding",
-    "cli",
-    "cuda",
-    "cuda_interface",
-    "doctor",
-    "engine",
-    "kernels",
-    "onnx_scan",
-    "pipeline",
-    "profiler",
-    "record",
-    "runtime",
-    "selftest",
-    "selftest_cases",
-    "signature",
-    "trt",
-)
+ON_A_BOARD = ("board", "cuda", "engine", "runtime")
+BENCH = ("backends", "measure", "record", "report")
 
 TOOLS: dict[str, click.Command] = {"faqd-train": train_cli, "faqd-deploy": deploy_cli, "faqd-bench": bench_command}
 LINES = [
@@ -74,10 +55,10 @@ def test_the_core_and_calib_import_with_numpy_and_click_alone(package: str) -> N
 
 
 def test_what_runs_on_a_board_imports_without_torch_onnx_and_images() -> None:
-    bench = [
-        name for name in modules("faqd.benchmarks") if name != "faqd.benchmarks.sessions"
-    ]  # onnxruntime is its job
-    names = [*(f"faqd.deploy.{name}" for name in ON_A_BOARD), *bench]
+    packages = [f"faqd.deploy.{name}" for name in ON_A_BOARD] + [f"faqd.benchmarks.{name}" for name in BENCH]
+    names = [name for package in ("faqd.benchmarks", *packages) for name in modules(package)]
+    names += ["faqd.deploy.cli", "faqd.deploy.onnx_model.scan"]
+    names.remove("faqd.benchmarks.backends.sessions")  # onnxruntime is its job
     result = python(f"import {', '.join(names)}", without=TRAINING + ONNX + DEVICE)
     assert result.returncode == 0, result.stderr
 
@@ -274,13 +255,13 @@ RECORD = {
 def test_what_is_not_python_comes_along() -> None:
     for package, name in (
         ("faqd", "py.typed"),
-        ("faqd.benchmarks", "report.html"),
-        ("faqd.deploy", "selftest_cases.npz"),
+        ("faqd.benchmarks.report", "report.html"),
+        ("faqd.deploy.board", "selftest_cases.npz"),
     ):
         assert importlib.resources.files(package).joinpath(name).is_file()
 
 
-@pytest.mark.parametrize("name", ["train", "deploy", "calib", "benchmarks"])
+@pytest.mark.parametrize("name", ["quantize", "train", "deploy", "calib", "benchmarks"])
 def test_the_links_are_not_installed_as_packages(name: str, tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, "-c", f"import {name}"], cwd=tmp_path, capture_output=True, text=True)
     assert "ModuleNotFoundError" in result.stderr

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from faqd.benchmarks.training import cifar10, iteration
+from faqd.benchmarks.studies import cifar10, iteration
 from faqd.errors import UserError
-from faqd.train import augment, batches
-from faqd.train.network import read_tensors
-from faqd.train.quantizers import ActivationQuantizer
-from faqd.train.world import CPU
+from faqd.quantize.quantizers.quantizers import ActivationQuantizer
+from faqd.train.data import augment
+from faqd.train.loop import batches
+from faqd.train.loop.distributed import CPU
+from faqd.train.networks.source import read_tensors
 from tests.test_data import small_cifar10
 from tests.toy_runs import Outcome, outcome_of, succeeds
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from faqd.deploy.kernels import kernels_from_inspector, kernels_from_log, not_int8, products
+from faqd.deploy.engine.kernels import kernels_from_inspector, kernels_from_log, not_int8, products
 
 LOG = """Layers:
 Name: __myl_Cast_0, LayerType: kgen, Inputs: [ { Name: images, Dimensions: [-1,3], Datatype: Float, Format: \

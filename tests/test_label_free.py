@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 
-from faqd.train import images
+from faqd.train.data import image_files as images
 from tests.toy_runs import PLAIN, everything_in, faqd_train, succeeds
 
 

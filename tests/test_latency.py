@@ -7,10 +7,18 @@ import statistics
 import numpy as np
 import pytest
 
-from faqd.benchmarks.exports import times_json
-from faqd.benchmarks.latency import ITERATIONS, Length, Times, interleaved, speed_up, stability_warnings, summary
-from faqd.benchmarks.percentiles import band, percentile, samples_needed
-from faqd.deploy.pipeline import QueryTimes
+from faqd.benchmarks.measure.latency import (
+    ITERATIONS,
+    Length,
+    Times,
+    interleaved,
+    speed_up,
+    stability_warnings,
+    summary,
+)
+from faqd.benchmarks.measure.percentiles import band, percentile, samples_needed
+from faqd.benchmarks.report.trtexec_json import times_json
+from faqd.deploy.runtime.pipeline import QueryTimes
 
 
 class Clock:

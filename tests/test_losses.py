@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from faqd.train import affinity
-from faqd.train.losses import AffinityForm, LogitForm, affinity_loss, logit_loss
+from faqd.train.losses import affinity
+from faqd.train.losses.distillation import AffinityForm, LogitForm, affinity_loss, logit_loss
 
 EXACT: list[AffinityForm] = ["l1", "l2", "l2_batch", "l2_squared"]
 FORMS: list[AffinityForm] = [*EXACT, "fast"]

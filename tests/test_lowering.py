@@ -12,22 +12,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from faqd.deploy import verify_layers
-from faqd.deploy.export import onnx_from_deployed
-from faqd.deploy.integer_sums import integer_sums
-from faqd.deploy.referee import Referee
-from faqd.deploy.segments import place_of
-from faqd.deploy.torch_values import as_trained, torch_codes, torch_digests
-from faqd.deploy.verify_layers import verify_file
+from faqd.deploy.export.torch_to_onnx import onnx_from_deployed
+from faqd.deploy.onnx_model.integer_sums import integer_sums
+from faqd.deploy.reference.evaluator import Referee
+from faqd.deploy.verify import layers as verify_layers
+from faqd.deploy.verify.layers import verify_file
+from faqd.deploy.verify.segments import place_of
+from faqd.deploy.verify.torch_values import as_trained, torch_codes, torch_digests
 from faqd.errors import UserError
 from faqd.quant import FLOAT_BITS
+from faqd.quantize.config import QuantConfig
+from faqd.quantize.convert import Deployed, collect_output_scales, convert
+from faqd.quantize.lowering import fold_batch_norm as fold
+from faqd.quantize.lowering.fold_batch_norm import LARGEST_INT32
+from faqd.quantize.operators.deployed import Flavour, IntegerLayer
+from faqd.quantize.student import Student
 from faqd.reference import real
-from faqd.train import fold
-from faqd.train.convert import Deployed, collect_output_scales, convert
-from faqd.train.deployed import Flavour, IntegerLayer
-from faqd.train.fold import LARGEST_INT32
-from faqd.train.placement import Bits
-from faqd.train.prepare import Student
 from tests.networks import CHANNELS, CLASSES, NETWORKS, SHAPE, calibrated, conv, images, lively, undecided
 
 NETWORK_SEEDS = range(14)
@@ -87,7 +87,7 @@ class Random(nn.Module):
 
 def random_student(seed: int, x: Tensor) -> Student:
     draw = random.Random(seed + 1000)
-    bits = Bits(draw.randint(1, 8), draw.randint(2, 8), per_channel=draw.random() < 0.7)
+    bits = QuantConfig(draw.randint(1, 8), draw.randint(2, 8), per_channel=draw.random() < 0.7)
     return undecided(calibrated(lively(Random(seed), seed, zero_gamma=0.1), bits, seed), x)
 
 
@@ -126,7 +126,7 @@ def failures(deployed: Deployed, model: onnx.ModelProto, x: Tensor) -> list[str]
 
 @pytest.mark.parametrize(("bits", "flavour"), [(1, "tensorrt"), (2, "onnxruntime")])
 def test_one_bit_activations(bits: int, flavour: Flavour) -> None:
-    student = calibrated(lively(NETWORKS["residual"](), bits), Bits(bits, 1), bits)
+    student = calibrated(lively(NETWORKS["residual"](), bits), QuantConfig(bits, 1), bits)
     assert failures(*lowered(student, flavour), images(3, 32, reach=3.0)) == []
 
 
@@ -134,7 +134,7 @@ def test_one_bit_activations(bits: int, flavour: Flavour) -> None:
 def test_the_float_flavour_is_the_float_network(name: str) -> None:
     network = lively(NETWORKS[name](), 5, zero_gamma=0.1)
     wanted = network(images(6)).detach().numpy()
-    deployed, model = lowered(calibrated(network, Bits(2, 2)), "float")
+    deployed, model = lowered(calibrated(network, QuantConfig(2, 2)), "float")
     found = real(Referee(model).run({"input": images(6).numpy()})["logits"])
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(deployed(images(6)).numpy(), wanted, rtol=1e-4, atol=1e-4)
@@ -151,7 +151,7 @@ def test_folding_keeps_the_codes_up_to_sign_and_zeroes_dead_channels(flavour: Fl
     network = lively(NETWORKS["residual"](), 7)
     gamma = network.get_submodule("block1.bn1").get_parameter("weight").data
     gamma[0], gamma[1], gamma[2] = 0.0, -0.5, 1e-39
-    student = calibrated(network, Bits(3, 4))
+    student = calibrated(network, QuantConfig(3, 4))
     weight: Any = student.network.get_submodule("block1.conv1")
     trained, _ = weight.parametrizations.weight[0].codes(weight.parametrizations.weight.original)
     layer = layers(student, flavour)[0]["block1.conv1"]
@@ -166,7 +166,7 @@ def test_a_bias_that_int32_cannot_hold_makes_a_zero_channel_and_is_reported() ->
     network = lively(NETWORKS["residual"](), 8)
     norm = network.get_submodule("block1.bn1")
     norm.get_parameter("weight").data[3], norm.get_parameter("bias").data[3] = 1e-9, 0.8
-    student = calibrated(network, Bits(4, 4))
+    student = calibrated(network, QuantConfig(4, 4))
     found, zeroed = layers(student, "onnxruntime")
     layer = found["block1.conv1"]
     assert zeroed == {"block1.conv1": 1}
@@ -181,7 +181,7 @@ def test_a_bias_that_int32_cannot_hold_makes_a_zero_channel_and_is_reported() ->
 
 @pytest.mark.parametrize(("sums", "coarser"), [(0.5, {"block1.conv1": 1}), (1.5, {})])
 def test_bias_and_sums_share_the_range_of_int32(sums: float, coarser: dict[str, int]) -> None:
-    student = calibrated(lively(NETWORKS["residual"](), 9), Bits(4, 4))
+    student = calibrated(lively(NETWORKS["residual"](), 9), QuantConfig(4, 4))
     layer = layers(student, "onnxruntime")[0]["block1.conv1"]
     largest_sum = float(layer.codes[5].double().abs().sum()) * 15
     beta = student.network.get_submodule("block1.bn1").get_parameter("bias").data
@@ -196,7 +196,7 @@ def test_bias_and_sums_share_the_range_of_int32(sums: float, coarser: dict[str, 
 
 
 def test_a_layer_too_wide_for_int32_stays_float_and_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    student = calibrated(lively(NETWORKS["vgg"](), 9), Bits(8, 8))
+    student = calibrated(lively(NETWORKS["vgg"](), 9), QuantConfig(8, 8))
     found = layers(student, "tensorrt")[0].items()
     reach = {name: layer.codes.double().abs().flatten(1).sum(1).max() * 127 for name, layer in found}
     widest = max(reach, key=lambda name: float(reach[name]))
@@ -210,7 +210,7 @@ def test_a_layer_too_wide_for_int32_stays_float_and_is_told(monkeypatch: pytest.
 
 @pytest.mark.parametrize("flavour", ["tensorrt", "onnxruntime"])
 def test_sums_beyond_int32_fail_by_name(flavour: Flavour, monkeypatch: pytest.MonkeyPatch) -> None:
-    deployed, model = lowered(calibrated(lively(NETWORKS["vgg"](), 9), Bits(8, 8)), flavour)
+    deployed, model = lowered(calibrated(lively(NETWORKS["vgg"](), 9), QuantConfig(8, 8)), flavour)
     assert failures(deployed, model, images(2)) == []
     monkeypatch.setattr(verify_layers, "INT32", 2**12)
     found = failures(deployed, model, images(2))
@@ -226,7 +226,7 @@ def test_an_average_over_part_of_the_pixels_is_not_taken_for_one_over_all() -> N
         def forward(self, x: Tensor) -> Tensor:
             return self.fc(self.pool(F.relu(self.conv(x))).flatten(1))  # type: ignore[no-any-return]
 
-    deployed, model = lowered(calibrated(lively(Corner(), 1), Bits(8, 8)), "tensorrt")
+    deployed, model = lowered(calibrated(lively(Corner(), 1), QuantConfig(8, 8)), "tensorrt")
     assert "GlobalAveragePool" not in {node.op_type for node in model.graph.node}
     assert failures(deployed, model, images(2)) == []
 
@@ -242,7 +242,7 @@ def test_one_pooling_module_used_at_two_scales() -> None:
             x = self.pool(F.relu(self.conv1(x)))
             return self.fc(self.pool(F.relu(self.conv2(x))).mean((2, 3)))  # type: ignore[no-any-return]
 
-    student = calibrated(lively(Shared(), 1), Bits(8, 4))
+    student = calibrated(lively(Shared(), 1), QuantConfig(8, 4))
     deployed, model = lowered(student, "tensorrt")
     assert failures(deployed, model, images(2)) == []
     assert min(as_trained(student, deployed, images(2))["equal_codes_per_layer"].values()) > 0.999
@@ -268,7 +268,7 @@ def test_a_map_and_its_average_are_joined_without_ties(kind: str, flavour: Flavo
                 parts = [F.interpolate(x, scale_factor=2), F.interpolate(x, scale_factor=2, mode="bilinear")]
             return self.last(torch.cat(parts, 1)).mean((2, 3))  # type: ignore[no-any-return]
 
-    student = calibrated(lively(Joined(), 1), Bits(8, 8))
+    student = calibrated(lively(Joined(), 1), QuantConfig(8, 8))
     deployed, model = lowered(student, flavour)
     assert failures(deployed, model, images(2)) == []
 
@@ -285,7 +285,7 @@ def test_a_signal_of_one_dimension_is_lowered_exactly() -> None:
             return self.fc(x.view(x.size(0), -1))  # type: ignore[no-any-return]
 
     shape = (3, 16)
-    student = calibrated(lively(Signal(), 1), Bits(4, 4), shape=shape)
+    student = calibrated(lively(Signal(), 1), QuantConfig(4, 4), shape=shape)
     deployed = convert(student, "tensorrt")
     model = onnx_from_deployed(deployed, images(1, 2, shape), {})
     x = images(2, 64, shape, reach=2.0)
@@ -293,20 +293,20 @@ def test_a_signal_of_one_dimension_is_lowered_exactly() -> None:
 
 
 def test_float_activations_have_no_integer_form() -> None:
-    student = calibrated(lively(NETWORKS["residual"](), 1), Bits(4, FLOAT_BITS))
+    student = calibrated(lively(NETWORKS["residual"](), 1), QuantConfig(4, FLOAT_BITS))
     with pytest.raises(UserError, match="--act-bits"):
         convert(student, "tensorrt")
 
 
 def test_converting_leaves_the_student_as_it_is() -> None:
-    student = calibrated(lively(NETWORKS["residual"](), 1), Bits(4, 4))
+    student = calibrated(lively(NETWORKS["residual"](), 1), QuantConfig(4, 4))
     before = student.network(images(2))
     convert(student, "onnxruntime", collect_output_scales(student, [images(0)]))
     assert torch.equal(student.network(images(2)), before)
 
 
 def test_deeper_grids_need_a_target_that_has_them() -> None:
-    student = calibrated(lively(NETWORKS["residual"](), 1), Bits(8, 8, "onnxruntime"))
+    student = calibrated(lively(NETWORKS["residual"](), 1), QuantConfig(8, 8, "onnxruntime"))
     deployed = convert(student, "onnxruntime", collect_output_scales(student, [images(0)]))
     model = onnx_from_deployed(deployed, images(1, 2), {})
     assert failures(deployed, model, images(2)) == []

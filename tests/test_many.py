@@ -16,9 +16,11 @@ import pytest
 import torch
 
 from faqd.train import distill as distillation
-from faqd.train import job, loop, objective
-from faqd.train.batches import Batches
-from faqd.train.job import Job
+from faqd.train.loop import fit as loop
+from faqd.train.loop import trainee as job
+from faqd.train.loop.batches import Batches
+from faqd.train.loop.trainee import Job
+from faqd.train.losses import objective
 from tests.toy_runs import NET, Outcome, User, everything_in, new_user, succeeds, write_net
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}

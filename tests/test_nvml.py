@@ -21,8 +21,8 @@ pytestmark = pytest.mark.skipif(
 SCRIPT = """
 import json
 from pathlib import Path
-from faqd.benchmarks.clocks import Clocks
-from faqd.benchmarks.energy import find_meter
+from faqd.benchmarks.measure.clocks import Clocks
+from faqd.benchmarks.measure.energy import find_meter
 nowhere = Path("/nowhere")
 meter, why = find_meter("Some GPU", root=nowhere)
 clocks = Clocks("Some GPU", nowhere)

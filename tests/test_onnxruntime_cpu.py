@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from faqd.benchmarks.latency import Length, Times
-from faqd.benchmarks.lowering import onnxruntime_cpu
-from faqd.benchmarks.lowering.onnxruntime_cpu import (
+from faqd.benchmarks.measure.latency import Length, Times
+from faqd.benchmarks.studies import onnxruntime_cpu
+from faqd.benchmarks.studies.onnxruntime_cpu import (
     FLOAT,
     LABELS,
     STATIC,
@@ -21,8 +21,8 @@ from faqd.benchmarks.lowering.onnxruntime_cpu import (
     write_variants,
 )
 from faqd.cpu import adds_pairs_in_int16, instruction_sets
-from faqd.deploy.onnx_session import OnnxSession
-from faqd.deploy.pipeline import QueryTimes
+from faqd.deploy.onnx_model.session import OnnxSession
+from faqd.deploy.runtime.pipeline import QueryTimes
 
 
 @pytest.fixture(scope="module")

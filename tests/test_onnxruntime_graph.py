@@ -15,16 +15,16 @@ import torch.nn.functional as F
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from faqd.deploy.export import onnx_from_deployed
-from faqd.deploy.integer_sums import integer_sums
-from faqd.deploy.segments import segments
-from faqd.deploy.student import _size
-from faqd.deploy.torch_values import as_trained, torch_codes, torch_digests
-from faqd.deploy.verify_layers import verify_file
-from faqd.train.convert import Deployed, collect_output_scales, convert
-from faqd.train.models import build_architecture
-from faqd.train.placement import Bits
-from faqd.train.prepare import Student
+from faqd.deploy.bundle_facts import deployed_size
+from faqd.deploy.export.torch_to_onnx import onnx_from_deployed
+from faqd.deploy.onnx_model.integer_sums import integer_sums
+from faqd.deploy.verify.layers import verify_file
+from faqd.deploy.verify.segments import segments
+from faqd.deploy.verify.torch_values import as_trained, torch_codes, torch_digests
+from faqd.quantize.config import QuantConfig
+from faqd.quantize.convert import Deployed, collect_output_scales, convert
+from faqd.quantize.student import Student
+from faqd.train.networks.zoo import build_architecture
 from tests.networks import calibrated, images, lively
 
 SHAPE = (3, 16, 16)
@@ -80,8 +80,8 @@ def first_weights(model: onnx.ModelProto) -> np.ndarray:
     return constants[makers[layer.input[1]].input[0]]
 
 
-@pytest.mark.parametrize(("bits", "limits"), [(Bits(4, 4), 8), (Bits(8, 8, "onnxruntime"), 1)])
-def test_a_residual_network_runs_in_integers(bits: Bits, limits: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("bits", "limits"), [(QuantConfig(4, 4), 8), (QuantConfig(8, 8, "onnxruntime"), 1)])
+def test_a_residual_network_runs_in_integers(bits: QuantConfig, limits: int, tmp_path: Path) -> None:
     student = calibrated(lively(build_architecture("resnet8", 3, 10, 32), 1), bits, shape=(3, 32, 32))
     _, model = lowered(student, (3, 32, 32))
     found = Counter(optimised(model, tmp_path))
@@ -100,7 +100,7 @@ def test_a_residual_network_runs_in_integers(bits: Bits, limits: int, tmp_path: 
     ("kind", "operator"), [("pool", "NhwcMaxPool"), ("concat", "QLinearConcat"), ("resize", "Resize")]
 )
 def test_codes_are_moved_as_integers_for_every_reader(kind: str, operator: str, tmp_path: Path) -> None:
-    student = calibrated(lively(Moved(kind), 1), Bits(4, 4), shape=SHAPE)
+    student = calibrated(lively(Moved(kind), 1), QuantConfig(4, 4), shape=SHAPE)
     deployed, model = lowered(student)
     found = optimised(model, tmp_path)
     assert found.count(operator) == 1 and found.count("QLinearAdd") == 1
@@ -131,7 +131,7 @@ def test_every_way_to_average_all_pixels_runs_in_integers(kind: str, tmp_path: P
             result: Tensor = self.fc(MEANS[kind](self.conv(x).relu()))
             return result
 
-    deployed, model = lowered(calibrated(lively(Averaged(), 1), Bits(8, 8), shape=SHAPE))
+    deployed, model = lowered(calibrated(lively(Averaged(), 1), QuantConfig(8, 8), shape=SHAPE))
     found = optimised(model, tmp_path)
     assert found.count("QLinearGlobalAveragePool") == 1 and set(found) <= INTEGER | AT_THE_ENDS | LIMITS
     x = images(5, 16, SHAPE, reach=3.0)
@@ -139,7 +139,7 @@ def test_every_way_to_average_all_pixels_runs_in_integers(kind: str, tmp_path: P
 
 
 def test_what_was_trained_is_compared_without_spare_channels() -> None:
-    student = calibrated(lively(Moved("pool"), 1), Bits(8, 8, "onnxruntime"), shape=SHAPE)
+    student = calibrated(lively(Moved("pool"), 1), QuantConfig(8, 8, "onnxruntime"), shape=SHAPE)
     deployed, _ = lowered(student)
     equal = as_trained(student, deployed, images(3, 16, SHAPE))["equal_codes_per_layer"]
     assert set(equal) == set(student.quantizers()) and equal["x"] == 1
@@ -177,7 +177,7 @@ def test_channels_of_zeros_among_those_of_an_image(
         for name in ("conv1.weight", "side.weight"):
             signs = torch.tensor([1.0, -1.0] * 2)[:inputs].reshape(-1, 1, 1)
             network.get_parameter(name).data = network.get_parameter(name).data.abs() * signs
-    student = calibrated(network, Bits(4, 4), shape=shape)
+    student = calibrated(network, QuantConfig(4, 4), shape=shape)
     deployed, model = lowered(student, shape)
     assert set(deployed.changes.coarser) == (set() if kernel <= 3 else {"conv1"})
     weights = first_weights(model)
@@ -188,7 +188,7 @@ def test_channels_of_zeros_among_those_of_an_image(
     placed = next(iter(segments(model))).put_in_place(pixels)
     assert placed.shape == (2, stored, *shape[1:]) and np.array_equal(placed[:, trained], pixels)
     assert not any(node.op_type == "Identity" for node in model.graph.node)
-    assert _size(student, deployed) == _size(student, convert(student, "tensorrt"))
+    assert deployed_size(student, deployed) == deployed_size(student, convert(student, "tensorrt"))
     assert model.graph.input[0].type.tensor_type.shape.dim[1].dim_value == inputs
     x = images(5, 8, shape, reach=3.0)
     assert verify_file(model, x.numpy(), torch_digests(deployed, x), [False, True])["failures"] == []
@@ -227,7 +227,7 @@ INTEGERS_ALL_THE_SAME = ("pooled", "joined", "added", "product", "sum and curve"
 
 @pytest.mark.parametrize("kind", UNROUNDED)
 def test_nothing_is_rounded_that_training_left_float_but_what_is_added(kind: str, tmp_path: Path) -> None:
-    student = calibrated(lively(Unrounded(kind), 1), Bits(8, 8), shape=SHAPE)
+    student = calibrated(lively(Unrounded(kind), 1), QuantConfig(8, 8), shape=SHAPE)
     deployed, model = lowered(student)
     x = images(5, 16, SHAPE, reach=3.0)
     assert verify_file(model, x.numpy(), torch_digests(deployed, x), [False, True])["failures"] == []

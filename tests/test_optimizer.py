@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from faqd.train.optimizer import RelativeAdam
+from faqd.train.loop.optimizer import RelativeAdam
 
 
 def moved(weight: Tensor, gradients: list[Tensor], lr: float = 0.01) -> Tensor:

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from faqd.errors import UserError
-from faqd.train.data import DataOptions, load_dataset
-from faqd.train.images import upright_rgb
+from faqd.train.data.datasets import DataOptions, load_dataset
+from faqd.train.data.image_files import list_images, read_images, read_picture
 
 
 def save(folder: Path, count: int, darker: int = 1) -> None:
@@ -57,14 +57,14 @@ def test_an_image_is_turned_whatever_else_its_metadata_hold(also: bytes, tmp_pat
     (tmp_path / "a.jpg").write_bytes(_photographed(6, also))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, of such metadata
-        read = upright_rgb(tmp_path / "a.jpg")
+        read = read_picture(tmp_path / "a.jpg").pixels
     assert read.shape == (32, 16, 3) and read[:8, 8:].mean() > 200 and read[16:].mean() < 20
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 60000])
 def test_an_orientation_that_is_none_turns_nothing(orientation: int, tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(_photographed(orientation))
-    assert upright_rgb(tmp_path / "a.jpg").shape == (16, 32, 3)
+    assert read_picture(tmp_path / "a.jpg").pixels.shape == (16, 32, 3)
 
 
 def test_what_is_too_large_is_said_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,3 +126,15 @@ def test_dark_files_of_eight_bits_are_no_deep_ones(tmp_path: Path) -> None:
     said: list[str] = []
     load_dataset(options_of(tmp_path), with_labels=False, say=said.append)
     assert not said
+
+
+def test_pictures_that_show_nothing_are_told(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name, alpha in (("a.png", 0), ("b.png", 255), ("c.webp", 0), ("d.png", None)):
+        colours = rng.integers(0, 256, (8, 8, 3), np.uint8)
+        layers = [colours] if alpha is None else [colours, np.full((8, 8, 1), alpha, np.uint8)]
+        Image.fromarray(np.concatenate(layers, 2)).save(tmp_path / name, lossless=True, exact=True)
+    said: list[str] = []
+    read_images(tmp_path, list_images(tmp_path), None, said.append)
+    (told,) = said
+    assert "2 of 4 images are transparent everywhere (a.png)" in told

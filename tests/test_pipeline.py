@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from faqd.deploy.pipeline import Streams
-from faqd.deploy.runtime import Engine, load_engine
+from faqd.deploy.runtime.pipeline import Streams
+from faqd.deploy.runtime.runtime import Engine, load_engine
 from faqd.errors import UserError
 from tests.fake_gpu import FakeCuda, FakeNetwork, FakeTensorRT, Io, Mode, engine_file, fake_gpu
 

@@ -16,11 +16,11 @@ from torch.nn.grad import conv2d_weight
 from torch.nn.utils import parametrize
 
 from faqd.quant import Quant, activation_quant, weight_quant
-from faqd.train.convert import convert
-from faqd.train.deployed import IntegerLayer
-from faqd.train.placement import Bits
-from faqd.train.prepare import sampled
-from faqd.train.quantizers import ActivationQuantizer, WeightQuantizer, _alternate, _exact, _scan, project
+from faqd.quantize.calibrate import sampled
+from faqd.quantize.config import QuantConfig
+from faqd.quantize.convert import convert
+from faqd.quantize.operators.deployed import IntegerLayer
+from faqd.quantize.quantizers.quantizers import ActivationQuantizer, WeightQuantizer, _alternate, _exact, _scan, project
 from tests.networks import Residual, calibrated, images, lively
 
 EXAMPLE = torch.tensor([[0.9, -0.4, 0.05, 0.3, -1.2, 0.1, 0.6, -0.02]])
@@ -216,7 +216,7 @@ def test_a_channels_last_gradient_is_summed_alike() -> None:
 
 @pytest.mark.parametrize("bits", [1, 4, 8])
 def test_every_scale_of_a_network_learns(bits: int) -> None:
-    student = calibrated(lively(Residual(), 1), Bits(4, bits))
+    student = calibrated(lively(Residual(), 1), QuantConfig(4, bits))
     quantizers = student.quantizers()
     before = {name: quantizer.scale.item() for name, quantizer in quantizers.items()}
     reached: dict[str, int] = {}
@@ -242,7 +242,7 @@ def test_the_sample_of_a_large_map_sees_all_its_columns() -> None:
 @pytest.mark.parametrize("per_channel", [True, False])
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_what_is_exported_is_what_was_trained_bit_for_bit(bits: int, per_channel: bool) -> None:
-    student = calibrated(lively(Residual(), 1), Bits(bits, 4, per_channel=per_channel))
+    student = calibrated(lively(Residual(), 1), QuantConfig(bits, 4, per_channel=per_channel))
     optimizer = torch.optim.SGD(student.network.parameters(), lr=0.05)
     for step in range(3):
         student.network.train()
@@ -250,7 +250,7 @@ def test_what_is_exported_is_what_was_trained_bit_for_bit(bits: int, per_channel
         (student.network(images(step)) - images(9, 64, (10,))).square().mean().backward()
         optimizer.step()
     student.network.eval()
-    read_again = calibrated(lively(Residual(), 2), Bits(bits, 4, per_channel=per_channel))
+    read_again = calibrated(lively(Residual(), 2), QuantConfig(bits, 4, per_channel=per_channel))
     read_again.network.load_state_dict(student.network.state_dict())
     deployed = convert(read_again, "tensorrt").network
     layers = {name: m for name, m in student.network.named_modules() if parametrize.is_parametrized(m, "weight")}

@@ -10,18 +10,19 @@ import torch
 from torch import nn
 
 from faqd.bundle import VERIFY
-from faqd.train import graph
-from faqd.train.adaptors import Adapted
-from faqd.train.capture import capture
-from faqd.train.job import Job
-from faqd.train.models import reference_resnet
-from faqd.train.network import read_tensors
-from faqd.train.objective import decay_groups
-from faqd.train.placement import Bits
-from faqd.train.prepare import prepare, student_table
+from faqd.quantize import nodes
+from faqd.quantize.capture.capture import capture
+from faqd.quantize.config import QuantConfig
+from faqd.quantize.prepare import prepare
+from faqd.quantize.student import student_table
+from faqd.train.loop.trainee import Job
+from faqd.train.losses.adaptors import Adapted
+from faqd.train.losses.objective import decay_groups
+from faqd.train.networks.source import read_tensors
+from faqd.train.networks.zoo import reference_resnet
 from faqd.train.recipes import Training, distill_recipe
-from faqd.train.run import WEIGHTS
-from faqd.train.student import recipe_bits
+from faqd.train.run.folder import WEIGHTS
+from faqd.train.run.student import recipe_bits
 from tests.networks import Residual, calibrated, images, lively
 from tests.toy_runs import faqd_deploy, new_user, succeeds
 
@@ -43,10 +44,10 @@ def test_it_trains_and_is_exported(tmp_path: Path) -> None:
 
 
 def test_adaptors_start_as_the_identity_and_learn() -> None:
-    student = calibrated(lively(Residual(), 1), Bits(4, 4))
-    maps = [n.name for n in student.network.graph.nodes if n.name.endswith("relu_quant") and graph.is_tensor(n)]
-    tapped = graph.with_taps(student.network, maps)
-    shapes = {n.name: graph.shape(n) for n in student.network.graph.nodes}
+    student = calibrated(lively(Residual(), 1), QuantConfig(4, 4))
+    maps = [n.name for n in student.network.graph.nodes if n.name.endswith("relu_quant") and nodes.is_tensor(n)]
+    tapped = nodes.with_taps(student.network, maps)
+    shapes = {n.name: nodes.shape(n) for n in student.network.graph.nodes}
     adapted = Adapted(tapped, [shapes[name][1] for name in maps], torch.device("cpu"))
     (output, found), (wanted, plain) = adapted(images(1, 4)), tapped(images(1, 4))
     assert torch.equal(output, wanted) and len(found) == len(maps) > 0
@@ -57,8 +58,8 @@ def test_adaptors_start_as_the_identity_and_learn() -> None:
 
 
 def test_the_float_weights_decay_and_nothing_else() -> None:
-    student = calibrated(lively(Residual(), 1), Bits(4, 4))
-    network = Adapted(graph.with_taps(student.network, []), [8], torch.device("cpu"))
+    student = calibrated(lively(Residual(), 1), QuantConfig(4, 4))
+    network = Adapted(nodes.with_taps(student.network, []), [8], torch.device("cpu"))
     decayed, free = decay_groups(network)
     names = {id(p): name for name, p in network.named_parameters()}
     assert sorted(names) == sorted(id(p) for p in [*decayed, *free])
@@ -81,7 +82,7 @@ def test_a_parameter_outside_of_one_group_is_our_mistake(tmp_path: Path, change:
 def test_the_reference_student_has_a_bare_stem() -> None:
     network = reference_resnet(20, 3, 10).eval()
     assert [type(m) for m in network.stem] == [nn.Conv2d]
-    student = calibrated(network, Bits(4, 4, per_channel=False, rounding="ceil"), shape=(3, 16, 16))
+    student = calibrated(network, QuantConfig(4, 4, per_channel=False, rounding="ceil"), shape=(3, 16, 16))
     quantizers = student.quantizers()
     assert quantizers["stem.0"].quant.signed and quantizers["stages.3.1"].shift > 0
     assert student.network(images(1, 2, (3, 16, 16))).shape == (2, 10)

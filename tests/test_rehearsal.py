@@ -62,6 +62,6 @@ def test_without_onnx_there_is_no_rehearsal_and_a_sentence(
     user: User, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(sys.modules, "faqd.deploy.rehearsal", raising=False)
-    monkeypatch.setitem(sys.modules, "faqd.deploy.export", None)
+    monkeypatch.setitem(sys.modules, "faqd.deploy.export.torch_to_onnx", None)
     told = succeeds(user.distill(tmp_path / "run", "--steps", 1))
     assert "the export is not tried before training" in told.stderr and "pip install faqd[onnx]" in told.stderr

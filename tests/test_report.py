@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from faqd.benchmarks.backends.sessions import OnnxruntimeBackend
 from faqd.benchmarks.bench import Options, bench
-from faqd.benchmarks.charts import accuracy_against_latency, latency_distribution
-from faqd.benchmarks.gates import Gates
-from faqd.benchmarks.labels import Box, place
-from faqd.benchmarks.latency import Length
-from faqd.benchmarks.report import page_from_result
-from faqd.benchmarks.sessions import OnnxruntimeBackend
+from faqd.benchmarks.measure.latency import Length
+from faqd.benchmarks.record.gates import Gates
+from faqd.benchmarks.report.accuracy_latency_chart import accuracy_against_latency, latency_distribution
+from faqd.benchmarks.report.html import page_from_result
+from faqd.benchmarks.report.label_layout import Box, place
 from faqd.bundle import load_bundle
 from tests.tiny_bundles import make_bundle
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from faqd.benchmarks.table import WIDTH, print_result
-from faqd.benchmarks.training.worth_table import markdown
+from faqd.benchmarks.report.terminal import WIDTH, print_result
+from faqd.benchmarks.studies.ablation_table import markdown
 from faqd.files import read_json
 
 ROOT = Path(__file__).parents[1]

@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import nn
 
-from faqd.train.checkpoint import Position, load_checkpoint, save_checkpoint
-from faqd.train.run import held
+from faqd.train.loop.checkpoint import Position, load_checkpoint, save_checkpoint
+from faqd.train.run.folder import held
 from tests.toy_runs import Outcome, User, everything_in, faqd_train, new_user, succeeds
 
 STEPS = 14

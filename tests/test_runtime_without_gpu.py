@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from faqd.deploy.runtime import Engine, load_engine
+from faqd.deploy.runtime.runtime import Engine, load_engine
 from faqd.errors import UserError
 from tests.fake_gpu import (
     TYPES,

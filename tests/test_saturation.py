@@ -16,28 +16,29 @@ from torch import nn
 
 from faqd import cpu, saturation
 from faqd.bundle import STUDENT_ONNXRUNTIME, Bundle, load_bundle
-from faqd.deploy import verify, verify_layers
-from faqd.deploy.explain import explanation
-from faqd.deploy.explain_table import print_explanation
-from faqd.deploy.export import onnx_from_deployed
-from faqd.deploy.int16_kernel import emulated
-from faqd.deploy.integer_sums import integer_sums, intervals
-from faqd.deploy.onnx_graph import Graph
-from faqd.deploy.onnx_session import OnnxSession
-from faqd.deploy.segments import Segment
-from faqd.deploy.torch_values import torch_digests
-from faqd.deploy.verify import verify_bundle
-from faqd.deploy.verify_layers import SATURATED, trace_of, verify_file
+from faqd.deploy.explain.explain import explanation
+from faqd.deploy.explain.table import print_explanation
+from faqd.deploy.export.torch_to_onnx import onnx_from_deployed
+from faqd.deploy.onnx_model.graph import Graph
+from faqd.deploy.onnx_model.integer_sums import integer_sums, intervals
+from faqd.deploy.onnx_model.session import OnnxSession
+from faqd.deploy.reference.int16_kernel import emulated
+from faqd.deploy.verify import layers as verify_layers
+from faqd.deploy.verify import verify
+from faqd.deploy.verify.layers import SATURATED, trace_of, verify_file
+from faqd.deploy.verify.segments import Segment
+from faqd.deploy.verify.torch_values import torch_digests
+from faqd.deploy.verify.verify import verify_bundle
 from faqd.files import read_json
 from faqd.proof import proof_of
 from faqd.quant import Quant, weight_quant
-from faqd.train import pair_limits
-from faqd.train.convert import Deployed, collect_output_scales, convert
-from faqd.train.deployed import Filling
-from faqd.train.models import build_architecture
-from faqd.train.placement import Bits
-from faqd.train.prepare import Student
-from faqd.train.quantizers import WeightQuantizer, project, within_pairs
+from faqd.quantize.config import QuantConfig
+from faqd.quantize.convert import Deployed, collect_output_scales, convert
+from faqd.quantize.lowering import pair_limits
+from faqd.quantize.operators.deployed import Filling
+from faqd.quantize.quantizers.quantizers import WeightQuantizer, project, within_pairs
+from faqd.quantize.student import Student
+from faqd.train.networks.zoo import build_architecture
 from tests.networks import calibrated, images, lively
 from tests.test_verify import NETWORK
 from tests.toy_runs import faqd_deploy
@@ -68,7 +69,7 @@ class Everything(nn.Module):
         return result
 
 
-def student_of(network: nn.Module, bits: Bits) -> Student:
+def student_of(network: nn.Module, bits: QuantConfig) -> Student:
     return calibrated(lively(network, 1), bits, shape=SHAPE)
 
 
@@ -131,7 +132,7 @@ def test_weights_within_pairs(axis: int | None, shape: tuple[int, ...], bits: in
 @pytest.mark.parametrize("name", ["resnet8", "everything"])
 def test_no_sum_of_a_written_file_saturates(target: Any, bits: int, name: str) -> None:
     network = Everything() if name == "everything" else build_architecture(name, 3, 10, 16)
-    student = student_of(network, Bits(bits, 8, target))
+    student = student_of(network, QuantConfig(bits, 8, target))
     deployed, model = lowered(student)
     sums = integer_sums(model)
     assert len(sums) >= 7 and not any(found.saturates for found in sums)
@@ -145,15 +146,15 @@ def test_no_sum_of_a_written_file_saturates(target: Any, bits: int, name: str) -
 
 
 def test_the_tensorrt_file_knows_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    students = [student_of(Everything(), Bits(8, 8))]
+    students = [student_of(Everything(), QuantConfig(8, 8))]
     monkeypatch.setattr(pair_limits, "pair_limit", lambda *_: None)
-    students.append(student_of(Everything(), Bits(8, 8)))
+    students.append(student_of(Everything(), QuantConfig(8, 8)))
     files = [onnx_from_deployed(convert(s, "tensorrt"), images(3, 2, SHAPE), {}) for s in students]
     assert files[0].SerializeToString(deterministic=True) == files[1].SerializeToString(deterministic=True)
 
 
 def test_weights_trained_before_the_rule_are_right_everywhere() -> None:
-    student = student_of(Everything(), Bits(8, 8, "onnxruntime"))
+    student = student_of(Everything(), QuantConfig(8, 8, "onnxruntime"))
     for module in student.network.modules():
         if isinstance(module, WeightQuantizer):
             module.pair_limit = None
@@ -287,7 +288,7 @@ def turned_around(model: onnx.ModelProto, feeds: dict[str, NDArray[Any]], output
 
 @pytest.mark.usefixtures("unlimited")
 def test_verify_names_saturation_as_the_cause(monkeypatch: pytest.MonkeyPatch) -> None:
-    deployed, model = lowered(student_of(Everything(), Bits(8, 8)))
+    deployed, model = lowered(student_of(Everything(), QuantConfig(8, 8)))
     assert sum(found.saturates for found in integer_sums(model)) >= 6
     x = images(5, 16, SHAPE, reach=3.0)
     digests = torch_digests(deployed, x)
@@ -302,13 +303,13 @@ def test_verify_names_saturation_as_the_cause(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.usefixtures("unlimited")
 def test_a_large_layer_is_emulated_for_some_probes(monkeypatch: pytest.MonkeyPatch) -> None:
-    deployed, model = lowered(student_of(Everything(), Bits(8, 8)))
+    deployed, model = lowered(student_of(Everything(), QuantConfig(8, 8)))
     x = images(5, 16, SHAPE, reach=3.0).numpy()
     cut: list[tuple[Segment, dict[str, NDArray[Any]]]] = []
     for segment, feeds, _ in trace_of(model, x, torch_digests(deployed, images(5, 16, SHAPE, reach=3.0))):
         cut.append((segment, feeds))
     whole = [emulated(s.model, feeds, s.output) for s, feeds in cut]
-    monkeypatch.setattr("faqd.deploy.int16_kernel.MOST_PRODUCTS", 2**18)
+    monkeypatch.setattr("faqd.deploy.reference.int16_kernel.MOST_PRODUCTS", 2**18)
     some = [emulated(s.model, feeds, s.output) for s, feeds in cut]
     pairs = [(a, b) for a, b in zip(whole, some, strict=True) if a is not None and b is not None]
     assert len(pairs) >= 6 and any(len(b) < len(a) for a, b in pairs)

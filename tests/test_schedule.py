@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from faqd.train.job import _objective, _rate
+from faqd.train.loop.distributed import World
+from faqd.train.loop.trainee import _objective, _rate
 from faqd.train.recipes import Training, open_training, relative_rate, usual_training
-from faqd.train.world import World
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,11 @@ import pytest
 from click.testing import CliRunner
 from numpy.typing import NDArray
 
-from faqd.deploy import selftest as module
+from faqd.deploy.board import selftest as module
+from faqd.deploy.board.cases import CASES_FILE, Case, load_cases
+from faqd.deploy.board.selftest import OUTCOMES, line, selftest, summary, tried
 from faqd.deploy.cli import cli
-from faqd.deploy.cuda import device_or_none
-from faqd.deploy.selftest import OUTCOMES, line, selftest, summary, tried
-from faqd.deploy.selftest_cases import CASES_FILE, Case, load_cases
+from faqd.deploy.cuda.cuda import device_or_none
 from faqd.errors import UserError
 from tests import selftest_networks
 from tests.test_engine import needs_rtx

@@ -13,7 +13,7 @@ import onnx
 import pytest
 
 from faqd.bundle import STUDENT_ONNXRUNTIME, STUDENT_TENSORRT, Bundle, write_manifest
-from faqd.deploy.serving import (
+from faqd.deploy.export.server_configs import (
     DEEPSTREAM,
     LABELS,
     TRITON_ONNXRUNTIME,
@@ -21,7 +21,7 @@ from faqd.deploy.serving import (
     check_servers,
     serving_files,
 )
-from faqd.deploy.uint8_input import with_preprocessing
+from faqd.deploy.export.uint8_input import with_preprocessing
 from faqd.errors import UserError
 from faqd.preprocess import Preprocess
 from tests.qdq_network import SHAPE, residual_network, written

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from faqd.errors import UserError
-from faqd.train import graph
-from faqd.train.capture import capture
-from faqd.train.elementwise import Constant, FixedNorm1d, FixedNorm2d, Scaled
-from faqd.train.placement import Bits, place
+from faqd.quantize import nodes
+from faqd.quantize.capture.capture import capture
+from faqd.quantize.config import QuantConfig
+from faqd.quantize.operators.elementwise import Constant, FixedNorm1d, FixedNorm2d, Scaled
+from faqd.quantize.placement import place
 
 X = torch.randn(4, 3, 13, 16, generator=torch.Generator().manual_seed(0))
 
@@ -48,7 +49,7 @@ class Around(nn.Module):
 def captured(between: Callable[[Around, Tensor], Tensor], channels: int = 8) -> torch.fx.GraphModule:
     network = Around(between, channels).eval()
     traced = capture(network, X[:2])
-    place(traced, Bits(8, 8))
+    place(traced, QuantConfig(8, 8))
     torch.testing.assert_close(traced(X), network(X), rtol=1e-5, atol=1e-6)
     return traced
 
@@ -80,9 +81,9 @@ def test_a_window_in_the_padding_is_none(geometry: tuple[int, int, int, int]) ->
     for pool in pools:
         traced = captured(pool)
         (node,) = (n for n in traced.graph.nodes if "pool" in n.name and "_pad" not in n.name)
-        before, after = (graph.shape(n)[2:] for n in (graph.operand(node), node))
+        before, after = (nodes.shape(n)[2:] for n in (nodes.operand(node), node))
         room = [size + 2 * padding - dilation * (kernel - 1) - 1 for size in before]
-        module = graph.module_of(traced, node)
+        module = nodes.module_of(traced, node)
         kept = module is None or bool(module.ceil_mode)
         assert list(after) == [-(-space // stride) + 1 if kept else space // stride + 1 for space in room]
 
@@ -111,7 +112,7 @@ TOLD: dict[str, Callable[[Around, Tensor], Tensor]] = {
 @pytest.mark.parametrize("how", TOLD)
 def test_a_transposed_convolution_has_its_output_padding(how: str) -> None:
     traced = captured(TOLD[how])
-    assert all(len(n.args) == 1 and not n.kwargs for n in traced.graph.nodes if graph.role(traced, n) == "compute")
+    assert all(len(n.args) == 1 and not n.kwargs for n in traced.graph.nodes if nodes.role(traced, n) == "compute")
 
 
 def test_two_uses_of_a_told_convolution_share_its_weights() -> None:
@@ -142,7 +143,7 @@ CROPS: list[nn.Module] = [
 def test_a_module_that_crops_is_a_slice(crop: nn.Module) -> None:
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), crop, nn.Conv2d(8, 4, 1)).eval()
     traced = capture(network, X[:2])
-    place(traced, Bits(8, 8))
+    place(traced, QuantConfig(8, 8))
     assert torch.equal(traced(X), network(X)) and not modules(traced, type(crop))
 
 
@@ -193,6 +194,10 @@ NORMS: dict[str, Callable[[Around, Tensor], Tensor]] = {
     "in four steps": lambda s, x: (
         (x - _moved(s.mean)) / _moved((s.var + 1e-5).sqrt()) * _moved(s.factor) + _moved(s.offset)
     ),
+    "addcmul": lambda s, x: torch.addcmul(_moved(s.offset), x, _moved(s.factor * (s.var + 1e-5).rsqrt())),
+    "addcmul method": lambda s, x: _moved(s.offset).addcmul(x - _moved(s.mean), _moved(_scale_and_shift(s)[0])),
+    "words": lambda s, x: torch.add(torch.multiply(x, _moved(s.factor)), _moved(s.offset), alpha=0.5),
+    "of parameters": lambda s, x: x * _moved(s.learned * (s.var + 1e-5).rsqrt()) + _moved(s.offset - s.learned),
     "in one step": lambda s, x: _moved(s.factor) * x,
     "function": lambda s, x: F.batch_norm(x, s.mean, s.var, s.factor, s.offset, False, 0.0, 1e-5),
     "function by keywords": lambda s, x: F.batch_norm(
@@ -207,9 +212,32 @@ NORMS: dict[str, Callable[[Around, Tensor], Tensor]] = {
 def test_a_frozen_norm_is_a_batch_norm(how: str) -> None:
     traced = captured(lambda s, x: NORMS[how](s, x).relu())
     (norm,) = modules(traced, nn.BatchNorm2d)
-    assert not modules(traced, Scaled) and "norm" in {graph.role(traced, node) for node in traced.graph.nodes}
+    assert not modules(traced, Scaled) and "norm" in {nodes.role(traced, node) for node in traced.graph.nodes}
     trained = [name for name, parameter in norm.named_parameters() if parameter.requires_grad]
     assert trained == (["weight"] if how == "function by keywords" else [])
+
+
+LEARNED: dict[str, tuple[Callable[[Around, Tensor], Tensor], list[str]]] = {
+    "factor and offset": (
+        lambda s, x: (x - _moved(s.mean)) / _moved((s.var + 1e-5).sqrt()) * _moved(s.learned) + _moved(s.learned),
+        ["weight", "bias"],
+    ),
+    "factor alone": (lambda s, x: _moved(s.learned) * ((x - _moved(s.mean)) * _moved(s.var)), ["weight"]),
+    "offset alone": (lambda s, x: (x * _moved(s.var)) + _moved(s.learned), ["bias"]),
+    "addcmul": (
+        lambda s, x: torch.addcmul(_moved(s.learned), x * _moved(s.var), _moved(s.learned)),
+        ["weight", "bias"],
+    ),
+}
+
+
+@pytest.mark.parametrize("how", LEARNED)
+def test_a_written_norm_keeps_its_parameters(how: str) -> None:
+    forward, trained = LEARNED[how]
+    traced = captured(lambda s, x: forward(s, x).relu())
+    (norm,) = modules(traced, nn.BatchNorm2d)
+    assert not modules(traced, Scaled)
+    assert [name for name, parameter in norm.named_parameters() if parameter.requires_grad] == trained
 
 
 def test_nothing_moves_a_frozen_norm() -> None:
@@ -222,9 +250,14 @@ def test_nothing_moves_a_frozen_norm() -> None:
         torch.testing.assert_close(before[:, 0], 2 * x[:, 0] + 0.5)
 
 
-def test_a_number_that_is_made_of_parameters_is_no_norm() -> None:
+def test_a_number_that_is_made_of_parameters_is_no_norm_and_stands_still() -> None:
+    (scaled,) = modules(captured(lambda s, x: x * (s.learned.relu().sum() + 1e-4)), Scaled)
+    assert not list(scaled.parameters())
+
+
+def test_weights_that_are_made_of_parameters_are_refused_for_they_would_stand_still() -> None:
     with pytest.raises(UserError, match="cannot be quantized yet"):
-        captured(lambda s, x: x * (s.learned.relu().sum() + 1e-4))
+        captured(lambda s, x: F.conv2d(x, (s.learned * 2).reshape(8, 1, 1, 1), groups=8))
 
 
 def test_a_learned_factor_behind_a_layer_stays_one() -> None:

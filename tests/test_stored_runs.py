@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from faqd.benchmarks.compare import compare, rank_test, worse
-from faqd.benchmarks.latency import Length
-from faqd.benchmarks.sweep import FLAT, sweep
+from faqd.benchmarks.measure.latency import Length
+from faqd.benchmarks.measure.sweep import FLAT, sweep
+from faqd.benchmarks.record.compare import compare, rank_test, worse
 from faqd.errors import UserError
 from tests.test_bench import call
 from tests.test_latency import Clock, Turns

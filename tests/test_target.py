@@ -13,23 +13,24 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from faqd.train import graph
-from faqd.train.batches import Batches, Images
-from faqd.train.capture import capture
-from faqd.train.data import Augmentation
-from faqd.train.fuse import fused, in_place
-from faqd.train.job import Trainee
-from faqd.train.models import build_architecture
-from faqd.train.network import NetworkSource
-from faqd.train.objective import AUTOCAST, distill_job
-from faqd.train.placement import Bits
-from faqd.train.plan import Plan
-from faqd.train.prepare import calibrate, prepare
-from faqd.train.quantizers import ActivationQuantizer, WeightQuantizer
+from faqd.quantize import nodes
+from faqd.quantize.calibrate import calibrate
+from faqd.quantize.capture.capture import capture
+from faqd.quantize.capture.fuse_batch_norm import fused, in_place
+from faqd.quantize.config import QuantConfig
+from faqd.quantize.prepare import prepare
+from faqd.quantize.quantizers.quantizers import ActivationQuantizer, WeightQuantizer
+from faqd.train.data.datasets import Augmentation
+from faqd.train.loop.batches import Batches, Images
+from faqd.train.loop.distributed import CPU, World
+from faqd.train.loop.teacher_forward import dtype_effect, target_of
+from faqd.train.loop.trainee import Trainee
+from faqd.train.losses.objective import AUTOCAST, distill_job
+from faqd.train.losses.taps import tap_pairs
+from faqd.train.networks.source import NetworkSource
+from faqd.train.networks.zoo import build_architecture
 from faqd.train.recipes import Autocast, DistillRecipe, TeacherDtype, Training
-from faqd.train.taps import tap_pairs
-from faqd.train.target import dtype_effect, target_of
-from faqd.train.world import CPU, World
+from faqd.train.run.plan import Plan
 from tests.networks import NETWORKS, captured, images, lively
 from tests.toy_runs import User, everything_in, new_user, succeeds
 
@@ -46,7 +47,7 @@ def trainee_of(run: Path, autocast: Autocast = "none", teacher: TeacherDtype = "
     torch.manual_seed(0)
     source = NetworkSource(3, (8, 8), 10, architecture="resnet8")
     traced = capture(lively(source.build(), 1), EXAMPLE)
-    student = prepare(capture(source.build(), EXAMPLE), Bits(4, 4), EXAMPLE)
+    student = prepare(capture(source.build(), EXAMPLE), QuantConfig(4, 4), EXAMPLE)
     pixels = torch.randint(0, 256, (64, 3, 8, 8), dtype=torch.uint8)
     seen = Images(pixels, None, torch.tensor(1 / 64), torch.tensor(-2.0), Augmentation(1, True))
     calibrate(student, [seen.normalised(pixels)], "mse", batch_statistics=True)
@@ -64,11 +65,11 @@ def trainee_of(run: Path, autocast: Autocast = "none", teacher: TeacherDtype = "
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_teacher_in_place_computes_the_same(name: str) -> None:
     traced = captured(lively(NETWORKS[name](), 1))
-    names = [node.name for node in traced.graph.nodes if graph.is_tensor(node) and len(graph.shape(node)) == 4]
+    names = [node.name for node in traced.graph.nodes if nodes.is_tensor(node) and len(nodes.shape(node)) == 4]
     x = images(2, 8)
     before = x.clone()
     for tapped in (names, names[:1], []):
-        wanted, maps = graph.with_taps(traced, tapped).eval()(x)
+        wanted, maps = nodes.with_taps(traced, tapped).eval()(x)
         target = target_of(traced, tapped, CPU)(x)
         torch.testing.assert_close(target.outputs["logits"], wanted, rtol=1e-4, atol=1e-5)
         assert list(target.maps) == tapped and torch.equal(x, before)
@@ -78,7 +79,7 @@ def test_the_teacher_in_place_computes_the_same(name: str) -> None:
 
 def test_most_of_a_teacher_runs_in_place_without_batch_norm() -> None:
     traced = capture(build_architecture("resnet20", 3, 10, 8), EXAMPLE)
-    small = in_place(fused(graph.with_taps(traced, [])))
+    small = in_place(fused(nodes.with_taps(traced, [])))
     targets = [node.target for node in small.graph.nodes]
     assert targets.count(torch.relu_) == 19 and targets.count("add_") == 9
     assert not any(isinstance(module, nn.BatchNorm2d | nn.ReLU) for module in small.modules())
@@ -95,13 +96,13 @@ def test_targets_can_be_learned_from_and_have_no_gradient() -> None:
 
 def test_the_effect_of_bfloat16_is_what_it_does() -> None:
     traced = captured(lively(NETWORKS["residual"](), 1))
-    node = next(node.name for node in traced.graph.nodes if graph.role(traced, node) == "rectify")
+    node = next(node.name for node in traced.graph.nodes if nodes.role(traced, node) == "rectify")
     x = images(3, 64)
     effect = dtype_effect(traced, {node: "first"}, [x[:24], x[24:]], CPU, "bf16")
-    rounded: fx.GraphModule = copy.deepcopy(fused(graph.with_taps(traced, [node]))).bfloat16()
+    rounded: fx.GraphModule = copy.deepcopy(fused(nodes.with_taps(traced, [node]))).bfloat16()
     with torch.no_grad():
         outputs, (first,) = rounded(x.bfloat16())
-        wanted, (its_first,) = graph.with_taps(traced, [node]).eval()(x)
+        wanted, (its_first,) = nodes.with_taps(traced, [node]).eval()(x)
     assert effect.images == 64 and 1e-4 < effect.outputs < 0.05
     assert effect.outputs == pytest.approx(float((outputs.float() - wanted).norm() / wanted.norm()), rel=0.05)
     assert effect.maps == {
@@ -157,7 +158,7 @@ def test_every_term_is_float32_for_outputs_in_half_precision(dtype: torch.dtype,
     trainee, batches = trainee_of(tmp_path)
     recipe = DistillRecipe("", trainee.job.training, affinity="none", label_weight=1.0)
     source = NetworkSource(3, (8, 8), 10, architecture="resnet8")
-    student = prepare(capture(source.build(), EXAMPLE), Bits(8, 8), EXAMPLE)
+    student = prepare(capture(source.build(), EXAMPLE), QuantConfig(8, 8), EXAMPLE)
     labels = torch.arange(16) % 10
     batch = replace(batches.at(0), labels=labels)
     outputs = (20 * torch.randn(16, 10)).to(dtype)
@@ -180,7 +181,7 @@ def test_autocast_changes_a_gradient_by_its_rounding_only(autocast: Autocast, tm
 def test_a_float16_run_resumes_exactly(user: User, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     line = ("--autocast", "fp16", "--teacher-dtype", "bf16", "--lr", 0.02, "--weight-bits", 4, "--act-bits", 4)
     succeeds(user.distill(tmp_path / "whole", *line))
-    monkeypatch.setattr("faqd.train.loop.CHECKPOINT_EVERY_S", 0.0)
+    monkeypatch.setattr("faqd.train.loop.fit.CHECKPOINT_EVERY_S", 0.0)
     plain = Trainee.step
 
     def stops(trainee: Trainee, *arguments: Any) -> None:

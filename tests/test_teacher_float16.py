@@ -11,10 +11,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from faqd.bundle import TEACHER_FP16, VERIFY, load_bundle
-from faqd.deploy import student
-from faqd.deploy.float16 import LARGEST, float16_from_float32
-from faqd.deploy.onnx_session import OnnxSession
-from faqd.deploy.teacher_float16 import run_stored, teacher_float16
+from faqd.deploy import write_bundle as student
+from faqd.deploy.export.float16 import LARGEST, float16_from_float32
+from faqd.deploy.export.teacher_float16 import run_stored, teacher_float16
+from faqd.deploy.onnx_model.session import OnnxSession
 from faqd.files import read_json
 from tests.qdq_network import SHAPE, residual_network
 from tests.toy_runs import faqd_deploy, new_user, succeeds

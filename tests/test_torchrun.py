@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from faqd.errors import UserError
-from faqd.train.batches import Batches, Images
-from faqd.train.data import Augmentation
-from faqd.train.network import read_tensors
-from faqd.train.world import World
+from faqd.train.data.datasets import Augmentation
+from faqd.train.loop.batches import Batches, Images
+from faqd.train.loop.distributed import World
+from faqd.train.networks.source import read_tensors
 from tests.toy_runs import User, new_user, succeeds
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
@@ -27,9 +27,9 @@ LINE = ("--batch-size", 16, "--steps", 12, "--lr", 0.01, "--weight-bits", "2,4",
 KILLED = """
 import os, signal, sys
 from faqd.command import run
-from faqd.train import loop
+from faqd.train.loop import fit as loop
 from faqd.train.cli import cli
-from faqd.train.job import Trainee
+from faqd.train.loop.trainee import Trainee
 
 plain, loop.CHECKPOINT_EVERY_S, loop.CHECK_EVERY = Trainee.step, 0.0, 1
 

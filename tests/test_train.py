@@ -13,26 +13,26 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from faqd.train.augment import augment
-from faqd.train.batches import NORMS, Batch, Batches, Images, splits_on, stream
-from faqd.train.capture import capture
-from faqd.train.data import Augmentation
-from faqd.train.fuse import fused
-from faqd.train.images import upright_rgb
-from faqd.train.job import Job
-from faqd.train.loop import fit
-from faqd.train.network import read_tensors, write_tensors
-from faqd.train.objective import distill_job
-from faqd.train.plan import Plan
-from faqd.train.prepare import calibrate
+from faqd.quantize.calibrate import calibrate
+from faqd.quantize.capture.capture import capture
+from faqd.quantize.capture.fuse_batch_norm import fused
+from faqd.train.data.augment import augment
+from faqd.train.data.datasets import Augmentation
+from faqd.train.data.image_files import read_picture
+from faqd.train.loop.batches import NORMS, Batch, Batches, Images, splits_on, stream
+from faqd.train.loop.distributed import World
+from faqd.train.loop.fit import fit
+from faqd.train.loop.teacher_forward import target_of
+from faqd.train.loop.trainee import Job
+from faqd.train.losses.objective import distill_job
+from faqd.train.losses.taps import tap_pairs
+from faqd.train.networks.load_weights import load_weights
+from faqd.train.networks.source import read_tensors, write_tensors
 from faqd.train.recipes import DistillRecipe, Training
-from faqd.train.run import load_teacher
-from faqd.train.source import Lesson, lesson_from
-from faqd.train.student import load_student, new_student, student_source
-from faqd.train.taps import tap_pairs
-from faqd.train.target import target_of
-from faqd.train.weights import load_weights
-from faqd.train.world import World
+from faqd.train.run.folder import load_teacher
+from faqd.train.run.lesson import Lesson, lesson_from
+from faqd.train.run.plan import Plan
+from faqd.train.run.student import load_student, new_student, student_source
 from tests.toy_runs import NET, PLAIN, User, faqd_train, new_user, succeeds, write_images, write_net
 
 
@@ -129,7 +129,7 @@ def test_teacher_and_student_are_networks_of_the_user(tmp_path: Path) -> None:
     succeeds(faqd_train("distill", *line, "--arch", f"{tmp_path / 'small.py'}:build", "--out", student))
     record = record_of(student)
     assert record["recipe"]["init"] == "scratch" and record["network"]["file"] == str(tmp_path / "small.py")
-    assert record["teacher"]["file"] == str(net) and load_student(student).bits.label == "4/8"
+    assert record["teacher"]["file"] == str(net) and load_student(student).config.label == "4/8"
     # The same network by its name is the teacher's own: the student starts from its weights.
     succeeds(faqd_train("distill", *line, "--arch", f"{net}:build", "--out", tmp_path / "own"))
     assert record_of(tmp_path / "own")["recipe"]["init"] == "teacher"
@@ -153,7 +153,7 @@ def test_a_student_starts_from_a_run_of_any_bits(user: User, first: tuple[str, s
     torch.testing.assert_close(
         read_tensors(after / "weights.safetensors")[latent], read_tensors(before / "weights.safetensors")[latent]
     )
-    assert load_student(after).bits.label == "4/4"
+    assert load_student(after).config.label == "4/4"
 
 
 def test_lists_train_the_cross_product(user: User, tmp_path: Path) -> None:
@@ -199,9 +199,9 @@ def test_a_users_images_are_read_once(user: User, tmp_path: Path, monkeypatch: p
 
     def counted(path: Path) -> Any:
         read.append(path)
-        return upright_rgb(path)
+        return read_picture(path)
 
-    monkeypatch.setattr("faqd.train.images.upright_rgb", counted)
+    monkeypatch.setattr("faqd.train.data.image_files.read_picture", counted)
     succeeds(user.distill(tmp_path / "all", "--weight-bits", "4,8", "--steps", 1))
     assert set(Counter(read).values()) == {1}
 

@@ -16,24 +16,25 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from faqd.benchmarks.backends.sessions import OnnxruntimeBackend
 from faqd.benchmarks.bench import Options, bench
-from faqd.benchmarks.latency import Length
-from faqd.benchmarks.sessions import OnnxruntimeBackend
+from faqd.benchmarks.measure.latency import Length
 from faqd.bundle import FLOAT_STUDENT_FP16, STUDENT_ONNXRUNTIME, STUDENT_TENSORRT, TEACHER, Bundle
-from faqd.deploy.build_options import BuildOptions
-from faqd.deploy.bundle_engines import build_bundle
-from faqd.deploy.explain import explanation
-from faqd.deploy.onnx_file import load_model
-from faqd.deploy.onnx_session import OnnxSession
-from faqd.deploy.serving import TRITON_TENSORRT
-from faqd.deploy.student import quantize_after_training
-from faqd.deploy.uint8_input import compare_preprocessing, with_preprocessing, without_preprocessing
-from faqd.deploy.verify import verification
+from faqd.deploy.bundle_facts import BundleOptions
+from faqd.deploy.engine.bundle_engines import build_bundle
+from faqd.deploy.engine.options import BuildOptions
+from faqd.deploy.explain.explain import explanation
+from faqd.deploy.export.server_configs import TRITON_TENSORRT
+from faqd.deploy.export.uint8_input import compare_preprocessing, with_preprocessing, without_preprocessing
+from faqd.deploy.onnx_model.load import load_model
+from faqd.deploy.onnx_model.session import OnnxSession
+from faqd.deploy.verify.verify import verification
+from faqd.deploy.write_bundle import Calibration, quantize_after_training
 from faqd.errors import UserError
 from faqd.files import read_json
 from faqd.preprocess import Channels, Preprocess
-from faqd.train.data import DataOptions
-from faqd.train.placement import Bits
+from faqd.quantize.config import QuantConfig
+from faqd.train.data.datasets import DataOptions
 from tests.networks import lively
 from tests.qdq_network import SHAPE, residual_network
 
@@ -64,21 +65,17 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     space: dict[str, Any] = {}
     exec(NETWORK, space)
     torch.save(lively(space["Net"](), 1).state_dict(), folder / "best.pth")
-    data, bits = asdict(DataOptions("digits")), Bits(4, 4)
+    data, bits = asdict(DataOptions("digits")), QuantConfig(4, 4)
     weights, out = folder / "best.pth", folder / "out"
     return quantize_after_training(
         f"{folder}/net.py:Net",
         weights,
         data,
         bits,
-        "mse",
-        128,
+        Calibration(images=128),
         out,
-        100,
-        "fp16",
+        BundleOptions(100, input_form="uint8-nhwc", servers=("triton",)),
         lambda _: None,
-        "uint8-nhwc",
-        ("triton",),
     )
 
 

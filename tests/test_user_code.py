@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from faqd.deploy.export import onnx_from_deployed
-from faqd.deploy.torch_values import torch_digests
-from faqd.deploy.verify_layers import verify_file
+from faqd.deploy.export.torch_to_onnx import onnx_from_deployed
+from faqd.deploy.verify.layers import verify_file
+from faqd.deploy.verify.torch_values import torch_digests
 from faqd.errors import UserError
-from faqd.train.capture import capture
-from faqd.train.convert import collect_output_scales, convert
-from faqd.train.placement import Bits
+from faqd.quantize.capture.capture import capture
+from faqd.quantize.config import QuantConfig
+from faqd.quantize.convert import collect_output_scales, convert
 from tests.networks import calibrated, float_file_db, images, lively
 
 SHAPE = (3, 16, 16)
@@ -177,6 +177,22 @@ TAKEN: dict[str, Callable[[], nn.Module]] = {
     "cropped and padded": form(lambda x: F.pad(x.relu(), (1, -3, -2, 2), "reflect")),
     "coordinates": Coordinates,
     "frozen norm": Frozen,
+    "sum with a factor": form(lambda x: torch.add(x, x.relu(), alpha=0.5).sub(x.relu(), alpha=2)),
+    "words for sums and products": form(
+        lambda x: torch.subtract(torch.multiply(x.relu(), 0.3).divide(0.7), torch.negative(x)).true_divide(2)
+    ),
+    "turned subtraction": form(lambda x: torch.rsub(x, 1.5).relu()),
+    "product and sum in one": form(lambda x: torch.addcmul(x, x.relu(), torch.sigmoid(x), value=0.5)),
+    "quotient and sum in one": form(lambda x: torch.addcdiv(torch.ones(1, 8, 1, 1), x, torch.full((8, 1, 1), 3.0))),
+    "square": form(lambda x: x.relu().square() + torch.square(x)),
+    "positive and swapped": form(lambda x: torch.positive(x.relu()).swapaxes(2, 3)),
+    "concatenate": form(lambda x: torch.concatenate([x.relu()[:, :4], x.sigmoid()[:, 4:]], dim=1)),
+    "lerp meets its ends": form(
+        lambda x: torch.cat([torch.lerp(x.relu(), F.max_pool2d(x.relu(), 3, 1, 1), w) for w in (0.5, 0.25)], 1), 16
+    ),
+    "lerp by a map": form(lambda x: x.relu().lerp(x.sigmoid(), torch.sigmoid(x))),
+    "len for the batch": form(lambda x: torch.cat([x.relu(), torch.ones(1, 2, 16, 16).repeat(len(x), 1, 1, 1)], 1), 10),
+    "len of a list of chunks": form(lambda x: torch.cat([p * len(x.chunk(2, 1)) for p in x.chunk(2, 1)], 1)),
     "half meets whole": joined(lambda x: x * 0.5),
     "mean of two meets one": joined(lambda x: (x + F.max_pool2d(x, 3, 1, 1)) / 2),
 }
@@ -185,7 +201,7 @@ TAKEN: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("kind", TAKEN)
 def test_is_taken_as_it_stands(kind: str) -> None:
     x = images(3, 8, SHAPE)
-    student = calibrated(lively(TAKEN[kind](), 1), Bits(8, 8), shape=SHAPE)
+    student = calibrated(lively(TAKEN[kind](), 1), QuantConfig(8, 8), shape=SHAPE)
     scales = collect_output_scales(student, [images(0, 16, SHAPE)])
     for flavour in ("tensorrt", "onnxruntime"):
         deployed = convert(student, flavour, scales)
@@ -203,7 +219,10 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "mean over the batch": (form(lambda x: x - x.mean(0, keepdim=True)), "mixes images"),
     "list of places": (form(lambda x: x.relu()[:, [1, 0, 3, 2, 5, 4, 7, 6]]), "indexing with a list of places"),
     "divisor": (form(lambda x: F.avg_pool2d(x.relu(), 2, 2, 0, False, True, 3)), "divisor_override"),
-    "factor": (form(lambda x: torch.add(x, x.relu(), alpha=0.5)), "--exclude"),
+    "random numbers": (form(lambda x: x + torch.rand(1, 8, 16, 16)), "draws random numbers in evaluation mode"),
+    "random numbers of its size": (form(lambda x: x + torch.randn_like(x)), "draws random numbers in evaluation mode"),
+    "dropout that stays on": (form(lambda x: F.dropout(x, 0.5)), "draws random numbers in evaluation mode"),
+    "no function of tensors": (form(lambda x: x + int(x[0, 0, 0, 0] * 0)), "depends on tensor values or sizes"),
     "sizes": (form(lambda x: x if x.shape[2] == 16 else x.relu()), "depends on tensor values or sizes"),
 }
 
@@ -213,7 +232,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
 def test_is_refused_in_a_sentence(kind: str) -> None:
     make, words = REFUSED[kind]
     with pytest.raises(UserError, match=words):
-        calibrated(make(), Bits(8, 8), shape=SHAPE)
+        calibrated(make(), QuantConfig(8, 8), shape=SHAPE)
 
 
 def test_a_network_of_two_inputs_is_refused() -> None:

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from faqd.errors import UserError
-from faqd.train.capture import capture
-from faqd.train.exported import as_plain_modules
-from faqd.train.network import NetworkSource, user_source
-from faqd.train.placement import Bits
-from faqd.train.prepare import prepare, student_table
-from faqd.train.source import output_shapes
+from faqd.quantize.capture.capture import capture
+from faqd.quantize.capture.exported_program import as_plain_modules
+from faqd.quantize.config import QuantConfig
+from faqd.quantize.prepare import prepare
+from faqd.quantize.student import student_table
+from faqd.train.networks.source import NetworkSource, user_source
+from faqd.train.run.lesson import output_shapes
 from tests.toy_runs import NET, User, faqd_deploy, faqd_train, new_user, succeeds, write_net
 
 REGISTERS = """
@@ -154,7 +155,7 @@ def test_an_exported_program_is_the_network_with_its_layers(dynamic: bool) -> No
     if not dynamic:
         with pytest.raises(UserError, match=r"takes two images and not three: .*dynamic_shapes"):
             output_shapes(plain, NetworkSource(3, (8, 8), 0, file="net.py", callable="build"), "")
-    rows = student_table(prepare(capture(plain, x), Bits(8, 8), x))
+    rows = student_table(prepare(capture(plain, x), QuantConfig(8, 8), x))
     assert [row["name"] for row in rows] == ["first", "up", "flat", "last"]
 
 

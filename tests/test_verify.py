@@ -34,27 +34,28 @@ from faqd.bundle import (
     save_probe_outputs,
     write_manifest,
 )
-from faqd.deploy.constants import wrong_constants
-from faqd.deploy.export import onnx_from_deployed
-from faqd.deploy.float16 import float16_from_float32
-from faqd.deploy.onnx_file import load_model
-from faqd.deploy.onnx_session import OnnxSession
-from faqd.deploy.probes import Drive, driven_codes, probe_inputs
-from faqd.deploy.proof_table import print_verification
-from faqd.deploy.referee import Referee
-from faqd.deploy.segments import segments
-from faqd.deploy.student import quantize_after_training
-from faqd.deploy.teacher_float16 import TEACHER_IMAGES
-from faqd.deploy.ties import distinct_roundings
-from faqd.deploy.verify import verification, verify_bundle
-from faqd.deploy.verify_layers import CHANCE, EQUAL_CODES, tolerated, trace_of, verify_file
-from faqd.deploy.whole_outputs import snr_db
+from faqd.deploy.bundle_facts import BundleOptions
+from faqd.deploy.export.float16 import float16_from_float32
+from faqd.deploy.export.teacher_float16 import TEACHER_IMAGES
+from faqd.deploy.export.torch_to_onnx import onnx_from_deployed
+from faqd.deploy.onnx_model.load import load_model
+from faqd.deploy.onnx_model.session import OnnxSession
+from faqd.deploy.reference.evaluator import Referee
+from faqd.deploy.verify.layers import CHANCE, EQUAL_CODES, tolerated, trace_of, verify_file
+from faqd.deploy.verify.numbers import wrong_constants
+from faqd.deploy.verify.outputs import snr_db
+from faqd.deploy.verify.segments import segments
+from faqd.deploy.verify.table import print_verification
+from faqd.deploy.verify.test_vectors import Drive, driven_codes, probe_inputs
+from faqd.deploy.verify.ties import distinct_roundings
+from faqd.deploy.verify.verify import verification, verify_bundle
+from faqd.deploy.write_bundle import Calibration, quantize_after_training
 from faqd.errors import UserError
 from faqd.files import read_json
+from faqd.quantize.config import QuantConfig
+from faqd.quantize.convert import convert
 from faqd.reference import real
-from faqd.train.convert import convert
-from faqd.train.data import DataOptions
-from faqd.train.placement import Bits
+from faqd.train.data.datasets import DataOptions
 from tests.networks import Functional, calibrated, float_file_db, images, lively
 from tests.toy_runs import faqd_deploy
 
@@ -90,11 +91,11 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     exec(NETWORK, space)
     torch.save(lively(space["Net"](), 1).state_dict(), folder / "best.pth")
     data = asdict(DataOptions("digits"))
-    bits = Bits(4, 4)
+    bits = QuantConfig(4, 4)
     weights, out = folder / "best.pth", folder / "out"
     net = f"{folder}/net.py:Net"
     return quantize_after_training(
-        net, weights, data, bits, "mse", 256, out, 200, "fp16", lambda _: None, licence="CC-BY-4.0"
+        net, weights, data, bits, Calibration(images=256), out, BundleOptions(200, licence="CC-BY-4.0"), lambda _: None
     )
 
 
@@ -138,7 +139,14 @@ def test_dark_images_hide_no_clip(tmp_path: Path) -> None:
     data = asdict(DataOptions(f"npz:{tmp_path}/images.npz", mean=(0.0,), std=(1.0,)))
     net, out = f"{tmp_path}/net.py:Net", tmp_path / "out"
     dark = quantize_after_training(
-        net, tmp_path / "best.pth", data, Bits(4, 4), "mse", 256, out, 100, "fp16", lambda _: None
+        net,
+        tmp_path / "best.pth",
+        data,
+        QuantConfig(4, 4),
+        Calibration(images=256),
+        out,
+        BundleOptions(100),
+        lambda _: None,
     )
     assert dark.evaluation().images[:8].max() < 13
     for flavour, result in read_json(dark.folder / VERIFY)["flavours"].items():
@@ -572,7 +580,7 @@ def test_probes_at_which_torch_overflowed_tell_nothing(bundle: Bundle, tmp_path:
 
 def test_a_float_file_of_another_network_is_far_from_torch() -> None:
     x = images(0, 16)
-    student = calibrated(lively(Functional(), 1), Bits(8, 8))
+    student = calibrated(lively(Functional(), 1), QuantConfig(8, 8))
     model = onnx_from_deployed(convert(student, "float"), x, {})
     assert float_file_db(model.SerializeToString(), student, x)["logits"] > 100
     change(model, "fc2.bias", lambda bias: bias + 0.1)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LINKS = ("train", "deploy", "calib", "benchmarks")
+LINKS = ("quantize", "train", "deploy", "calib", "benchmarks")
 LINES = 400
 LONGER: dict[str, str] = {}
 """Files of the package that may be longer, each with its reason."""
@@ -22,7 +22,7 @@ GIVEN_AWAY = re.compile(
 
 
 def listed() -> list[Path]:
-    """What git holds or would add; where there is no git, every file of the four folders."""
+    """What git holds or would add; where there is no git, every file of these folders."""
     if not (ROOT / ".git").exists():
         return [path for folder in ("faqd", "tests", "docs", "results") for path in (ROOT / folder).rglob("*.*")]
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
@@ -54,7 +54,7 @@ def test_such_text_would_be_found(text: str, given_away: bool) -> None:
 
 
 @pytest.mark.parametrize("name", LINKS)
-def test_the_four_names_at_the_top_are_relative_links(name: str) -> None:
+def test_the_names_at_the_top_are_relative_links(name: str) -> None:
     assert (ROOT / name).readlink() == Path("faqd", name)
     assert (ROOT / name).is_dir()
 
@@ -83,6 +83,22 @@ def test_files_stay_short() -> None:
 def test_every_folder_of_the_package_is_one() -> None:
     """Without its __init__.py a folder is missing in the wheel."""
     assert {path.parent for path in python_files()} == {path.parent for path in (ROOT / "faqd").rglob("__init__.py")}
+
+
+NAMED = re.compile(r"(?<![\w/.-])(?:faqd|tests|results|docs|\.ci)/[\w./-]*\w(?![\w*])")
+NOT_HERE = ("faqd/bin", "results/boards/BUILDER-VERSION-GPU.json", "results/foreign")
+"""A virtual environment, a pattern, and what a script writes."""
+
+
+def test_every_path_that_a_text_names_exists() -> None:
+    texts = [path for path in listed() if path.suffix in (".md", ".py", ".cfg", ".toml") and path.is_file()]
+    missing = {
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in texts
+        for name in NAMED.findall(path.read_text("utf-8"))
+        if not (ROOT / name).exists() and not name.startswith(NOT_HERE)
+    }
+    assert not missing, "\n".join(sorted(missing))
 
 
 def python_files() -> list[Path]:

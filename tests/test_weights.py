@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import gzip
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 import torch
-from safetensors.torch import save_model
+from safetensors.torch import save, save_model
 from torch import Tensor, nn
 
 from faqd.errors import UserError
-from faqd.train.weights import load_weights
+from faqd.train.networks.load_weights import load_weights
 
 State = dict[str, Tensor]
 
@@ -86,7 +90,7 @@ LOADS: dict[str, tuple[Any, str]] = {
         {k.replace("backbone.", "backbone._checkpoint_wrapped_module."): v for k, v in WANTED.items()},
         "",
     ),
-    "an averaged model": ({"n_averaged": torch.tensor(5), **under("module.")}, ""),
+    "an averaged model": ({"n_averaged": torch.tensor(5), **under("module.")}, "w.pth: leaves out n_averaged."),
     "doubles": ({key: v.double() if v.is_floating_point() else v for key, v in WANTED.items()}, ""),
     "counters as floats": ({key: v.float() for key, v in WANTED.items()}, ""),
     "without counters": ({key: v for key, v in WANTED.items() if "num_batches" not in key}, ""),
@@ -102,14 +106,6 @@ def test_loads(kind: str, tmp_path: Path) -> None:
     load_weights(network, tmp_path / "w.pth", said.append)
     assert all(torch.equal(value, WANTED[key]) for key, value in network.state_dict().items())
     assert len(said) == bool(words) and all(words in text for text in said), said
-
-
-@pytest.mark.parametrize("name", ["w.PTH", "best.pth.tar", "last.ckpt", "pytorch_model.bin", "w.pt"])
-def test_what_torch_saves_has_many_names(name: str, tmp_path: Path) -> None:
-    torch.save({"state_dict": WANTED}, tmp_path / name)
-    network = Net()
-    load_weights(network, tmp_path / name)
-    assert torch.equal(network.head.weight, WANTED["head.weight"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float16])
@@ -156,6 +152,20 @@ REFUSED: dict[str, tuple[Callable[[], Any], list[str]]] = {
         ["1 unknown (first: model.neck.weight)"],
     ),
     "a class": (lambda: {"state_dict": WANTED, "args": argparse.Namespace(lr=0.1)}, ["(argparse.Namespace)"]),
+    "a negative variance": (
+        lambda: {**WANTED, "backbone.1.running_var": -WANTED["backbone.1.running_var"]},
+        ["backbone.1.running_var holds negative values"],
+    ),
+    "lazy modules that never ran": (
+        lambda: nn.Sequential(nn.LazyConv2d(8, 3), nn.ReLU()).state_dict(),
+        ["weights of a lazy module that never ran"],
+    ),
+    "lazy buffers that never ran": (
+        lambda: {"norm.running_mean": nn.LazyBatchNorm2d().running_mean, "a.weight": torch.ones(2)},
+        ["weights of a lazy module that never ran"],
+    ),
+    "nothing": (dict, ["an empty state dict"]),
+    "nothing in a wrapping": (lambda: {"state_dict": {}}, ["no state dict", "state_dict"]),
     "no tensor": (lambda: {"epoch": 3, "optimizer": {}}, ["no state dict", "epoch, optimizer"]),
     "a list": (lambda: list(WANTED.values()), ["holds a list"]),
 }
@@ -169,6 +179,90 @@ def test_is_refused(kind: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as refused:
         load_weights(Net(), tmp_path / "w.pth")
     assert all(word in str(refused.value) for word in ["w.pth", *words]), refused.value
+
+
+def a_program(path: Path) -> None:
+    torch.export.save(torch.export.export(Net().eval(), (torch.zeros(2, 3, 8, 8),)), path)
+
+
+def an_archive(path: Path, member: str = "weights/readme.txt") -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(member, "see elsewhere")
+
+
+def arrays(path: Path) -> None:
+    with path.open("wb") as stream:  # numpy would add its own suffix to a path
+        np.savez(stream, weight=WANTED["head.weight"].numpy())
+
+
+def an_onnx_file(path: Path) -> None:
+    graph = onnx.helper.make_graph([], "net", [], [])
+    path.write_bytes(onnx.helper.make_model(graph, producer_name="pytorch").SerializeToString())
+
+
+def cut_short(path: Path) -> None:
+    torch.save(WANTED, path)
+    path.write_bytes(path.read_bytes()[:-600])
+
+
+OTHER_FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "a program of torch.export": (a_program, "a program of torch.export"),
+    "TorchScript": (lambda path: torch.jit.save(torch.jit.script(Net()), path), "a TorchScript archive"),
+    "a web page": (lambda path: path.write_text("\n<!DOCTYPE html>\n<html><body>Not found"), "a web page"),
+    "an error in XML": (lambda path: path.write_text("<?xml version='1.0'?><Error>AccessDenied"), "a web page"),
+    "Git LFS": (
+        lambda path: path.write_text(
+            f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12345\n"
+        ),
+        "a pointer of Git LFS",
+    ),
+    "git-annex": (lambda path: path.write_text("/annex/objects/SHA256E-s9--0.pth\n"), "a pointer of git-annex"),
+    "an answer in JSON": (
+        lambda path: path.write_text('{"error": "Repository not found"}'),
+        'a text, which begins with \'{"error"',
+    ),
+    "words": (lambda path: path.write_text("moved to another place"), "a text, which begins with 'moved"),
+    "a long text": (lambda path: path.write_text("ä word " * 500), "a text, which begins with 'ä word"),
+    "a folder": (lambda path: path.mkdir(), "a folder"),
+    "no bytes": (lambda path: path.write_bytes(b""), "empty, 0 bytes"),
+    "gzip": (lambda path: path.write_bytes(gzip.compress(b"weights")), "a compressed file"),
+    "a zip of other things": (an_archive, "a zip archive, of weights/readme.txt"),
+    "HDF5": (lambda path: path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(200)), "an HDF5 file"),
+    "one array": (lambda path: path.write_bytes(b"\x93NUMPY\x01\x00" + bytes(200)), "a numpy array"),
+    "an npz file": (arrays, "an npz file"),
+    "an ONNX file": (an_onnx_file, "an ONNX file"),
+    "cut short": (cut_short, "damaged or cut short"),
+    "noise": (lambda path: path.write_bytes(bytes(range(128, 256)) * 4), "damaged"),
+}
+
+
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors", "w.pt2", "weights"])
+@pytest.mark.parametrize("kind", OTHER_FILES)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_another_file_is_called_what_it_is(kind: str, name: str, tmp_path: Path) -> None:
+    make, words = OTHER_FILES[kind]
+    path = tmp_path / name
+    make(path)
+    with pytest.raises(UserError) as refused:
+        load_weights(Net(), path)
+    assert str(refused.value).startswith(f"{path}: ") and words in str(refused.value), refused.value
+
+
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors", "w.bin", "w.weights", "w"])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: path.write_bytes(save(WANTED)),
+        lambda path: torch.save(WANTED, path),
+        lambda path: torch.save(WANTED, path, _use_new_zipfile_serialization=False),
+    ],
+    ids=["safetensors", "torch.save", "torch.save of before 1.6"],
+)
+def test_weights_are_read_under_any_name(write: Callable[[Path], Any], name: str, tmp_path: Path) -> None:
+    write(tmp_path / name)
+    network = Net()
+    load_weights(network, tmp_path / name)
+    assert torch.equal(network.head.weight, WANTED["head.weight"])
 
 
 def test_a_tied_tensor_is_read_from_any_of_its_names_but_not_from_two_values(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from faqd.benchmarks.training import worth
-from faqd.benchmarks.training.worth_table import summary
+from faqd.benchmarks.studies import ablation as worth
+from faqd.benchmarks.studies.ablation_table import summary
 from faqd.files import write_json
 from tests.toy_runs import Outcome, everything_in, faqd_train, outcome_of, succeeds
 
@@ -54,7 +54,7 @@ def study(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("faqd.benchmarks.training.worth.write_json", interrupted)
+        patch.setattr("faqd.benchmarks.studies.ablation.write_json", interrupted)
         assert compared(teacher, out).code == 130
     before = {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()}
     assert {path.name for path in before} == {f"{name}-s0.json" for name in ("float-w32a32", "ptq-w4a4", "qat-w4a4")}

@@ -408,7 +408,7 @@ def test_a_full_disk(user: User, name: str, tmp_path: Path, monkeypatch: pytest.
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr("faqd.train.loop.CHECKPOINT_EVERY_S", 0.0)
+        patch.setattr("faqd.train.loop.fit.CHECKPOINT_EVERY_S", 0.0)
         patch.setattr(Path, "write_bytes", until_full)
         refuses(user.distill(out), "no space left on the disk", str(out / name), "run the same command again")
     assert not [path for path in out.rglob("*") if ".partial" in path.name or path.name.startswith(name)]
@@ -441,19 +441,19 @@ def test_a_gpu_that_is_too_small(user: User, tmp_path: Path, monkeypatch: pytest
     def too_much(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("faqd.train.job.Trainee.step", too_much)
+    monkeypatch.setattr("faqd.train.loop.trainee.Trainee.step", too_much)
     refuses(user.distill(tmp_path / "out"), "too little memory for --batch-size 16", code=1)
 
 
 def test_a_checkpoint_that_is_damaged(user: User, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("faqd.train.loop.CHECKPOINT_EVERY_S", 0.0)
+    monkeypatch.setattr("faqd.train.loop.fit.CHECKPOINT_EVERY_S", 0.0)
     scratch = ("--init", "scratch")  # batch norm is only estimated again where it was trained here
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("faqd.train.loop.settle_norms", interrupted)
+        patch.setattr("faqd.train.loop.fit.settle_norms", interrupted)
         assert user.distill(tmp_path / "out", *scratch).code == 130
     (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
     _edited(checkpoint / "position.json", other=1)

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from faqd.deploy.build_options import BuildOptions
-from faqd.deploy.engine import engine_from_onnx
-from faqd.deploy.export import onnx_from_deployed, save
-from faqd.deploy.float16 import float16_from_float32
-from faqd.train.convert import convert
-from faqd.train.models import ARCHITECTURES, build_architecture
-from faqd.train.placement import Bits
-from faqd.train.prepare import calibrate, prepare
+from faqd.deploy.engine.build import engine_from_onnx
+from faqd.deploy.engine.options import BuildOptions
+from faqd.deploy.export.float16 import float16_from_float32
+from faqd.deploy.export.torch_to_onnx import onnx_from_deployed, save
+from faqd.quantize.calibrate import calibrate
+from faqd.quantize.config import QuantConfig
+from faqd.quantize.convert import convert
+from faqd.quantize.prepare import prepare
+from faqd.train.networks.zoo import ARCHITECTURES, build_architecture
 from tests.networks import captured, images
 
 pytestmark = pytest.mark.skipif(
@@ -38,7 +39,9 @@ def test_the_zoo_is_all_here() -> None:
 @pytest.mark.parametrize(("name", "pixels", "products"), ZOO)
 def test_the_builder_takes_it_with_every_layer_in_int8(name: str, pixels: int, products: int, tmp_path: Path) -> None:
     shape = (3, pixels, pixels)
-    student = prepare(captured(build_architecture(name, 3, 10, pixels).eval(), shape), Bits(8, 8), images(0, 2, shape))
+    student = prepare(
+        captured(build_architecture(name, 3, 10, pixels).eval(), shape), QuantConfig(8, 8), images(0, 2, shape)
+    )
     student.network.eval()
     calibrate(student, [images(0, 2, shape)], "max")
     onnx = onnx_from_deployed(convert(student, "tensorrt"), images(1, 2, shape), {})

@@ -22,7 +22,7 @@ from faqd.bundle import (
     write_manifest,
 )
 from faqd.cpu import cpu_kind
-from faqd.deploy.onnx_session import OnnxSession
+from faqd.deploy.onnx_model.session import OnnxSession
 from faqd.files import sha256, write_json
 from faqd.preprocess import Preprocess
 from faqd.proof import FORMAT, VERSION

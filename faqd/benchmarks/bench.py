@@ -11,13 +11,11 @@ from typing import Any
 import numpy as np
 
 from faqd import __version__
-from faqd.benchmarks import energy
-from faqd.benchmarks.accuracy import classification_output, judge
-from faqd.benchmarks.clocks import Clocks
-from faqd.benchmarks.environment import environment
-from faqd.benchmarks.exports import profile_json
-from faqd.benchmarks.gates import Gates, judged
-from faqd.benchmarks.latency import (
+from faqd.benchmarks.measure import energy
+from faqd.benchmarks.measure.accuracy import classification_output, judge
+from faqd.benchmarks.measure.clocks import Clocks
+from faqd.benchmarks.measure.environment import environment
+from faqd.benchmarks.measure.latency import (
     AVERAGE_RUNS,
     CLOSED_LOOP,
     ONE_AHEAD,
@@ -30,8 +28,7 @@ from faqd.benchmarks.latency import (
     stability_warnings,
     summary,
 )
-from faqd.benchmarks.metric import Metric, images_judged
-from faqd.benchmarks.networks import (
+from faqd.benchmarks.measure.networks import (
     Array,
     Backend,
     Network,
@@ -41,10 +38,13 @@ from faqd.benchmarks.networks import (
     feeds_of,
     timed_teacher,
 )
-from faqd.benchmarks.remarks import remarks
-from faqd.benchmarks.stored import FORMAT, VERSION
-from faqd.benchmarks.sustained import sustained
-from faqd.benchmarks.sweep import sweep
+from faqd.benchmarks.measure.sustained import sustained
+from faqd.benchmarks.measure.sweep import sweep
+from faqd.benchmarks.measure.user_metric import Metric, images_judged
+from faqd.benchmarks.record.gates import Gates, judged
+from faqd.benchmarks.record.read import FORMAT, VERSION
+from faqd.benchmarks.report.notes import remarks
+from faqd.benchmarks.report.trtexec_json import profile_json
 from faqd.bundle import EVAL, Bundle, Evaluation, without_fp16_teacher
 from faqd.errors import UserError
 

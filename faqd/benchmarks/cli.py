@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from faqd.benchmarks.bench import Options
-    from faqd.benchmarks.gates import Gates
-    from faqd.benchmarks.networks import Backend
-    from faqd.benchmarks.switches import Asked
+    from faqd.benchmarks.measure.networks import Backend
+    from faqd.benchmarks.measure.switches import Asked
+    from faqd.benchmarks.record.gates import Gates
 
 STUDENT_ENGINE = "student.tensorrt.engine"
 _GATES = ("min_accuracy_ratio", "min_agreement", "max_p99_ms", "max_energy_mj")
@@ -41,8 +41,8 @@ def bench_command(
     Several bundles are compared in one run if they were exported from the same data and teacher. With --from or
     --compare nothing is measured: earlier records are read.
     """
-    from faqd.benchmarks.gates import Gates
-    from faqd.benchmarks.table import console_for
+    from faqd.benchmarks.record.gates import Gates
+    from faqd.benchmarks.report.terminal import console_for
 
     ways = {"BUNDLE": bool(bundles), "--from": stored is not None, "--compare": compare is not None}
     given = [name for name, there in ways.items() if there]
@@ -60,9 +60,9 @@ def bench_command(
 
 def _measure(bundles: Sequence[Path], gates: Gates, console: Console, options: dict[str, Any]) -> None:
     from faqd.benchmarks.bench import bench
-    from faqd.benchmarks.exports import times_json
-    from faqd.benchmarks.metric import load_metric
-    from faqd.benchmarks.switches import Asked
+    from faqd.benchmarks.measure.switches import Asked
+    from faqd.benchmarks.measure.user_metric import load_metric
+    from faqd.benchmarks.report.trtexec_json import times_json
 
     if options["skip_latency"] and (options["export_times"] or options["export_profile"]):
         raise UserError("--export-times and --export-profile need timed queries, and --skip-latency leaves them out.")
@@ -87,8 +87,8 @@ def _measure(bundles: Sequence[Path], gates: Gates, console: Console, options: d
 
 
 def _judge_stored(path: Path, gates: Gates, console: Console, options: dict[str, Any]) -> None:
-    from faqd.benchmarks.gates import judged
-    from faqd.benchmarks.stored import read_record
+    from faqd.benchmarks.record.gates import judged
+    from faqd.benchmarks.record.read import read_record
 
     record = read_record(path)
     record["gates"] = judged(record, gates)
@@ -96,9 +96,9 @@ def _judge_stored(path: Path, gates: Gates, console: Console, options: dict[str,
 
 
 def _show(record: dict[str, Any], console: Console, options: dict[str, Any]) -> None:
-    from faqd.benchmarks.gates import check
-    from faqd.benchmarks.report import page_from_result
-    from faqd.benchmarks.table import print_result
+    from faqd.benchmarks.record.gates import check
+    from faqd.benchmarks.report.html import page_from_result
+    from faqd.benchmarks.report.terminal import print_result
 
     print_result(record, console)
     emit_json(options["json_target"], record)
@@ -111,9 +111,9 @@ def _show(record: dict[str, Any], console: Console, options: dict[str, Any]) -> 
 
 
 def _compare(a: Path, b: Path, console: Console, json_target: str | None) -> None:
-    from faqd.benchmarks.compare import compare, worse
-    from faqd.benchmarks.stored import read_record
-    from faqd.benchmarks.table import print_comparison
+    from faqd.benchmarks.record.compare import compare, worse
+    from faqd.benchmarks.record.read import read_record
+    from faqd.benchmarks.report.terminal import print_comparison
 
     found = compare(read_record(a), read_record(b))
     print_comparison(found, console)
@@ -124,7 +124,7 @@ def _compare(a: Path, b: Path, console: Console, json_target: str | None) -> Non
 
 def _options(options: dict[str, Any], gates: Gates) -> Options:
     from faqd.benchmarks.bench import Options
-    from faqd.benchmarks.latency import Length
+    from faqd.benchmarks.measure.latency import Length
 
     return Options(
         batch=options["batch"],
@@ -142,7 +142,7 @@ def _options(options: dict[str, Any], gates: Gates) -> Options:
 
 
 def _backend(bundles: Sequence[Bundle], asked: Asked, options: dict[str, Any]) -> Backend:
-    from faqd.deploy.cuda import device_or_none
+    from faqd.deploy.cuda.cuda import device_or_none
 
     choice, cuda = options["backend"], options["cuda"]
     without = [str(bundle.folder) for bundle in bundles if not (bundle.folder / STUDENT_ENGINE).is_file()]
@@ -150,7 +150,7 @@ def _backend(bundles: Sequence[Bundle], asked: Asked, options: dict[str, Any]) -
     if choice == "engine" and device is None:
         raise UserError(f"--backend engine: {reason}")
     if device is not None and (choice == "engine" or not without):
-        from faqd.benchmarks.engines import EngineBackend
+        from faqd.benchmarks.backends.engines import EngineBackend
 
         why = "asked for" if choice == "engine" else "a GPU and engines are here"
         return EngineBackend(device, why, asked.on_a_gpu(), cuda=cuda, trust=options["trust"])
@@ -162,7 +162,7 @@ def _backend(bundles: Sequence[Bundle], asked: Asked, options: dict[str, Any]) -
     else:
         why = "no GPU that can be used from here"
     try:
-        from faqd.benchmarks.sessions import OnnxruntimeBackend
+        from faqd.benchmarks.backends.sessions import OnnxruntimeBackend
     except ModuleNotFoundError as error:
         if choice == "onnxruntime" or error.name not in ("onnx", "onnxruntime"):
             raise

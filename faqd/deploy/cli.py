@@ -79,9 +79,11 @@ def export(
     json_target: str | None,
 ) -> None:
     """Write the bundle of a distilled student, and verify it."""
-    from faqd.deploy.student import export_run
+    from faqd.deploy.bundle_facts import BundleOptions
+    from faqd.deploy.write_bundle import export_run
 
-    bundle = export_run(run_folder, out, data_root, eval_samples, float_type, _say, input_form, servers, licence)
+    options = BundleOptions(eval_samples, float_type, input_form, servers, licence)
+    bundle = export_run(run_folder, out, options, _say, data_root)
     _conclude(bundle, json_target)
 
 
@@ -134,24 +136,14 @@ def ptq(
     **options: Any,
 ) -> None:
     """Quantize a float network without training: the baseline, as a bundle of the same kind."""
-    from faqd.deploy.student import quantize_after_training
-    from faqd.train.placement import Bits
+    from faqd.deploy.bundle_facts import BundleOptions
+    from faqd.deploy.write_bundle import Calibration, quantize_after_training
+    from faqd.quantize.config import QuantConfig
 
-    bundle = quantize_after_training(
-        teacher,
-        teacher_weights,
-        data_values(options),
-        Bits(weight_bits, act_bits, target, exclude=exclude),
-        calibration,
-        calibration_images,
-        out,
-        eval_samples,
-        float_type,
-        _say,
-        input_form,
-        servers,
-        licence,
-    )
+    bits = QuantConfig(weight_bits, act_bits, target, exclude=exclude)
+    chosen = Calibration(calibration, calibration_images)
+    asked = BundleOptions(eval_samples, float_type, input_form, servers, licence)
+    bundle = quantize_after_training(teacher, teacher_weights, data_values(options), bits, chosen, out, asked, _say)
     _conclude(bundle, json_target)
 
 
@@ -161,8 +153,8 @@ def ptq(
 def verify(bundle_folder: Path, json_target: str | None) -> None:
     """Prove a bundle again: torch, referee and onnxruntime, layer by layer. Exit code 1 if a bound does not hold."""
     from faqd.bundle import load_bundle
-    from faqd.deploy.proof_table import print_verification
-    from faqd.deploy.verify import verify_bundle
+    from faqd.deploy.verify.table import print_verification
+    from faqd.deploy.verify.verify import verify_bundle
 
     record = verify_bundle(load_bundle(bundle_folder))
     if json_target is None:
@@ -177,8 +169,8 @@ def verify(bundle_folder: Path, json_target: str | None) -> None:
 @json_option
 def explain(source: Path, rules_only: bool, json_target: str | None) -> None:
     """Say which layers run in INT8 on TensorRT, how that is known, and what to change where one does not."""
-    from faqd.deploy.explain import explanation
-    from faqd.deploy.explain_table import print_explanation
+    from faqd.deploy.explain.explain import explanation
+    from faqd.deploy.explain.table import print_explanation
 
     record = explanation(source, rules_only=rules_only)
     if json_target is None:
@@ -240,8 +232,8 @@ def build_engine(
 ) -> None:
     """Build the engine with the TensorRT or TensorRT-RTX installed here."""
     from faqd.bundle import load_bundle
-    from faqd.deploy.build_options import BuildOptions, shapes_from_text
-    from faqd.deploy.bundle_engines import build_bundle
+    from faqd.deploy.engine.bundle_engines import build_bundle
+    from faqd.deploy.engine.options import BuildOptions, shapes_from_text
 
     chosen = BuildOptions(
         min_shapes=shapes_from_text("--min-shapes", min_shapes),
@@ -261,7 +253,7 @@ def doctor(engine: Path | None, json_target: str | None) -> None:
 
     Exit code 1 if it cannot, 2 if the engine has no record.
     """
-    from faqd.deploy.doctor import examine, lines
+    from faqd.deploy.board.doctor import examine, lines
 
     findings = examine(engine)
     if json_target is None:
@@ -287,8 +279,8 @@ def selftest(cases: str | None, backend: str, json_target: str | None) -> None:
 
     Exit code 1 if one does not hold that faqd relies on. results/boards/README.md says how to send the JSON in.
     """
-    from faqd.deploy.selftest import conclusion
-    from faqd.deploy.selftest import selftest as selftested
+    from faqd.deploy.board.selftest import conclusion
+    from faqd.deploy.board.selftest import selftest as selftested
 
     record = selftested(cases, backend, _say)
     emit_json(json_target, record)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from faqd.bundle import MANIFEST, load_bundle
-from faqd.deploy.onnx_scan import read_scanned
+from faqd.deploy.onnx_model.scan import read_scanned
 from faqd.errors import UserError
 from faqd.files import read_json
 from faqd.proof import Proof, proofs_of

@@ -89,10 +89,10 @@ def _schedule(command: Any) -> Any:
 @json_option
 def teacher(recipe: str, json_target: str | None, **options: Any) -> None:
     """Train a float teacher with labels, where you have none of your own."""
-    from faqd.train.data import DataOptions
+    from faqd.train.data.datasets import DataOptions
+    from faqd.train.loop.distributed import joined
     from faqd.train.recipes import overridden, teacher_recipe
     from faqd.train.teacher import train_teacher
-    from faqd.train.world import joined
 
     data, out, device, resume, deadline = data_values(options), *_place_values(options)
     chosen = overridden(teacher_recipe(recipe), {"data": data["source"], **options})
@@ -192,9 +192,9 @@ _teacher_weights = click.option(
 def distill(recipe: str, teacher: str, teacher_weights: Path | None, json_target: str | None, **options: Any) -> None:
     """Distil quantized students from a teacher, on images without labels."""
     from faqd.train import distill as distillation
+    from faqd.train.loop.distributed import joined
     from faqd.train.recipes import distill_recipe, overridden
-    from faqd.train.source import lesson_from
-    from faqd.train.world import joined
+    from faqd.train.run.lesson import lesson_from
 
     data, out, device, resume, deadline = data_values(options), *_place_values(options)
     taps, seeds = list(options.pop("taps")) or None, options.pop("seeds")
@@ -332,7 +332,7 @@ def _bit_list(option: str, text: str | None) -> list[int | None]:
 def _variants(base: DistillRecipe, weight_bits: list[int | None], act_bits: list[int | None]) -> list[DistillRecipe]:
     """The cross product of bits; refuses those out of range before anything is read or trained."""
     from faqd.train.recipes import overridden
-    from faqd.train.student import recipe_bits
+    from faqd.train.run.student import recipe_bits
 
     pairs = product(weight_bits, act_bits)
     made = [overridden(base, {"weight_bits": weights, "act_bits": activations}) for weights, activations in pairs]

@@ -22,22 +22,26 @@ from torch import Tensor, fx, nn
 
 from faqd.errors import UserError
 from faqd.quant import FLOAT_BITS
-from faqd.train import graph
-from faqd.train.batches import Batches, Images, splits_on
-from faqd.train.capture import capture
-from faqd.train.convert import collect_output_scales
-from faqd.train.data import Say
-from faqd.train.doubts import question_taps
-from faqd.train.heads import Heads, heads_from, heads_of
-from faqd.train.job import Job, select_losses
-from faqd.train.loop import finish, fit
-from faqd.train.network import write_tensors
-from faqd.train.objective import Pairs, distances_to, distill_job
-from faqd.train.plan import Plan, has_affinity, plan_of
-from faqd.train.prepare import Student, calibrate
-from faqd.train.progress import reporting
+from faqd.quantize import nodes
+from faqd.quantize.calibrate import calibrate
+from faqd.quantize.capture.capture import capture
+from faqd.quantize.convert import collect_output_scales
+from faqd.quantize.student import Student
+from faqd.train.data.datasets import Say
+from faqd.train.data.doubts import question_taps
+from faqd.train.loop.batches import Batches, Images, splits_on
+from faqd.train.loop.distributed import World
+from faqd.train.loop.fit import finish, fit
+from faqd.train.loop.progress import reporting
+from faqd.train.loop.select import Answers, Measure, kept_sentence, mean_losses, users_measure
+from faqd.train.loop.teacher_forward import dtype_effect, target_of
+from faqd.train.loop.trainee import Job, select_losses
+from faqd.train.losses.heads import Heads, heads_from, heads_of
+from faqd.train.losses.objective import Pairs, distances_to, distill_job
+from faqd.train.losses.taps import tap_costs, tap_names, tap_pairs
+from faqd.train.networks.source import write_tensors
 from faqd.train.recipes import DistillRecipe, TeacherDtype, recipe_json, relative_rate
-from faqd.train.run import (
+from faqd.train.run.folder import (
     RECORD,
     TEACHER_WEIGHTS,
     begin,
@@ -46,12 +50,9 @@ from faqd.train.run import (
     is_done,
     read_record,
 )
-from faqd.train.select import Answers, Measure, kept_sentence, mean_losses, users_measure
-from faqd.train.source import Lesson, Teacher
-from faqd.train.student import new_student, start_of
-from faqd.train.taps import tap_costs, tap_names, tap_pairs
-from faqd.train.target import dtype_effect, target_of
-from faqd.train.world import World
+from faqd.train.run.lesson import Lesson, Teacher
+from faqd.train.run.plan import Plan, has_affinity, plan_of
+from faqd.train.run.student import new_student, start_of
 
 CALIBRATION_IMAGES = 512
 FLOAT64_PIXELS = 2**19
@@ -229,7 +230,7 @@ def _dtype_effect(
     """What the teacher loses in its dtype, as the record of a run has it; nothing for float32."""
     if dtype == "fp32":
         return {}
-    places = {node.name: place for node, place in graph.places(teacher).items()}
+    places = {node.name: place for node, place in nodes.places(teacher).items()}
     effect = dtype_effect(
         teacher, {name: places[name] for name in taps}, list(calibration_batches(train)), world.device, dtype
     )

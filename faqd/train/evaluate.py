@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 
 from faqd.quant import FLOAT_BITS
-from faqd.train.convert import convert
-from faqd.train.data import load_dataset
-from faqd.train.outputs import run_batches
-from faqd.train.prepare import Student
-from faqd.train.run import data_options, finished, load_teacher, network_input, run_preprocess
-from faqd.train.student import load_student
+from faqd.quantize.convert import convert
+from faqd.quantize.outputs import run_batches
+from faqd.quantize.student import Student
+from faqd.train.data.datasets import load_dataset
+from faqd.train.run.folder import data_options, finished, load_teacher, network_input, run_preprocess
+from faqd.train.run.student import load_student
 
 BATCH = 250
 
 
 def deployable(student: Student) -> Any:
     """What a student's accuracy is measured on: its integers, or the network itself where activations are float."""
-    return student.network if student.bits.activations == FLOAT_BITS else convert(student, "tensorrt")
+    return student.network if student.config.activations == FLOAT_BITS else convert(student, "tensorrt")
 
 
 def evaluate_run(folder: Path, data_root: Path | None) -> dict[str, Any]:

@@ -7,16 +7,17 @@ from typing import Any
 
 from faqd.command import parse_size
 from faqd.errors import UserError
-from faqd.train.capture import capture
-from faqd.train.data import Say
-from faqd.train.network import NetworkSource, user_source
-from faqd.train.placement import Bits
-from faqd.train.prepare import prepare, student_table
-from faqd.train.run import read_record
-from faqd.train.source import Teacher, refuse_weights_of_a_run
-from faqd.train.student import student_source
-from faqd.train.taps import tap_names, tap_pairs
-from faqd.train.weights import load_weights
+from faqd.quantize.capture.capture import capture
+from faqd.quantize.config import QuantConfig
+from faqd.quantize.prepare import prepare
+from faqd.quantize.student import student_table
+from faqd.train.data.datasets import Say
+from faqd.train.losses.taps import tap_names, tap_pairs
+from faqd.train.networks.load_weights import load_weights
+from faqd.train.networks.source import NetworkSource, user_source
+from faqd.train.run.folder import read_record
+from faqd.train.run.lesson import Teacher, refuse_weights_of_a_run
+from faqd.train.run.student import student_source
 
 
 def inspect_network(
@@ -42,7 +43,7 @@ def inspect_network(
     network, example = source.build(), source.example()
     if teacher_weights is not None:
         load_weights(network, teacher_weights, say)
-    bits = Bits(weight_bits, act_bits, target, scales == "channel", exclude=exclude)
+    bits = QuantConfig(weight_bits, act_bits, target, scales == "channel", exclude=exclude)
     traced = capture(network, example)
     source = student_source(arch, Teacher(network, source, ""))
     student = prepare(traced if arch is None else capture(source.build(), example), bits, example)

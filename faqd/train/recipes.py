@@ -10,8 +10,8 @@ from typing import Any, Literal
 from faqd.calib.ranges import Method
 from faqd.errors import UserError
 from faqd.quant import Rounding, Target
-from faqd.train.losses import AffinityForm, LogitForm
-from faqd.train.quantizers import ScaleGradient
+from faqd.quantize.quantizers.quantizers import ScaleGradient
+from faqd.train.losses.distillation import AffinityForm, LogitForm
 
 DistillAffinity = AffinityForm | Literal["none"]
 TeacherDtype = Literal["fp32", "bf16"]
@@ -74,7 +74,7 @@ def usual_training(training: Training, scratch: bool, image_pixels: int) -> Trai
 
 
 def relative_rate(distance: float, weight_bits: int) -> float:
-    """The usual rate of relative steps for a student whose outputs are at this distance (faqd.train.heads) untrained.
+    """The usual rate of relative steps for a student whose outputs are at this distance untrained (losses/heads.py).
 
     The distance is a square, the weights' errors that made it are not. A student that says nothing of what its teacher
     does has a distance of 1 or more, and farther is no farther to go.

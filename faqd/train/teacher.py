@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from faqd.errors import UserError
-from faqd.train.batches import Batch, Batches, Images, splits_on
-from faqd.train.data import DataOptions, Dataset, Say, load_dataset
-from faqd.train.doubts import question_images, refuse_one_class
-from faqd.train.job import Job, Losses, select_losses
-from faqd.train.loop import finish, fit
-from faqd.train.network import NetworkSource, architecture_source
+from faqd.train.data.datasets import DataOptions, Dataset, Say, load_dataset
+from faqd.train.data.doubts import question_images, refuse_one_class
+from faqd.train.loop.batches import Batch, Batches, Images, splits_on
+from faqd.train.loop.distributed import World
+from faqd.train.loop.fit import finish, fit
+from faqd.train.loop.trainee import Job, Losses, select_losses
+from faqd.train.networks.source import NetworkSource, architecture_source
 from faqd.train.recipes import TeacherRecipe, recipe_json
-from faqd.train.run import asked_json, begin, conclude, data_json, held, is_done, read_record
-from faqd.train.source import output_shapes
-from faqd.train.world import World
+from faqd.train.run.folder import asked_json, begin, conclude, data_json, held, is_done, read_record
+from faqd.train.run.lesson import output_shapes
 
 
 def train_teacher(

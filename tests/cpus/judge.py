@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from faqd.deploy.verify_layers import SATURATED, _compare, _differing_in_all, _failure, _saturated
+from faqd.deploy.verify.layers import SATURATED, _compare, _differing_in_all, _failure, _saturated
 from tests.cpus.emulated import Cpu
 from tests.cpus.students import SATURATING, Case
 

@@ -35,7 +35,7 @@ def main(segments: Path, results: Path) -> None:
 
 
 def session(path: Path, level: onnxruntime.GraphOptimizationLevel) -> onnxruntime.InferenceSession:
-    """As `faqd.deploy.onnx_session` has it."""
+    """As `faqd.deploy.onnx_model.session` has it."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = FATAL_ONLY

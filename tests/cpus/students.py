@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from faqd.deploy.constants import grids
-from faqd.deploy.export import onnx_from_deployed
-from faqd.deploy.probes import UNDRIVEN, Drive
-from faqd.deploy.referee import Value
-from faqd.deploy.segments import Segment, Trace
-from faqd.deploy.torch_constants import torch_constants
-from faqd.train.convert import collect_output_scales, convert
-from faqd.train.placement import Bits
+from faqd.deploy.export.torch_to_onnx import onnx_from_deployed
+from faqd.deploy.reference.evaluator import Value
+from faqd.deploy.verify.numbers import grids
+from faqd.deploy.verify.segments import Segment, Trace
+from faqd.deploy.verify.test_vectors import UNDRIVEN, Drive
+from faqd.deploy.verify.torch_numbers import torch_constants
+from faqd.quantize.config import QuantConfig
+from faqd.quantize.convert import collect_output_scales, convert
 from tests.networks import CLASSES, calibrated, conv, images, lively
 from tests.qdq_network import SHAPE, Graph
 
@@ -88,7 +88,7 @@ def write_cases(found: list[Case], folder: Path) -> None:
         np.savez(folder / f"{index:03}.npz", **case.feeds)  # type: ignore[arg-type]
 
 
-def student_trace(network: nn.Module, bits: Bits) -> Trace:
+def student_trace(network: nn.Module, bits: QuantConfig) -> Trace:
     """Of the file for onnxruntime of a student with lively weights; half of the probes drive every layer with codes of
     its whole grid."""
     student = calibrated(lively(network, 1), bits)
@@ -125,9 +125,9 @@ def codes() -> NDArray[np.float32]:
 
 
 TRACES: dict[str, Callable[[], Trace]] = {
-    "ReLU": lambda: student_trace(Rectified(), Bits()),
-    SIGNED: lambda: student_trace(Signed(), Bits()),
-    "--target onnxruntime": lambda: student_trace(Rectified(), Bits(target="onnxruntime")),
+    "ReLU": lambda: student_trace(Rectified(), QuantConfig()),
+    SIGNED: lambda: student_trace(Signed(), QuantConfig()),
+    "--target onnxruntime": lambda: student_trace(Rectified(), QuantConfig(target="onnxruntime")),
     SATURATING: lambda: Trace(saturating_layer(), codes(), UNDRIVEN),
 }
 

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from faqd.deploy import cuda
-from faqd.deploy.build_options import BuildOptions
-from faqd.deploy.doctor import examine
-from faqd.deploy.engine import engine_from_onnx
-from faqd.deploy.runtime import load_engine
-from faqd.deploy.trt import TensorRT, flavour
+from faqd.deploy.board.doctor import examine
+from faqd.deploy.cuda import cuda
+from faqd.deploy.engine.build import engine_from_onnx
+from faqd.deploy.engine.options import BuildOptions
+from faqd.deploy.engine.trt import TensorRT, flavour
+from faqd.deploy.runtime.runtime import load_engine
 from faqd.errors import UserError
 
 onnx = pytest.importorskip("onnx", reason="the test network is made with onnx (pip install 'faqd[onnx]')")

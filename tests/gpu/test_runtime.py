@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from faqd.deploy import cuda
-from faqd.deploy.build_options import BuildOptions
-from faqd.deploy.engine import engine_from_onnx
-from faqd.deploy.runtime import load_engine
-from faqd.deploy.selftest import selftest
+from faqd.deploy.board.selftest import selftest
+from faqd.deploy.cuda import cuda
+from faqd.deploy.engine.build import engine_from_onnx
+from faqd.deploy.engine.options import BuildOptions
+from faqd.deploy.runtime.runtime import load_engine
 from faqd.errors import UserError
 
 onnx = pytest.importorskip("onnx", reason="the test network is made with onnx (pip install 'faqd[onnx]')")
@@ -62,7 +62,7 @@ def test_both_back_ends_give_equal_outputs(engine: Path) -> None:
 
 def test_the_engine_agrees_with_onnxruntime(engine: Path) -> None:
     pytest.importorskip("onnxruntime", reason="the reference is onnxruntime (pip install 'faqd[onnx]')")
-    from faqd.deploy.onnx_session import OnnxSession
+    from faqd.deploy.onnx_model.session import OnnxSession
 
     x = images(16)
     expected = OnnxSession(engine.with_suffix(".onnx"), optimise=False).run({"images": x})["classifier"]

@@ -50,7 +50,7 @@ def test_the_losses_are_those_of_the_cpu(
 def test_images_may_stay_on_the_host(
     user: User, on_cpu: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("faqd.train.batches.SHARE_OF_FREE", 0.0)
+    monkeypatch.setattr("faqd.train.loop.batches.SHARE_OF_FREE", 0.0)
     assert losses(user, tmp_path / "run", "--device", "cuda") == pytest.approx(on_cpu, rel=0.1)
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from faqd.benchmarks.cli import bench_command
-from faqd.benchmarks.schema import complaint
-from faqd.deploy import cuda
+from faqd.benchmarks.record.schema import complaint
+from faqd.deploy.cuda import cuda
 
 pytest.importorskip("torch", reason="the bundle is made with torch (pip install 'faqd[train]')")
 pytest.importorskip("onnx", reason="the bundle is made with onnx (pip install 'faqd[onnx]')")

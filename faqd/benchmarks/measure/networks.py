@@ -1,0 +1,147 @@
+"""What a run measures: the teacher once, every student, its own float graph; and what the bundles say of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from faqd.benchmarks.measure.latency import Submission
+from faqd.bundle import EVAL, FLOAT_STUDENT_FP16, MANIFEST, TEACHER_FP16, Bundle, Evaluation
+from faqd.errors import UserError
+from faqd.files import sha256
+from faqd.proof import STUDENTS, proof_of
+
+Array = NDArray[Any]
+Role = Literal["teacher", "teacher_fp16", "student", "float"]
+"""teacher: the FP32 one, against whose stored outputs all are judged. teacher_fp16: the same on a GPU. float: the
+student's graph unquantized, the baseline for speed; its weights are not meant to classify."""
+
+
+class Network(Protocol):
+    facts: dict[str, Any]
+    """For the record: `load_ms`, `file_bytes`, `device_memory_bytes`, `auxiliary_streams`; None where unknown."""
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]: ...
+
+    def submission(self, feeds: Mapping[str, Array], slots: int = 1) -> AbstractContextManager[Submission]:
+        """slots: queries in flight at most. UserError where the network does not take such arrays."""
+        ...
+
+    def layer_times(self, feeds: Mapping[str, Array], runs: int) -> list[tuple[str, str, list[float]]]:
+        """Name, kind (int8, float, conversion, other or unknown) and ms in every query of each layer, in order."""
+        ...
+
+
+class Backend(Protocol):
+    """What runs the networks: onnxruntime on the CPU, or engines on a GPU."""
+
+    name: str
+    files: Mapping[Role, str]
+    """The ONNX file that each network is run from, or its engine was built from."""
+    facts: dict[str, Any]
+    """For the record: `device`, `why`, versions."""
+    gpu: str | None
+    """Its name, or None where the CPU computes."""
+    switches: dict[str, Any]
+    """DeviceSwitches, or the same keys with None."""
+
+    def missing(self, bundle: Bundle, role: Role) -> str | None:
+        """Why this network cannot be run here and what makes it so, or None."""
+
+    def open(self, bundle: Bundle, role: Role) -> AbstractContextManager[Network]: ...
+
+
+def check_comparable(bundles: Sequence[Bundle]) -> None:
+    """UserError where the bundles cannot stand in one table."""
+    first = bundles[0]
+    for other in bundles[1:]:
+        pair = f"{first.folder} and {other.folder}"
+        if other.manifest["files"][EVAL]["sha256"] != first.manifest["files"][EVAL]["sha256"]:
+            raise UserError(
+                f"{pair}: their {EVAL} differ (other images, labels or teacher), so their figures cannot stand "
+                "in one table; bench them apart, or export both from the same data and teacher."
+            )
+        if other.preprocess != first.preprocess or other.takes_pixels != first.takes_pixels:
+            raise UserError(f"{pair}: they preprocess images differently; bench them apart.")
+
+
+def entries(bundles: Sequence[Bundle], files: Mapping[Role, str]) -> list[dict[str, Any]]:
+    """The teacher once, then every student followed by its own float graph; equal files are one network.
+
+    The FP32 teacher has no latency where an FP16 one stands beside it.
+    """
+    first = bundles[0]
+    name = str(first.manifest["teacher"]["name"])
+    found = [_entry("teacher", 0, name, first, files)]
+    if first.has(files.get("teacher_fp16", "")):
+        found.append(_entry("teacher_fp16", 0, f"{name} FP16", first, files))
+    teacher = found[-1]
+    known = {_sha256(first, files[teacher["role"]]): teacher["id"]}
+    for index, bundle in enumerate(bundles):
+        student = _entry("student", index, bundle.name, bundle, files)
+        student |= {"kind": bundle.kind} | {key: bundle.manifest[key] for key in ("weight_bits", "act_bits", "size")}
+        found.append(student)
+        if not bundle.has(files["float"]):
+            continue
+        content = _sha256(bundle, files["float"])
+        if content not in known:
+            known[content] = f"float-{index}"
+            found.append(_entry("float", index, f"{bundle.name}, its float graph", bundle, files))
+        student["own_float"] = known[content]
+    return found
+
+
+def timed_teacher(networks: Sequence[Mapping[str, Any]]) -> str:
+    """The id of the teacher that is run, and that speed-ups are over."""
+    return str([network["id"] for network in networks if network["role"].startswith("teacher")][-1])
+
+
+def _sha256(bundle: Bundle, file: str) -> str | None:
+    return bundle.manifest["files"][file]["sha256"] if bundle.has(file) else None
+
+
+def _entry(role: Role, index: int, name: str, bundle: Bundle, files: Mapping[Role, str]) -> dict[str, Any]:
+    bits = 16 if files[role] in (FLOAT_STUDENT_FP16, TEACHER_FP16) else 32
+    return {
+        "id": role if role.startswith("teacher") else f"{role}-{index}",
+        "role": role,
+        "bundle": index,
+        "name": name,
+        "kind": "float",
+        "weight_bits": bits,
+        "act_bits": bits,
+        "file_bytes": bundle.manifest["files"].get(files[role], {}).get("bytes"),
+        "size": bundle.manifest["teacher"].get("size") if role == "teacher" else None,
+        "own_float": None,
+        "loaded": None,
+        "accuracy": None,
+        "metric": None,
+        "latency": [],
+        "speed_up": [],
+        "layers": None,
+        "energy": None,
+        "sweep": None,
+        "sustained": None,
+    }
+
+
+def feeds_of(bundle: Bundle, data: Evaluation, batch: int) -> dict[str, Array]:
+    """Real images, repeated where there are fewer than the batch."""
+    images = data.images[np.arange(batch) % len(data.images)]
+    return {bundle.manifest["input"]["name"]: bundle.network_input(images)}
+
+
+def bundle_record(bundle: Bundle, files: Mapping[Role, str]) -> dict[str, Any]:
+    """`verify` speaks of the flavour that is run."""
+    flavour = next(flavour for flavour, file in STUDENTS.items() if file == files["student"])
+    keys = ("name", "kind", "architecture", "weight_bits", "act_bits", "target", "teacher")
+    return {
+        "folder": str(bundle.folder),
+        **{key: bundle.manifest[key] for key in keys},
+        "manifest_sha256": sha256(bundle.folder / MANIFEST),
+        "verify": proof_of(bundle, flavour).status,
+    }

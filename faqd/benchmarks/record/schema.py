@@ -1,0 +1,149 @@
+"""What stands in a record of the bench, version 2: every key that a table, a page, a gate or a comparison reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from faqd.benchmarks.report.layer_time_chart import KINDS
+from faqd.schema import COUNT, POSITIVE, Each, Many, Maybe, wrong
+
+_SHARE = {"value": float, "low": float, "high": float, "n": COUNT}
+_ACCURACY = {
+    "top1": Maybe(_SHARE),
+    "top5": Maybe(_SHARE),
+    "gap_to_teacher": Maybe(_SHARE),
+    "ratio_to_teacher": Maybe(float),
+    "agreement": Maybe(_SHARE),
+    "kl_to_teacher_nats": Maybe(float),
+    "snr_db": Maybe(Each(Maybe(float))),
+}
+_SUMMARY = {
+    "batch": COUNT,
+    "samples": COUNT,
+    "min_ms": POSITIVE,
+    "median_ms": POSITIVE,
+    "max_ms": POSITIVE,
+    "coefficient_of_variation": float,
+    "percentiles_ms": Each(Maybe(float)),
+    "throughput_queries_per_s": POSITIVE,
+    "throughput_images_per_s": POSITIVE,
+    "round_medians_ms": Many(float, 1),
+    "distribution_ms": Many(POSITIVE, 101),
+    "parts": Maybe({part: {"median_ms": float} for part in ("enqueue", "h2d", "compute", "d2h")}),
+}
+_CLOCKS = {
+    "gpu_mhz": Maybe(float),
+    "cpu_mhz": Maybe(float),
+    "temperature_c": Each(float),
+    "power_mode": Maybe(str),
+    "power_w": Maybe(float),
+}
+_LAYER = {"name": str, "kind": tuple(KINDS), "mean_ms": float, "share": float}
+_WINDOW = {"start_s": float, "duration_s": POSITIVE, "median_ms": float, "throughput_images_per_s": POSITIVE}
+_NETWORK = {
+    "bundle": int,
+    "role": ("teacher", "teacher_fp16", "student", "float"),
+    "name": str,
+    "kind": str,
+    "weight_bits": COUNT,
+    "act_bits": COUNT,
+    "file_bytes": Maybe(POSITIVE),
+    "size": Maybe({"float32_bytes": POSITIVE}),
+    "accuracy": Maybe(_ACCURACY),
+    "metric": Maybe(Each(float)),
+    "loaded": Maybe({"auxiliary_streams": Maybe(float)}),
+    "latency": Many({**_SUMMARY, "cuda_graph": Maybe(bool), "warnings": Many(str), "one_ahead": Maybe(_SUMMARY)}),
+    "speed_up": Many({"batch": COUNT, "over": str, "paired_median": POSITIVE, "noisy": bool}),
+    "layers": Maybe({"layers": Many(_LAYER, 1)}),
+    "energy": Maybe(
+        {
+            "batch": COUNT,
+            "queries": COUNT,
+            **dict.fromkeys(("idle_w", "load_w", "energy_per_image_mj", "total_energy_per_image_mj"), Maybe(float)),
+            "reason": Maybe(str),
+        }
+    ),
+    "sweep": Maybe(
+        {
+            "points": Many({"batch": COUNT, "throughput_images_per_s": POSITIVE}),
+            "saturated_at_batch": Maybe(COUNT),
+            "ended": str,
+        }
+    ),
+    "sustained": Maybe(
+        {
+            "minutes": POSITIVE,
+            "clocks": {"status": str},
+            "throughput_kept": float,
+            "windows": Many({**_WINDOW, **_CLOCKS}, 1),
+        }
+    ),
+}
+_STUDENT = {
+    "accuracy": _ACCURACY,
+    "size": Maybe(dict.fromkeys(("float32_bytes", "int8_bytes", "packed_bytes"), POSITIVE)),
+}
+_ON_CPU = {"backend": {"threads": COUNT}}
+_TEXTS = ("time_utc", "cpu", "os", "kernel", "machine", "python", "numpy")
+RECORD = {
+    "faqd": str,
+    "command": Many(str),
+    "switches": {
+        "backend": str,
+        "preset": Maybe(str),
+        **dict.fromkeys(("cuda_graph", "spin_wait", "transfers"), Maybe(bool)),
+        "rounds": COUNT,
+        "duration_s": float,
+        "warm_up_ms": float,
+        "batch": Many(COUNT, 1),
+        "percentiles": Many(POSITIVE),
+        "skip_latency": bool,
+    },
+    "backend": {"name": ("engine", "onnxruntime"), "device": str, "why": str},
+    "environment": {**dict.fromkeys(_TEXTS, str), "board": Maybe(str)},
+    "clocks": {"status": str, "after_latency": _CLOCKS},
+    "evaluation": {"images": COUNT, "labels": bool, "classification": bool, "sha256": str},
+    "metric": Maybe({"source": str, "images": COUNT}),
+    "energy": {"status": str, "reason": Maybe(str), "rail": Maybe(str), "source": Maybe(str)},
+    "bundles": Many({"folder": str, "name": str, "kind": str, "verify": str, "manifest_sha256": str}, 1),
+    "networks": Many(_NETWORK, 2),
+    "gates": Many(dict),
+    "notes": Many(str),
+}
+
+
+def complaint(record: Mapping[str, Any]) -> str | None:
+    """What is wrong with a record first, by its place; None where it is whole."""
+    return next(_complaints(record), None)
+
+
+def _complaints(record: Mapping[str, Any]) -> Iterator[str]:
+    yield from wrong(record, RECORD, "")
+    networks = record["networks"]
+    if networks[0]["role"] != "teacher":
+        yield "networks/0 is not the teacher"
+    students = [(f"networks/{i}", network) for i, network in enumerate(networks) if network["role"] == "student"]
+    if not students:
+        yield "networks has no student"
+    for path, student in students:
+        yield from wrong(student, _STUDENT, path)
+        if record["metric"]:
+            yield from wrong(student["metric"], Each(float), f"{path}/metric")
+    labels, classes = record["evaluation"]["labels"], record["evaluation"]["classification"]
+    judged = [("networks/0", networks[0]), *students] if labels and classes else []
+    for path, network in judged:
+        keys = ("top1",) if network["role"] == "teacher" else ("top1", "gap_to_teacher", "agreement")
+        yield from wrong(network["accuracy"], dict.fromkeys(keys, _SHARE), f"{path}/accuracy")
+    for i, network in enumerate(networks):
+        if not 0 <= network["bundle"] < len(record["bundles"]):
+            yield f"networks/{i}/bundle is {network['bundle']}, not one of {len(record['bundles'])}"
+        if network["accuracy"] and network["role"] != "teacher":
+            yield from wrong(network["accuracy"], {"snr_db": Each(Maybe(float))}, f"networks/{i}/accuracy")
+        for j, latency in enumerate(network["latency"]):
+            wanted = {f"{p:g}": Maybe(float) for p in (*record["switches"]["percentiles"], 99)}
+            yield from wrong(latency["percentiles_ms"], wanted, f"networks/{i}/latency/{j}/percentiles_ms")
+            on_gpu = {"parts": dict, "one_ahead": dict} if record["backend"]["name"] == "engine" else {}
+            yield from wrong(latency, on_gpu, f"networks/{i}/latency/{j}")
+    if record["backend"]["device"] == "CPU":
+        yield from wrong(record, _ON_CPU, "")

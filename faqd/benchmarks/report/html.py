@@ -1,0 +1,82 @@
+"""The record of a bench run as one self-contained HTML page: no script, no font, no network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from importlib import resources
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from faqd.benchmarks.report import accuracy_latency_chart as charts
+from faqd.benchmarks.report import figures
+from faqd.benchmarks.report import layer_time_chart as bars
+from faqd.benchmarks.report import throughput_charts as curves
+from faqd.benchmarks.report.figures import Record, compared, complaint, first_batch, latency_at, speed_up_at
+from faqd.benchmarks.report.svg import colour_class
+
+WIDE, NARROW = 900, 340
+"""Widths of the pictures in CSS pixels: for a desk and for a phone."""
+
+
+def page_from_result(result: Record) -> str:
+    """The page for a record of faqd.benchmarks.bench; its figures carry the place they have in the JSON."""
+    pages = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    source = resources.files("faqd.benchmarks.report").joinpath("report.html").read_text(encoding="utf-8")
+    helpers = ("percent", "points", "milliseconds", "significant", "kib", "times", "bits", "kind", "label")
+    pages.filters |= {name: getattr(figures, name) for name in helpers}
+    pages.filters["colour"] = colour_class
+    batch = first_batch(result)
+    return pages.from_string(source).render(
+        r=result,
+        batch=batch,
+        rows=[(result["networks"].index(network), network) for network in compared(result)],
+        networks=list(enumerate(result["networks"])),
+        lead=_lead(result),
+        device=figures.device(result),
+        latency_at=latency_at,
+        speed_up_at=speed_up_at,
+        complaint=complaint,
+        index_of=lambda items, item: items.index(item),
+        scatter=_both(lambda width: charts.accuracy_against_latency(result, width)),
+        distributions=[(size, _both(_distribution(result, size))) for size in result["switches"]["batch"]],
+        below=charts.BELOW,
+        throughput=_both(lambda width: curves.throughput_against_batch(result, width)),
+        under_load=_both(lambda width: curves.sustained_throughput(result, width)),
+        layers=[
+            (network, _both(_layers(network, index)), bars.kinds_in(network))
+            for index, network in enumerate(result["networks"])
+            if network["layers"]
+        ],
+        layer_kinds=bars.KINDS,
+        most_layers=bars.MOST,
+        raw=_json_for_script(result),
+    )
+
+
+def _lead(result: Record) -> Record:
+    """The student that the head of the page speaks of: the first distilled one, else the first."""
+    students = [network for network in compared(result) if network["role"] == "student"]
+    return next((network for network in students if network["kind"] == "distilled"), students[0])
+
+
+def _distribution(result: Record, batch: int) -> Callable[[int], Markup | None]:
+    return lambda width: charts.latency_distribution(result, batch, width)
+
+
+def _layers(network: Record, index: int) -> Callable[[int], Markup | None]:
+    return lambda width: bars.time_per_layer(network, f"networks/{index}", width)
+
+
+def _both(draw: Callable[[int], Markup | None]) -> tuple[Markup, Markup] | None:
+    wide, narrow = draw(WIDE), draw(NARROW)
+    return None if wide is None or narrow is None else (wide, narrow)
+
+
+def _json_for_script(result: Record) -> Markup:
+    """JSON that cannot end the script element it stands in."""
+    text = json.dumps(result, allow_nan=False, ensure_ascii=False)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)  # Nothing in it can be read as markup any more.

@@ -1,0 +1,83 @@
+"""The engines of a bundle: which of its files are built, and only after its proof."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from faqd.bundle import (
+    FLOAT_STUDENT_FP16,
+    STUDENT_TENSORRT,
+    TEACHER,
+    TEACHER_FP16,
+    VERIFY,
+    Bundle,
+    without_fp16_teacher,
+)
+from faqd.deploy.engine.build import engine_from_onnx
+from faqd.deploy.engine.options import BuildOptions
+from faqd.deploy.engine.progress import Say
+from faqd.deploy.engine.record import engine_name
+from faqd.errors import UserError
+from faqd.files import sha256
+from faqd.proof import proof_of
+
+
+def build_bundle(bundle: Bundle, *, all: bool, force: bool, options: BuildOptions, say: Say) -> list[dict[str, Any]]:
+    """Build the student's engine, with `all` those of the float student and the teacher too; returns the records.
+
+    What counts is the proof of the TensorRT file: that for onnxruntime on a CPU is another network.
+
+    Both are FP16; a bundle without an FP16 teacher gets an FP32 one, and that is said.
+
+    force: build although verify.json says failed or speaks of other files. UserError (exit code 1) otherwise.
+    """
+    if not bundle.has(STUDENT_TENSORRT):
+        raise UserError(
+            f"{bundle.folder}: no {STUDENT_TENSORRT} in this bundle. Its student was trained with "
+            "--target onnxruntime, whose 8-bit activations do not fit TensorRT's INT8; "
+            "train with --target tensorrt to get an engine."
+        )
+    names = [STUDENT_TENSORRT, *(_baselines(bundle, say) if all else ())]
+    verify = _verified(bundle, force, say)
+    records = []
+    for name in names:
+        source = bundle.path(name)
+        records.append(
+            engine_from_onnx(
+                source,
+                source.with_name(engine_name(name)),
+                options,
+                say,
+                sha256=bundle.manifest["files"][name]["sha256"],
+                verify=verify,
+                expected_int8=_expected_int8(bundle) if name == STUDENT_TENSORRT else None,
+            )
+        )
+    return records
+
+
+def _baselines(bundle: Bundle, say: Say) -> list[str]:
+    teacher = TEACHER_FP16 if bundle.has(TEACHER_FP16) else TEACHER
+    if teacher == TEACHER and bundle.has(TEACHER):
+        say(f"warning: {without_fp16_teacher(bundle)}")
+    return [name for name in (FLOAT_STUDENT_FP16, teacher) if bundle.has(name)]
+
+
+def _expected_int8(bundle: Bundle) -> list[str] | None:
+    layers = bundle.manifest.get("layers")
+    known = [layer for layer in layers or [] if isinstance(layer, dict) and "runs_int8" in layer]
+    return [str(layer.get("name")) for layer in known if layer["runs_int8"]] if known else None
+
+
+def _verified(bundle: Bundle, force: bool, say: Say) -> dict[str, Any] | None:
+    """What the records say of verify.json: None where there is none, `complaint` where --force built all the same."""
+    path = bundle.folder / VERIFY
+    proof = proof_of(bundle, "tensorrt")
+    if proof.status == "missing":
+        say(f"warning: {proof.complaint}")
+        return None
+    if proof.complaint is not None:
+        if not force:
+            raise UserError(f"{path}: {proof.complaint} No engine is built from it without --force.", exit_code=1)
+        say(f"warning: {path}: {proof.complaint} Building all the same (--force).")
+    return {"file": VERIFY, "sha256": sha256(path), "passed": proof.complaint is None, "complaint": proof.complaint}

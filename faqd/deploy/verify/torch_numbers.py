@@ -1,0 +1,103 @@
+"""The numbers of a deployed student in torch: what its file has to state, and `constants` finds there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from faqd.deploy.verify.numbers import exactly, in_any_order
+from faqd.quantize import nodes
+from faqd.quantize.convert import Deployed
+from faqd.quantize.operators.curves import Curve, Interpolate
+from faqd.quantize.operators.deployed import ChannelAffine, Flavour, IntegerAverage, IntegerLayer, Requantize
+from faqd.quantize.operators.elementwise import Clamp
+
+
+def torch_constants(deployed: Deployed) -> dict[str, Any]:
+    """Every number of the deployed student that its file states, as `constants.wrong_constants` looks for it.
+
+    `layers`: of integers. `roundings`: scale, the codes that may occur, the limits that the file has to state (None
+    where nothing that comes in is beyond), and whether all that comes in is zero or above. `others`: of the operators
+    between them. What --exclude let in besides layers is not listed.
+    """
+    network = deployed.network
+    positive = _never_negative(network)
+    calls = [(n, str(n.target), network.get_submodule(n.target)) for n in network.graph.nodes if n.op == "call_module"]
+    return {
+        "layers": [_layer(name, module) for _, name, module in calls if isinstance(module, IntegerLayer)],
+        "roundings": [
+            _rounding(name, module, node.all_input_nodes[0] in positive, deployed.flavour)
+            for node, name, module in calls
+            if isinstance(module, Requantize)
+        ],
+        "others": [
+            {"layer": place_of_module(name), "number": number, "sha256": in_any_order(values.numpy())}
+            for _, name, module in calls
+            for number, values in _numbers(module).items()
+        ],
+    }
+
+
+def _never_negative(network: fx.GraphModule) -> set[fx.Node]:
+    """The tensors of a deployed student that have no negative values, whatever comes in."""
+    found: set[fx.Node] = set()
+    for node in network.graph.nodes:
+        if _makes_no_negative(network, node) or (
+            _keeps_signs(network, node) and found >= set(nodes.values_of(network, node))
+        ):
+            found.add(node)
+    return found
+
+
+def _makes_no_negative(network: fx.GraphModule, node: fx.Node) -> bool:
+    module = nodes.module_of(network, node)
+    if isinstance(module, Requantize):
+        return not module.quant.signed
+    if isinstance(module, Curve):
+        return module.kind in ("sigmoid", "hardsigmoid")
+    return module.low >= 0 if isinstance(module, Clamp) else nodes.role(network, node) == "rectify"
+
+
+def _keeps_signs(network: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether an operator makes nothing negative of what is not."""
+    kinds = ("average", "add", "multiply", *nodes.MOVES)
+    known = isinstance(nodes.module_of(network, node), (Requantize, IntegerAverage, Interpolate))
+    return known or (nodes.role(network, node) in kinds and node.target not in nodes.SUBTRACT)
+
+
+def _layer(name: str, layer: IntegerLayer) -> dict[str, Any]:
+    stored = {"codes": layer.stored_codes, "weight_scale": layer.weight_scale.float(), "bias": layer.bias.float()}
+    if layer.bias_codes is not None:
+        stored |= {"bias": layer.bias_codes, "bias_scale": layer.bias_scale}
+    return {"layer": place_of_module(name), **{key: exactly(values.numpy()) for key, values in stored.items()}}
+
+
+def _rounding(name: str, rounding: Requantize, nonnegative: bool, flavour: Flavour) -> dict[str, Any]:
+    quant = rounding.quant
+    # TensorRT's codes are signed: where nothing negative comes in, its file need not say that they end at zero.
+    from_below = rounding.saturates and (flavour == "onnxruntime" or quant.signed or rounding.rectifies)
+    return {
+        "layer": place_of_module(name),
+        "scale": float(rounding.scale),
+        "grid": [0 if nonnegative else quant.low, quant.high],
+        "low": quant.low if from_below else None,
+        "high": quant.high if rounding.saturates else None,
+        "nonnegative": nonnegative,
+    }
+
+
+def _numbers(module: torch.nn.Module) -> dict[str, Tensor]:
+    if isinstance(module, ChannelAffine):
+        return {"factor": module.factor, "offset": module.offset}
+    if isinstance(module, Curve) and isinstance(module.slope, Tensor):
+        return {"slope": module.slope}
+    if isinstance(module, nodes.COMPUTE):
+        return {name: values.detach() for name, values in module.named_parameters()}
+    return {}
+
+
+def place_of_module(name: str) -> str:
+    """What the nodes of a module are called after in the file."""
+    return name.removesuffix("_plain").removesuffix("_quant")

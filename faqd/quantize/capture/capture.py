@@ -1,0 +1,241 @@
+"""Capture of a user's network as a torch.fx graph in standard terms."""
+
+from __future__ import annotations
+
+import builtins
+import inspect
+import operator
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FunctionType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from faqd.errors import UserError, first_line
+from faqd.quantize.capture.spellings import SAME, written_out
+from faqd.quantize.capture.standardize import standardise
+from faqd.quantize.nodes import innermost, operand, propagate
+
+_IN_PLACE_FREE = {
+    operator.iadd: operator.add,
+    operator.imul: operator.mul,
+    F.relu_: F.relu,
+    torch.relu_: torch.relu,
+}
+
+
+def capture(network: nn.Module, example: Tensor) -> fx.GraphModule:
+    """Trace `network` in evaluation mode and propagate shapes with `example` (N, C, H, W).
+
+    The graph has no in-place operators: a quantized tensor has several readers. Raises UserError naming the line of
+    the user's code that cannot be captured, and where the graph computes something else than the network.
+    """
+    _refuse_scripts(network)
+    network = network.eval()
+    noise = torch.randn(example[:2].shape, generator=torch.Generator().manual_seed(0)).to(example)
+    wanted = _outputs(network, noise)
+    if not _equal(_outputs(network, noise), wanted):
+        raise UserError(
+            f"{type(network).__name__}: returns something else each time for the same images: it draws random numbers "
+            "in evaluation mode, as F.dropout without training=self.training or torch.rand do. Draw none there."
+        )
+    traced = _traced(network)
+    try:
+        propagate(traced, example)
+        standardise(traced)
+        propagate(traced, example)
+    except RuntimeError as error:  # what torch raises where sizes do not meet
+        raise UserError(
+            f"{type(network).__name__}: its forward was captured for one path through it, and that cannot be run on "
+            f"images of shape {tuple(example.shape)}: {first_line(error.__cause__ or error)}. Control flow that "
+            "depends on sizes or values is the usual cause; move it out of forward."
+        ) from error
+    if not _equal(_outputs(traced, noise), wanted):
+        raise UserError(
+            f"{type(network).__name__}: the captured graph computes something else than its forward. The usual cause "
+            "is an in-place operator whose input is read again, such as ReLU(inplace=True) in front of a shortcut."
+        )
+    return traced
+
+
+def _refuse_scripts(network: nn.Module) -> None:
+    for name, module in network.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UserError(
+                f"{name or type(network).__name__}: a TorchScript module has no Python forward to capture. Build the "
+                "network from its classes and give the weights of the script: torch.jit.load(...).state_dict()."
+            )
+
+
+def _equal(found: list[Any], wanted: list[Any]) -> bool:
+    return len(found) == len(wanted) and all(map(_close, found, wanted))
+
+
+def _traced(network: nn.Module) -> fx.GraphModule:
+    for module in network.modules():
+        if hasattr(module, "inplace"):
+            setattr(module, "inplace", False)  # noqa: B010 - mypy takes every attribute of a module for a tensor
+    try:
+        traced = _graph_of(network)
+    except Exception as error:  # whatever the user's forward raises under tracing
+        # Of tests, loops and numbers that are made of tensors; what else may be wrong, the error says.
+        cause = " Control flow that depends on tensor values or sizes is the usual cause; move it out of forward."
+        of_tensors = isinstance(error, fx.proxy.TraceError) or "Proxy" in str(error)
+        raise UserError(
+            f"{type(network).__name__}: its forward cannot be captured as a graph: "
+            f"{first_line(error.__cause__ or error)}{_line_that_raised(error)}."
+            f"{cause * of_tensors}"
+        ) from error
+    for node in traced.graph.nodes:
+        node.target = _IN_PLACE_FREE.get(node.target, node.target)
+        if node.op == "call_method" and node.target in _IN_PLACE:
+            node.target = node.target[:-1]
+        if node.op == "call_method" and node.target == "view" and not isinstance(node.args[1], torch.dtype):
+            node.target = "reshape"  # in channels-last memory, where a student is trained, no view has all its channels
+        if node.target is F.relu:
+            node.args, node.kwargs = (operand(node),), {}  # without inplace=True
+        if _hands_on(node):
+            node.replace_all_uses_with(operand(node))
+            traced.graph.erase_node(node)
+    traced.recompile()
+    return traced
+
+
+def _graph_of(network: nn.Module) -> fx.GraphModule:
+    """The network as a graph. A buffer is its values, by which a forward may choose its way; where that cannot be,
+    since it meets sizes of other nodes, a node."""
+    failed: list[Exception] = []
+    for traces_buffers in (False, True):
+        tracer = _Tracer()
+        tracer.record_stack_traces = True
+        tracer.proxy_buffer_attributes = traces_buffers
+        try:
+            with warnings.catch_warnings(), _lengths_of_proxies():
+                warnings.simplefilter("ignore")  # of defaults that fx cannot assert to be what they are
+                return fx.GraphModule(network, _with_one_input(tracer.trace(network, _defaults(network))))
+        except Exception as error:  # whatever the user's forward raises
+            failed.append(error)
+    raise failed[0]
+
+
+@contextmanager
+def _lengths_of_proxies() -> Iterator[None]:
+    """Lets len(x) be the first size of what stands for a tensor; Python takes nothing but an int from __len__."""
+    length = builtins.len
+
+    def first_size(value: Any) -> Any:
+        stands_in = isinstance(value, fx.Proxy) and not isinstance(value, _Pieces)
+        return value.size(0) if stands_in else length(value)
+
+    builtins.len = first_size
+    try:
+        yield
+    finally:
+        builtins.len = length
+
+
+_IN_PLACE = ("add_", "sub_", "mul_", "div_", "relu_", "sigmoid_", "tanh_", "clamp_", "clamp_min_")
+
+
+class _Tracer(fx.Tracer):
+    """Knows how many pieces come of chunk and split, so that forward may iterate over them, and other words for what
+    the quantizer knows."""
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
+        spelled = None
+        if kind in ("call_function", "call_method"):
+            target = SAME.get(target, target)
+            spelled = written_out(target, args, kwargs)
+        return spelled() if spelled is not None else super().create_proxy(kind, target, args, kwargs, *rest, **more)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return super().proxy(node) if _pieces(node) is None else _Pieces(node, self)
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        return iter([obj[index] for index in range(len(obj))]) if isinstance(obj, _Pieces) else super().iter(obj)
+
+
+class _Pieces(fx.Proxy):
+    """What chunk or split returned."""
+
+    def __len__(self) -> int:
+        return _pieces(self.node) or 0
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.getitem, (self, index), {})
+
+
+def _pieces(node: fx.Node) -> int | None:
+    """How many there are, where the call says it."""
+    asked = [*node.args[1:2], *(node.kwargs.get(name) for name in ("chunks", "split_size_or_sections"))]
+    first = next((value for value in asked if value is not None), None)
+    if node.target in (torch.chunk, "chunk"):
+        return first if isinstance(first, int) else None
+    return len(first) if node.target in (torch.split, "split") and isinstance(first, list | tuple) else None
+
+
+def _defaults(network: nn.Module) -> dict[str, Any]:
+    """The arguments of forward that are left to their defaults: an image is all that a deployed network is given."""
+    parameters = inspect.signature(network.forward).parameters.values()
+    return {each.name: each.default for each in parameters if each.default is not each.empty}
+
+
+def _with_one_input(traced: fx.Graph) -> fx.Graph:
+    """Without what fx notes of arguments with a fixed value: an input each, and assertions that it has that value."""
+    _, *fixed = (node for node in traced.nodes if node.op == "placeholder")
+    noted = set(fixed)
+    for node in traced.nodes:
+        if node.op == "call_function" and noted.intersection(node.all_input_nodes):
+            noted.add(node)
+    for node in reversed(list(traced.nodes)):
+        if node in noted:
+            traced.erase_node(node)
+    traced.set_codegen(fx.graph.CodeGen())
+    return traced
+
+
+def _hands_on(node: fx.Node) -> bool:
+    """Whether a function that is kept whole (torch.fx.wrap), such as stochastic depth in evaluation mode, returns its
+    tensor itself: it is called with a stand-in that has no values, so what holds for that holds for all."""
+    function = node.target
+    if not isinstance(function, FunctionType) or function.__module__.startswith("torch."):
+        return False
+    tensors = node.all_input_nodes
+    if node.op != "call_function" or len(tensors) != 1:
+        return False
+    stand_in: Any = fx.Proxy(fx.Graph().placeholder("x"))
+    arguments = [stand_in if argument in tensors else argument for argument in node.args]
+    named = {name: stand_in if argument in tensors else argument for name, argument in node.kwargs.items()}
+    try:
+        return bool(function(*arguments, **named) is stand_in)
+    except Exception:  # it asks for values, or for anything else that a stand-in has not
+        return False
+
+
+def _outputs(network: nn.Module, x: Tensor) -> list[Any]:
+    """What `network` returns for a copy of `x`, tuples and dictionaries taken apart."""
+    with torch.no_grad():
+        try:
+            return tree_leaves(network(x.clone()))
+        except (RuntimeError, TypeError) as error:
+            raise UserError(
+                f"the network does not accept one input of shape {tuple(x.shape)} and nothing else: "
+                f"{first_line(error.__cause__ or error)}"
+            ) from error
+
+
+def _close(a: Any, b: Any) -> bool:
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return bool(a == b)
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
+def _line_that_raised(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    return innermost([(frame.filename, frame.lineno or 0) for frame in frames])

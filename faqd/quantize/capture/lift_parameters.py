@@ -1,0 +1,273 @@
+"""Operators that read a parameter or a buffer of the user's module: as the layer or the numbers that they are.
+
+F.conv2d(x, self.weight) becomes a convolution, self.scale * x and (x - self.mean) / self.std become Scaled. What is
+made of such tensors and of sizes alone, as self.scale.view(1, -1, 1, 1) or a grid of coordinates, is one more, made
+once, here, not for every image. Where it is expanded to the batch and joined to a map, it is a Constant.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from faqd.quantize import nodes
+from faqd.quantize.operators.elementwise import Constant, FixedNorm1d, FixedNorm2d, Scaled
+
+
+def with_own_tensors(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """The module that `node` is (shapes propagated), which then reads one tensor alone; None where it is none."""
+    layer = layer_of(traced, node, len(nodes.shape(node)))
+    if layer is not None:
+        node.args, node.kwargs = (nodes.operand(node),), {}
+        return layer
+    make = _SUMS.get(node.target if node.op == "call_function" else str(node.target))
+    if make is None or len(node.args) != 2 or node.kwargs or node.op == "call_module":
+        return None
+    held: list[tuple[Any, Tensor]] = [
+        (argument, own)
+        for argument in node.args
+        if (own := _own(traced, _unexpanded(argument), computed=True)) is not None
+    ]
+    if len(held) != 1:
+        return None
+    ((place, own),) = held
+    x = next((argument for argument in node.all_input_nodes if argument is not place), None)
+    if x is None:
+        return None
+    own = own if place.op == "get_attr" else _of_one_image(own, node)
+    if nodes.shape(node) != nodes.shape(x) or not _spares_the_batch(own, x):
+        return None
+    scaled = make(own, node.args[0] is place)
+    if scaled is not None:
+        node.args = (x,)
+    return scaled
+
+
+def _spares_the_batch(own: Tensor, x: fx.Node) -> bool:
+    dimensions = len(nodes.shape(x))
+    return own.dim() < dimensions or (own.dim() == dimensions and own.shape[0] == 1)
+
+
+def _unexpanded(argument: Any) -> Any:
+    """What is expanded to the size of an operator's other side, which the operator does by itself."""
+    expands = isinstance(argument, fx.Node) and argument.target in ("expand", "expand_as")
+    return argument.args[0] if expands else argument
+
+
+def _own(traced: fx.GraphModule, node: Any, *, computed: bool = False) -> Tensor | None:
+    """The tensor that `node` is, where it depends on the network's own tensors and on sizes alone; None for others.
+
+    A parameter is trained as long as its values are moved. What is computed from one keeps the teacher's values, and is
+    something only if `computed`: as a factor of a norm it may stand still, as the weights of a layer it must not.
+    """
+    value = _value(traced, node, computed) if isinstance(node, fx.Node) else None
+    return value if isinstance(value, Tensor) else None
+
+
+def _value(traced: fx.GraphModule, node: fx.Node, computed: bool) -> Any:
+    if node.op == "get_attr":
+        return nodes.held_tensor(traced, node)
+    if not nodes.is_own(node) or nodes.is_fixed(node) or not node.op.startswith("call"):
+        return None
+    read = {each: _value(traced, each, computed) for each in node.all_input_nodes if not nodes.is_fixed(each)}
+    moves = nodes.role(traced, node) == "reshape" or node.target in ("expand", "repeat")
+    trained = any(isinstance(value, nn.Parameter) for value in read.values())
+    if any(value is None for value in read.values()) or not (read or node.target in _MADE):
+        return None
+    if trained and not moves:
+        if not computed:
+            return None
+        trained = False
+    function: Any = nodes.module_of(traced, node) or node.target
+    if isinstance(function, nn.Module) and function.state_dict():
+        return None
+    function = getattr(Tensor, function) if isinstance(function, str) else function
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda each: read.get(each, nodes.fixed(each)))
+    with torch.no_grad():
+        value = function(*args, **kwargs)
+    return nn.Parameter(value) if trained and isinstance(value, Tensor) else value
+
+
+_MADE = (torch.arange, torch.linspace, torch.zeros, torch.ones, torch.full)
+"""What makes a tensor of sizes alone, the same one every time."""
+
+
+def _of_one_image(own: Tensor, node: fx.Node) -> Tensor:
+    """`own` without what was expanded to the batch of `node`, a batch of equal images."""
+    shape = nodes.shape(node)
+    expanded = own.dim() == len(shape) and own.shape[0] == shape[0] and torch.equal(own, own[:1].expand_as(own))
+    return _like(own, own[:1]) if expanded else own
+
+
+def join_constants(traced: fx.GraphModule, node: fx.Node, place: str) -> None:
+    """Let a concatenation read the network's own tensors as Constants, as many as it reads images of the others."""
+    if nodes.role(traced, node) != "concat":
+        return
+    own = {
+        each: value for each in nodes.tensor_inputs(node) if (value := _own(traced, each, computed=True)) is not None
+    }
+    images = next((each for each in nodes.tensor_inputs(node) if each not in own), None)
+    for each, value in own.items() if images is not None else ():
+        path = nodes.unused(f"{place}_constant", {name for name, _ in traced.named_modules()})
+        traced.add_submodule(path, Constant(_of_one_image(value, node)))
+        with traced.graph.inserting_before(node):
+            constant = traced.graph.call_module(path, (images,))
+        constant.meta, constant.stack_trace = {"tensor_meta": each.meta["tensor_meta"]}, node.stack_trace
+        node.replace_input_with(each, constant)
+
+
+# Sums and products: (the tensor, whether it stands first) -> module ------------------------------------------------
+
+
+def _difference(own: Tensor, first: bool) -> Scaled:
+    return Scaled(-1.0, own) if first else Scaled(1.0, _like(own, -own))
+
+
+def _quotient(own: Tensor, first: bool) -> Scaled | None:
+    return None if first else Scaled(_like(own, 1 / own), 0.0)
+
+
+def _like(own: Tensor, value: Tensor) -> Tensor:
+    """`value` as what `own` is: a parameter is trained, a buffer is not."""
+    return nn.Parameter(value.detach()) if isinstance(own, nn.Parameter) else value
+
+
+def _sum(own: Tensor, first: bool) -> Scaled:
+    return Scaled(1.0, own)
+
+
+def _product(own: Tensor, first: bool) -> Scaled:
+    return Scaled(own, 0.0)
+
+
+_SUMS: dict[Any, Callable[[Tensor, bool], Scaled | None]] = {
+    **dict.fromkeys((operator.add, torch.add, "add"), _sum),
+    **dict.fromkeys((operator.sub, torch.sub, "sub"), _difference),
+    **dict.fromkeys((operator.mul, torch.mul, "mul"), _product),
+    **dict.fromkeys((operator.truediv, torch.div, "div"), _quotient),
+}
+
+
+# Layers -----------------------------------------------------------------------------------------------------------
+
+_GEOMETRY = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+_ARGUMENTS: dict[Any, tuple[str, ...]] = {
+    F.linear: ("input", "weight", "bias"),
+    **dict.fromkeys((F.conv1d, torch.conv1d, F.conv2d, torch.conv2d), _GEOMETRY),
+    **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d), _TRANSPOSED),
+    F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
+    torch.batch_norm: (
+        *("input", "weight", "bias", "running_mean", "running_var"),
+        *("training", "momentum", "eps", "cudnn_enabled"),
+    ),
+}
+_KINDS: dict[Any, Any] = {
+    F.conv1d: nn.Conv1d,
+    F.conv2d: nn.Conv2d,
+    F.conv_transpose1d: nn.ConvTranspose1d,
+    F.conv_transpose2d: nn.ConvTranspose2d,
+}
+
+
+def layer_of(traced: fx.GraphModule, node: fx.Node, dimensions: int) -> nn.Module | None:
+    """The layer or the batch norm that a function with tensors of the network's own is; None where it is none.
+
+    dimensions: of its result.
+    """
+    if node.op != "call_function" or node.target not in _ARGUMENTS:
+        return None
+    given: dict[str, Any] = dict(zip(_ARGUMENTS[node.target], node.args, strict=False)) | node.kwargs
+    x = given.pop("input", None)
+    tensors = ("weight", "bias", "running_mean", "running_var")
+    own = {name: _own(traced, given[name]) for name in tensors if given.get(name) is not None}
+    if not isinstance(x, fx.Node) or not own or None in own.values():
+        return None
+    others = {name: value for name, value in given.items() if name not in tensors}
+    made = _norm(own, others, dimensions) if "training" in _ARGUMENTS[node.target] else _layer(node, own, others)
+    for name, value in own.items():
+        if made is not None and value is not None and name in ("weight", "bias"):
+            setattr(made, name, _parameter(value))
+    return made
+
+
+def _layer(node: fx.Node, own: dict[str, Any], geometry: dict[str, Any]) -> nn.Module:
+    rows, columns, *kernel = own["weight"].shape
+    if node.target is F.linear:
+        return nn.Linear(columns, rows, "bias" in own)
+    kind, groups = _KINDS[node.target], geometry.get("groups", 1)
+    inputs, outputs = (columns * groups, rows) if kind in (nn.Conv1d, nn.Conv2d) else (rows, columns * groups)
+    layer: nn.Module = kind(inputs, outputs, tuple(kernel), bias="bias" in own, **geometry)
+    return layer
+
+
+def _norm(own: dict[str, Any], given: dict[str, Any], dimensions: int) -> nn.Module | None:
+    """The batch norm of F.batch_norm with statistics of the network's own, which does not take those of a batch."""
+    if given.get("training", False) or "running_mean" not in own or "running_var" not in own:
+        return None
+    kind = nn.BatchNorm2d if dimensions == 4 else nn.BatchNorm1d
+    settings = {name: given[name] for name in ("momentum", "eps") if name in given}
+    norm = kind(len(own["running_mean"]), affine="weight" in own or "bias" in own, **settings)
+    for name in ("running_mean", "running_var"):
+        norm.register_buffer(name, own[name].detach())
+    norm.requires_grad_(False)  # what is not given; what is comes as it is
+    return norm.eval()
+
+
+def _parameter(own: Tensor) -> nn.Parameter:
+    """What the module trains, or a fixed filter, which is not trained."""
+    return own if isinstance(own, nn.Parameter) else nn.Parameter(own, requires_grad=False)
+
+
+# Batch norm written out -------------------------------------------------------------------------------------------
+
+
+def norm_of_constants(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """The batch norm that sums and products with numbers and buffers make behind a layer, as frozen ones are written,
+    with a parameter as factor and one as offset behind them: `node` is the last of them, and then reads the layer. None
+    for any others."""
+    if any(isinstance(nodes.module_of(traced, reader), Scaled) for reader in node.users):
+        return None
+    chain, made = [], node
+    while isinstance(scaled := nodes.module_of(traced, made), Scaled):
+        if made is not node and len(made.users) > 1:
+            return None
+        chain.append(scaled)
+        made = nodes.operand(made)
+    beta = gamma = None
+    if chain and _is_learned(chain[0].offset, chain[0].factor, 1.0):
+        beta = torch.as_tensor(chain.pop(0).offset)
+    if chain and _is_learned(chain[0].factor, chain[0].offset, 0.0):
+        gamma = torch.as_tensor(chain.pop(0).factor)
+    if not chain or any(True for scaled in chain for _ in scaled.parameters()):
+        return None
+    factor, offset = torch.ones(()), torch.zeros(())
+    for scaled in chain:
+        factor, offset = factor * scaled.factor, offset + factor * scaled.offset
+    if nodes.role(traced, made) != "compute" or len(made.users) > 1:
+        return None
+    whole = torch.broadcast_tensors(factor, offset)[0]
+    if not all(_is_per_channel(value, node) for value in (whole, beta, gamma) if value is not None):
+        return None
+    if (gamma is not None or beta is not None) and not bool((factor > 0).all()):
+        return None
+    node.args = (made,)
+    kind = FixedNorm2d if len(nodes.shape(node)) == 4 else FixedNorm1d
+    factor, offset = (value.expand_as(whole).reshape(-1) for value in (factor, offset))
+    return kind(factor, offset, gamma, beta)
+
+
+def _is_learned(value: Any, other: Any, neutral: float) -> bool:
+    return isinstance(value, nn.Parameter) and not isinstance(other, Tensor) and other == neutral
+
+
+def _is_per_channel(value: Any, node: fx.Node) -> bool:
+    """Whether a tensor has one number for each channel of `node`, and meets it so."""
+    channels, dimensions = nodes.shape(node)[1], len(nodes.shape(node))
+    shape = (channels, *[1] * (dimensions - 2))
+    return value.dim() > 0 and tuple(value.shape[-len(shape) :]) == shape and value.numel() == channels

@@ -1,0 +1,39 @@
+"""What a student is quantized to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from faqd.errors import UserError
+from faqd.quant import FLOAT_BITS, Rounding, Target, check_bits
+from faqd.quantize.quantizers.quantizers import ScaleGradient
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """What a student is quantized to. activations: 1-8, or 32 for float. per_channel: weight scales.
+
+    weights: 1-8, or 32 where the activations are float as well: a student without any quantizer.
+    rounding: of what is behind a ReLU. scale_gradient: by which those scales learn; a lowered file shows none of it.
+    exclude: regular expressions; a layer or operator stays float where one is found in its place.
+    """
+
+    weights: int = 8
+    activations: int = 8
+    target: Target = "tensorrt"
+    per_channel: bool = True
+    rounding: Rounding = "nearest"
+    scale_gradient: ScaleGradient = "lsq"
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.weights == FLOAT_BITS and self.activations != FLOAT_BITS:
+            raise UserError("--weight-bits 32: choose 1 to 8; float weights go with --act-bits 32 only.")
+        if self.weights != FLOAT_BITS:
+            check_bits("--weight-bits", self.weights, 8)
+        if self.activations != FLOAT_BITS:
+            check_bits("--act-bits", self.activations, 8)
+
+    @property
+    def label(self) -> str:
+        return f"{self.weights}/{self.activations}"

@@ -1,0 +1,270 @@
+"""What the nodes of a captured network mean to the quantizer: roles, shapes and places.
+
+Every node has a place: the path of its module in the user's network, such as `stages.0.1.relu2`, or the path of
+the enclosing module and the function's name, such as `stages.0.1.add`. Messages, tensor names and tables use it.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import _extract_tensor_metadata
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from faqd.quantize.operators.elementwise import CURVES, Bilinear, Clamp, Constant, Nearest, Part, Rows, Scaled
+
+Role = Literal[
+    "input", "compute", "norm", "rectify", "clamp", "curve", "average", "add", "multiply", "concat", "reshape",
+    "constant", "output", "other",
+]  # fmt: skip
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
+COMPUTE = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
+NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
+IDLE_MODULES = (
+    *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+    *(nn.AlphaDropout, nn.FeatureAlphaDropout),
+)
+IDLE_FUNCTIONS = (F.dropout, F.dropout1d, F.dropout2d)
+"""What does nothing in evaluation mode; `capture` refuses dropout that stays on there."""
+_MODULES: dict[Role, tuple[type[nn.Module], ...]] = {
+    "compute": COMPUTE,
+    "norm": NORM,
+    "rectify": (nn.ReLU,),
+    "clamp": (Clamp,),
+    "curve": (*CURVES, Scaled),
+    "constant": (Constant,),
+    "average": (nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, Bilinear),
+    # Reshaping operators only move or drop values, or pad with zeros: codes pass through them unchanged.
+    "reshape": (
+        *(nn.MaxPool1d, nn.MaxPool2d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, Nearest, Part, Rows),
+        *(nn.Flatten, nn.Unflatten, nn.ChannelShuffle, nn.PixelShuffle, nn.PixelUnshuffle),
+        *(nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d),
+        *IDLE_MODULES,
+    ),
+}
+_FUNCTIONS: dict[Role, tuple[Any, ...]] = {
+    "rectify": (F.relu, torch.relu, F.relu_, torch.relu_),
+    "average": (F.avg_pool1d, F.avg_pool2d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, torch.mean),
+    "add": (operator.add, operator.iadd, torch.add, operator.sub, torch.sub),
+    "multiply": (operator.mul, operator.imul, torch.mul),
+    "concat": (torch.cat, torch.concat),
+    "reshape": (
+        *(torch.max_pool1d, torch.max_pool2d),
+        *(F.max_pool1d, F.max_pool2d, F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.pad),
+        *(torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze, torch.transpose, torch.permute),
+        *(torch.chunk, torch.split, torch.narrow, operator.getitem),
+        *(F.channel_shuffle, F.pixel_shuffle, F.pixel_unshuffle),
+        *IDLE_FUNCTIONS,
+    ),
+}
+_METHODS: dict[Role, tuple[str, ...]] = {
+    "rectify": ("relu", "relu_"),
+    "average": ("mean",),
+    "add": ("add", "add_", "sub"),
+    "multiply": ("mul", "mul_"),
+    "reshape": (
+        *("flatten", "unflatten", "view", "reshape", "contiguous", "squeeze", "unsqueeze"),
+        *("transpose", "permute", "chunk", "split", "narrow"),
+    ),
+}
+MOVES: tuple[Role, ...] = ("reshape", "concat")
+"""What codes pass through."""
+SUBTRACT = (operator.sub, torch.sub, "sub")
+_TRACERS = (
+    str(Path(torch.__file__).parent),
+    *(str(Path(__file__).with_name("capture") / name) for name in ("capture.py", "spellings.py")),
+)
+"""Where code lies that stands between the user's and a node."""
+
+
+def propagate(traced: fx.GraphModule, example: Tensor) -> None:
+    """Write each node's shape into its meta data; of what is no tensor, such as a size, the value."""
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        _Shapes(traced).run(example)
+
+
+class _Shapes(fx.Interpreter):
+    def run_node(self, n: fx.Node) -> Any:
+        try:
+            result = super().run_node(n)
+        except Exception as error:  # whatever an operator raises where sizes do not meet
+            raise RuntimeError(n.name) from error
+        found = tree_map_only(Tensor, _extract_tensor_metadata, result)
+        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
+            n.meta["tensor_meta"] = found
+        else:
+            n.meta[_FIXED] = result
+        read = (each for each in n.all_input_nodes if not is_fixed(each))
+        n.meta[_OWN] = n.op != "placeholder" and all(each.meta[_OWN] for each in read)
+        return result
+
+
+_FIXED, _OWN = "faqd_fixed", "faqd_own"
+
+
+def is_own(node: fx.Node) -> bool:
+    """Whether `node` depends on no image, but on the network's own tensors and on sizes alone."""
+    return bool(node.meta.get(_OWN, False))
+
+
+def is_fixed(node: fx.Node) -> bool:
+    """Whether `node` is a size, or another value that is no tensor."""
+    return _FIXED in node.meta
+
+
+def fixed(argument: Any) -> Any:
+    """An argument of a call with the values of the sizes in it, those of two images (shapes propagated)."""
+    return fx.node.map_arg(argument, lambda node: node.meta.get(_FIXED, node))
+
+
+def role(traced: fx.GraphModule, node: fx.Node) -> Role:
+    """What `node` does, in the quantizer's terms; `other` is an operator it does not know."""
+    if node.op == "placeholder":
+        return "input"
+    if node.op == "output":
+        return "output"
+    if node.op == "call_module":
+        return _look_up(_MODULES, lambda types: isinstance(traced.get_submodule(str(node.target)), types))
+    if node.op == "call_method":
+        return _look_up(_METHODS, lambda names: node.target in names)
+    return _look_up(_FUNCTIONS, lambda functions: node.target in functions)
+
+
+def _look_up(table: dict[Role, Any], holds: Any) -> Role:
+    return next((name for name, entry in table.items() if holds(entry)), "other")
+
+
+def is_tensor(node: fx.Node) -> bool:
+    return "tensor_meta" in node.meta and hasattr(node.meta["tensor_meta"], "shape")
+
+
+def shape(node: fx.Node) -> tuple[int, ...]:
+    return tuple(node.meta["tensor_meta"].shape)
+
+
+def module_of(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """The module that `node` calls; None for any other node."""
+    return traced.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def held_tensor(traced: fx.GraphModule, node: fx.Node) -> Tensor:
+    """The parameter or buffer that `node` fetches."""
+    path, _, name = str(node.target).rpartition(".")
+    found: Tensor = getattr(traced.get_submodule(path), name)
+    return found
+
+
+def tensor_inputs(node: fx.Node) -> list[fx.Node]:
+    return [argument for argument in node.all_input_nodes if is_tensor(argument)]
+
+
+def values_of(traced: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
+    """The tensors that an operator reads; behind the first of one that only reshapes, there are sizes."""
+    return node.all_input_nodes[:1] if role(traced, node) == "reshape" else node.all_input_nodes
+
+
+def operand(node: fx.Node) -> fx.Node:
+    """The tensor that an operator of one input reads, however the user passed it."""
+    return node.all_input_nodes[0]
+
+
+def read_instead(node: fx.Node, new: fx.Node) -> None:
+    """Let every reader of `node` but `new` read `new`."""
+    node.replace_all_uses_with(new, delete_user_cb=lambda reader: reader is not new)
+
+
+def after_norm(network: fx.GraphModule, node: fx.Node) -> fx.Node:
+    """The batch norm that alone reads `node`, or `node` itself."""
+    readers = list(node.users)
+    if len(readers) == 1 and role(network, readers[0]) == "norm":
+        return readers[0]
+    return node
+
+
+def called_behind(traced: fx.GraphModule, node: fx.Node, place: str, module: nn.Module) -> fx.Node:
+    """The call of `module` on what `node` gives, which all its readers then read; `place` or the next that is free."""
+    path = unused(place, {name for name, _ in traced.named_modules()})
+    traced.add_submodule(path, module)
+    with traced.graph.inserting_after(node):
+        new = traced.graph.call_module(path, (node,))
+    new.stack_trace = node.stack_trace
+    read_instead(node, new)
+    return new
+
+
+def places(traced: fx.GraphModule) -> dict[fx.Node, str]:
+    """A unique place for every node; a module or function used again gets _1, _2 ... appended, and so does a function
+    with the name of a parameter or a buffer."""
+    own = {str(node.target) for node in traced.graph.nodes if node.op == "call_module"}
+    taken = own | {name for name, _ in (*traced.named_parameters(), *traced.named_buffers())}
+    found = {}
+    for node in traced.graph.nodes:
+        place = _place(node)
+        if node.op == "call_module" and place in own:
+            own.remove(place)
+        else:
+            place = unused(place, taken)
+        found[node] = place
+    return found
+
+
+def unshare(traced: fx.GraphModule, wanted: Callable[[nn.Module], bool] = lambda module: True) -> None:
+    """Give every call of a `wanted` module a copy of its own: what two calls of one become differs in size or scale."""
+    for node, place in places(traced).items():
+        module = module_of(traced, node)
+        if module is not None and place != node.target and wanted(module):
+            traced.add_submodule(place, copy.deepcopy(module))
+            node.target = place
+            node.meta.pop("nn_module_stack", None)  # names the shared module, and with it nodes of the exported file
+
+
+def _place(node: fx.Node) -> str:
+    if node.op in ("call_module", "placeholder"):
+        return str(node.target)
+    stack = node.meta.get("nn_module_stack") or {}
+    path = next((str(entry[0]) for entry in reversed(stack.values())), "")
+    word = re.sub(r"_\d+$", "", node.name)
+    return f"{path}.{word}" if path else word
+
+
+def unused(name: str, taken: set[str]) -> str:
+    """`name`, or the first of name_1, name_2 ... that is not `taken`; it is taken from now on."""
+    candidate, count = name, 1
+    while candidate in taken:
+        candidate, count = f"{name}_{count}", count + 1
+    taken.add(candidate)
+    return candidate
+
+
+def line_of_code(node: fx.Node) -> str:
+    """Where the user's code calls this node: ` (file:line)`, or nothing if unknown."""
+    frames = re.findall(r'File "([^"]+)", line (\d+)', node.stack_trace or "")
+    return innermost([(file, int(line)) for file, line in frames])
+
+
+def innermost(frames: list[tuple[str, int]]) -> str:
+    """The last frame that is not a tracer's, as ` (file:line)`."""
+    outside = [f"{file}:{line}" for file, line in frames if not file.startswith(_TRACERS)]
+    return f" ({outside[-1]})" if outside else ""
+
+
+def with_taps(traced: fx.GraphModule, names: list[str]) -> fx.GraphModule:
+    """A copy that returns (output, [tap, ...]) for the nodes of these names; it shares the parameters."""
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(traced.graph, copied)
+    by_name = {node.name: new for node, new in copied.items()}
+    graph.output((output, [by_name[name] for name in names]))
+    return fx.GraphModule(traced, graph)

@@ -1,0 +1,64 @@
+"""The outputs of a network by name: what a forward returns, tuples and dictionaries taken apart."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from faqd.quantize.nodes import unused
+
+SINGLE = "logits"
+"""The name of an only output, and the beginning of the names of a tuple's."""
+INPUT = "input"
+"""What the input is called in every file, so that no output can be."""
+
+
+def named_outputs(returned: Any) -> dict[str, Any]:
+    """The leaves of what a network returns, in torch's order: `logits`; `logits_0`, `logits_1` of a tuple; the keys of
+    a dictionary; `boxes_0` where a dictionary holds a list. A name that is taken gets _1, _2 ... appended."""
+    taken, front = {INPUT}, () if isinstance(returned, Mapping) else (SINGLE,)
+    return {unused("_".join(map(_word, (*front, *keys))), taken): value for keys, value in _leaves(returned)}
+
+
+def returned_at(returned: Any) -> dict[str, str]:
+    """Where in what a network returns its outputs are, by their names: `['a'][0]`, or nothing for an only one."""
+    places = ["".join(f"[{key!r}]" for key in keys) for keys, _ in _leaves(returned)]
+    return dict(zip(named_outputs(returned), places, strict=True))
+
+
+def renamed(returned: Any) -> dict[str, str]:
+    """Where the outputs are that have another name than their keys make."""
+    front = () if isinstance(returned, Mapping) else (SINGLE,)
+    plain = ["_".join(map(str, (*front, *keys))) for keys, _ in _leaves(returned)]
+    found = returned_at(returned)
+    return {name: found[name] for name, keys in zip(found, plain, strict=True) if name != keys}
+
+
+def graph_outputs(network: fx.GraphModule) -> dict[str, Any]:
+    """The nodes that a captured network returns, by the names of its outputs."""
+    (output,) = (node for node in network.graph.nodes if node.op == "output")
+    return named_outputs(output.args[0])
+
+
+@torch.no_grad()
+def run_batches(network: Any, inputs: Tensor, batch: int) -> dict[str, Tensor]:
+    """float32 outputs of `network` for all of `inputs`, batch by batch."""
+    parts = [named_outputs(network(some)) for some in inputs.split(batch)]
+    return {name: torch.cat([part[name].float() for part in parts]) for name in parts[0]}
+
+
+def _leaves(value: Any, keys: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Each value that is no container, with the keys that lead to it."""
+    if not isinstance(value, Mapping | list | tuple):
+        yield keys, value
+        return
+    for key, entry in value.items() if isinstance(value, Mapping) else enumerate(value):
+        yield from _leaves(entry, (*keys, key))
+
+
+def _word(key: Any) -> str:
+    return re.sub(r"\W", "_", str(key)) or "_"

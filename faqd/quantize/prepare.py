@@ -1,0 +1,85 @@
+"""From a float network to a student in training: quantizers placed, nothing else changed."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import Tensor, fx
+
+from faqd.errors import UserError
+from faqd.quantize import nodes
+from faqd.quantize.config import QuantConfig
+from faqd.quantize.lowering.pad_channels import image_layers
+from faqd.quantize.lowering.pair_limits import pair_limit
+from faqd.quantize.placement import place
+from faqd.quantize.quantizers.layers import quantize_weight, weight_quantizer
+from faqd.quantize.quantizers.quantizers import ActivationQuantizer
+from faqd.quantize.student import SUFFIX, Student, input_quantizer
+
+
+def prepare(traced: fx.GraphModule, bits: QuantConfig, example: Tensor) -> Student:
+    """Copy a captured float network and place its quantizers; activation scales still need `calibrate`.
+
+    example: (N, C, H, W), for shapes.
+    """
+    network = copy.deepcopy(traced)
+    nodes.propagate(network, example)
+    _refuse_hooks(network)
+    placement = place(network, bits)
+    names = nodes.places(network)
+    taps = {node.name: node.name for node in network.graph.nodes}
+    first_of = {node: group[0] for group in placement.shared for node in group}
+    quantizers: dict[fx.Node, ActivationQuantizer] = {}
+    for node, quant in placement.activations.items():
+        path = names[node] + SUFFIX
+        # A grid that starts at zero takes the place of the rectifier.
+        rectifies = not quant.signed and nodes.role(network, node) == "rectify"
+        training = (bits.rounding, bits.scale_gradient) if rectifies else ()
+        quantizer = quantizers[node] = ActivationQuantizer(quant, rectifies, *training)
+        if first_of.get(node, node) is not node:
+            quantizer.scale = quantizers[first_of[node]].scale
+        network.add_submodule(path, quantizer)
+        with network.graph.inserting_after(node):
+            rounded = network.graph.call_module(path, (node,))
+        nodes.read_instead(node, rounded)
+        taps[node.name] = rounded.name
+        if rectifies:
+            rounded.args = (nodes.operand(node),)
+            network.graph.erase_node(node)
+    for node, quant in placement.weights.items():
+        quantize_weight(network.get_submodule(str(node.target)), quant)
+    if bits.target == "onnxruntime":
+        _limit_pairs(network)
+    network.delete_all_unused_submodules()
+    network.graph.lint()
+    network.recompile()
+    nodes.propagate(network, example)
+    return Student(network.train(), bits, taps, traced)
+
+
+def _limit_pairs(network: fx.GraphModule) -> None:
+    """Weights for which no sum of onnxruntime's kernels saturates, where the student is trained for it alone."""
+    of_the_image = image_layers(network)
+    for node in network.graph.nodes:
+        layer = nodes.module_of(network, node)
+        quantizer = weight_quantizer(layer) if nodes.role(network, node) == "compute" and layer is not None else None
+        read = input_quantizer(network, node) if quantizer is not None else None
+        if quantizer is not None and read is not None:
+            limits = (quantizer.pair_limit, pair_limit(network, node, read.quant))
+            quantizer.pair_limit = min((limit for limit in limits if limit is not None), default=None)
+            quantizer.zeros_at_end = of_the_image.at_end_for(node)
+
+
+def _refuse_hooks(network: fx.GraphModule) -> None:
+    """A deployed module is made from parameters and sizes: what hooks add would be lost without a word."""
+    names = nodes.places(network)
+    for node in network.graph.nodes:
+        module = nodes.module_of(network, node)
+        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()] if module is not None else []
+        if hooks:
+            what = getattr(hooks[0], "__name__", type(hooks[0]).__name__)
+            raise UserError(
+                f"{names[node]}{nodes.line_of_code(node)}: has a forward hook, {what}, which cannot be lowered. Take "
+                "it off where the network is built: torch.nn.utils.remove_weight_norm or remove_spectral_norm write "
+                "what theirs computes into the weights; anything else belongs into forward."
+            )

@@ -1,0 +1,36 @@
+"""Random crops and mirroring of a whole batch at once, on the device where the images are."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from faqd.train.data.datasets import Augmentation
+
+
+def augment(images: Tensor, how: Augmentation, generator: torch.Generator) -> Tensor:
+    """Shift and mirror each image by itself: (B, C, H, W) pixels in, the same shape and dtype out.
+
+    Takes pixels, not normalised input: the frame that shifts let in is 0, which is black only there. The random
+    numbers are drawn on the generator's device, so that a CPU generator gives a GPU the same augmentation.
+    """
+    if not how.flip and not how.pad:
+        return images
+    batch, channels, height, width = images.shape
+    rows = torch.arange(height, device=images.device).expand(batch, height)
+    columns = torch.arange(width, device=images.device).expand(batch, width)
+    if how.flip:
+        mirrored = _random(2, (batch, 1), generator, images.device).bool()
+        columns = torch.where(mirrored, columns.flip(1), columns)
+    if how.pad:
+        images = functional.pad(images, (how.pad,) * 4)
+        offsets = _random(2 * how.pad + 1, (2, batch, 1), generator, images.device)
+        rows, columns = rows + offsets[0], columns + offsets[1]
+    # Two gathers: indexing by rows and columns at once takes three times as long on a CPU.
+    images = images.gather(2, rows[:, None, :, None].expand(-1, channels, -1, images.shape[3]))
+    return images.gather(3, columns[:, None, None, :].expand(-1, channels, height, -1))
+
+
+def _random(below: int, shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Tensor:
+    return torch.randint(below, shape, generator=generator, device=generator.device).to(device)

@@ -1,0 +1,303 @@
+"""The data sets that a teacher and its student are trained on, split the same way for both.
+
+Everything is held in memory as uint8. Labels are read only where `with_labels` says so: nothing that a student
+sees, the order of its images included, can depend on them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from faqd.errors import UserError
+from faqd.preprocess import Channels, Preprocess, Resize
+from faqd.train.data import cifar
+from faqd.train.data import image_files as images
+
+Say = Callable[[str], None]
+
+DEFAULT_ROOT = Path("data")
+"""Where published data sets are looked for without `--data-root`."""
+SHARE = 0.1
+"""Of a pool of images: what select gets, and once more what eval gets where no test set is published."""
+
+# Per channel over the training pixels, in units of a pixel range 0..1.
+DIGITS_MEAN_STD = ((0.3051,), (0.3760,))
+CIFAR_MEAN_STD = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+}
+TINY_IMAGENET_MEAN_STD = ((0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821))
+
+
+@dataclass(frozen=True)
+class Split:
+    """images: (N, H, W, C) uint8, fitted by `Preprocess.fit`. labels: (N,) int64, None where they were not read."""
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64] | None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def at(self, index: NDArray[Any] | slice) -> Split:
+        return Split(self.images[index], None if self.labels is None else self.labels[index])
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What may be done to a training image of this data set: a random crop out of a black frame, a mirroring.
+
+    pad: pixels of the frame on every side. flip: mirrored left to right half of the time.
+    """
+
+    pad: int = 0
+    flip: bool = False
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One data set, cut into what trains, what selects the model and what is reported.
+
+    classes: names, None where the source has none or they were not read. skipped: image files that do not decode.
+    """
+
+    source: str
+    preprocess: Preprocess
+    classes: tuple[str, ...] | None
+    train: Split
+    select: Split
+    eval: Split
+    augmentation: Augmentation
+    skipped: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """What the command line says about data; None stands for what is usual for the source.
+
+    source: digits, cifar10, cifar100, tiny-imagenet, folder:PATH or npz:PATH. root: where published sets lie.
+    mean, std: 'none' for mean 0 and std 1. labels: subfolder names are the classes (folder only).
+    limit: use that many training images only; they are a random choice, the same in every run.
+    """
+
+    source: str
+    root: Path | None = None
+    image_size: tuple[int, int] | None = None
+    resize: Resize | None = None
+    channels: Channels | None = None
+    mean: tuple[float, ...] | Literal["none"] | None = None
+    std: tuple[float, ...] | Literal["none"] | None = None
+    labels: bool = False
+    download: bool = False
+    limit: int | None = None
+
+
+def load_dataset(options: DataOptions, *, with_labels: bool, say: Say = lambda _: None) -> Dataset:
+    """The data set that `options` names; UserError says what is missing or wrong with it.
+
+    with_labels=False never reads a label, of no split. True gives the labels that there are: those of a folder
+    without `labels`, or of an npz file that has none, stay None.
+    """
+    kind, _, where = options.source.partition(":")
+    if kind not in _LOADERS or (kind in ("folder", "npz")) != bool(where):
+        known = ", ".join(name + (":PATH" if name in ("folder", "npz") else "") for name in _LOADERS)
+        raise UserError(f"--data {options.source}: no such source; expected one of {known}.")
+    if options.limit is not None and options.limit < 1:
+        raise UserError(f"limit of training images {options.limit}: expected 1 or more.")
+    dataset = _LOADERS[kind](options, where, with_labels, say)
+    return replace(dataset, train=dataset.train.at(slice(options.limit)))
+
+
+def split_by_content(pool: Split, *shares: float) -> list[Split]:
+    """Cut a pool at the SHA-256 of its images: one split per share, the last split gets the rest.
+
+    Neither a file's name, nor its label, nor its neighbours say where an image goes, and equal images go together.
+    Every split is in the order of the hashes, a random order that is the same everywhere.
+    """
+    heads = (hashlib.sha256(image).digest()[:8] for image in pool.images)
+    hashes = np.fromiter((int.from_bytes(head, "big") for head in heads), np.uint64, len(pool))
+    order = np.argsort(hashes, kind="stable")
+    bounds = np.array([int(share * 2**64) for share in accumulate(shares)], np.uint64)
+    splits = [pool.at(part) for part in np.split(order, np.searchsorted(hashes[order], bounds))]
+    if min(map(len, splits)) == 0:
+        raise UserError(
+            f"{len(pool)} images are too few, or too many of them are equal: split by content into "
+            f"{' + '.join(str(len(split)) for split in splits)}, and no part may be empty. Give more images."
+        )
+    return splits
+
+
+def _digits(options: DataOptions, where: str, with_labels: bool, say: Say) -> Dataset:
+    # Imported here because it takes a second, which the other sources need not pay.
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    # The scanner's counts are 0..16.
+    grey_NHW = np.rint(bunch.images * 255 / 16).astype(np.uint8)
+    preprocess = _preprocess(options, (8, 8), "grey", DIGITS_MEAN_STD)
+    labels = bunch.target.astype(np.int64) if with_labels else None
+    pool = Split(_fitted(preprocess, grey_NHW[..., None]), labels)
+    # Fixed, and by RandomState: its stream is frozen, while that of numpy's Generator may change.
+    evaluation, select, train = np.split(np.random.RandomState(0).permutation(len(pool)), [500, 630])
+    return Dataset(
+        source=options.source,
+        preprocess=preprocess,
+        classes=tuple("0123456789"),
+        train=pool.at(train),
+        select=pool.at(select),
+        eval=pool.at(evaluation),
+        # A mirrored digit is another sign.
+        augmentation=Augmentation(pad=preprocess.height // 8, flip=False),
+        skipped=(),
+    )
+
+
+def _cifar(options: DataOptions, where: str, with_labels: bool, say: Say) -> Dataset:
+    root = options.root or DEFAULT_ROOT
+    published = cifar.load_cifar(options.source, root, download=options.download, with_labels=with_labels, say=say)
+    preprocess = _preprocess(options, (32, 32), "rgb", CIFAR_MEAN_STD[options.source])
+    pool, test = (Split(_fitted(preprocess, images), labels) for images, labels in published.batches)
+    select, train = split_by_content(pool, SHARE)
+    return Dataset(
+        source=options.source,
+        preprocess=preprocess,
+        classes=published.classes,
+        train=train,
+        select=select,
+        eval=test,
+        # 4 of 32 pixels, the usual recipe of residual networks on CIFAR.
+        augmentation=Augmentation(pad=preprocess.height // 8, flip=True),
+        skipped=(),
+    )
+
+
+def _tiny_imagenet(options: DataOptions, where: str, with_labels: bool, say: Say) -> Dataset:
+    files = images.find_tiny_imagenet(options.root or DEFAULT_ROOT)
+    preprocess = _preprocess(options, (64, 64), "rgb", TINY_IMAGENET_MEAN_STD)
+    code_of = {wnid: code for code, wnid in enumerate(files.classes)}
+    pools: list[Split] = []
+    skipped: list[str] = []
+    for listed, wnids in ((files.train, files.train_wnids), (files.val, files.val_wnids)):
+        read = images.read_images(files.folder, listed, preprocess.fit, say)
+        labels = np.array([code_of[wnids[i]] for i in read.kept], np.int64) if with_labels else None
+        pools.append(Split(read.pixels, labels))
+        skipped += read.skipped
+    select, train = split_by_content(pools[0], SHARE)
+    return Dataset(
+        source=options.source,
+        preprocess=preprocess,
+        classes=files.classes,
+        train=train,
+        select=select,
+        eval=pools[1],
+        # An eighth of the side, the same relative shift as 4 pixels on CIFAR; photographs may be mirrored.
+        augmentation=Augmentation(pad=preprocess.height // 8, flip=True),
+        skipped=tuple(skipped),
+    )
+
+
+def _folder(options: DataOptions, where: str, with_labels: bool, say: Say) -> Dataset:
+    folder = Path(where).expanduser()
+    files = images.list_images(folder)
+    names = images.class_names(folder, files) if options.labels and with_labels else None
+    # Without --image-size the size is that of the images; what is wrong with the rest is still said before reading.
+    preprocess = _preprocess(options, (1, 1), "rgb")
+    read = images.read_images(folder, files, preprocess.fit if options.image_size else None, say)
+    pixels = read.pixels
+    if options.image_size is None:
+        preprocess = replace(preprocess, height=pixels.shape[1], width=pixels.shape[2])
+        pixels = _fitted(preprocess, pixels)
+    classes = labels = None
+    if names is not None:
+        classes = tuple(sorted(set(names)))
+        labels = np.searchsorted(classes, [names[i] for i in read.kept]).astype(np.int64)
+    return _unpublished(options, preprocess, classes, Split(pixels, labels), read.skipped)
+
+
+def _npz(options: DataOptions, where: str, with_labels: bool, say: Say) -> Dataset:
+    pixels, labels, classes = images.read_npz(Path(where).expanduser(), with_labels=with_labels)
+    preprocess = _preprocess(options, pixels.shape[1:3], "grey" if pixels.shape[3] == 1 else "rgb")
+    return _unpublished(options, preprocess, classes, Split(_fitted(preprocess, pixels), labels), ())
+
+
+_LOADERS: dict[str, Callable[[DataOptions, str, bool, Say], Dataset]] = {
+    "digits": _digits,
+    "cifar10": _cifar,
+    "cifar100": _cifar,
+    "tiny-imagenet": _tiny_imagenet,
+    "folder": _folder,
+    "npz": _npz,
+}
+
+
+def _unpublished(
+    options: DataOptions,
+    preprocess: Preprocess,
+    classes: tuple[str, ...] | None,
+    pool: Split,
+    skipped: tuple[str, ...],
+) -> Dataset:
+    evaluation, select, train = split_by_content(pool, SHARE, SHARE)
+    # Half the usual shift, and no mirroring: whether a mirrored image is still one of its kind (text, road signs,
+    # organs are not) is known only to who knows the domain.
+    augmentation = Augmentation(pad=preprocess.height // 16, flip=False)
+    return Dataset(options.source, preprocess, classes, train, select, evaluation, augmentation, skipped)
+
+
+def _preprocess(
+    options: DataOptions,
+    size: Sequence[int],
+    native: Channels,
+    usual: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
+) -> Preprocess:
+    """The record for a source of this size and these channels; `usual` is its mean and std where they are known."""
+    if usual is None and (options.mean is None or options.std is None):
+        raise UserError(
+            f"--data {options.source} needs --mean and --std, in units of a pixel range 0..1, as the teacher was "
+            "trained with: a silent wrong normalisation is the likeliest mistake here. For a teacher trained on "
+            "ImageNet: --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225. For pixels 0..1 as they are: "
+            "--mean none --std none."
+        )
+    channels = options.channels or native
+    mean, std = (
+        _per_channel(given, neutral, channels, native, None if usual is None else usual[index])
+        for index, (given, neutral) in enumerate(((options.mean, 0.0), (options.std, 1.0)))
+    )
+    for name, values in (("mean", mean), ("std", std)):
+        if any(abs(value) > 1 for value in values):
+            raise UserError(f"--{name} {values}: expected units of a pixel range 0..1; divide --mean and --std by 255.")
+    height, width = options.image_size or size
+    return Preprocess(height, width, mean, std, options.resize or "stretch", channels)
+
+
+def _per_channel(
+    given: tuple[float, ...] | Literal["none"] | None,
+    neutral: float,
+    channels: Channels,
+    native: Channels,
+    usual: tuple[float, ...] | None,
+) -> tuple[float, ...]:
+    if given == "none":
+        return (neutral,) * (1 if channels == "grey" else 3)
+    if given is not None:
+        return given
+    assert usual is not None
+    if native == "grey" and channels != "grey":
+        return usual * 3
+    return usual[::-1] if channels == "bgr" else usual
+
+
+def _fitted(preprocess: Preprocess, images_NHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    if images_NHWC.shape[1:] == (preprocess.height, preprocess.width, 3) and preprocess.channels == "rgb":
+        return images_NHWC
+    rgb_NHWC = np.broadcast_to(images_NHWC, (*images_NHWC.shape[:3], 3))
+    # In C order, as the bytes of an image decide which split it goes to: np.stack keeps the order of a resized one.
+    return np.ascontiguousarray(np.stack([preprocess.fit(image) for image in rgb_NHWC]))

@@ -1,0 +1,116 @@
+"""Where a float network comes from: the zoo or the user's own file, and files of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor, nn
+
+from faqd.errors import UserError, first_line
+from faqd.files import sha256, written_beside
+from faqd.train.networks.user_code import users_function, users_network
+from faqd.train.networks.zoo import build_architecture, check_architecture
+
+
+@dataclass(frozen=True)
+class NetworkSource:
+    """Either `architecture` from the zoo, or `file` and `callable` of the user's with the file's SHA-256.
+
+    channels, pixels: of the input. classes: width of the classifier, 0 for a user's own network, which knows it.
+    """
+
+    channels: int
+    pixels: tuple[int, int]
+    classes: int
+    architecture: str | None = None
+    file: str | None = None
+    callable: str | None = None
+    sha256: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.architecture or f"{Path(str(self.file)).name}:{self.callable}"
+
+    def build(self) -> nn.Module:
+        """A freshly initialised network; UserError if the user's file changed since the run, or fails."""
+        if self.architecture is not None:
+            return build_architecture(self.architecture, self.channels, self.classes, max(self.pixels))
+        path = Path(str(self.file))
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; the run was made with the network in it.")
+        if sha256(path) != self.sha256:
+            raise UserError(
+                f"{path}: changed since the run was made (SHA-256 differs). Code is only imported unchanged: restore "
+                "the file, or distil again with the new one."
+            )
+        return users_network(path, str(self.callable), str(self.sha256), self.example())
+
+    def example(self, batch: int = 2) -> Tensor:
+        """(batch, C, H, W) zeros: for tracing and shapes only."""
+        return torch.zeros(batch, self.channels, *self.pixels)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> NetworkSource:
+        return cls(**{**record, "pixels": tuple(record["pixels"])})
+
+
+def is_users(spec: str) -> bool:
+    """Whether `spec` has the form FILE.py:callable."""
+    return spec.rpartition(":")[0].endswith(".py")
+
+
+def architecture_source(arch: str, channels: int, pixels: tuple[int, int], classes: int) -> NetworkSource:
+    """What `--arch` names: a network of the zoo with `classes` outputs, or FILE.py:callable, which knows its own.
+
+    UserError where there is none of that name; the user's file is not imported yet.
+    """
+    if is_users(arch):
+        return user_source(arch, channels, pixels, "--arch")
+    check_architecture(arch)
+    return NetworkSource(channels, pixels, classes, architecture=arch)
+
+
+def user_source(spec: str, channels: int, pixels: tuple[int, int], option: str = "--teacher") -> NetworkSource:
+    """The source that `FILE.py:callable` names. option: where the name was given, for messages."""
+    file, _, name = spec.rpartition(":")
+    path = Path(file)
+    if not is_users(spec) or not name.isidentifier():
+        raise UserError(f"{option} {spec}: expected {'a run folder, or ' * (option == '--teacher')}FILE.py:callable.")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file (from {option} {spec}); expected FILE.py:callable.")
+    return NetworkSource(channels, pixels, 0, file=str(path.resolve()), callable=name, sha256=sha256(path))
+
+
+def user_function(spec: str, option: str) -> Callable[..., Any]:
+    """The function that `FILE.py:function` names; what it raises comes as a UserError with its line."""
+    source = user_source(spec, 0, (0, 0), option)
+    return users_function(Path(str(source.file)), str(source.callable), str(source.sha256), f"{option} {spec}")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; UserError if it is damaged."""
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file.") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: damaged or cut short ({first_line(error)}); copy or write it again.") from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file, whole or absent, and an OSError where it cannot be written."""
+    # Clones, because safetensors refuses tensors that share memory and a network may have one module in two places.
+    plain = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
+    with written_beside(path) as temporary:
+        # safetensors' own writer turns a full disk into an error that does not say so.
+        temporary.write_bytes(safetensors_bytes(plain))

@@ -1,0 +1,144 @@
+"""The user's file, FILE.py:callable: executed once in a process, and the network that it builds."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
+from torch.optim.swa_utils import AveragedModel
+
+from faqd.errors import UserError, first_line
+from faqd.quantize.capture.exported_program import as_plain_modules, is_exported
+
+_executed: dict[tuple[Path, str], ModuleType] = {}
+"""By path and SHA-256: a file that registers an operator, or a model by its name, can be executed only once."""
+_neighbours: dict[Path, dict[str, ModuleType]] = {}
+"""Modules that files of the user imported from beside themselves, by folder and name."""
+
+
+def users_network(path: Path, name: str, sha256: str, example: Tensor) -> nn.Module:
+    """A network that `name` of the file builds, each time another one. sha256: of the file.
+
+    Lazy modules get their sizes from `example` (N, C, H, W). UserError says what of the user's fails.
+    """
+    with _importable(path):
+        build = getattr(_module(path, sha256), name, None)
+        if not callable(build):
+            raise UserError(f"{path}: has no callable named {name}.")
+        needed = _needed_arguments(build)
+        if needed:
+            raise UserError(
+                f"{path}: {name} needs arguments ({', '.join(needed)}); give a function without any that returns the "
+                "network, for example `def build(): return Net(classes=10)`."
+            )
+        built = _unwrapped(_run_of_the_user(path, f"{name}()", build))
+        if is_exported(built):
+            return as_plain_modules(built)
+        if not isinstance(built, nn.Module):
+            raise UserError(f"{path}: {name}() returned {type(built).__name__}, expected a torch.nn.Module.")
+        if any(map(is_lazy, (*built.parameters(), *built.buffers()))):
+            _run_of_the_user(
+                path, f"a first run of the lazy modules that {name}() returned", lambda: _run(built, example)
+            )
+    return _another(built)
+
+
+def users_function(path: Path, name: str, sha256: str, asked: str) -> Callable[..., Any]:
+    """The function `name` of the file; what it raises comes as a UserError with its line. asked: the option and its
+    value, for the sentence where there is no such function."""
+    with _importable(path):
+        function = getattr(_module(path, sha256), name, None)
+    if not callable(function):
+        raise UserError(f"{asked}: {path} has no function of that name; name one that it has.")
+    return lambda *arguments: _run_of_the_user(path, f"{name}()", lambda: function(*arguments))
+
+
+def _module(path: Path, sha256: str) -> ModuleType:
+    if (path, sha256) not in _executed:
+        name = f"faqd_user_{path.stem}_{len(_executed)}"
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        # Dataclasses and pickle look their module up there.
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        loader = spec.loader
+        _run_of_the_user(path, "importing it", lambda: loader.exec_module(module))
+        _executed[path, sha256] = module
+    return _executed[path, sha256]
+
+
+def _unwrapped(built: Any) -> Any:
+    """Without what runs a network elsewhere, compiles it or averages it: their forwards cannot be captured."""
+    while isinstance(built, _WRAPPERS) or hasattr(built, _COMPILED):
+        built = getattr(built, _COMPILED) if hasattr(built, _COMPILED) else built.module
+    return built
+
+
+_WRAPPERS = (nn.DataParallel, DistributedDataParallel, AveragedModel)
+_COMPILED = "_orig_mod"
+"""Where torch.compile keeps the network."""
+
+
+def _run(network: nn.Module, example: Tensor) -> None:
+    with torch.no_grad():
+        network.eval()(example)
+
+
+def _another(network: nn.Module) -> nn.Module:
+    """A copy, since a function may return one network of its file again and again; what cannot be copied, itself."""
+    try:
+        return copy.deepcopy(network)
+    except Exception:  # of whatever the user's modules hold
+        return network
+
+
+@contextmanager
+def _importable(path: Path) -> Iterator[None]:
+    """Lets what lies beside the file be imported in the block, whatever other files imported under those names."""
+    folder = path.parent
+    for other, modules in _neighbours.items():
+        for name in [name for name in modules if other != folder and _lies_in(folder, name)]:
+            sys.modules.pop(name, None)
+    sys.modules.update(_neighbours.get(folder, {}))
+    before = set(sys.modules)
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        new = {name: sys.modules[name] for name in set(sys.modules) - before if _lies_in(folder, name)}
+        _neighbours.setdefault(folder, {}).update(new)
+
+
+def _lies_in(folder: Path, module: str) -> bool:
+    top = folder / module.partition(".")[0]
+    return top.is_dir() or top.with_suffix(".py").is_file()
+
+
+def _run_of_the_user(path: Path, what: str, function: Callable[[], Any]) -> Any:
+    try:
+        return function()
+    # Whatever the user's code does; SystemExit is what argparse does on import.
+    except (Exception, SystemExit) as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        where = f" (line {lines[-1]})" if lines else ""
+        raise UserError(
+            f"{path}: {what} failed{where}: {type(error).__name__}: {first_line(error)}. Correct it and try again."
+        ) from error
+
+
+def _needed_arguments(build: Callable[..., Any]) -> list[str]:
+    starred = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = inspect.signature(build).parameters.values()
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in starred]

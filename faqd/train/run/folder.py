@@ -1,0 +1,187 @@
+"""The run folder: what one training was, and what came of it.
+
+run.json says what was asked for and what the network is; weights.safetensors are the final weights,
+teacher.safetensors the teacher's; metrics.jsonl has one line per epoch; checkpoint-ITERATION is there until the end.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from faqd import __version__
+from faqd.errors import UserError
+from faqd.files import leftovers, read_json, sha256, write_json
+from faqd.preprocess import Preprocess
+from faqd.train.data.datasets import DataOptions
+from faqd.train.networks.source import NetworkSource, read_tensors, write_tensors
+from faqd.train.recipes import Recipe, recipe_json
+
+FORMAT = "faqd-run"
+VERSION = 1
+RECORD = "run.json"
+WEIGHTS = "weights.safetensors"
+TEACHER_WEIGHTS = "teacher.safetensors"
+METRICS = "metrics.jsonl"
+_NEEDED = ("version", "kind", "asked", "recipe", "data", "network", "preprocess")
+
+
+def is_done(folder: Path, record: dict[str, Any], resume: bool) -> bool:
+    """Whether `folder` holds this very run, finished; False where it can begin or go on.
+
+    UserError if it holds something else, or an unfinished run and there is no --resume.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; give another --out, the folder of the run.")
+    if not (folder / RECORD).is_file():
+        if folder.is_dir() and set(folder.iterdir()) > set(leftovers(folder)):
+            raise UserError(f"{folder}: is not empty and holds no run; give another --out.")
+        return False
+    found = read_record(folder)
+    if not resume:
+        raise UserError(f"{folder}: already holds a run. Give another --out, or --resume to go on with this one.")
+    if found["kind"] != record["kind"]:
+        raise UserError(f"{folder}: holds a {found['kind']} run; give another --out for a {record['kind']} run.")
+    differences = _differences(record["asked"], found["asked"])
+    if differences:
+        raise UserError(
+            f"{folder}: holds a run with other options ({'; '.join(differences)}); --resume needs the same ones. "
+            "Give another --out for a new run."
+        )
+    return (folder / WEIGHTS).is_file()
+
+
+def begin(folder: Path, record: dict[str, Any]) -> None:
+    """Write the record of a run; from here on the folder is taken. One that is there stays."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / RECORD).is_file():
+        write_json(folder / RECORD, {"format": FORMAT, "version": VERSION, "faqd": __version__, **record})
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep other processes from training in `folder` meanwhile; UserError where one does. Ends with the process."""
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another process trains in it; wait for it, or give another --out.") from None
+        except OSError:
+            pass  # a network file system without locks
+        yield
+    finally:
+        os.close(place)
+
+
+def conclude(folder: Path, results: dict[str, Any], network: nn.Module) -> dict[str, Any]:
+    """Add the results to the record, then write the final weights: a run that has them is finished."""
+    record = {**read_record(folder), **results}
+    write_json(folder / RECORD, record)
+    write_tensors(folder / WEIGHTS, network.state_dict())
+    return record
+
+
+def _differences(asked: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    # As JSON has it: a tuple is a list there.
+    now, there = _flat(json.loads(json.dumps(asked))), _flat(found)
+    names = sorted(key for key in now.keys() | there.keys() if now.get(key) != there.get(key))
+    return [f"{name}: {there.get(name)} there, {now.get(name)} now" for name in names]
+
+
+def _flat(values: dict[str, Any], path: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= _flat(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: value}
+    return found
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    if not (folder / RECORD).is_file():
+        raise UserError(f"{folder}: not a run folder (no {RECORD}); `faqd-train` makes one with --out.")
+    record: dict[str, Any] = read_json(folder / RECORD)
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise UserError(f"{folder / RECORD}: not the record of a run; give another folder.")
+    if record.get("version") != VERSION:
+        raise UserError(
+            f"{folder}: run version {record.get('version')}, this faqd reads version {VERSION}: install the faqd that "
+            "made the run, or train again."
+        )
+    if missing := [name for name in _NEEDED if name not in record]:
+        raise UserError(f"{folder / RECORD}: has no '{missing[0]}'; copy the whole folder again, or train again.")
+    return record
+
+
+def finished(folder: Path) -> dict[str, Any]:
+    """The record of a finished run; UserError if it was interrupted."""
+    record = read_record(folder)
+    if not (folder / WEIGHTS).is_file():
+        raise UserError(f"{folder}: this run did not finish; run its command again with --resume.")
+    return record
+
+
+def load_exactly(network: nn.Module, path: Path) -> None:
+    """Fill `network` with weights that faqd wrote; UserError if they belong to another network."""
+    fill(network, read_tensors(path), path)
+
+
+def fill(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """Put the tensors of `path` into `network`; UserError if they are not exactly its own."""
+    wanted = network.state_dict()
+    if state.keys() != wanted.keys() or any(state[k].shape != wanted[k].shape for k in wanted):
+        raise UserError(
+            f"{path}: weights of another network than {path.parent / RECORD} describes; the folder was changed after "
+            "the run. Copy the whole folder again, or train again."
+        )
+    network.load_state_dict(state)
+
+
+def load_teacher(folder: Path) -> tuple[nn.Module, NetworkSource, str]:
+    """Network, source and weights SHA-256 of the teacher in a finished run of either kind."""
+    record = finished(folder)
+    name = TEACHER_WEIGHTS if record["kind"] == "distill" else WEIGHTS
+    source = NetworkSource.from_json(record["teacher"] if record["kind"] == "distill" else record["network"])
+    network = source.build()
+    load_exactly(network, folder / name)
+    return network.eval(), source, sha256(folder / name)
+
+
+def asked_json(recipe: Recipe, data: DataOptions) -> dict[str, Any]:
+    """What a run was asked for, as --resume compares it: not where data lie, nor what a recipe says of itself."""
+    settings, source = recipe_json(recipe), data_json(data)
+    for values, names in ((settings, ("about",)), (source, ("root", "download"))):
+        for name in names:
+            del values[name]
+    return {"recipe": settings, "data": source}
+
+
+def data_json(options: DataOptions) -> dict[str, Any]:
+    return {**asdict(options), "root": str(options.root) if options.root else None}
+
+
+def data_options(record: dict[str, Any], root: Path | None = None) -> DataOptions:
+    """The data options of a run; `root` replaces the recorded place of published data sets."""
+    values = {**record["data"]}
+    for key in ("image_size", "mean", "std"):
+        if isinstance(values[key], list):
+            values[key] = tuple(values[key])
+    values["root"] = Path(values["root"]) if values["root"] else None
+    return replace(DataOptions(**values), root=root) if root else DataOptions(**values)
+
+
+def run_preprocess(record: dict[str, Any]) -> Preprocess:
+    return Preprocess.from_json(record["preprocess"])
+
+
+def network_input(images_NHWC: Any, preprocess: Preprocess) -> Tensor:
+    """Fitted uint8 images to network input, float32."""
+    return torch.from_numpy(preprocess.normalise(images_NHWC))

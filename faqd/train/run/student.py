@@ -1,0 +1,114 @@
+"""The student of a recipe: which network it is, what it starts from, and the trained one of a finished run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from faqd.errors import UserError
+from faqd.quantize.capture.capture import capture
+from faqd.quantize.config import QuantConfig
+from faqd.quantize.prepare import prepare
+from faqd.quantize.student import Student
+from faqd.train.networks.source import NetworkSource, architecture_source, read_tensors
+from faqd.train.recipes import DistillRecipe
+from faqd.train.run.folder import WEIGHTS, fill, finished, load_exactly, read_record
+from faqd.train.run.lesson import Teacher, output_shapes
+
+
+def start_of(recipe: DistillRecipe, teacher: Teacher) -> str:
+    """What the student starts from: teacher, scratch, or the folder of a run."""
+    same = student_source(recipe.arch, teacher) == teacher.source
+    if recipe.init == "teacher" and not same:
+        raise UserError("--init teacher: student and teacher are different networks; use --init scratch.")
+    return recipe.init or ("teacher" if same else "scratch")
+
+
+def student_source(arch: str | None, teacher: Teacher) -> NetworkSource:
+    """The student's network: the teacher's own, or `arch`: one of the zoo with the teacher's number of outputs, or a
+    FILE.py:callable. UserError where its outputs are not those of the teacher."""
+    if arch is None or arch == teacher.source.architecture:
+        return teacher.source
+    theirs = output_shapes(teacher.network, teacher.source, "as the student's")
+    shapes = list(theirs.values())
+    source = architecture_source(arch, teacher.source.channels, teacher.source.pixels, shapes[0][-1])
+    if source.architecture is not None and (len(shapes) > 1 or len(shapes[0]) != 2):
+        raise UserError(
+            f"--arch {arch}: the teacher has no single vector of class scores that the zoo could imitate; give a "
+            "student with its outputs as FILE.py:callable."
+        )
+    if source.architecture is None and source != teacher.source:
+        ours = output_shapes(source.build().eval(), source, "as the teacher's")
+        if ours != theirs:
+            raise UserError(
+                f"--arch {arch}: for 2 images its outputs are {_listed(ours)}, and the teacher's {_listed(theirs)}; a "
+                "student has outputs of the same names and shapes."
+            )
+    return source
+
+
+def _listed(shapes: dict[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+
+
+def new_student(recipe: DistillRecipe, source: NetworkSource, teacher: Teacher, example: Tensor) -> Student:
+    """The student before training: the teacher's weights, fresh ones, or those of the run `recipe.init` names.
+
+    All its parameters learn: code that freezes a teacher means the teacher. A filter that is a buffer stays as it is.
+    """
+    torch.manual_seed(recipe.training.seed)
+    network = source.build()
+    for parameter in network.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(True)
+    if recipe.init == "teacher":
+        network.load_state_dict(teacher.network.state_dict())
+    elif recipe.init != "scratch":
+        _load_float(network, source, Path(str(recipe.init)))
+    return prepare(capture(network, example), recipe_bits(recipe), example)
+
+
+def _load_float(network: nn.Module, source: NetworkSource, folder: Path) -> None:
+    """Fill `network` with the float weights of a finished run of either kind, whatever its bits were."""
+    if not folder.is_dir():
+        raise UserError(f"--init {folder}: expected teacher, scratch or the folder of a run.")
+    if NetworkSource.from_json(finished(folder)["network"]) != source:
+        raise UserError(f"--init {folder}: that run trained another network than {source.name}.")
+    state = read_tensors(folder / WEIGHTS)
+    latent = {key.replace(".parametrizations.weight.original", ".weight"): value for key, value in state.items()}
+    wanted = network.state_dict()
+    fill(network, {key: value for key, value in latent.items() if key in wanted}, folder / WEIGHTS)
+
+
+def recipe_bits(recipe: DistillRecipe) -> QuantConfig:
+    return _bits(asdict(recipe))
+
+
+def _bits(asked: dict[str, Any]) -> QuantConfig:
+    """What a recipe, as a run records it, asks of the quantizers."""
+    return QuantConfig(
+        asked["weight_bits"],
+        asked["act_bits"],
+        asked["target"],
+        asked["scales"] == "channel",
+        asked["rounding"],
+        asked["scale_gradient"],
+        tuple(asked.get("exclude", ())),
+    )
+
+
+def load_student(folder: Path) -> Student:
+    """The trained student of a finished distillation run, in evaluation mode."""
+    record = read_record(folder)
+    if record["kind"] != "distill":
+        raise UserError(f"{folder}: holds a teacher; distil a student from it first, or use `faqd-deploy ptq`.")
+    source = NetworkSource.from_json(record["network"])
+    bits = _bits(record["recipe"])
+    student = prepare(capture(source.build(), source.example()), bits, source.example())
+    load_exactly(student.network, folder / WEIGHTS)
+    student.network.eval()
+    return student
