@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -29,3 +32,30 @@ def test_readme_shows_the_committed_cifar10_result() -> None:
 def test_docs_show_what_each_part_is_worth(data: str) -> None:
     text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     assert markdown(read_json(ROOT / "results" / f"worth-{data}.json")) in text
+
+
+def test_docs_show_what_the_defaults_do() -> None:
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    rows = [row for file in sorted((ROOT / "results" / "defaults").glob("*.json")) for row in rows_of(file)]
+    assert len(rows) > 5
+    assert [row for row in rows if row not in text] == []
+
+
+def rows_of(file: Path) -> list[str]:
+    """A row of the table for each network and bits: means over the seeds of the defaults."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name, cell in read_json(file).get("cells", {}).items():
+        if re.fullmatch(r"s\d+", name.rpartition("-")[2]):
+            found.setdefault(name.rpartition("-")[0], []).append(cell)
+    rows = []
+    for name, cells in found.items():
+        network, _, bits = name.rpartition("-w")
+        figures = [f"{flavour} {each}" for flavour in ("tensorrt", "onnxruntime") for each in ("ptq", "distilled")]
+        means = [fmean(percent(cell[each][flavour]) for cell in cells) for flavour, each in map(str.split, figures)]
+        shown = " | ".join(f"{mean:.2f}" for mean in [percent(cells[0]["teacher"]), *means])
+        rows.append(f"| {network} | {bits.replace('a', '/')} | {shown} | {len(cells)} |")
+    return rows
+
+
+def percent(figures: dict[str, float]) -> float:
+    return figures["metric"] if "metric" in figures else 100 * figures["top1"]
