@@ -14,7 +14,7 @@ from torch import nn
 from faqd.quantize.calibrate import calibrate
 from faqd.quantize.capture.capture import capture
 from faqd.quantize.config import QuantConfig
-from faqd.quantize.prepare import prepare
+from faqd.quantize.prepare import insert_quantizers
 from faqd.train.data.datasets import load_dataset
 from faqd.train.distill import calibration_batches
 from faqd.train.loop.batches import splits_on
@@ -59,7 +59,7 @@ def ptq_of(run: Path, method: Any = "mse") -> dict[str, torch.Tensor]:
     """The teacher of a run quantized without training, on the same images."""
     train, _ = splits_on(torch.device("cpu"), load_dataset(data_options(record_of(run)), with_labels=False))
     example = train.normalised(train.pixels[:2]).contiguous()
-    student = prepare(capture(load_teacher(run)[0], example), QuantConfig(8, 8), example)
+    student = insert_quantizers(capture(load_teacher(run)[0], example), QuantConfig(8, 8), example)
     student.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     calibrate(student, calibration_batches(train), method)
     return student.network.state_dict()

@@ -191,6 +191,10 @@ TAKEN: dict[str, Callable[[], nn.Module]] = {
         lambda x: torch.cat([torch.lerp(x.relu(), F.max_pool2d(x.relu(), 3, 1, 1), w) for w in (0.5, 0.25)], 1), 16
     ),
     "lerp by a map": form(lambda x: x.relu().lerp(x.sigmoid(), torch.sigmoid(x))),
+    "by keywords": form(
+        lambda x: torch.mul(other=torch.add(other=x, input=x.relu()), input=torch.div(input=x, other=3.0))
+    ),
+    "of its own type": form(lambda x: x.relu().type_as(x).cpu().float()),
     "len for the batch": form(lambda x: torch.cat([x.relu(), torch.ones(1, 2, 16, 16).repeat(len(x), 1, 1, 1)], 1), 10),
     "len of a list of chunks": form(lambda x: torch.cat([p * len(x.chunk(2, 1)) for p in x.chunk(2, 1)], 1)),
     "half meets whole": joined(lambda x: x * 0.5),
@@ -221,6 +225,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "divisor": (form(lambda x: F.avg_pool2d(x.relu(), 2, 2, 0, False, True, 3)), "divisor_override"),
     "random numbers": (form(lambda x: x + torch.rand(1, 8, 16, 16)), "draws random numbers in evaluation mode"),
     "random numbers of its size": (form(lambda x: x + torch.randn_like(x)), "draws random numbers in evaluation mode"),
+    "half in the middle": (form(lambda x: (x.relu().half() * 2).double()), "cannot be quantized|not float32|cannot be"),
     "dropout that stays on": (form(lambda x: F.dropout(x, 0.5)), "draws random numbers in evaluation mode"),
     "no function of tensors": (form(lambda x: x + int(x[0, 0, 0, 0] * 0)), "depends on tensor values or sizes"),
     "sizes": (form(lambda x: x if x.shape[2] == 16 else x.relu()), "depends on tensor values or sizes"),

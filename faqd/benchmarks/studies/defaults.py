@@ -33,7 +33,7 @@ from faqd.files import read_json, write_json
 from faqd.quantize.calibrate import calibrate
 from faqd.quantize.capture.capture import capture
 from faqd.quantize.outputs import run_batches
-from faqd.quantize.prepare import prepare
+from faqd.quantize.prepare import insert_quantizers
 from faqd.quantize.student import Student
 from faqd.train.distill import calibration_batches, distill
 from faqd.train.evaluate import deployable
@@ -75,7 +75,7 @@ def untrained(lesson: Lesson, recipe: DistillRecipe) -> Student:
     """What a distillation starts from: quantization without training."""
     train, _ = splits_on(torch.device("cpu"), lesson.dataset)
     example = train.normalised(train.pixels[:2]).contiguous()
-    student = prepare(capture(lesson.teacher.network, example), recipe_bits(recipe), example)
+    student = insert_quantizers(capture(lesson.teacher.network, example), recipe_bits(recipe), example)
     calibrate(student, calibration_batches(train), recipe.calibration)
     student.network.eval()
     return student

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
 
 from faqd.errors import UserError, first_line
 from faqd.quantize.capture.spellings import SAME, written_out
 from faqd.quantize.capture.standardize import standardise
 from faqd.quantize.nodes import innermost, operand, propagate
+from faqd.quantize.outputs import is_named_tuple, named_outputs
 
 _IN_PLACE_FREE = {
     operator.iadd: operator.add,
@@ -56,10 +56,18 @@ def capture(network: nn.Module, example: Tensor) -> fx.GraphModule:
             f"images of shape {tuple(example.shape)}: {first_line(error.__cause__ or error)}. Control flow that "
             "depends on sizes or values is the usual cause; move it out of forward."
         ) from error
-    if not _equal(_outputs(traced, noise), wanted):
+    found = _outputs(traced, noise)
+    if not _equal(found, wanted):
+        pairs = [(a, b) for a, b in zip(found, wanted, strict=False) if isinstance(a, Tensor) and isinstance(b, Tensor)]
+        kinds = [f"{_kind(b)} and not {_kind(a)}" for a, b in pairs if a.dtype != b.dtype]
+        cause = (
+            f"it returns {kinds[0]}, as under autocast or from numbers of that type. Compute in float32 throughout."
+            if kinds
+            else "the usual cause is an in-place operator whose input is read again, such as ReLU(inplace=True) in "
+            "front of a shortcut."
+        )
         raise UserError(
-            f"{type(network).__name__}: the captured graph computes something else than its forward. The usual cause "
-            "is an in-place operator whose input is read again, such as ReLU(inplace=True) in front of a shortcut."
+            f"{type(network).__name__}: the captured graph computes something else than its forward: {cause}"
         )
     return traced
 
@@ -154,6 +162,10 @@ class _Tracer(fx.Tracer):
             spelled = written_out(target, args, kwargs)
         return spelled() if spelled is not None else super().create_proxy(kind, target, args, kwargs, *rest, **more)
 
+    def create_arg(self, a: Any) -> Any:
+        # A named tuple would be a call of its class: what is returned has the names of its fields.
+        return super().create_arg(a._asdict() if is_named_tuple(a) else a)
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return super().proxy(node) if _pieces(node) is None else _Pieces(node, self)
 
@@ -222,18 +234,25 @@ def _outputs(network: nn.Module, x: Tensor) -> list[Any]:
     """What `network` returns for a copy of `x`, tuples and dictionaries taken apart."""
     with torch.no_grad():
         try:
-            return tree_leaves(network(x.clone()))
-        except (RuntimeError, TypeError) as error:
+            return list(named_outputs(network(x.clone())).values())
+        # Whatever the user's forward raises; SystemExit is what sys.exit does there.
+        except (Exception, SystemExit) as error:
+            cause = error.__cause__ or error
             raise UserError(
                 f"the network does not accept one input of shape {tuple(x.shape)} and nothing else: "
-                f"{first_line(error.__cause__ or error)}"
+                f"{first_line(cause) or type(cause).__name__}"
             ) from error
+
+
+def _kind(value: Tensor) -> str:
+    return str(value.dtype).removeprefix("torch.")
 
 
 def _close(a: Any, b: Any) -> bool:
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
-        return bool(a == b)
-    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-6, equal_nan=True)
+        return type(a) is type(b) and bool(a == b)
+    same_kind = a.shape == b.shape and a.dtype == b.dtype
+    return same_kind and torch.allclose(a, b, rtol=1e-4, atol=1e-6, equal_nan=True)
 
 
 def _line_that_raised(error: BaseException) -> str:

@@ -69,10 +69,10 @@ def _call(traced: fx.GraphModule, node: fx.Node, place: str, module: nn.Module) 
 
 def _is_idle(node: fx.Node) -> bool:
     """Whether nothing but memory comes of a method here."""
-    if node.op != "call_method" or len(_tensors(node)) != 1:
+    if node.op != "call_method" or (len(_tensors(node)) != 1 and node.target != "type_as"):
         return False
     same_type = node.meta["tensor_meta"].dtype == nodes.operand(node).meta["tensor_meta"].dtype
-    return node.target in ("clone", "detach", "float") or (node.target == "to" and same_type)
+    return node.target in ("clone", "detach") or (node.target in ("to", "float", "type_as", "cpu") and same_type)
 
 
 def _on_rows(traced: fx.GraphModule, node: fx.Node, place: str) -> None:

@@ -197,7 +197,8 @@ class ActivationQuantizer(nn.Module):
     """Rounds a tensor onto scale * (low..high) and learns the scale.
 
     rectifies: whether it stands in the place of a ReLU as well. gradient: of the scale; only lsq knows negative codes.
-    `enabled` is False only while ranges are collected.
+    `enabled` is False only while ranges are collected. step: the share of itself by which a forward pass in training
+    lets the scale be changed since the last one; None for any.
     """
 
     def __init__(
@@ -211,12 +212,14 @@ class ActivationQuantizer(nn.Module):
         self.gradient = gradient
         self.scale = nn.Parameter(torch.ones(()))
         self.enabled = True
-        self._used = self.scale.detach()
+        self.step: float | None = None
+        self._used: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
             return x.relu() if self.rectifies else x
         if self.training:
+            self.keep_scale(self.step)
             self._used = self.scale.detach().clone()
         rounded: Tensor = _LearnedStep.apply(x, self.scale, self.quant, self.shift, self.gradient)
         return rounded
@@ -228,9 +231,17 @@ class ActivationQuantizer(nn.Module):
         Early gradients, summed over the elements of a whole map, and momentum can carry a scale to ten times its value
         within an epoch. All that follows is then too coarse for any gradient to bring it back.
         """
-        if step is not None:
+        if step is not None and self._used is not None:
             self.scale.copy_(torch.clamp(self.scale, self._used * (1 - step), self._used * (1 + step)))
         self.scale.clamp_min_(SMALLEST_SCALE)
+
+    def forget(self) -> None:
+        """The scale was set by somebody else than an optimizer: where it was before binds it no longer."""
+        self._used = None
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self.forget()
 
     def extra_repr(self) -> str:
         return self.quant.label
