@@ -151,6 +151,19 @@ def listed(x: Tensor) -> Tensor:
     return torch.cat(pieces, 1)
 
 
+class NormAndRelu(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+def fused() -> nn.Module:
+    """The way of detectors: another forward once the network is to be used."""
+    network = form(lambda x: x.relu())()
+    plain = network.forward
+    network.forward = lambda x, scale=2.0: plain(x) * scale
+    return network
+
+
 TAKEN: dict[str, Callable[[], nn.Module]] = {
     "optional arguments": Optional,
     "one upsampling at two sizes": Pyramid,
@@ -158,6 +171,8 @@ TAKEN: dict[str, Callable[[], nn.Module]] = {
     "one size for two maps": EnlargedTwice,
     "one linear head on two levels": Heads,
     "whole limits": behind(nn.Hardtanh(0, 6)),
+    "a norm of the user's own": behind(NormAndRelu(8)),
+    "another forward": fused,
     "list of chunks": form(listed, 12),
     "pieces of sizes": form(lambda x: torch.cat([p.relu() for p in x.split([2, 6], 1)], 1)),
     "hardtanh_": form(lambda x: F.hardtanh_(x, 0.0, 3.0)),

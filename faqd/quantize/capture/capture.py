@@ -124,7 +124,7 @@ def _graph_of(network: nn.Module) -> fx.GraphModule:
         tracer.record_stack_traces = True
         tracer.proxy_buffer_attributes = traces_buffers
         try:
-            with warnings.catch_warnings(), _lengths_of_proxies():
+            with warnings.catch_warnings(), _lengths_of_proxies(), _own_forward(network), _norms_unchecked():
                 warnings.simplefilter("ignore")  # of defaults that fx cannot assert to be what they are
                 return fx.GraphModule(network, _with_one_input(tracer.trace(network, _defaults(network))))
         except Exception as error:  # whatever the user's forward raises
@@ -148,6 +148,33 @@ def _lengths_of_proxies() -> Iterator[None]:
         builtins.len = length
 
 
+@contextmanager
+def _own_forward(network: nn.Module) -> Iterator[None]:
+    """Lets a forward be traced that was assigned to the network itself, as fused detectors do."""
+    own, kind = vars(network).get("forward"), type(network)
+    if own is not None:
+        network.__class__ = type(kind.__name__, (kind,), {"forward": lambda self, x: own(x)})
+    try:
+        yield
+    finally:
+        network.__class__ = kind
+
+
+@contextmanager
+def _norms_unchecked() -> Iterator[None]:
+    """Lets a forward of a batch norm be traced that calls torch's, whose test of the dimensions asks for values."""
+    kinds: list[Any] = [nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm]
+    checks = [kind._check_input_dim for kind in kinds]
+    for kind in kinds:
+        setattr(kind, _CHECK, lambda self, x: None)
+    try:
+        yield
+    finally:
+        for kind, check in zip(kinds, checks, strict=True):
+            setattr(kind, _CHECK, check)
+
+
+_CHECK = "_check_input_dim"
 _IN_PLACE = ("add_", "sub_", "mul_", "div_", "relu_", "sigmoid_", "tanh_", "clamp_", "clamp_min_")
 
 
@@ -194,6 +221,8 @@ def _pieces(node: fx.Node) -> int | None:
 
 def _defaults(network: nn.Module) -> dict[str, Any]:
     """The arguments of forward that are left to their defaults: an image is all that a deployed network is given."""
+    if "forward" in vars(network):  # it is traced as a function of an image, with its own defaults
+        return {}
     parameters = inspect.signature(network.forward).parameters.values()
     return {each.name: each.default for each in parameters if each.default is not each.empty}
 
