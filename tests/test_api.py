@@ -104,11 +104,11 @@ def test_forms_of_the_loss(options: dict[str, Any], terms: set[str], teacher: nn
 def test_scales_stay_where_they_can_be_used_without_a_call_after_each_step(teacher: nn.Module) -> None:
     student = student_of(teacher, weights=4, activations=4)
     loss = faqd.DistillationLoss(teacher, student)
-    before = {name: float(quantizer.scale) for name, quantizer in student.quantizers().items()}
+    before = {name: quantizer.scale.item() for name, quantizer in student.quantizers().items()}
     trained(student, loss, 3, rate=10.0)
     loss(pixels(8))
     for name, quantizer in student.quantizers().items():
-        assert 0.98**4 * before[name] <= float(quantizer.scale) <= 1.02**4 * before[name]
+        assert 0.98**4 * before[name] <= quantizer.scale.item() <= 1.02**4 * before[name]
 
 
 def test_a_student_is_saved_and_loaded(teacher: nn.Module) -> None:

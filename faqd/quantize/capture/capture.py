@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import inspect
 import operator
 import traceback
@@ -124,7 +123,7 @@ def _graph_of(network: nn.Module) -> fx.GraphModule:
         tracer.record_stack_traces = True
         tracer.proxy_buffer_attributes = traces_buffers
         try:
-            with warnings.catch_warnings(), _lengths_of_proxies(), _own_forward(network), _norms_unchecked():
+            with warnings.catch_warnings(), _lengths_of_proxies(network), _own_forward(network), _norms_unchecked():
                 warnings.simplefilter("ignore")  # of defaults that fx cannot assert to be what they are
                 return fx.GraphModule(network, _with_one_input(tracer.trace(network, _defaults(network))))
         except Exception as error:  # whatever the user's forward raises
@@ -133,19 +132,26 @@ def _graph_of(network: nn.Module) -> fx.GraphModule:
 
 
 @contextmanager
-def _lengths_of_proxies() -> Iterator[None]:
-    """Lets len(x) be the first size of what stands for a tensor; Python takes nothing but an int from __len__."""
-    length = builtins.len
+def _lengths_of_proxies(network: nn.Module) -> Iterator[None]:
+    """Lets len(x) in the files of the network's forwards be the first size of what stands for a tensor: Python takes
+    nothing but an int from __len__. Not in all of Python: what is imported meanwhile would keep it."""
 
     def first_size(value: Any) -> Any:
         stands_in = isinstance(value, fx.Proxy) and not isinstance(value, _Pieces)
-        return value.size(0) if stands_in else length(value)
+        return value.size(0) if stands_in else len(value)
 
-    builtins.len = first_size
+    forwards = (inspect.unwrap(type(module).forward) for module in network.modules())
+    files: list[dict[str, Any]] = [forward.__globals__ for forward in forwards if isinstance(forward, FunctionType)]
+    changed = []
+    for file in files:
+        if "len" not in file and not str(file.get("__name__", "")).startswith("torch."):
+            file["len"] = first_size
+            changed.append(file)
     try:
         yield
     finally:
-        builtins.len = length
+        for file in changed:
+            del file["len"]
 
 
 @contextmanager
