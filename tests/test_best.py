@@ -131,3 +131,11 @@ def test_what_is_no_number_is_never_the_best() -> None:
     assert best.weights["weight"].item() == 2
     again = Best.from_json(json.loads(json.dumps(best.to_json())), best.weights)
     assert again == best
+
+
+@pytest.mark.parametrize(("bits", "told"), [(1, True), (8, False)])
+def test_a_student_no_nearer_than_a_constant_is_told_of(bits: int, told: bool, teacher: Path, tmp_path: Path) -> None:
+    line = ("--weight-bits", bits, "--act-bits", bits, "--lr", 1e-9)
+    said = succeeds(distilled(teacher, tmp_path / "run", *line)).stderr
+    assert ("no nearer to the teacher than outputs that are the same for every image" in said) == told
+    assert (record_of(tmp_path / "run")["kept"]["measure"] >= 1) == told
