@@ -164,6 +164,17 @@ def fused() -> nn.Module:
     return network
 
 
+def gated(expand: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], nn.Module]:
+    return form(lambda x: x.relu() * expand(x.mean((2, 3), keepdim=True).sigmoid(), x))
+
+
+GATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "expand": lambda gate, x: gate.expand(-1, -1, x.shape[2], x.shape[3]),
+    "expand to a shape": lambda gate, x: gate.expand(x.shape),
+    "expand_as": lambda gate, x: gate.expand_as(x),
+    "broadcast_to": lambda gate, x: torch.broadcast_to(gate, x.shape),
+    "repeat": lambda gate, x: gate.repeat(1, 1, x.shape[2], x.shape[3]),
+}
 TAKEN: dict[str, Callable[[], nn.Module]] = {
     "optional arguments": Optional,
     "one upsampling at two sizes": Pyramid,
@@ -209,6 +220,7 @@ TAKEN: dict[str, Callable[[], nn.Module]] = {
     "by keywords": form(
         lambda x: torch.mul(other=torch.add(other=x, input=x.relu()), input=torch.div(input=x, other=3.0))
     ),
+    **{f"gate by {how}": gated(expand) for how, expand in GATES.items()},
     "of its own type": form(lambda x: x.relu().type_as(x).cpu().float()),
     "len for the batch": form(lambda x: torch.cat([x.relu(), torch.ones(1, 2, 16, 16).repeat(len(x), 1, 1, 1)], 1), 10),
     "len of a list of chunks": form(lambda x: torch.cat([p * len(x.chunk(2, 1)) for p in x.chunk(2, 1)], 1)),
