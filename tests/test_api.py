@@ -182,6 +182,12 @@ def test_every_public_name_has_a_home_and_a_docstring() -> None:
         assert getattr(faqd, name).__doc__, name
 
 
+def test_the_page_of_the_names_is_what_their_docstrings_say() -> None:
+    done = subprocess.run([sys.executable, str(ROOT / "docs/api_page.py")], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert (ROOT / "docs/api.md").read_text("utf-8") == done.stdout, "write it again: see docs/api_page.py"
+
+
 def test_importing_the_package_imports_no_library() -> None:
     code = "import faqd, sys; sys.exit(', '.join({'torch', 'numpy', 'onnx', 'click'} & set(sys.modules)) or None)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
