@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -201,3 +202,11 @@ def test_the_example_of_a_loop_of_ones_own(tmp_path: Path) -> None:
     teacher, untrained, distilled = (float(word.strip(",")) for word in accuracies.split() if word.startswith("0."))
     assert untrained < distilled - 0.05 and distilled > teacher - 0.02
     assert "proved; onnxruntime 0.9" in proved
+
+
+def test_the_example_of_several_processes(tmp_path: Path) -> None:
+    runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    line = [*runner, str(ROOT / "examples/02_data_parallel.py"), str(tmp_path / "bundle")]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert "one student: True" in done.stdout and "proved" in done.stdout
