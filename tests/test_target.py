@@ -19,7 +19,8 @@ from faqd.quantize.capture.capture import capture
 from faqd.quantize.capture.fuse_batch_norm import fused, in_place
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.prepare import insert_quantizers
-from faqd.quantize.quantizers.quantizers import ActivationQuantizer, WeightQuantizer
+from faqd.quantize.quantizers.activation import ActivationQuantizer
+from faqd.quantize.quantizers.weight import WeightQuantizer
 from faqd.train.data.datasets import Augmentation
 from faqd.train.loop.batches import Batches, Images
 from faqd.train.loop.distributed import CPU, World

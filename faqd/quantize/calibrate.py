@@ -15,8 +15,8 @@ from faqd.calib.ranges import Method, scale_from
 from faqd.errors import UserError
 from faqd.quantize import nodes
 from faqd.quantize.operators.elementwise import Scaled
+from faqd.quantize.quantizers.activation import ActivationQuantizer
 from faqd.quantize.quantizers.layers import weight_quantizer
-from faqd.quantize.quantizers.quantizers import ActivationQuantizer
 from faqd.quantize.student import SUFFIX, Student, origin
 
 BATCH = 128

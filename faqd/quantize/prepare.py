@@ -14,8 +14,8 @@ from faqd.quantize.config import QuantConfig
 from faqd.quantize.lowering.pad_channels import image_layers
 from faqd.quantize.lowering.pair_limits import pair_limit
 from faqd.quantize.placement import place
+from faqd.quantize.quantizers.activation import ActivationQuantizer
 from faqd.quantize.quantizers.layers import quantize_weight, weight_quantizer
-from faqd.quantize.quantizers.quantizers import ActivationQuantizer
 from faqd.quantize.student import SUFFIX, Student, input_quantizer
 
 _DEFAULT = QuantConfig()

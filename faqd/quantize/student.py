@@ -9,8 +9,8 @@ from torch import Tensor, fx, nn
 from faqd.quant import FLOAT_BITS
 from faqd.quantize import nodes
 from faqd.quantize.config import QuantConfig
+from faqd.quantize.quantizers.activation import ActivationQuantizer
 from faqd.quantize.quantizers.layers import latent_weight, operator_name, weight_quantizer
-from faqd.quantize.quantizers.quantizers import ActivationQuantizer
 
 
 class Student(nn.Module):
