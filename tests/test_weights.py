@@ -293,6 +293,20 @@ def test_weights_are_read_under_any_name(write: Callable[[Path], Any], name: str
     assert torch.equal(network.head.weight, WANTED["head.weight"])
 
 
+def test_a_state_that_is_no_tensor_is_told_of(tmp_path: Path) -> None:
+    class Knows(nn.Linear):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"seen": 3}
+
+        def set_extra_state(self, state: dict[str, int]) -> None:
+            raise AssertionError
+
+    said: list[str] = []
+    torch.save(Knows(2, 2).state_dict(), tmp_path / "w.pth")
+    load_weights(Knows(2, 2), tmp_path / "w.pth", said.append)
+    assert len(said) == 1 and "_extra_state is a module's own state" in said[0]
+
+
 def test_a_parameter_with_the_name_of_a_counter_is_a_weight(tmp_path: Path) -> None:
     network = nn.Linear(2, 2)
     network.register_parameter("steps", nn.Parameter(torch.ones(3)))

@@ -57,6 +57,8 @@ def load_weights(network: nn.Module, path: Path, say: Callable[[str], None] = la
     halves = [fit for fit in found if fit.problems and fit.state and fit.where.split(".")[0] in AVERAGED]
     if halves:
         say(f"{path}: leaves out what lies under '{halves[0].where}', which has not all weights of the network.")
+    if own := [key for key, value in network.state_dict().items() if not isinstance(value, Tensor)]:
+        say(f"{path}: {_listed(own)} is a module's own state and no tensor; it stays as the network was built.")
     if taken.left_out:
         takes = f"takes the weights under '{taken.prefix}' and " if taken.prefix else ""
         say(f"{path}: {takes}leaves out {_listed(taken.left_out)}.")
