@@ -55,6 +55,21 @@ class Preprocess:
         scale, offset = self.affine()
         return np.ascontiguousarray((images_NHWC.astype(np.float32) * scale + offset).transpose(0, 3, 1, 2))
 
+    def pixels(self, inputs_NCHW: NDArray[np.float32]) -> NDArray[np.uint8]:
+        """Network input (N, channels, height, width) -> the nearest fitted images (N, height, width, channels) uint8.
+
+        UserError where some of it lies outside of what this normalisation makes of pixels.
+        """
+        mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
+        found = np.rint((inputs_NCHW.transpose(0, 2, 3, 1) * std + mean) * 255)
+        if not (found.min() >= 0 and found.max() <= 255):
+            raise UserError(
+                f"images from {inputs_NCHW.min():.3g} to {inputs_NCHW.max():.3g} are not what mean {self.mean} and std "
+                f"{self.std} make of pixels; give those that they were normalised with, in units of 0..1."
+            )
+        pixels: NDArray[np.uint8] = found.astype(np.uint8)
+        return pixels
+
     def affine(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """The normalisation as input = pixel * scale + offset, per channel, float32."""
         mean, std = np.asarray(self.mean), np.asarray(self.std)

@@ -15,7 +15,7 @@ from faqd.quantize import nodes
 from faqd.quantize.calibrate import calibrate
 from faqd.quantize.capture.capture import capture
 from faqd.quantize.config import QuantConfig
-from faqd.quantize.prepare import prepare
+from faqd.quantize.prepare import insert_quantizers
 from faqd.quantize.student import Student
 
 CLASSES = 10
@@ -190,7 +190,7 @@ def captured(network: nn.Module, shape: tuple[int, ...] = SHAPE) -> fx.GraphModu
 
 def calibrated(network: nn.Module, bits: QuantConfig, seed: int = 0, shape: tuple[int, ...] = SHAPE) -> Student:
     """The prepared student of a lively network, its scales chosen so that both clips are reached."""
-    student = prepare(captured(network, shape), bits, torch.zeros(2, *shape))
+    student = insert_quantizers(captured(network, shape), bits, torch.zeros(2, *shape))
     student.network.eval()
     calibrate(student, [images(seed, 64, shape)], "mse")
     return student

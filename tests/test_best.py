@@ -14,7 +14,7 @@ from torch import nn
 from faqd.quantize.calibrate import calibrate
 from faqd.quantize.capture.capture import capture
 from faqd.quantize.config import QuantConfig
-from faqd.quantize.prepare import prepare
+from faqd.quantize.prepare import insert_quantizers
 from faqd.train.data.datasets import load_dataset
 from faqd.train.distill import calibration_batches
 from faqd.train.loop.batches import splits_on
@@ -59,7 +59,7 @@ def ptq_of(run: Path, method: Any = "mse") -> dict[str, torch.Tensor]:
     """The teacher of a run quantized without training, on the same images."""
     train, _ = splits_on(torch.device("cpu"), load_dataset(data_options(record_of(run)), with_labels=False))
     example = train.normalised(train.pixels[:2]).contiguous()
-    student = prepare(capture(load_teacher(run)[0], example), QuantConfig(8, 8), example)
+    student = insert_quantizers(capture(load_teacher(run)[0], example), QuantConfig(8, 8), example)
     student.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     calibrate(student, calibration_batches(train), method)
     return student.network.state_dict()
@@ -131,3 +131,11 @@ def test_what_is_no_number_is_never_the_best() -> None:
     assert best.weights["weight"].item() == 2
     again = Best.from_json(json.loads(json.dumps(best.to_json())), best.weights)
     assert again == best
+
+
+@pytest.mark.parametrize(("bits", "told"), [(1, True), (8, False)])
+def test_a_student_no_nearer_than_a_constant_is_told_of(bits: int, told: bool, teacher: Path, tmp_path: Path) -> None:
+    line = ("--weight-bits", bits, "--act-bits", bits, "--lr", 1e-9)
+    said = succeeds(distilled(teacher, tmp_path / "run", *line)).stderr
+    assert ("no nearer to the teacher than outputs that are the same for every image" in said) == told
+    assert (record_of(tmp_path / "run")["kept"]["measure"] >= 1) == told

@@ -15,7 +15,7 @@ from faqd.quant import SHIFTS, Quant, activation_quant
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.convert import convert
 from faqd.quantize.operators.deployed import ChannelAffine
-from faqd.quantize.quantizers.quantizers import ActivationQuantizer, ScaleGradient
+from faqd.quantize.quantizers.activation import ActivationQuantizer, ScaleGradient
 from faqd.reference import quantize
 from tests.networks import CHANNELS, CLASSES, NETWORKS, calibrated, conv, images, lively, undecided
 from tests.test_lowering import failures, lowered

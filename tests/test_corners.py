@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -264,6 +266,15 @@ class Returns(nn.Module):
         return self.returned(self.last(torch.relu(self.first(x)).mean((2, 3))), x)
 
 
+class Named(NamedTuple):
+    scores: Tensor
+    boxes: Tensor
+
+
+class Kind(OrderedDict[str, Any]):
+    pass
+
+
 RETURNED: dict[str, tuple[Callable[[Tensor, Tensor], object], list[str]]] = {
     "two names": (lambda k, x: {"a": k, "b": k}, ["a", "b"]),
     "nested": (lambda k, x: {"a": k, "b": [k, {"c": k}]}, ["a", "b_0", "b_1_c"]),
@@ -271,6 +282,8 @@ RETURNED: dict[str, tuple[Callable[[Tensor, Tensor], object], list[str]]] = {
     "the input": (lambda k, x: (k, x), ["logits_0", "logits_1"]),
     "no name": (lambda k, x: {"": k, "input": {"": k}}, ["_", "input__"]),
     "names of other letters": (lambda k, x: {"a b/c": k, "π": k, None: k}, ["a_b_c", "π", "None"]),
+    "a named tuple": (lambda k, x: Named(k, k), ["scores", "boxes"]),
+    "a class of dictionaries": (lambda k, x: Kind(a=k, b=[k]), ["a", "b_0"]),
     "names that meet": (lambda k, x: {"input": k, "a": {"b": k}, "a_b": k}, ["input_1", "a_b", "a_b_1"]),
 }
 

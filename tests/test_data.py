@@ -21,7 +21,7 @@ from PIL import Image
 from faqd.errors import UserError
 from faqd.train.data import cifar
 from faqd.train.data.datasets import DataOptions, Dataset, Split, load_dataset, split_by_content
-from faqd.train.data.image_files import read_picture
+from faqd.train.data.image_files import list_images, read_picture
 
 Pixels = NDArray[np.uint8]
 
@@ -383,6 +383,17 @@ def test_what_is_no_image_of_ours_is_left_alone(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"?")
     assert load_dataset(options, with_labels=False).skipped == ()
+
+
+def test_folders_are_found_behind_links_and_none_twice(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    for name in ("a.png", "deep/b.png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / "elsewhere" / name)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "images" / "again").symlink_to(tmp_path / "images")
+    plain = list_images(tmp_path / "elsewhere")
+    assert list_images(tmp_path / "images") == [f"a/{name}" for name in plain]
 
 
 def test_folder_without_images(tmp_path: Path) -> None:

@@ -100,6 +100,8 @@ def test_a_teacher_is_told_of(kind: str) -> None:
 SENSELESS: dict[str, tuple[nn.Module, str]] = {
     "all constant": (Returns(lambda y, x: (0 * y, 0 * y + 3)), "are the same for 16 different training images"),
     "NaN in one output": (Returns(lambda y, x: {"a": y, "b": y / 0 * 0}), "its output b holds NaN or infinite values"),
+    "enormous": (Returns(lambda y, x: {"a": y, "b": y * 1e30}), "its output b reaches .*e.(29|30), whose square"),
+    "vanishing": (Returns(lambda y, x: y * 1e-30), "its output logits reaches .*e-3.*, whose square"),
     "infinite": (Returns(lambda y, x: y / 0), "its output logits holds NaN or infinite values for 16 of 16"),
 }
 

@@ -12,7 +12,7 @@ import torch
 
 from faqd.benchmarks.studies import cifar10, iteration
 from faqd.errors import UserError
-from faqd.quantize.quantizers.quantizers import ActivationQuantizer
+from faqd.quantize.quantizers.activation import ActivationQuantizer
 from faqd.train.data import augment
 from faqd.train.loop import batches
 from faqd.train.loop.distributed import CPU

@@ -19,7 +19,7 @@ from faqd.quantize.calibrate import calibrate, float_forward
 from faqd.quantize.capture.capture import capture
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.placement import place
-from faqd.quantize.prepare import prepare
+from faqd.quantize.prepare import insert_quantizers
 from tests.networks import CHANNELS, CLASSES, NETWORKS, PIXELS, calibrated, captured, conv, images, lively
 
 INPUT, SIGNED, POOLED = ("x", "8 (-128..127)"), "8 (-128..127)", "8 (0..127)"
@@ -210,7 +210,9 @@ def test_a_network_without_layers_is_refused() -> None:
 
 
 def test_calibration_names_the_place_of_a_value_that_is_not_finite() -> None:
-    student = prepare(captured(lively(NETWORKS["residual"](), 1)), QuantConfig(4, 4), torch.zeros(2, 3, PIXELS, PIXELS))
+    student = insert_quantizers(
+        captured(lively(NETWORKS["residual"](), 1)), QuantConfig(4, 4), torch.zeros(2, 3, PIXELS, PIXELS)
+    )
     with pytest.raises(UserError, match=r"^x: .*NaN"):
         calibrate(student, [images(1) * float("nan")], "mse")
 
@@ -218,14 +220,14 @@ def test_calibration_names_the_place_of_a_value_that_is_not_finite() -> None:
 def test_no_value_of_the_input_is_clipped_however_few_reach_far() -> None:
     x = images(1, 400)
     x[0, 0, 0, 1] = 50.0
-    student = prepare(captured(lively(NETWORKS["residual"](), 1)), QuantConfig(4, 4), x)
+    student = insert_quantizers(captured(lively(NETWORKS["residual"](), 1)), QuantConfig(4, 4), x)
     calibrate(student, [x], "mse")
     assert student.quantizers()["x"].scale.item() == pytest.approx(50 / 127)
 
 
 def test_taps_name_a_student_node_for_every_float_node() -> None:
     traced = captured(NETWORKS["residual"]())
-    student = prepare(traced, QuantConfig(4, 4), torch.zeros(2, 3, PIXELS, PIXELS))
+    student = insert_quantizers(traced, QuantConfig(4, 4), torch.zeros(2, 3, PIXELS, PIXELS))
     names = {node.name for node in student.network.graph.nodes}
     assert set(student.taps) == {node.name for node in traced.graph.nodes}
     assert set(student.taps.values()) <= names

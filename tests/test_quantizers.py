@@ -20,7 +20,8 @@ from faqd.quantize.calibrate import sampled
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.convert import convert
 from faqd.quantize.operators.deployed import IntegerLayer
-from faqd.quantize.quantizers.quantizers import ActivationQuantizer, WeightQuantizer, _alternate, _exact, _scan, project
+from faqd.quantize.quantizers.activation import ActivationQuantizer
+from faqd.quantize.quantizers.weight import WeightQuantizer, _alternate, _exact, _scan, project
 from tests.networks import Residual, calibrated, images, lively
 
 EXAMPLE = torch.tensor([[0.9, -0.4, 0.05, 0.3, -1.2, 0.1, 0.6, -0.02]])

@@ -13,7 +13,7 @@ from faqd.bundle import VERIFY
 from faqd.quantize import nodes
 from faqd.quantize.capture.capture import capture
 from faqd.quantize.config import QuantConfig
-from faqd.quantize.prepare import prepare
+from faqd.quantize.prepare import insert_quantizers
 from faqd.quantize.student import student_table
 from faqd.train.loop.trainee import Job
 from faqd.train.losses.adaptors import Adapted
@@ -90,7 +90,7 @@ def test_the_reference_student_has_a_bare_stem() -> None:
 
 def test_all_but_what_is_excluded_has_the_bits_that_are_asked_for() -> None:
     recipe, example = distill_recipe("reference-code"), torch.zeros(2, 3, 32, 32)
-    student = prepare(capture(reference_resnet(20, 3, 10), example), recipe_bits(recipe), example)
+    student = insert_quantizers(capture(reference_resnet(20, 3, 10), example), recipe_bits(recipe), example)
     grids = {row["name"]: (row["weights"], row["inputs"]) for row in student_table(student)}
     floats = {name for name, grid in grids.items() if grid == ("float", "float")}
     assert floats == {"stem.0", "stages.1.0.shortcut.0", "stages.2.0.shortcut.0", "classifier"}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from faqd.quantize.capture.capture import capture
 from faqd.quantize.config import QuantConfig
-from faqd.quantize.prepare import prepare
+from faqd.quantize.prepare import insert_quantizers
 from faqd.train.losses.distillation import AffinityForm
 from faqd.train.losses.taps import tap_costs, tap_names, tap_pairs
 
@@ -96,13 +96,13 @@ class Gated(nn.Module):
 )
 def test_taps_by_default(network: Callable[[], nn.Module], wanted: list[str]) -> None:
     traced = capture(network().eval(), EXAMPLE)
-    student = prepare(traced, QuantConfig(8, 8), EXAMPLE)
+    student = insert_quantizers(traced, QuantConfig(8, 8), EXAMPLE)
     assert tap_names(traced, student, tap_pairs(traced, student, None)) == wanted
 
 
 def test_costs_are_those_of_the_form() -> None:
     traced = capture(Classifier().eval(), EXAMPLE)
-    student = prepare(traced, QuantConfig(8, 8), EXAMPLE)
+    student = insert_quantizers(traced, QuantConfig(8, 8), EXAMPLE)
     pairs = tap_pairs(traced, student, None)
     forms: list[AffinityForm] = ["l2", "l1", "fast"]
     exact, every, fast = (tap_costs(student, pairs, form, 15) for form in forms)

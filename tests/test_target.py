@@ -18,8 +18,9 @@ from faqd.quantize.calibrate import calibrate
 from faqd.quantize.capture.capture import capture
 from faqd.quantize.capture.fuse_batch_norm import fused, in_place
 from faqd.quantize.config import QuantConfig
-from faqd.quantize.prepare import prepare
-from faqd.quantize.quantizers.quantizers import ActivationQuantizer, WeightQuantizer
+from faqd.quantize.prepare import insert_quantizers
+from faqd.quantize.quantizers.activation import ActivationQuantizer
+from faqd.quantize.quantizers.weight import WeightQuantizer
 from faqd.train.data.datasets import Augmentation
 from faqd.train.loop.batches import Batches, Images
 from faqd.train.loop.distributed import CPU, World
@@ -47,7 +48,7 @@ def trainee_of(run: Path, autocast: Autocast = "none", teacher: TeacherDtype = "
     torch.manual_seed(0)
     source = NetworkSource(3, (8, 8), 10, architecture="resnet8")
     traced = capture(lively(source.build(), 1), EXAMPLE)
-    student = prepare(capture(source.build(), EXAMPLE), QuantConfig(4, 4), EXAMPLE)
+    student = insert_quantizers(capture(source.build(), EXAMPLE), QuantConfig(4, 4), EXAMPLE)
     pixels = torch.randint(0, 256, (64, 3, 8, 8), dtype=torch.uint8)
     seen = Images(pixels, None, torch.tensor(1 / 64), torch.tensor(-2.0), Augmentation(1, True))
     calibrate(student, [seen.normalised(pixels)], "mse", batch_statistics=True)
@@ -158,7 +159,7 @@ def test_every_term_is_float32_for_outputs_in_half_precision(dtype: torch.dtype,
     trainee, batches = trainee_of(tmp_path)
     recipe = DistillRecipe("", trainee.job.training, affinity="none", label_weight=1.0)
     source = NetworkSource(3, (8, 8), 10, architecture="resnet8")
-    student = prepare(capture(source.build(), EXAMPLE), QuantConfig(8, 8), EXAMPLE)
+    student = insert_quantizers(capture(source.build(), EXAMPLE), QuantConfig(8, 8), EXAMPLE)
     labels = torch.arange(16) % 10
     batch = replace(batches.at(0), labels=labels)
     outputs = (20 * torch.randn(16, 10)).to(dtype)

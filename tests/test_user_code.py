@@ -151,6 +151,30 @@ def listed(x: Tensor) -> Tensor:
     return torch.cat(pieces, 1)
 
 
+class NormAndRelu(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+def fused() -> nn.Module:
+    """The way of detectors: another forward once the network is to be used."""
+    network = form(lambda x: x.relu())()
+    plain = network.forward
+    network.forward = lambda x, scale=2.0: plain(x) * scale
+    return network
+
+
+def gated(expand: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], nn.Module]:
+    return form(lambda x: x.relu() * expand(x.mean((2, 3), keepdim=True).sigmoid(), x))
+
+
+GATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "expand": lambda gate, x: gate.expand(-1, -1, x.shape[2], x.shape[3]),
+    "expand to a shape": lambda gate, x: gate.expand(x.shape),
+    "expand_as": lambda gate, x: gate.expand_as(x),
+    "broadcast_to": lambda gate, x: torch.broadcast_to(gate, x.shape),
+    "repeat": lambda gate, x: gate.repeat(1, 1, x.shape[2], x.shape[3]),
+}
 TAKEN: dict[str, Callable[[], nn.Module]] = {
     "optional arguments": Optional,
     "one upsampling at two sizes": Pyramid,
@@ -158,6 +182,8 @@ TAKEN: dict[str, Callable[[], nn.Module]] = {
     "one size for two maps": EnlargedTwice,
     "one linear head on two levels": Heads,
     "whole limits": behind(nn.Hardtanh(0, 6)),
+    "a norm of the user's own": behind(NormAndRelu(8)),
+    "another forward": fused,
     "list of chunks": form(listed, 12),
     "pieces of sizes": form(lambda x: torch.cat([p.relu() for p in x.split([2, 6], 1)], 1)),
     "hardtanh_": form(lambda x: F.hardtanh_(x, 0.0, 3.0)),
@@ -191,6 +217,11 @@ TAKEN: dict[str, Callable[[], nn.Module]] = {
         lambda x: torch.cat([torch.lerp(x.relu(), F.max_pool2d(x.relu(), 3, 1, 1), w) for w in (0.5, 0.25)], 1), 16
     ),
     "lerp by a map": form(lambda x: x.relu().lerp(x.sigmoid(), torch.sigmoid(x))),
+    "by keywords": form(
+        lambda x: torch.mul(other=torch.add(other=x, input=x.relu()), input=torch.div(input=x, other=3.0))
+    ),
+    **{f"gate by {how}": gated(expand) for how, expand in GATES.items()},
+    "of its own type": form(lambda x: x.relu().type_as(x).cpu().float()),
     "len for the batch": form(lambda x: torch.cat([x.relu(), torch.ones(1, 2, 16, 16).repeat(len(x), 1, 1, 1)], 1), 10),
     "len of a list of chunks": form(lambda x: torch.cat([p * len(x.chunk(2, 1)) for p in x.chunk(2, 1)], 1)),
     "half meets whole": joined(lambda x: x * 0.5),
@@ -221,6 +252,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "divisor": (form(lambda x: F.avg_pool2d(x.relu(), 2, 2, 0, False, True, 3)), "divisor_override"),
     "random numbers": (form(lambda x: x + torch.rand(1, 8, 16, 16)), "draws random numbers in evaluation mode"),
     "random numbers of its size": (form(lambda x: x + torch.randn_like(x)), "draws random numbers in evaluation mode"),
+    "half in the middle": (form(lambda x: (x.relu().half() * 2).double()), "cannot be quantized|not float32|cannot be"),
     "dropout that stays on": (form(lambda x: F.dropout(x, 0.5)), "draws random numbers in evaluation mode"),
     "no function of tensors": (form(lambda x: x + int(x[0, 0, 0, 0] * 0)), "depends on tensor values or sizes"),
     "sizes": (form(lambda x: x if x.shape[2] == 16 else x.relu()), "depends on tensor values or sizes"),

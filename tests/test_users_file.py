@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from faqd.errors import UserError
 from faqd.quantize.capture.capture import capture
 from faqd.quantize.capture.exported_program import as_plain_modules
 from faqd.quantize.config import QuantConfig
-from faqd.quantize.prepare import prepare
+from faqd.quantize.prepare import insert_quantizers
 from faqd.quantize.student import student_table
 from faqd.train.networks.source import NetworkSource, user_source
 from faqd.train.run.lesson import output_shapes
@@ -48,6 +50,76 @@ def test_a_file_that_registers_an_operator_is_executed_once(user: User, tmp_path
     succeeds(faqd_train("distill", *line, "--batch-size", 16, "--steps", 1, "--out", tmp_path / "run"))
     succeeds(faqd_deploy("export", tmp_path / "run", "--eval-samples", 8, "--out", tmp_path / "bundle"))
     assert counted.read_text() == "x"
+
+
+HABITS = {
+    "gradients off": "import torch\ntorch.set_grad_enabled(False)\n",
+    "float64": "import torch\ntorch.set_default_dtype(torch.float64)\n",
+    "float16 when it builds": (
+        "\nplain = build\ndef build():\n    torch.set_default_dtype(torch.float16)\n    return plain()\n"
+    ),
+    "another folder": "import os\nos.chdir('/')\n",
+    "no search path": "import sys\nsys.path.clear()\n",
+    "words": "print('hello')\n",
+}
+
+
+@pytest.mark.parametrize("habit", HABITS)
+def test_what_a_file_changes_for_the_process_ends_with_it(
+    habit: str, user: User, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = torch.is_grad_enabled(), torch.get_default_dtype(), Path.cwd(), list(sys.path)
+    net = write_net(tmp_path / "mine", NET)
+    net.write_text(NET + HABITS[habit])
+    if "float16" in habit:
+        assert (
+            "let the callable return network.float()"
+            in faqd_train(
+                "distill", "--teacher", f"{net}:build", "--teacher-weights", "mine/best.pth", *user.data, "--out", "run"
+            ).stderr
+        )
+    else:
+        line = ("--teacher", "mine/net.py:build", "--teacher-weights", "mine/best.pth")
+        told = succeeds(faqd_train("distill", *line, *user.data, "--batch-size", 16, "--steps", 1, "--out", "run"))
+        assert (tmp_path / "run" / "run.json").is_file() and "hello" not in told.stdout
+        shown = succeeds(faqd_train("inspect", *line, "--image-size", 8, "--json", "-"))
+        assert json.loads(shown.stdout)
+    assert (torch.is_grad_enabled(), torch.get_default_dtype(), Path.cwd(), list(sys.path)) == before
+
+
+def test_a_file_finds_in_its_folder_of_choice_what_it_reads_later(tmp_path: Path) -> None:
+    (tmp_path / "width.txt").write_text("7")
+    code = f"import os, pathlib\nos.chdir({str(tmp_path)!r})\n" + NET.replace(
+        "return Net()", "return Net(classes=int(pathlib.Path('width.txt').read_text()))"
+    )
+    made = source(tmp_path, code)
+    assert [made.build().get_submodule("head").out_features for _ in range(2)] == [7, 7]
+
+
+FORWARDS = {
+    "assert": "assert x.shape[-1] == 224, 'size 224'",
+    "another error": "{}['no']",
+    "an end": "raise SystemExit(3)",
+}
+
+
+@pytest.mark.parametrize("kind", FORWARDS)
+def test_a_forward_that_fails_is_a_sentence_in_every_command(kind: str, user: User, tmp_path: Path) -> None:
+    net = write_net(
+        tmp_path, NET.replace("        return self.head", f"        {FORWARDS[kind]}\n        return self.head")
+    )
+    line = ("--teacher", f"{net}:build")
+    assert faqd_train("inspect", *line, "--image-size", 8).code == 2
+    told = faqd_deploy("ptq", *line, "--teacher-weights", net.parent / "best.pth", *user.data, "--out", tmp_path / "b")
+    assert told.code == 2 and not (tmp_path / "b").exists() and "net.py:build: fails on images" in told.stderr
+
+
+def test_a_network_without_values_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="on the meta device"):
+        source(tmp_path, NET.replace("return Net()", "return Net().to('meta')")).build()
+    with pytest.raises(UserError, match="returned dict"):
+        source(tmp_path / "b", NET + "\nbuild = dict\n").build()
 
 
 def test_a_neighbour_is_executed_once_whatever_others_import(tmp_path: Path) -> None:
@@ -155,7 +227,7 @@ def test_an_exported_program_is_the_network_with_its_layers(dynamic: bool) -> No
     if not dynamic:
         with pytest.raises(UserError, match=r"takes two images and not three: .*dynamic_shapes"):
             output_shapes(plain, NetworkSource(3, (8, 8), 0, file="net.py", callable="build"), "")
-    rows = student_table(prepare(capture(plain, x), QuantConfig(8, 8), x))
+    rows = student_table(insert_quantizers(capture(plain, x), QuantConfig(8, 8), x))
     assert [row["name"] for row in rows] == ["first", "up", "flat", "last"]
 
 

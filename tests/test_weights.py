@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import tarfile
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -64,6 +65,10 @@ LOADS: dict[str, tuple[Any, str]] = {
     "averaged before the last": (
         {"model": under("module.", WORSE), "ema": {"module": WANTED, "updates": 3}},
         "'model'",
+    ),
+    "averaged in part": (
+        {"model": WANTED, "ema": {key: value * 2 for key, value in WORSE.items() if "running" not in key}},
+        "leaves out what lies under 'ema', which has not all weights",
     ),
     "averaged only": ({"ema": {"module": WANTED, "updates": 3}}, ""),
     "params_ema": ({"params": WORSE, "params_ema": WANTED}, "takes the weights under 'params_ema'"),
@@ -166,6 +171,14 @@ REFUSED: dict[str, tuple[Callable[[], Any], list[str]]] = {
     ),
     "nothing": (dict, ["an empty state dict"]),
     "nothing in a wrapping": (lambda: {"state_dict": {}}, ["no state dict", "state_dict"]),
+    "nested": (
+        lambda: {**WANTED, "head.bias": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])},
+        ["head.bias is a nested tensor"],
+    ),
+    "of before its weight norm was removed": (
+        lambda: {**{k: v for k, v in WANTED.items() if k != "head.weight"}, "head.weight_g": WANTED["head.weight"]},
+        ["1 missing (first: head.weight)", "of before a weight norm"],
+    ),
     "no tensor": (lambda: {"epoch": 3, "optimizer": {}}, ["no state dict", "epoch, optimizer"]),
     "a list": (lambda: list(WANTED.values()), ["holds a list"]),
 }
@@ -193,6 +206,11 @@ def an_archive(path: Path, member: str = "weights/readme.txt") -> None:
 def arrays(path: Path) -> None:
     with path.open("wb") as stream:  # numpy would add its own suffix to a path
         np.savez(stream, weight=WANTED["head.weight"].numpy())
+
+
+def a_tar(path: Path) -> None:
+    with tarfile.open(path, "w") as archive:
+        archive.addfile(tarfile.TarInfo("weights.pth"))
 
 
 def an_onnx_file(path: Path) -> None:
@@ -224,6 +242,16 @@ OTHER_FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "words": (lambda path: path.write_text("moved to another place"), "a text, which begins with 'moved"),
     "a long text": (lambda path: path.write_text("ä word " * 500), "a text, which begins with 'ä word"),
     "a folder": (lambda path: path.mkdir(), "a folder"),
+    "a picture": (lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(200)), "a picture"),
+    "a document": (lambda path: path.write_bytes(b"%PDF-1.7" + bytes(200)), "a PDF document"),
+    "a tar archive": (a_tar, "a tar archive"),
+    "UTF-16": (lambda path: path.write_text("moved", encoding="utf-16"), "a text in UTF-16"),
+    "a page with a mark": (lambda path: path.write_text("<html>Not found", encoding="utf-8-sig"), "a web page"),
+    "a text cut in a letter": (lambda path: path.write_bytes(("ä" * 300).encode()[1:]), "damaged"),
+    "an index": (
+        lambda path: path.write_text('{"metadata": {}, "weight_map": {"a": "w-00001-of-00002.safetensors"}}'),
+        "the index of weights in several files",
+    ),
     "no bytes": (lambda path: path.write_bytes(b""), "empty, 0 bytes"),
     "gzip": (lambda path: path.write_bytes(gzip.compress(b"weights")), "a compressed file"),
     "a zip of other things": (an_archive, "a zip archive, of weights/readme.txt"),
@@ -263,6 +291,36 @@ def test_weights_are_read_under_any_name(write: Callable[[Path], Any], name: str
     network = Net()
     load_weights(network, tmp_path / name)
     assert torch.equal(network.head.weight, WANTED["head.weight"])
+
+
+def test_a_state_that_is_no_tensor_is_told_of(tmp_path: Path) -> None:
+    class Knows(nn.Linear):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"seen": 3}
+
+        def set_extra_state(self, state: dict[str, int]) -> None:
+            raise AssertionError
+
+    said: list[str] = []
+    torch.save(Knows(2, 2).state_dict(), tmp_path / "w.pth")
+    load_weights(Knows(2, 2), tmp_path / "w.pth", said.append)
+    assert len(said) == 1 and "_extra_state is a module's own state" in said[0]
+
+
+def test_a_parameter_with_the_name_of_a_counter_is_a_weight(tmp_path: Path) -> None:
+    network = nn.Linear(2, 2)
+    network.register_parameter("steps", nn.Parameter(torch.ones(3)))
+    torch.save({key: value for key, value in network.state_dict().items() if key != "steps"}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=r"1 missing \(first: steps\)"):
+        load_weights(network, tmp_path / "w.pth")
+
+
+def test_parameters_that_share_their_memory_are_tied(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    network[1].weight = nn.Parameter(network.get_parameter("0.weight").data)
+    torch.save({**network.state_dict(), "1.weight": torch.full((2, 2), 5.0)}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=r"1\.weight hold different values"):
+        load_weights(network, tmp_path / "w.pth")
 
 
 def test_a_tied_tensor_is_read_from_any_of_its_names_but_not_from_two_values(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from faqd.deploy.export.torch_to_onnx import onnx_from_deployed, save
 from faqd.quantize.calibrate import calibrate
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.convert import convert
-from faqd.quantize.prepare import prepare
+from faqd.quantize.prepare import insert_quantizers
 from faqd.train.networks.zoo import ARCHITECTURES, build_architecture
 from tests.networks import captured, images
 
@@ -39,7 +39,7 @@ def test_the_zoo_is_all_here() -> None:
 @pytest.mark.parametrize(("name", "pixels", "products"), ZOO)
 def test_the_builder_takes_it_with_every_layer_in_int8(name: str, pixels: int, products: int, tmp_path: Path) -> None:
     shape = (3, pixels, pixels)
-    student = prepare(
+    student = insert_quantizers(
         captured(build_architecture(name, 3, 10, pixels).eval(), shape), QuantConfig(8, 8), images(0, 2, shape)
     )
     student.network.eval()

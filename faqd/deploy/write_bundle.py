@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import onnx
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from faqd import bundle as names
 from faqd.bundle import Bundle, Evaluation, write_manifest
@@ -27,22 +28,24 @@ from faqd.deploy.verify.test_vectors import probe_inputs
 from faqd.deploy.verify.torch_values import as_trained, float_outputs_in_torch, stored_outputs
 from faqd.deploy.verify.verify import CEIL_NOTE, agreement_images, verify_bundle
 from faqd.errors import UserError
-from faqd.files import sha256, written_beside
+from faqd.files import read_json, sha256, written_beside
 from faqd.preprocess import Preprocess
 from faqd.quant import Target
-from faqd.quantize.calibrate import calibrate
+from faqd.quantize.calibrate import BATCH, calibrate
 from faqd.quantize.capture.capture import capture
 from faqd.quantize.capture.fuse_batch_norm import fused
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.convert import collect_output_scales, convert
-from faqd.quantize.prepare import prepare
+from faqd.quantize.prepare import insert_quantizers
+from faqd.quantize.student import Student
 from faqd.train.data.datasets import Dataset, load_dataset
-from faqd.train.networks.source import NetworkSource
+from faqd.train.networks.source import NetworkSource, tensors_sha256
 from faqd.train.run.folder import WEIGHTS, data_options, finished, load_teacher, network_input, run_preprocess
 from faqd.train.run.lesson import lesson_from
 from faqd.train.run.student import load_student
 
 Say = Callable[[str], None]
+OUTPUT_SCALE_IMAGES = 512
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def quantize_after_training(
     lesson = lesson_from(teacher, teacher_weights, data, with_labels=True, say=say)
     dataset, taught = lesson.dataset, lesson.teacher
     x = network_input(dataset.train.images[: max(2, calibration.images)], dataset.preprocess)
-    student = prepare(capture(taught.network, x[:2]), bits, x[:2])
+    student = insert_quantizers(capture(taught.network, x[:2]), bits, x[:2])
     student.network.eval()
     batches = x[: calibration.images].split(128)
     calibrate(student, batches, calibration.method)
@@ -116,6 +119,63 @@ def quantize_after_training(
         dataset.classes,
     )
     return _write_bundle(parts, out, options, say)
+
+
+def export(
+    student: Student,
+    folder: Path | str,
+    images: Tensor | Iterable[Tensor],
+    *,
+    mean: Sequence[float] = (0.0,),
+    std: Sequence[float] = (1.0,),
+    teacher: nn.Module | None = None,
+    name: str = "student",
+    classes: Sequence[str] | None = None,
+    options: BundleOptions | None = None,
+    say: Say = lambda _: None,
+) -> Bundle:
+    """Lower a student into the bundle `folder`, prove it and write it; one whose proof fails is an error.
+
+    images: network input (N, C, H, W) of 1 or 3 channels, or batches of it, normalised by mean and std in units of a
+    pixel range 0..1; the bundle holds the pixels. teacher: what the student is held against, by default the float
+    network that it was prepared from. UserError where pixels are not what mean and std make of the images, where an
+    operator cannot be lowered, and (exit code 1) where the bundle is not proved; it is left for inspection then.
+
+        bundle = faqd.export(student, "bundle", images, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    """
+    out, asked = Path(folder), options or BundleOptions()
+    _refuse_taken(out)
+    check_servers(asked.servers, asked.input_form)
+    x = (images if isinstance(images, Tensor) else torch.cat(list(images))).detach().float().cpu()
+    channels, (height, width) = x.shape[1], x.shape[2:]
+    scale, offset = (tuple(map(float, given)) * (channels if len(given) == 1 else 1) for given in (std, mean))
+    preprocess = Preprocess(height, width, offset, scale, channels="grey" if channels == 1 else "rgb")
+    pixels = preprocess.pixels(x.numpy())
+    mode, place = student.training, next(student.parameters()).device
+    student.cpu().eval()
+    for quantizer in student.quantizers().values():
+        quantizer.keep_scale(quantizer.step)
+    taught = teacher or student.float_network
+    parts = Parts(
+        "distilled",
+        student,
+        name,
+        tensors_sha256(student.network.state_dict()),
+        collect_output_scales(student, x[:OUTPUT_SCALE_IMAGES].split(BATCH)),
+        copy.deepcopy(taught).cpu().eval(),
+        f"{name} in float",
+        tensors_sha256(taught.state_dict()),
+        preprocess,
+        Evaluation(pixels[: asked.eval_samples], None, {}),
+        tuple(classes) if classes else None,
+    )
+    try:
+        bundle = _write_bundle(parts, out, asked, say)
+    finally:
+        student.to(place).train(mode)
+    if failures := read_json(out / names.VERIFY)["failures"]:
+        raise UserError(f"{out}: not proved: {failures[0]} (see {names.VERIFY}).", exit_code=1)
+    return bundle
 
 
 def _evaluation(dataset: Dataset, options: BundleOptions) -> Evaluation:

@@ -15,10 +15,11 @@ from faqd.calib.ranges import Method, scale_from
 from faqd.errors import UserError
 from faqd.quantize import nodes
 from faqd.quantize.operators.elementwise import Scaled
+from faqd.quantize.quantizers.activation import ActivationQuantizer
 from faqd.quantize.quantizers.layers import weight_quantizer
-from faqd.quantize.quantizers.quantizers import ActivationQuantizer
 from faqd.quantize.student import SUFFIX, Student, origin
 
+BATCH = 128
 OBSERVED_VALUES = 65536
 """Values kept per tensor and batch for choosing its scale: an even sample."""
 
@@ -32,8 +33,11 @@ SIMPLE = 16
 
 
 @torch.no_grad()
-def calibrate(student: Student, batches: Iterable[Tensor], method: Method, *, batch_statistics: bool = False) -> None:
-    """Set every activation scale from what the float network shows on unlabelled `batches` (N, C, H, W).
+def calibrate(
+    student: Student, images: Tensor | Iterable[Tensor], method: Method = "mse", *, batch_statistics: bool = False
+) -> None:
+    """Set every activation scale from what the float network shows on unlabelled images, network input (N, C, H, W) or
+    batches of it.
 
     The network input is never clipped: its scale is that of the largest magnitude, whatever the method.
     batch_statistics: let batch norm use each batch's own, for a network whose running ones mean nothing yet.
@@ -50,7 +54,7 @@ def calibrate(student: Student, batches: Iterable[Tensor], method: Method, *, ba
             for module in student.network.modules():
                 if batch_statistics and isinstance(module, nodes.NORM):
                     module.train()
-            for batch in batches:
+            for batch in images.split(BATCH) if isinstance(images, Tensor) else images:
                 student.network(batch)
     finally:
         for hook in hooks:
@@ -75,6 +79,8 @@ def calibrate(student: Student, batches: Iterable[Tensor], method: Method, *, ba
         if simple and id(module.scale) not in moved:
             moved.add(id(module.scale))
             module.scale.mul_(ASIDE)
+    for module in quantizers.values():
+        module.forget()
 
 
 def _roundings_of_codes(network: fx.GraphModule) -> Iterator[tuple[ActivationQuantizer, list[tuple[Tensor, float]]]]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from faqd.errors import UserError
 from faqd.quant import FLOAT_BITS, Rounding, Target, check_bits
-from faqd.quantize.quantizers.quantizers import ScaleGradient
+from faqd.quantize.quantizers.activation import ScaleGradient
 
 
 @dataclass(frozen=True)

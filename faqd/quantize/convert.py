@@ -36,7 +36,7 @@ from faqd.quantize.lowering.rounding_shift import place_shifts
 from faqd.quantize.operators.curves import Curve, Interpolate, deployed_clamp
 from faqd.quantize.operators.deployed import ChannelAffine, Flavour, IntegerAverage, Requantize
 from faqd.quantize.operators.elementwise import CURVES, Bilinear, Clamp, Scaled
-from faqd.quantize.quantizers.quantizers import ActivationQuantizer
+from faqd.quantize.quantizers.activation import ActivationQuantizer
 from faqd.quantize.student import Student, computes_floats, input_quantizer
 
 HIGHEST_OUTPUT = 126 + (5**0.5 - 1) / 2

@@ -19,8 +19,9 @@ INPUT = "input"
 
 def named_outputs(returned: Any) -> dict[str, Any]:
     """The leaves of what a network returns, in torch's order: `logits`; `logits_0`, `logits_1` of a tuple; the keys of
-    a dictionary; `boxes_0` where a dictionary holds a list. A name that is taken gets _1, _2 ... appended."""
-    taken, front = {INPUT}, () if isinstance(returned, Mapping) else (SINGLE,)
+    a dictionary or of a named tuple; `boxes_0` where a dictionary holds a list. A name that is taken gets _1, _2 ...
+    appended."""
+    taken, front = {INPUT}, _front(returned)
     return {unused("_".join(map(_word, (*front, *keys))), taken): value for keys, value in _leaves(returned)}
 
 
@@ -32,7 +33,7 @@ def returned_at(returned: Any) -> dict[str, str]:
 
 def renamed(returned: Any) -> dict[str, str]:
     """Where the outputs are that have another name than their keys make."""
-    front = () if isinstance(returned, Mapping) else (SINGLE,)
+    front = _front(returned)
     plain = ["_".join(map(str, (*front, *keys))) for keys, _ in _leaves(returned)]
     found = returned_at(returned)
     return {name: found[name] for name, keys in zip(found, plain, strict=True) if name != keys}
@@ -53,11 +54,22 @@ def run_batches(network: Any, inputs: Tensor, batch: int) -> dict[str, Tensor]:
 
 def _leaves(value: Any, keys: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
     """Each value that is no container, with the keys that lead to it."""
+    if is_named_tuple(value):
+        value = value._asdict()
     if not isinstance(value, Mapping | list | tuple):
         yield keys, value
         return
     for key, entry in value.items() if isinstance(value, Mapping) else enumerate(value):
         yield from _leaves(entry, (*keys, key))
+
+
+def is_named_tuple(value: Any) -> bool:
+    return isinstance(value, tuple) and hasattr(value, "_asdict")
+
+
+def _front(returned: Any) -> tuple[str, ...]:
+    """What stands before the keys in a name."""
+    return () if isinstance(returned, Mapping) or is_named_tuple(returned) else (SINGLE,)
 
 
 def _word(key: Any) -> str:

@@ -4,20 +4,41 @@ from __future__ import annotations
 
 import copy
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from faqd.errors import UserError
 from faqd.quantize import nodes
+from faqd.quantize.capture.capture import capture
+from faqd.quantize.capture.exported_program import as_plain_modules, is_exported
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.lowering.pad_channels import image_layers
 from faqd.quantize.lowering.pair_limits import pair_limit
 from faqd.quantize.placement import place
+from faqd.quantize.quantizers.activation import ActivationQuantizer
 from faqd.quantize.quantizers.layers import quantize_weight, weight_quantizer
-from faqd.quantize.quantizers.quantizers import ActivationQuantizer
 from faqd.quantize.student import SUFFIX, Student, input_quantizer
 
+_DEFAULT = QuantConfig()
 
-def prepare(traced: fx.GraphModule, bits: QuantConfig, example: Tensor) -> Student:
+
+def prepare(network: nn.Module, example: Tensor, config: QuantConfig = _DEFAULT) -> Student:
+    """The student of a trained float network, in training mode; `calibrate` has to choose its activation scales.
+
+    network: whose weights the student starts from, as copies; it is captured in evaluation mode and left in the mode
+    that it was in. example: (N >= 2, C, H, W) float32 on the network's device, of which only shapes matter. UserError
+    names the place and the line of what cannot be captured or quantized.
+
+        student = faqd.prepare(net, images[:2], faqd.QuantConfig(weights=4, activations=4))
+    """
+    mode = network.training
+    try:
+        plain = as_plain_modules(network) if is_exported(network) else network
+        return insert_quantizers(capture(plain, example), config, example)
+    finally:
+        network.train(mode)
+
+
+def insert_quantizers(traced: fx.GraphModule, bits: QuantConfig, example: Tensor) -> Student:
     """Copy a captured float network and place its quantizers; activation scales still need `calibrate`.
 
     example: (N, C, H, W), for shapes.

@@ -9,15 +9,17 @@ from torch import Tensor, fx, nn
 from faqd.quant import FLOAT_BITS
 from faqd.quantize import nodes
 from faqd.quantize.config import QuantConfig
+from faqd.quantize.quantizers.activation import ActivationQuantizer
 from faqd.quantize.quantizers.layers import latent_weight, operator_name, weight_quantizer
-from faqd.quantize.quantizers.quantizers import ActivationQuantizer
 
 
 class Student(nn.Module):
     """A network in training with its quantizers: `network` is a graph module, `config` what it was prepared for.
 
     taps: float node name -> student node name, for every node of the float graph. float_network: what it was prepared
-    from, whose parameters are no part of the student's. `print(student)` shows every layer with its grids.
+    from, whose parameters are no part of the student's. norms_stand_still: batch norms keep the float network's
+    statistics in training mode too, from which a few hundred steps of fine-tuning only lose. `print(student)` shows
+    every layer with its grids.
     """
 
     network: fx.GraphModule
@@ -30,11 +32,20 @@ class Student(nn.Module):
         self.network = network
         self.config = config
         self.taps = taps
+        self.norms_stand_still = True
         self.__dict__["float_network"] = float_network  # registered, its parameters would be trained and saved
 
     def forward(self, x: Tensor) -> Any:
         """What the user's forward returns, for network input (N, C, H, W)."""
         return self.network(x)
+
+    def train(self, mode: bool = True) -> Student:
+        super().train(mode)
+        if self.norms_stand_still:
+            for module in self.modules():
+                if isinstance(module, nodes.NORM):
+                    module.eval()
+        return self
 
     def quantizers(self) -> dict[str, ActivationQuantizer]:
         """Activation quantizers by place, in graph order."""

@@ -57,6 +57,12 @@ from faqd.train.run.student import new_student, start_of
 CALIBRATION_IMAGES = 512
 FLOAT64_PIXELS = 2**19
 """What a batch of the deployed student holds: its values have eight bytes, and all of a layer's are there at once."""
+CONSTANT = 1.0
+"""The distance of a student whose outputs never change, about."""
+NOTHING_LEARNED = (
+    "these weights are no nearer to the teacher than outputs that are the same for every image. Give it more bits, "
+    "keep the layers float that lose most (--exclude), or give images on which the teacher finds something."
+)
 REHEARSED_IMAGES = 8
 """What taps are looked at, and the export is rehearsed, with."""
 
@@ -183,8 +189,15 @@ def _distill_together(
                 if plan.out in best:
                     results["kept"] = best[plan.out].to_json()
                     say(kept_sentence(plan.out, best[plan.out], batches.iterations(training)))
+                    if _by_distance(plan.recipe) and best[plan.out].measure >= CONSTANT:
+                        say(f"{plan.out}: {NOTHING_LEARNED}")
                 world.first(partial(_conclude, plan, student, results, train))
     return failed
+
+
+def _by_distance(recipe: DistillRecipe) -> bool:
+    """Whether the best weights are told by the distance of the outputs, about 1 for a student without a teacher."""
+    return recipe.select is None and not recipe.label_weight and recipe.init != "scratch"
 
 
 def _with_rate(plan: Plan, student: Student, heads: Heads, batches: Batches) -> Plan:

@@ -9,7 +9,7 @@ from faqd.command import parse_size
 from faqd.errors import UserError
 from faqd.quantize.capture.capture import capture
 from faqd.quantize.config import QuantConfig
-from faqd.quantize.prepare import prepare
+from faqd.quantize.prepare import insert_quantizers
 from faqd.quantize.student import student_table
 from faqd.train.data.datasets import Say
 from faqd.train.losses.taps import tap_names, tap_pairs
@@ -46,7 +46,7 @@ def inspect_network(
     bits = QuantConfig(weight_bits, act_bits, target, scales == "channel", exclude=exclude)
     traced = capture(network, example)
     source = student_source(arch, Teacher(network, source, ""))
-    student = prepare(traced if arch is None else capture(source.build(), example), bits, example)
+    student = insert_quantizers(traced if arch is None else capture(source.build(), example), bits, example)
     return {
         "network": source.name,
         "weight_scales": scales,

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from faqd.calib.ranges import Method
 from faqd.errors import UserError
 from faqd.quant import Rounding, Target
-from faqd.quantize.quantizers.quantizers import ScaleGradient
+from faqd.quantize.quantizers.activation import ScaleGradient
 from faqd.train.losses.distillation import AffinityForm, LogitForm
 
 DistillAffinity = AffinityForm | Literal["none"]

@@ -41,7 +41,7 @@ from faqd.quantize.calibrate import calibrate
 from faqd.quantize.capture.capture import capture
 from faqd.quantize.convert import collect_output_scales
 from faqd.quantize.outputs import run_batches
-from faqd.quantize.prepare import prepare
+from faqd.quantize.prepare import insert_quantizers
 from faqd.quantize.student import Student
 from faqd.train.data.datasets import Split, load_dataset
 from faqd.train.data.image_files import list_images, read_images
@@ -128,7 +128,7 @@ def untrained(lesson: Lesson, recipe: DistillRecipe) -> Student:
     """What a distillation starts from: quantization without training."""
     train, _ = splits_on(torch.device("cpu"), lesson.dataset)
     example = train.normalised(train.pixels[:2]).contiguous()
-    student = prepare(capture(lesson.teacher.network, example), recipe_bits(recipe), example)
+    student = insert_quantizers(capture(lesson.teacher.network, example), recipe_bits(recipe), example)
     calibrate(student, calibration_batches(train), recipe.calibration)
     student.network.eval()
     return student

@@ -35,7 +35,7 @@ from faqd.errors import UserError
 from faqd.quantize.calibrate import calibrate
 from faqd.quantize.capture.capture import capture
 from faqd.quantize.config import QuantConfig
-from faqd.quantize.prepare import prepare
+from faqd.quantize.prepare import insert_quantizers
 from faqd.quantize.student import Student
 from faqd.train.data.datasets import Augmentation
 from faqd.train.loop.batches import Batch, Batches, Images, Target
@@ -102,7 +102,7 @@ def pupil(
     settle_norms(big, replace(images, scale=scale.float(), offset=offset.float(), pixels=pixels[:200]), training)
     example = torch.zeros(2, 3, PIXELS, PIXELS)
     traced = capture(big.cpu(), example)
-    learner = prepare(capture(source.build(), example), QuantConfig(BITS, BITS), example)
+    learner = insert_quantizers(capture(source.build(), example), QuantConfig(BITS, BITS), example)
     calibrate(learner, [images.normalised(pixels[:128]).cpu().float()], "mse", batch_statistics=True)
     traced.to(device, dtype)
     learner.network.to(device, dtype)

@@ -25,7 +25,8 @@ from torch.nn.utils import parametrize
 from faqd.benchmarks.studies.affinity import direct_affinity
 from faqd.quant import Quant
 from faqd.quantize import nodes
-from faqd.quantize.quantizers.quantizers import ActivationQuantizer, WeightQuantizer
+from faqd.quantize.quantizers.activation import ActivationQuantizer
+from faqd.quantize.quantizers.weight import WeightQuantizer
 from faqd.quantize.student import Student
 from faqd.train.loop.batches import AUGMENTATION, ORDER, Images, stream
 from faqd.train.loop.trainee import Job

@@ -45,7 +45,7 @@ from faqd.quantize.capture.capture import capture
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.convert import collect_output_scales, convert
 from faqd.quantize.outputs import INPUT
-from faqd.quantize.prepare import prepare
+from faqd.quantize.prepare import insert_quantizers
 from faqd.train.networks.source import NetworkSource
 
 VERSION = 2
@@ -86,7 +86,7 @@ def write_variants(name: str, folder: Path) -> dict[str, Path]:
     _settle_norms(network, images)
     files = {label: folder / f"{label.translate(_FILE_NAME)}.onnx" for label in LABELS}
     for label, bits in STUDENTS.items():
-        student = prepare(capture(network, images[:2]), bits, images[:2])
+        student = insert_quantizers(capture(network, images[:2]), bits, images[:2])
         student.network.eval()
         calibrate(student, [images], "max")
         scales = collect_output_scales(student, [images])

@@ -46,7 +46,7 @@ from faqd.quantize.calibrate import calibrate
 from faqd.quantize.capture.capture import capture
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.outputs import SINGLE, run_batches
-from faqd.quantize.prepare import prepare
+from faqd.quantize.prepare import insert_quantizers
 from faqd.train.data.cifar import load_cifar
 from faqd.train.data.datasets import DataOptions
 from faqd.train.distill import CALIBRATION_IMAGES, distill, with_seeds
@@ -204,7 +204,7 @@ def quantized(work: Work, bits: int, seed: int) -> Any:
     if len(images) < CALIBRATION_IMAGES:
         raise UserError(f"--limit: {len(dataset.train)} training images are too few for seed {seed} of calibration.")
     inputs = network_input(images, dataset.preprocess)
-    student = prepare(capture(work.lesson.teacher.network, inputs[:2]), QuantConfig(bits, bits), inputs[:2])
+    student = insert_quantizers(capture(work.lesson.teacher.network, inputs[:2]), QuantConfig(bits, bits), inputs[:2])
     student.network.eval()
     calibrate(student, inputs.split(128), "mse")
     return deployable(student)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import inspect
 import operator
 import traceback
@@ -15,12 +14,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
 
 from faqd.errors import UserError, first_line
 from faqd.quantize.capture.spellings import SAME, written_out
 from faqd.quantize.capture.standardize import standardise
 from faqd.quantize.nodes import innermost, operand, propagate
+from faqd.quantize.outputs import is_named_tuple, named_outputs
 
 _IN_PLACE_FREE = {
     operator.iadd: operator.add,
@@ -56,10 +55,18 @@ def capture(network: nn.Module, example: Tensor) -> fx.GraphModule:
             f"images of shape {tuple(example.shape)}: {first_line(error.__cause__ or error)}. Control flow that "
             "depends on sizes or values is the usual cause; move it out of forward."
         ) from error
-    if not _equal(_outputs(traced, noise), wanted):
+    found = _outputs(traced, noise)
+    if not _equal(found, wanted):
+        pairs = [(a, b) for a, b in zip(found, wanted, strict=False) if isinstance(a, Tensor) and isinstance(b, Tensor)]
+        kinds = [f"{_kind(b)} and not {_kind(a)}" for a, b in pairs if a.dtype != b.dtype]
+        cause = (
+            f"it returns {kinds[0]}, as under autocast or from numbers of that type. Compute in float32 throughout."
+            if kinds
+            else "the usual cause is an in-place operator whose input is read again, such as ReLU(inplace=True) in "
+            "front of a shortcut."
+        )
         raise UserError(
-            f"{type(network).__name__}: the captured graph computes something else than its forward. The usual cause "
-            "is an in-place operator whose input is read again, such as ReLU(inplace=True) in front of a shortcut."
+            f"{type(network).__name__}: the captured graph computes something else than its forward: {cause}"
         )
     return traced
 
@@ -116,7 +123,7 @@ def _graph_of(network: nn.Module) -> fx.GraphModule:
         tracer.record_stack_traces = True
         tracer.proxy_buffer_attributes = traces_buffers
         try:
-            with warnings.catch_warnings(), _lengths_of_proxies():
+            with warnings.catch_warnings(), _lengths_of_proxies(network), _own_forward(network), _norms_unchecked():
                 warnings.simplefilter("ignore")  # of defaults that fx cannot assert to be what they are
                 return fx.GraphModule(network, _with_one_input(tracer.trace(network, _defaults(network))))
         except Exception as error:  # whatever the user's forward raises
@@ -125,21 +132,55 @@ def _graph_of(network: nn.Module) -> fx.GraphModule:
 
 
 @contextmanager
-def _lengths_of_proxies() -> Iterator[None]:
-    """Lets len(x) be the first size of what stands for a tensor; Python takes nothing but an int from __len__."""
-    length = builtins.len
+def _lengths_of_proxies(network: nn.Module) -> Iterator[None]:
+    """Lets len(x) in the files of the network's forwards be the first size of what stands for a tensor: Python takes
+    nothing but an int from __len__. Not in all of Python: what is imported meanwhile would keep it."""
 
     def first_size(value: Any) -> Any:
         stands_in = isinstance(value, fx.Proxy) and not isinstance(value, _Pieces)
-        return value.size(0) if stands_in else length(value)
+        return value.size(0) if stands_in else len(value)
 
-    builtins.len = first_size
+    forwards = (inspect.unwrap(type(module).forward) for module in network.modules())
+    files: list[dict[str, Any]] = [forward.__globals__ for forward in forwards if isinstance(forward, FunctionType)]
+    changed = []
+    for file in files:
+        if "len" not in file and not str(file.get("__name__", "")).startswith("torch."):
+            file["len"] = first_size
+            changed.append(file)
     try:
         yield
     finally:
-        builtins.len = length
+        for file in changed:
+            del file["len"]
 
 
+@contextmanager
+def _own_forward(network: nn.Module) -> Iterator[None]:
+    """Lets a forward be traced that was assigned to the network itself, as fused detectors do."""
+    own, kind = vars(network).get("forward"), type(network)
+    if own is not None:
+        network.__class__ = type(kind.__name__, (kind,), {"forward": lambda self, x: own(x)})
+    try:
+        yield
+    finally:
+        network.__class__ = kind
+
+
+@contextmanager
+def _norms_unchecked() -> Iterator[None]:
+    """Lets a forward of a batch norm be traced that calls torch's, whose test of the dimensions asks for values."""
+    kinds: list[Any] = [nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm]
+    checks = [kind._check_input_dim for kind in kinds]
+    for kind in kinds:
+        setattr(kind, _CHECK, lambda self, x: None)
+    try:
+        yield
+    finally:
+        for kind, check in zip(kinds, checks, strict=True):
+            setattr(kind, _CHECK, check)
+
+
+_CHECK = "_check_input_dim"
 _IN_PLACE = ("add_", "sub_", "mul_", "div_", "relu_", "sigmoid_", "tanh_", "clamp_", "clamp_min_")
 
 
@@ -153,6 +194,10 @@ class _Tracer(fx.Tracer):
             target = SAME.get(target, target)
             spelled = written_out(target, args, kwargs)
         return spelled() if spelled is not None else super().create_proxy(kind, target, args, kwargs, *rest, **more)
+
+    def create_arg(self, a: Any) -> Any:
+        # A named tuple would be a call of its class: what is returned has the names of its fields.
+        return super().create_arg(a._asdict() if is_named_tuple(a) else a)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return super().proxy(node) if _pieces(node) is None else _Pieces(node, self)
@@ -182,6 +227,8 @@ def _pieces(node: fx.Node) -> int | None:
 
 def _defaults(network: nn.Module) -> dict[str, Any]:
     """The arguments of forward that are left to their defaults: an image is all that a deployed network is given."""
+    if "forward" in vars(network):  # it is traced as a function of an image, with its own defaults
+        return {}
     parameters = inspect.signature(network.forward).parameters.values()
     return {each.name: each.default for each in parameters if each.default is not each.empty}
 
@@ -222,18 +269,25 @@ def _outputs(network: nn.Module, x: Tensor) -> list[Any]:
     """What `network` returns for a copy of `x`, tuples and dictionaries taken apart."""
     with torch.no_grad():
         try:
-            return tree_leaves(network(x.clone()))
-        except (RuntimeError, TypeError) as error:
+            return list(named_outputs(network(x.clone())).values())
+        # Whatever the user's forward raises; SystemExit is what sys.exit does there.
+        except (Exception, SystemExit) as error:
+            cause = error.__cause__ or error
             raise UserError(
                 f"the network does not accept one input of shape {tuple(x.shape)} and nothing else: "
-                f"{first_line(error.__cause__ or error)}"
+                f"{first_line(cause) or type(cause).__name__}"
             ) from error
+
+
+def _kind(value: Tensor) -> str:
+    return str(value.dtype).removeprefix("torch.")
 
 
 def _close(a: Any, b: Any) -> bool:
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
-        return bool(a == b)
-    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-6, equal_nan=True)
+        return type(a) is type(b) and bool(a == b)
+    same_kind = a.shape == b.shape and a.dtype == b.dtype
+    return same_kind and torch.allclose(a, b, rtol=1e-4, atol=1e-6, equal_nan=True)
 
 
 def _line_that_raised(error: BaseException) -> str:

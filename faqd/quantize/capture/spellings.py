@@ -35,7 +35,8 @@ def written_out(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> C
     """What makes the result of a call by other operators, on tensors or on what stands for them; None where it is one
     operator. target: a function, or the name of a method."""
     rule = _RULES.get(target)
-    if rule is None or (rule in (_add, _sub) and "alpha" not in kwargs):
+    plain = rule in (_add, _sub, _mul, _div) and not kwargs
+    if rule is None or plain or "rounding_mode" in kwargs or "out" in kwargs:
         return None
     return lambda: rule(*args, **kwargs)
 
@@ -46,6 +47,14 @@ def _add(input: Any, other: Any, *, alpha: Any = 1) -> Any:
 
 def _sub(input: Any, other: Any, *, alpha: Any = 1) -> Any:
     return input - _times(alpha, other)
+
+
+def _mul(input: Any, other: Any) -> Any:
+    return input * other
+
+
+def _div(input: Any, other: Any) -> Any:
+    return input / other
 
 
 def _rsub(input: Any, other: Any, *, alpha: Any = 1) -> Any:
@@ -82,6 +91,8 @@ def _times(number: Any, tensor: Any) -> Any:
 _RULES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((torch.add, "add"), _add),
     **dict.fromkeys((torch.sub, "sub"), _sub),
+    **dict.fromkeys((torch.mul, "mul"), _mul),
+    **dict.fromkeys((torch.div, "div"), _div),
     torch.rsub: _rsub,
     **dict.fromkeys((torch.addcmul, "addcmul"), _addcmul),
     **dict.fromkeys((torch.addcdiv, "addcdiv"), _addcdiv),

@@ -29,7 +29,7 @@ def standardise(traced: fx.GraphModule) -> None:
     for node in list(traced.graph.nodes):
         if not nodes.is_tensor(node) or not node.op.startswith("call"):
             continue
-        if _is_idle(node):
+        if _is_idle(node) or _is_broadcast(traced, node):
             node.replace_all_uses_with(nodes.operand(node))
             continue
         module = (
@@ -69,10 +69,28 @@ def _call(traced: fx.GraphModule, node: fx.Node, place: str, module: nn.Module) 
 
 def _is_idle(node: fx.Node) -> bool:
     """Whether nothing but memory comes of a method here."""
-    if node.op != "call_method" or len(_tensors(node)) != 1:
+    if node.op != "call_method" or (len(_tensors(node)) != 1 and node.target != "type_as"):
         return False
     same_type = node.meta["tensor_meta"].dtype == nodes.operand(node).meta["tensor_meta"].dtype
-    return node.target in ("clone", "detach", "float") or (node.target == "to" and same_type)
+    return node.target in ("clone", "detach") or (node.target in ("to", "float", "type_as", "cpu") and same_type)
+
+
+def _is_broadcast(traced: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a map is brought to the size of another that it then meets, which the sum or product does by itself."""
+    if node.target not in _EXPANDS or nodes.is_own(node):
+        return False
+    before, after = nodes.shape(nodes.operand(node)), nodes.shape(node)
+    if len(before) != len(after) or any(a not in (1, b) for a, b in zip(before, after, strict=True)):
+        return False
+
+    def has_another_of_that_size(reader: fx.Node) -> bool:
+        others = [each for each in _tensors(reader) if each is not node]
+        return nodes.role(traced, reader) in ("add", "multiply") and any(nodes.shape(each) == after for each in others)
+
+    return bool(node.users) and all(map(has_another_of_that_size, node.users))
+
+
+_EXPANDS = ("expand", "expand_as", "repeat", "broadcast_to", torch.broadcast_to)
 
 
 def _on_rows(traced: fx.GraphModule, node: fx.Node, place: str) -> None:

@@ -13,8 +13,9 @@ from faqd.quantize import nodes
 from faqd.quantize.lowering.pad_channels import ImageLayers
 from faqd.quantize.lowering.pair_limits import LARGEST_INT8, pair_limit
 from faqd.quantize.operators.deployed import Flavour, IntegerLayer
+from faqd.quantize.quantizers.activation import ActivationQuantizer
 from faqd.quantize.quantizers.layers import latent_weight, output_channels, output_first, weight_codes, weight_quantizer
-from faqd.quantize.quantizers.quantizers import ActivationQuantizer, largest_pairs, within_pairs
+from faqd.quantize.quantizers.weight import largest_pairs, within_pairs
 from faqd.quantize.student import input_quantizer
 
 LARGEST_INT32 = 2**31 - 1

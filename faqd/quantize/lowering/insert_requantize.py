@@ -11,8 +11,8 @@ from faqd.quant import SIGNED_8
 from faqd.quantize import nodes
 from faqd.quantize.operators.deployed import IntegerLayer, Requantize
 from faqd.quantize.operators.elementwise import Nearest
+from faqd.quantize.quantizers.activation import ActivationQuantizer
 from faqd.quantize.quantizers.layers import weight_quantizer
-from faqd.quantize.quantizers.quantizers import ActivationQuantizer
 from faqd.quantize.student import origin
 
 

@@ -16,8 +16,8 @@ from torch import fx
 from faqd import saturation
 from faqd.quantize import nodes
 from faqd.quantize.operators.deployed import Filling, IntegerLayer, Requantize
+from faqd.quantize.quantizers.activation import ActivationQuantizer
 from faqd.quantize.quantizers.layers import weight_quantizer
-from faqd.quantize.quantizers.quantizers import ActivationQuantizer
 
 TOGETHER = 4
 """Input channels that a dot-product instruction takes at once. Other counts go the slower way of im2col and a matrix

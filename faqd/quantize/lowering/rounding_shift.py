@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from faqd.quantize import nodes
 from faqd.quantize.operators.deployed import ChannelAffine
-from faqd.quantize.quantizers.quantizers import ActivationQuantizer
+from faqd.quantize.quantizers.activation import ActivationQuantizer
 
 _PLAIN_SUMS = (operator.add, torch.add, "add")
 

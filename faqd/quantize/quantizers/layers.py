@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from faqd.quant import Quant
 from faqd.quantize.nodes import TRANSPOSED
-from faqd.quantize.quantizers.quantizers import WeightQuantizer
+from faqd.quantize.quantizers.weight import WeightQuantizer
 
 
 class _InputFirst(nn.Module):

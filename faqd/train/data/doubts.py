@@ -21,6 +21,7 @@ COMPARED_IMAGES = 1024
 """Training images that are held against each other."""
 SMALL, LARGE = 0.01, 10.0
 """Where network input as a rule does not lie: all of it nearer to 0, some of it farther."""
+LARGEST_OUTPUT = 1e18
 CONSTANT = 1e-6
 """What differs by less, relative to its size, is taken to be the same."""
 
@@ -65,6 +66,13 @@ def question_teacher(network: nn.Module, name: str, dataset: Dataset, say: Say) 
             raise UserError(
                 f"{name}: its output {output} holds NaN or infinite values for {broken} of {len(x)} training images; "
                 "give other weights, or a callable whose network returns only outputs that can be imitated."
+            )
+    for output, values in outputs.items():
+        reach = float(values.abs().max())
+        if reach > LARGEST_OUTPUT or 0 < reach < 1 / LARGEST_OUTPUT:
+            raise UserError(
+                f"{name}: its output {output} reaches {reach:.3g}, whose square no float32 holds, so that nothing can "
+                "be compared with it; let the network return it in other units."
             )
     constant = [output for output, values in outputs.items() if len(x) > 1 and _same_everywhere(values, 0)]
     if len(constant) == len(outputs):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ ORIENTATION = 274
 BITS = 14
 """Cameras have up to so many; 16-bit files in which no pixel has more are theirs, and dark."""
 REPORT_EVERY = 5000
+MOST_CLASSES = 2**20
 TINY_IMAGENET = "tiny-imagenet-200"
 
 
@@ -72,11 +74,23 @@ def list_images(folder: Path) -> list[str]:
     """The image files below `folder`, relative, sorted; hidden ones are left out (file managers leave copies)."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder.")
-    below = (path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    below = (path.relative_to(folder) for path in _walked(folder) if path.suffix.lower() in SUFFIXES)
     files = sorted(path.as_posix() for path in below if not any(part.startswith(".") for part in path.parts))
     if not files:
         raise UserError(f"{folder}: no image in it or below it; expected files that end in {', '.join(SUFFIXES)}.")
     return files
+
+
+def _walked(folder: Path) -> Iterator[Path]:
+    """The files below `folder`, through links to folders too, but through none twice."""
+    seen = set()
+    for here, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(here)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(here, name) for name in files)
 
 
 def class_names(folder: Path, files: Iterable[str]) -> list[str]:
@@ -244,6 +258,10 @@ def _npz_labels(
     if labels.dtype.kind not in "iu" or labels.shape != (count,):
         raise UserError(
             f"{path}: 'labels' is {labels.dtype} of shape {labels.shape}; expected integers of shape ({count},)."
+        )
+    if names is None and labels.max() >= MOST_CLASSES:
+        raise UserError(
+            f"{path}: 'labels' go up to {labels.max()}; expected the numbers of classes, 0, 1, 2 and so on."
         )
     classes = tuple(names.tolist()) if names is not None else tuple(map(str, range(int(labels.max()) + 1)))
     if labels.min() < 0 or labels.max() >= len(classes):

@@ -9,7 +9,7 @@ from torch import fx
 
 from faqd.errors import UserError
 from faqd.quantize import nodes
-from faqd.quantize.quantizers.quantizers import ActivationQuantizer
+from faqd.quantize.quantizers.activation import ActivationQuantizer
 from faqd.quantize.student import Student
 from faqd.train.losses.distillation import AffinityForm
 from faqd.train.losses.heads import is_probability

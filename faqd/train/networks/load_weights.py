@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -9,12 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from faqd.errors import UserError
 from faqd.train.networks.weights_file import read_weights_file
 
+AVERAGED = ("state_dict_ema", "model_ema", "ema_model", "params_ema", "ema")
 WRAPPINGS = (
-    *("state_dict_ema", "model_ema", "ema_model", "params_ema", "ema", "state_dict", "model_state_dict", "model_state"),
+    *(*AVERAGED, "state_dict", "model_state_dict", "model_state"),
     *("model", "module", "network", "net", "params", "weights"),
 )
 """Keys under which training scripts commonly store a state dict, in the order in which they are tried: the averaged
@@ -44,13 +47,18 @@ def load_weights(network: nn.Module, path: Path, say: Callable[[str], None] = la
     if not fitting:
         nearest = min(found, key=lambda fit: fit.distance)
         raise UserError(
-            f"{path}: these are not weights of {type(network).__name__}: {', '.join(nearest.problems)}. Give the "
-            "weights that were trained with this very network."
+            f"{path}: these are not weights of {type(network).__name__}: {', '.join(nearest.problems)}. "
+            f"{_what_to_give(path, nearest)}"
         )
     taken, *others = fitting
     if others:
         names = ", ".join(repr(fit.where) for fit in others)
         say(f"{path}: takes the weights under '{taken.where}'; the file also holds {names}.")
+    halves = [fit for fit in found if fit.problems and fit.state and fit.where.split(".")[0] in AVERAGED]
+    if halves:
+        say(f"{path}: leaves out what lies under '{halves[0].where}', which has not all weights of the network.")
+    if own := [key for key, value in network.state_dict().items() if not isinstance(value, Tensor)]:
+        say(f"{path}: {_listed(own)} is a module's own state and no tensor; it stays as the network was built.")
     if taken.left_out:
         takes = f"takes the weights under '{taken.prefix}' and " if taken.prefix else ""
         say(f"{path}: {takes}leaves out {_listed(taken.left_out)}.")
@@ -59,6 +67,17 @@ def load_weights(network: nn.Module, path: Path, say: Callable[[str], None] = la
     # Modules that read several versions of their own weights ask for it, and not every file keeps it.
     state._metadata = network.state_dict()._metadata  # type: ignore[attr-defined]
     network.load_state_dict(state, strict=False)
+
+
+def _what_to_give(path: Path, nearest: _Fit) -> str:
+    if re.search(r"-\d+-of-\d+", path.name):
+        return "The file is one of several; load all of them where the network was trained, and save its state dict."
+    if any(re.search(r"parametrizations\.|_[gv]$|_orig$|_mask$", key) for key in nearest.foreign):
+        return (
+            "The file is of before a weight norm, a parametrization or a pruning was removed: load it where that still "
+            "is, remove it, and save the state dict."
+        )
+    return "Give the weights that were trained with this very network."
 
 
 # Which tensors ----------------------------------------------------------------------------------------------------
@@ -83,9 +102,12 @@ class _Fit:
         for one, same in _aliases(wanted).items():
             if one not in self.state and any(other in self.state for other in same):
                 self.state[one] = next(self.state[other] for other in same if other in self.state)
-        missing = sorted(key for key in wanted if key not in self.state and not _is_counter(key))
+        missing = sorted(key for key in wanted if key not in self.state and not _counts(key, wanted[key]))
         foreign = sorted(full for key, full in under.items() if key not in needed and not _is_counter(key))
-        reshaped = sorted(key for key, value in self.state.items() if value.shape != wanted[key].shape)
+        # A nested tensor has no shape.
+        plain = {key: value for key, value in self.state.items() if not value.is_nested}
+        reshaped = sorted(key for key, value in plain.items() if value.shape != wanted[key].shape)
+        self.foreign = foreign
         complaints = (("missing", missing), ("unknown", foreign), ("of another shape", reshaped))
         self.problems = [f"{len(names)} {what} (first: {names[0]})" for what, names in complaints if names]
         self.distance = len(missing) + len(foreign) + len(reshaped)
@@ -124,10 +146,22 @@ def _prefix(found: dict[str, str], needed: dict[str, str], aliases: dict[str, li
 
 def _aliases(wanted: dict[str, Tensor]) -> dict[str, list[str]]:
     """The keys that name one tensor with another key -> those other keys."""
-    same: dict[int, list[str]] = {}
+    same: dict[Any, list[str]] = {}
     for key, value in wanted.items():
-        same.setdefault(id(value), []).append(key)
+        same.setdefault(_memory(value), []).append(key)
     return {key: [other for other in keys if other != key] for keys in same.values() if len(keys) > 1 for key in keys}
+
+
+def _memory(value: Tensor) -> Any:
+    """What two tensors have in common that are one."""
+    if is_lazy(value) or not value.numel() or value.layout != torch.strided:
+        return id(value)
+    return value.data_ptr(), value.dtype, value.shape, value.stride()
+
+
+def _counts(key: str, value: Tensor) -> bool:
+    """Whether an entry of a network is no weight, so that a file may lack it."""
+    return _is_counter(key) and not (is_lazy(value) or value.is_floating_point())
 
 
 def _is_counter(key: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -107,10 +108,19 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: damaged or cut short ({first_line(error)}); copy or write it again.") from error
 
 
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Of the safetensors file that `write_tensors` would write."""
+    return hashlib.sha256(_bytes_of(tensors)).hexdigest()
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """A safetensors file, whole or absent, and an OSError where it cannot be written."""
-    # Clones, because safetensors refuses tensors that share memory and a network may have one module in two places.
-    plain = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
     with written_beside(path) as temporary:
         # safetensors' own writer turns a full disk into an error that does not say so.
-        temporary.write_bytes(safetensors_bytes(plain))
+        temporary.write_bytes(_bytes_of(tensors))
+
+
+def _bytes_of(tensors: Mapping[str, Tensor]) -> bytes:
+    # Clones, because safetensors refuses tensors that share memory and a network may have one module in two places.
+    plain = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
+    return safetensors_bytes(plain)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import importlib.util
 import inspect
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,6 +25,8 @@ from faqd.quantize.capture.exported_program import as_plain_modules, is_exported
 
 _executed: dict[tuple[Path, str], ModuleType] = {}
 """By path and SHA-256: a file that registers an operator, or a model by its name, can be executed only once."""
+_left_in: dict[Path, Path] = {}
+"""The working folder that a file chose when it was executed: what it does later may count on it."""
 _neighbours: dict[Path, dict[str, ModuleType]] = {}
 """Modules that files of the user imported from beside themselves, by folder and name."""
 
@@ -48,6 +51,8 @@ def users_network(path: Path, name: str, sha256: str, example: Tensor) -> nn.Mod
             return as_plain_modules(built)
         if not isinstance(built, nn.Module):
             raise UserError(f"{path}: {name}() returned {type(built).__name__}, expected a torch.nn.Module.")
+        if any(value.is_meta for value in (*built.parameters(), *built.buffers()) if not is_lazy(value)):
+            raise UserError(f"{path}: {name}() built it on the meta device, without values; build it on the CPU.")
         if any(map(is_lazy, (*built.parameters(), *built.buffers()))):
             _run_of_the_user(
                 path, f"a first run of the lazy modules that {name}() returned", lambda: _run(built, example)
@@ -116,7 +121,8 @@ def _importable(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        sys.path.remove(str(folder))
+        if str(folder) in sys.path:
+            sys.path.remove(str(folder))
         new = {name: sys.modules[name] for name in set(sys.modules) - before if _lies_in(folder, name)}
         _neighbours.setdefault(folder, {}).update(new)
 
@@ -126,9 +132,30 @@ def _lies_in(folder: Path, module: str) -> bool:
     return top.is_dir() or top.with_suffix(".py").is_file()
 
 
+@contextmanager
+def _settings_of(path: Path) -> Iterator[None]:
+    """What the user's code changes for a whole process, put back behind the block; what it prints goes to stderr."""
+    here, search, device = Path.cwd(), list(sys.path), torch.get_default_device()
+    gradient, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
+    os.chdir(_left_in.get(path, here))
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        if Path.cwd() != here or path in _left_in:
+            _left_in[path] = Path.cwd()
+        os.chdir(here)
+        sys.path[:] = search
+        torch.set_grad_enabled(gradient)
+        torch.set_default_dtype(dtype)
+        if torch.get_default_device() != device:
+            torch.set_default_device(None if device.type == "cpu" else device)
+
+
 def _run_of_the_user(path: Path, what: str, function: Callable[[], Any]) -> Any:
     try:
-        return function()
+        with _settings_of(path):
+            return function()
     # Whatever the user's code does; SystemExit is what argparse does on import.
     except (Exception, SystemExit) as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
@@ -140,5 +167,8 @@ def _run_of_the_user(path: Path, what: str, function: Callable[[], Any]) -> Any:
 
 def _needed_arguments(build: Callable[..., Any]) -> list[str]:
     starred = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    parameters = inspect.signature(build).parameters.values()
+    try:
+        parameters = inspect.signature(build).parameters.values()
+    except ValueError:  # of what is not written in Python
+        return []
     return [p.name for p in parameters if p.default is p.empty and p.kind not in starred]

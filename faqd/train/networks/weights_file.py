@@ -20,9 +20,19 @@ _HEAD = 512
 _KINDS: tuple[tuple[bytes, str], ...] = (
     (rb"version https://git-lfs\.github\.com", "a pointer of Git LFS, not the weights themselves; run `git lfs pull`"),
     (rb"(?:\.\./)*\.?(?:git/annex|/annex)/", "a pointer of git-annex, not the weights themselves; run `git annex get`"),
-    (rb"(?i:\s*<(?:!doctype|html|head|\?xml|error|!--))", "a web page; download the file itself instead of the page"),
+    (
+        rb"(?i:(?:\xef\xbb\xbf)?\s*<(?:!doctype|html|head|\?xml|error|!--))",
+        "a web page; download the file itself",
+    ),
     (rb"\x89HDF\r\n\x1a\n", "an HDF5 file, as Keras writes; save the weights from torch"),
     (rb"\x93NUMPY", "a numpy array; save the weights from torch"),
+    (rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF", "a picture or a sound; give the file of the weights"),
+    (rb"%PDF", "a PDF document; give the file of the weights"),
+    (rb"\x7fELF|MZ|#!", "a program; give the file of the weights"),
+    (rb"\xff\xfe|\xfe\xff", "a text in UTF-16; give the file of the weights"),
+    (rb"(?s:.{4}TFL3)", "a TensorFlow Lite file; save the weights from torch"),
+    (rb"(?s:.{257}ustar)", "a tar archive; unpack it first"),
+    (rb'(?s:\s*\{.*"weight_map")', "the index of weights in several files; load them and save one state dict"),
     (rb"GGUF", "a GGUF file, whose weights are quantized; give the float weights"),
     (rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|\x28\xb5\x2f\xfd|Rar!", "a compressed file; unpack it first"),
     (rb"\x08[\x01-\x20][\x12\x1a\x22\x2a\x32\x3a]", "an ONNX file by its first bytes; give the weights that torch has"),
@@ -126,7 +136,9 @@ def _of_classes(message: str, head: bytes) -> str:
 def _text(head: bytes) -> str:
     """The beginning of a text; nothing where the bytes are none."""
     try:
-        text = head.decode(errors="ignore" if len(head) == _HEAD else "strict")
-    except UnicodeDecodeError:
-        return ""
+        text = head.decode()
+    except UnicodeDecodeError as error:
+        if error.start < len(head) - 3:  # else a letter that is cut in two
+            return ""
+        text = head[: error.start].decode()
     return text[:40] if all(letter.isprintable() or letter.isspace() for letter in text) else ""

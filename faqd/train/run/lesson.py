@@ -142,12 +142,12 @@ def output_shapes(network: nn.Module, source: NetworkSource, images: str) -> dic
     shape = f"{source.channels}x{source.pixels[0]}x{source.pixels[1]}"
     try:
         outputs = named_outputs(network(source.example()))
-    except Exception as error:  # whatever the user's forward raises
+    except (Exception, SystemExit) as error:  # whatever the user's forward raises
         where = _other_floats(network) or f"on images of {shape} ({images})"
         raise UserError(f"{source.name}: fails {where}: {first_line(error)}.") from error
     try:
         network(source.example(3))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(
             f"{source.name}: takes two images and not three: {first_line(error)}. The number of images must be free; "
             "torch.export has dynamic_shapes for that."

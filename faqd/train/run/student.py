@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from faqd.errors import UserError
 from faqd.quantize.capture.capture import capture
 from faqd.quantize.config import QuantConfig
-from faqd.quantize.prepare import prepare
+from faqd.quantize.prepare import insert_quantizers
 from faqd.quantize.student import Student
 from faqd.train.networks.source import NetworkSource, architecture_source, read_tensors
 from faqd.train.recipes import DistillRecipe
@@ -69,7 +69,7 @@ def new_student(recipe: DistillRecipe, source: NetworkSource, teacher: Teacher, 
         network.load_state_dict(teacher.network.state_dict())
     elif recipe.init != "scratch":
         _load_float(network, source, Path(str(recipe.init)))
-    return prepare(capture(network, example), recipe_bits(recipe), example)
+    return insert_quantizers(capture(network, example), recipe_bits(recipe), example)
 
 
 def _load_float(network: nn.Module, source: NetworkSource, folder: Path) -> None:
@@ -108,7 +108,7 @@ def load_student(folder: Path) -> Student:
         raise UserError(f"{folder}: holds a teacher; distil a student from it first, or use `faqd-deploy ptq`.")
     source = NetworkSource.from_json(record["network"])
     bits = _bits(record["recipe"])
-    student = prepare(capture(source.build(), source.example()), bits, source.example())
+    student = insert_quantizers(capture(source.build(), source.example()), bits, source.example())
     load_exactly(student.network, folder / WEIGHTS)
     student.network.eval()
     return student
