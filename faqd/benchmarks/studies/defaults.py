@@ -2,43 +2,53 @@
 
 `python -m faqd.benchmarks.studies.defaults NETWORKS.json --out WORK --json FILE`. NETWORKS.json maps a name to
 `teacher` (FILE.py:callable), `weights`, `data` (options of `faqd-train distill` without dashes, such as "image_size"),
-and may have `metric` (FILE.py:function of (outputs, found), a number, the larger the better; see `--select`); paths are
-relative to the file. Judged are deployed integers on the eval split, on which nothing is chosen: top-1 where there are
-labels, the metric where there is one, and the distance of the outputs. A finished cell is a file: the same command goes
-on.
+and may have `judged_on`, a source of images that are all judged, with the other options of `data`, and `metric`
+(FILE.py:function of (outputs, found), a number, the larger the better; as for `--select`, but `found` has the `files`
+of images from a folder as well). Paths are relative to NETWORKS.json. Judged are the files that `faqd-deploy export`
+writes, on onnxruntime and on images on which nothing is chosen: those of `judged_on`, else the eval split. By flavour
+there is top-1 where there are labels, the metric where there is one, and the distance of the outputs. A finished cell
+is a file: the same command goes on.
 """
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import shlex
 import sys
-import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from faqd import __version__
 from faqd.benchmarks.measure.environment import environment
-from faqd.benchmarks.studies.resumable import claim, going_on, say
+from faqd.benchmarks.studies.resumable import claim, going_on, say, training_seconds
 from faqd.command import data_values, emit_json, json_option, run
+from faqd.deploy.export.torch_to_onnx import onnx_from_deployed
+from faqd.deploy.onnx_model.session import OnnxSession
+from faqd.deploy.verify.bundle_networks import flavours
 from faqd.errors import UserError
 from faqd.files import read_json, write_json
 from faqd.quantize.calibrate import calibrate
 from faqd.quantize.capture.capture import capture
+from faqd.quantize.convert import collect_output_scales, convert
 from faqd.quantize.outputs import run_batches
 from faqd.quantize.prepare import insert_quantizers
 from faqd.quantize.student import Student
+from faqd.train.data.datasets import Split, load_dataset
+from faqd.train.data.image_files import list_images, read_images
 from faqd.train.distill import calibration_batches, distill
-from faqd.train.evaluate import deployable
 from faqd.train.loop.batches import splits_on
 from faqd.train.loop.distributed import World
+from faqd.train.losses.distillation import LogitForm
 from faqd.train.losses.heads import Heads, distance, heads_from
 from faqd.train.networks.source import user_function
 from faqd.train.recipes import DistillRecipe, distill_default
@@ -48,27 +58,70 @@ from faqd.train.run.student import load_student, recipe_bits
 
 DATA_OPTIONS = ("data", "data_root", "download", "image_size", "resize", "channels", "mean", "std", "labels", "limit")
 BATCH_PIXELS = 2**19
-"""What is judged at once: the deployed integers are float64."""
+"""What is judged at once."""
 
 Figures = dict[str, float]
+Outputs = dict[str, Tensor]
 
 
-def recipe_of(bits: str, seed: int, steps: int) -> DistillRecipe:
-    """The defaults, at `bits` as W/A, for so many iterations."""
+@dataclass(frozen=True)
+class Exam:
+    """Images on which nothing was chosen, and what the teacher makes of them. files: theirs, where they have some."""
+
+    split: Split
+    files: list[str] | None
+    inputs: Tensor
+    wanted: Outputs
+    metric: Callable[..., Any] | None
+
+    def figures(self, found: Outputs, heads: Heads | None) -> Figures:
+        """What a network that answers so is worth. heads: of the teacher, None for the teacher itself."""
+        figures = {}
+        if heads is not None:
+            figures["distance"] = sum(float(d) for d in distance(found, self.wanted, heads).values()) / len(heads)
+        if self.split.labels is not None and len(found) == 1:
+            (scores,) = found.values()
+            figures["top1"] = float((scores.argmax(1) == torch.from_numpy(self.split.labels)).float().mean())
+        if self.metric is not None:
+            ours, teacher = ({n: value.numpy() for n, value in each.items()} for each in (found, self.wanted))
+            known = {"images": self.split.images, "teacher": teacher, "files": self.files}
+            figures["metric"] = float(self.metric(ours, known))
+        return {name: round(value, 6) for name, value in figures.items()}
+
+
+def recipe_of(bits: str, seed: int, steps: int, logit: LogitForm | None = None) -> DistillRecipe:
+    """The defaults, at `bits` as W/A, for so many iterations; with another distance of the outputs, where one is
+    given."""
     weights, activations = map(int, bits.split("/"))
     base = distill_default()
     training = replace(base.training, steps=steps, seed=seed, data_seed=seed)
-    return replace(base, weight_bits=weights, act_bits=activations, training=training)
+    return replace(base, weight_bits=weights, act_bits=activations, training=training, logit=logit or base.logit)
 
 
 def lesson_of(entry: dict[str, Any], folder: Path) -> Lesson:
     """The network of an entry and its images."""
     file, _, name = str(entry["teacher"]).rpartition(":")
-    given = entry["data"]
-    options = {**dict.fromkeys(DATA_OPTIONS), "labels": False, "download": False, **given}
-    options["data_root"] = Path(given["data_root"]) if "data_root" in given else None
     spec, weights = f"{folder / file}:{name}", folder / entry["weights"]
-    return lesson_from(spec, weights, data_values(options), with_labels=True, say=say)
+    return lesson_from(spec, weights, _data_of(entry, folder), with_labels=True, say=say)
+
+
+def exam_of(entry: dict[str, Any], folder: Path, lesson: Lesson) -> Exam:
+    """What the students of an entry are judged by."""
+    split, options, preprocess = lesson.dataset.eval, lesson.data, lesson.dataset.preprocess
+    if "judged_on" in entry:
+        source = data_values({**dict.fromkeys(DATA_OPTIONS), "data": _source(entry["judged_on"], folder)})["source"]
+        options = replace(options, source=source, image_size=(preprocess.height, preprocess.width), limit=None)
+        all_of_it = load_dataset(options, with_labels=True, say=say)
+        split = _joined([all_of_it.train, all_of_it.select, all_of_it.eval])
+    spec, (kind, _, where) = entry.get("metric"), options.source.partition(":")
+    inputs = network_input(split.images, preprocess)
+    return Exam(
+        split,
+        _files(Path(where), split.images, preprocess.fit) if kind == "folder" else None,
+        inputs,
+        run_batches(lesson.teacher.network, inputs, _batch(inputs)),
+        None if spec is None else user_function(str(folder / spec), "metric"),
+    )
 
 
 def untrained(lesson: Lesson, recipe: DistillRecipe) -> Student:
@@ -81,38 +134,76 @@ def untrained(lesson: Lesson, recipe: DistillRecipe) -> Student:
     return student
 
 
-def judged(student: Student, lesson: Lesson, wanted: dict[str, Tensor], heads: Heads, metric: Any) -> Figures:
-    """The figures of a deployed student on the eval split. wanted: the teacher's outputs there."""
-    split = lesson.dataset.eval
-    inputs = network_input(split.images, lesson.dataset.preprocess)
-    found = run_batches(deployable(student), inputs, _batch(inputs))
-    figures = {"distance": sum(float(each) for each in distance(found, wanted, heads).values()) / len(heads)}
-    if split.labels is not None and len(found) == 1:
-        (scores,) = found.values()
-        figures["top1"] = float((scores.argmax(1) == torch.from_numpy(split.labels)).float().mean())
-    if metric is not None:
-        arrays = [{name: value.numpy() for name, value in each.items()} for each in (found, wanted)]
-        figures["metric"] = float(metric(arrays[0], {"images": split.images, "teacher": arrays[1]}))
-    return {name: round(value, 6) for name, value in figures.items()}
+def judged(student: Student, output_scales: dict[str, float], exam: Exam, heads: Heads) -> dict[str, Figures]:
+    """The figures of a student's files by flavour: TensorRT's as it is written, onnxruntime's as it is run."""
+    found: dict[str, Figures] = {}
+    for flavour in flavours(student.config.target, student.config.activations):
+        model = onnx_from_deployed(convert(student, flavour, output_scales), exam.inputs[:2], {})
+        threads = torch.get_num_threads()
+        session = OnnxSession(model.SerializeToString(), threads=threads, optimise=flavour == "onnxruntime")
+        found[flavour] = exam.figures(run_batches(_runner(session), exam.inputs, _batch(exam.inputs)), heads)
+    return found
 
 
-def cell(lesson: Lesson, recipe: DistillRecipe, out: Path, metric: Any, world: World) -> dict[str, Any]:
-    """Distil one student and judge it, beside the same student untrained."""
-    began = time.monotonic()
+def cell(
+    lesson: Lesson, recipe: DistillRecipe, out: Path, exam: Exam, ptq: dict[str, Figures] | None, world: World
+) -> dict[str, Any]:
+    """Distil one student and judge it, beside the same student untrained. ptq: the figures of that, where known."""
     (record,) = distill([(recipe, out)], lesson, None, resume=True, say=say, world=world)
-    seconds = time.monotonic() - began
-    inputs = network_input(lesson.dataset.eval.images, lesson.dataset.preprocess)
-    wanted = run_batches(lesson.teacher.network, inputs, _batch(inputs))
     heads = heads_from(record["outputs"])
+    if ptq is None:
+        student = untrained(lesson, recipe)
+        train, _ = splits_on(torch.device("cpu"), lesson.dataset)
+        batches = (part for some in calibration_batches(train) for part in some.split(_batch(some)))
+        ptq = judged(student, collect_output_scales(student, batches), exam, heads)
     return {
-        "images": len(inputs),
-        "ptq": judged(untrained(lesson, recipe), lesson, wanted, heads, metric),
-        "distilled": judged(load_student(out), lesson, wanted, heads, metric),
+        "images": len(exam.inputs),
+        "teacher": exam.figures(exam.wanted, None),
+        "ptq": ptq,
+        "distilled": judged(load_student(out), record["output_scales"], exam, heads),
         "kept": record["kept"],
         "taps": record["taps"],
-        "recipe": record["recipe"],
-        "seconds": round(seconds, 1),
+        # Where images of a folder lie is of no interest elsewhere.
+        "recipe": {name: value for name, value in record["recipe"].items() if name != "data"},
+        "threads": torch.get_num_threads(),
+        "seconds": round(training_seconds(out), 1),
     }
+
+
+def _data_of(entry: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Its options as fields of DataOptions; where data lie is relative to `folder`."""
+    given = entry["data"]
+    options = {**dict.fromkeys(DATA_OPTIONS), "labels": False, "download": False, **given}
+    options["data"] = _source(given["data"], folder)
+    options["data_root"] = folder / given["data_root"] if "data_root" in given else None
+    return data_values(options)
+
+
+def _source(source: str, folder: Path) -> str:
+    kind, _, where = source.partition(":")
+    return f"{kind}:{folder / where}" if where else kind
+
+
+def _joined(splits: list[Split]) -> Split:
+    labels = [split.labels for split in splits if split.labels is not None]
+    return Split(np.concatenate([split.images for split in splits]), np.concatenate(labels) if labels else None)
+
+
+def _files(folder: Path, images: NDArray[np.uint8], fit: Callable[..., NDArray[np.uint8]]) -> list[str]:
+    """The file of each image: splits are cut by content, and so it is found again."""
+    files = list_images(folder)
+    read = read_images(folder, files, fit, say)
+    named = {_digest(image): str(folder / files[index]) for image, index in zip(read.pixels, read.kept, strict=True)}
+    return [named[_digest(image)] for image in images]
+
+
+def _digest(image: NDArray[np.uint8]) -> bytes:
+    return hashlib.sha256(image.tobytes()).digest()
+
+
+def _runner(session: OnnxSession) -> Callable[[Tensor], dict[str, Tensor]]:
+    (name,) = session.inputs
+    return lambda x: {n: torch.from_numpy(value) for n, value in session.run({name: x.numpy()}).items()}
 
 
 def _batch(inputs: Tensor) -> int:
@@ -126,6 +217,14 @@ def _batch(inputs: Tensor) -> int:
 @click.option("--bits", multiple=True, metavar="W/A", default=("8/8", "4/4"), show_default=True, help="Try these bits.")
 @click.option("--steps", type=click.IntRange(1), default=200, show_default=True, help="Train so many iterations.")
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Repeat with so many seeds.")
+@click.option(
+    "--logit",
+    multiple=True,
+    type=click.Choice(["default", *get_args(LogitForm)]),
+    default=("default",),
+    show_default=True,
+    help="Measure the distance of the outputs in this way, repeatable.",
+)
 @json_option
 def command(
     networks: Path,
@@ -134,21 +233,28 @@ def command(
     bits: Sequence[str],
     steps: int,
     seeds: int,
+    logit: Sequence[str],
     json_target: str | None,
 ) -> None:
     entries = _entries(networks, only)
     claim(out, {"steps": steps})
-    cells = {}
+    cells: dict[str, dict[str, Any]] = {}
     for name, entry in entries.items():
-        lesson = lesson_of(entry, networks.parent)
-        spec = entry.get("metric")
-        metric = None if spec is None else user_function(str(networks.parent / spec), "metric")
-        for pair, seed in product(bits, range(seeds)):
-            key = f"{name}-w{pair.replace('/', 'a')}-s{seed}"
+        prepared: tuple[Lesson, Exam] | None = None
+        for pair, seed, form in product(bits, range(seeds), logit):
+            start = f"{name}-w{pair.replace('/', 'a')}-"
+            key = f"{start}s{seed}" + f"-{form}" * (form != "default")
             file = out / "cells" / f"{key}.json"
             if not file.is_file():
+                if prepared is None:
+                    lesson = lesson_of(entry, networks.parent)
+                    prepared = lesson, exam_of(entry, networks.parent, lesson)
+                lesson, exam = prepared
+                recipe = recipe_of(pair, seed, steps, None if form == "default" else form)  # type: ignore[arg-type]
+                # Without training, nothing depends on the seed or the loss.
+                ptq = next((made["ptq"] for other, made in cells.items() if other.startswith(start)), None)
                 with going_on(out):
-                    write_json(file, cell(lesson, recipe_of(pair, seed, steps), out / key, metric, World()))
+                    write_json(file, cell(lesson, recipe, out / key, exam, ptq, World()))
             cells[key] = read_json(file)
             say(f"{key}: ptq {cells[key]['ptq']}, distilled {cells[key]['distilled']}")
     result = {
