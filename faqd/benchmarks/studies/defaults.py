@@ -32,14 +32,14 @@ from faqd import __version__
 from faqd.benchmarks.measure.environment import environment
 from faqd.benchmarks.studies.resumable import claim, going_on, say, training_seconds
 from faqd.command import data_values, emit_json, json_option, run
-from faqd.deploy.lower import lower
+from faqd.deploy.export.torch_to_onnx import onnx_from_deployed
 from faqd.deploy.onnx_model.session import OnnxSession
 from faqd.deploy.verify.bundle_networks import flavours
 from faqd.errors import UserError
 from faqd.files import read_json, write_json
 from faqd.quantize.calibrate import calibrate
 from faqd.quantize.capture.capture import capture
-from faqd.quantize.convert import collect_output_scales
+from faqd.quantize.convert import collect_output_scales, convert
 from faqd.quantize.outputs import run_batches
 from faqd.quantize.prepare import insert_quantizers
 from faqd.quantize.student import Student
@@ -138,8 +138,9 @@ def judged(student: Student, output_scales: dict[str, float], exam: Exam, heads:
     """The figures of a student's files by flavour: TensorRT's as it is written, onnxruntime's as it is run."""
     found: dict[str, Figures] = {}
     for flavour in flavours(student.config.target, student.config.activations):
-        file = lower(student, flavour, output_scales, exam.inputs[:2]).onnx.SerializeToString()
-        session = OnnxSession(file, threads=torch.get_num_threads(), optimise=flavour == "onnxruntime")
+        model = onnx_from_deployed(convert(student, flavour, output_scales), exam.inputs[:2], {})
+        threads = torch.get_num_threads()
+        session = OnnxSession(model.SerializeToString(), threads=threads, optimise=flavour == "onnxruntime")
         found[flavour] = exam.figures(run_batches(_runner(session), exam.inputs, _batch(exam.inputs)), heads)
     return found
 
