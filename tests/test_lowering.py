@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ from faqd.quantize.config import QuantConfig
 from faqd.quantize.convert import Deployed, collect_output_scales, convert
 from faqd.quantize.lowering import fold_batch_norm as fold
 from faqd.quantize.lowering.fold_batch_norm import LARGEST_INT32
+from faqd.quantize.lowering.insert_requantize import reach_that_matters, summed_layers
 from faqd.quantize.operators.deployed import Flavour, IntegerLayer
 from faqd.quantize.student import Student
 from faqd.reference import real
@@ -312,3 +315,30 @@ def test_deeper_grids_need_a_target_that_has_them() -> None:
     assert failures(deployed, model, images(2)) == []
     with pytest.raises(UserError, match="--target"):
         onnx_from_deployed(convert(student, "tensorrt"), torch.zeros(2, *SHAPE), {})
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "ceil"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_what_is_beyond_the_reach_of_a_sum_changes_no_code(bits: int, rounding: Any) -> None:
+    student = calibrated(lively(NETWORKS["residual"](), 1), QuantConfig(bits, bits, rounding=rounding))
+    deployed = convert(student, "tensorrt")
+    reaches = {
+        node.target: reach
+        for node in summed_layers(deployed.network)
+        if math.isfinite(reach := reach_that_matters(deployed.network, node))
+    }
+    x = 4 * images(3, 16)
+    before, clipped = torch_codes(deployed, x), 0
+
+    def clip(reach: float) -> Callable[[Any, Any, Tensor], Tensor]:
+        def hook(module: Any, inputs: Any, output: Tensor) -> Tensor:
+            nonlocal clipped
+            clipped += int((output.abs() > reach).sum())
+            return output.clamp(-reach, reach)
+
+        return hook
+
+    for name, reach in reaches.items():
+        deployed.network.get_submodule(str(name)).register_forward_hook(clip(reach))
+    after = torch_codes(deployed, x)
+    assert reaches and clipped and all(np.array_equal(before[place], after[place]) for place in before)

@@ -26,6 +26,7 @@ from faqd.quantize.lowering.insert_requantize import (
     Again,
     flatten_behind_rounding,
     quantize_sums,
+    reach_that_matters,
     requantize_behind_moves,
     round_before_moves,
     summed_layers,
@@ -178,15 +179,15 @@ def _remove_idle(network: fx.GraphModule) -> None:
 def collect_output_scales(student: Student, batches: Iterable[Tensor]) -> dict[str, float]:
     """Scales for the convolution outputs that training left float before a sum, from the deployed student's own values.
 
-    The largest magnitude seen becomes HIGHEST_OUTPUT: these roundings were not trained, so nothing of them may be
-    clipped.
+    The largest magnitude seen that matters becomes HIGHEST_OUTPUT: these roundings were not trained, so nothing of them
+    may be clipped that would be seen behind the sum.
     """
     deployed = convert(student, "tensorrt").network
-    wanted = {str(node.target): node for node in summed_layers(deployed)}
+    wanted = {str(node.target): reach_that_matters(deployed, node) for node in summed_layers(deployed)}
     observed: dict[str, list[float]] = {name: [] for name in wanted}
 
     def watch(name: str) -> Any:
-        return lambda module, inputs, output: observed[name].append(float(output.abs().max()))
+        return lambda module, inputs, output: observed[name].append(min(float(output.abs().max()), wanted[name]))
 
     hooks = [deployed.get_submodule(name).register_forward_hook(watch(name)) for name in wanted]
     for batch in batches:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -208,6 +209,27 @@ def _added_to_codes(network: fx.GraphModule, layers: list[fx.Node]) -> list[fx.N
         return all(_rounds(network, reader) or adds_codes(reader) for reader in readers)
 
     return [node for node in layers if is_added(node)]
+
+
+def reach_that_matters(network: fx.GraphModule, node: fx.Node) -> float:
+    """The magnitude from which on a summed layer's output changes no code, in a deployed network; infinity if none.
+
+    Where it is added to codes that start at 0 and the sum is rectified, what exceeds the grid of the sum saturates it,
+    and what is below minus the largest other operand is rectified.
+    """
+    return max((_reach_in_sum(network, node, reader) for reader in node.users), default=math.inf)
+
+
+def _reach_in_sum(network: fx.GraphModule, node: fx.Node, added: fx.Node) -> float:
+    others = [each for each in nodes.tensor_inputs(added) if each is not node]
+    if nodes.role(network, added) != "add" or len(others) != 1:
+        return math.inf
+    behind = [nodes.module_of(network, reader) for reader in added.users]
+    beside = [nodes.module_of(network, source) for source in _sources(network, others[0])]
+    grids = [module for module in (*behind, *beside) if isinstance(module, Requantize) and module.quant.low >= 0]
+    if len(grids) < len(behind) + len(beside):
+        return math.inf
+    return max(float(module.scale) * module.quant.high for module in grids)
 
 
 def _rounds(network: fx.GraphModule, node: fx.Node) -> bool:
