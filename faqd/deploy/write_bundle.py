@@ -156,20 +156,20 @@ def export(
     for quantizer in student.quantizers().values():
         quantizer.keep_scale(quantizer.step)
     taught = teacher or student.float_network
-    parts = Parts(
-        "distilled",
-        student,
-        name,
-        tensors_sha256(student.network.state_dict()),
-        collect_output_scales(student, x[:OUTPUT_SCALE_IMAGES].split(BATCH)),
-        copy.deepcopy(taught).cpu().eval(),
-        f"{name} in float",
-        tensors_sha256(taught.state_dict()),
-        preprocess,
-        Evaluation(pixels[: asked.eval_samples], None, {}),
-        tuple(classes) if classes else None,
-    )
     try:
+        parts = Parts(
+            "distilled",
+            student,
+            name,
+            tensors_sha256(student.network.state_dict()),
+            collect_output_scales(student, x[:OUTPUT_SCALE_IMAGES].split(BATCH)),
+            copy.deepcopy(taught).cpu().eval(),
+            f"{name} in float",
+            tensors_sha256(taught.state_dict()),
+            preprocess,
+            Evaluation(pixels[: asked.eval_samples], None, {}),
+            tuple(classes) if classes else None,
+        )
         bundle = _write_bundle(parts, out, asked, say)
     finally:
         student.to(place).train(mode)
