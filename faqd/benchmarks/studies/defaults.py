@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import click
 import numpy as np
@@ -250,7 +250,7 @@ def command(
                     lesson = lesson_of(entry, networks.parent)
                     prepared = lesson, exam_of(entry, networks.parent, lesson)
                 lesson, exam = prepared
-                recipe = recipe_of(pair, seed, steps, None if form == "default" else form)  # type: ignore[arg-type]
+                recipe = recipe_of(pair, seed, steps, None if form == "default" else cast(LogitForm, form))
                 # Without training, nothing depends on the seed or the loss.
                 ptq = next((made["ptq"] for other, made in cells.items() if other.startswith(start)), None)
                 with going_on(out):

@@ -57,7 +57,7 @@ def verify_float16(bundle: Bundle, trace: Trace, images: NDArray[Any], wanted: O
             layers.append({"layer": segment.layer, "snr_db": snr})
             if snr is not None and snr < LEAST_SNR_DB:
                 apart = f"{segment.layer}: the FP16 output {segment.output} is {snr:.0f} dB from FP32"
-                failures.append(apart + _beyond(segment, trace.reached, found))
+                failures.append(apart + _beyond(found))
             continue
         difference = np.abs(found.astype(np.int16) - expected.astype(np.int16))
         close = float(np.mean(difference <= 1))
@@ -71,10 +71,10 @@ def verify_float16(bundle: Bundle, trace: Trace, images: NDArray[Any], wanted: O
             row["snr_db"] = snr = snr_db(found, expected)
             if snr is not None and snr < LEAST_SNR_DB:
                 apart = f"{segment.layer}: the FP16 codes are {snr:.0f} dB from FP32"
-                failures.append(apart + _beyond(segment, trace.reached, found))
+                failures.append(apart + _beyond(found))
         elif close < EQUAL_CODES_FP16:
             apart = f"{segment.layer}: only {100 * close:.3f} % of FP16 codes are within one of FP32"
-            failures.append(apart + _beyond(segment, trace.reached, found))
+            failures.append(apart + _beyond(found))
     failures += changed(half, full)
     session = OnnxSession(bundle.path(names.STUDENT_TENSORRT), optimise=False)
     return {"layers": layers, "failures": failures, "outputs": compare_outputs(outputs_of(session, images), wanted)}
@@ -100,10 +100,8 @@ def _undriven(trace: Trace, array: NDArray[Any]) -> NDArray[Any]:
 _WAY_OUT = "write the bundle again with --float-type fp32"
 
 
-def _beyond(segment: Segment, reached: dict[str, float], found: NDArray[Any]) -> str:
-    """Why FP16 is so far off, where a number of this layer does not fit in it; nothing where all do."""
-    if too_large := _too_large(segment, reached):
-        return f": {too_large}"
+def _beyond(found: NDArray[Any]) -> str:
+    """Why FP16 is so far off, where sums inside an operator do not fit in it; nothing where all do."""
     if not np.isfinite(found).all():
         return f": sums inside the layer leave FP16's range, which ends at {LARGEST:.0f}; {_WAY_OUT}"
     return ""
