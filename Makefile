@@ -5,12 +5,14 @@
 #            the CPU build (0.2 GB) is enough for all but `make test-gpu`. PyTorch's installation page gives the pip
 #            option that selects it.
 # ARGS       goes to pytest:  make test ARGS='-k referee -x'
+# JOBS       how many processes `make test` takes; one for each core unless told otherwise.
 # DATA, WORK of results-cifar10: the folder that holds cifar-10-batches-py, and one for runs and checkpoints. It wants
 #            a CUDA GPU, and goes on where the piece before it stopped.
 
 PYTHON3 ?= python3
 PIP_FLAGS ?=
 ARGS ?=
+JOBS ?= auto
 DATA ?= data
 WORK ?= work
 
@@ -31,7 +33,7 @@ demo: $(INSTALLED) ## Train, quantize, distil, export, verify and bench on handw
 
 .PHONY: test
 test: $(INSTALLED) ## Run the tests; those for a GPU are skipped where there is none
-	$(PYTHON) -m pytest -rs $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(PYTHON) -m pytest -rs --numprocesses $(JOBS) --dist worksteal $(ARGS)
 
 .PHONY: test-gpu
 test-gpu: $(DEVICE) ## Run the tests that need an NVIDIA GPU; without one they fail
