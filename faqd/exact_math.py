@@ -2,7 +2,7 @@
 
 Libraries differ in the last bit of these functions, and one bit can move a code. Built from IEEE operations in a stated
 order they are the same bits on every machine: here in numpy, for the referee, and in torch in
-faqd/quantize/operators/curves.py.
+faqd/quantize/operators/activation.py.
 """
 
 from __future__ import annotations

@@ -15,6 +15,8 @@ from faqd.quantize import nodes
 from faqd.quantize.calibrate import calibrate
 from faqd.quantize.capture.capture import capture
 from faqd.quantize.config import QuantConfig
+from faqd.quantize.operators.layer import COMPUTE
+from faqd.quantize.operators.norm import NORM
 from faqd.quantize.prepare import insert_quantizers
 from faqd.quantize.student import Student
 
@@ -156,14 +158,14 @@ def lively(network: nn.Module, seed: int, zero_gamma: float = 0.0) -> nn.Module:
         return torch.rand(like.shape, generator=generator) * (high - low) + low
 
     for module in network.modules():
-        if isinstance(module, nodes.COMPUTE):
+        if isinstance(module, COMPUTE):
             fan_in = module.weight[0].numel()
             module.weight.data = torch.randn(module.weight.shape, generator=generator) * (2 / fan_in) ** 0.5
             if module.bias is not None:
                 module.bias.data = uniform(module.bias, -0.5, 0.5)
         elif isinstance(module, nn.PReLU):
             module.weight.data = uniform(module.weight, -0.5, 0.8)
-        elif isinstance(module, nodes.NORM) and module.affine:
+        elif isinstance(module, NORM) and module.affine:
             sign = torch.where(uniform(module.weight, 0, 1) < 0.3, -1.0, 1.0)
             module.weight.data = sign * uniform(module.weight, 0.5, 1.5)
             draw = uniform(module.weight, 0, 1)
@@ -179,7 +181,8 @@ def lively(network: nn.Module, seed: int, zero_gamma: float = 0.0) -> nn.Module:
 @torch.no_grad()
 def undecided(student: Student, x: Tensor) -> Student:
     """The student with equal mean scores on `x` for every class, so that no one class is always predicted."""
-    last = [module for module in student.network.modules() if isinstance(module, nn.Linear)][-1]
+    called = (nodes.module_of(student.network, node) for node in student.network.graph.nodes)
+    last = [module for module in called if isinstance(module, nn.Linear)][-1]
     last.bias.copy_(last.bias - student.network(x).mean(0))
     return student
 

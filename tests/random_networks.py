@@ -21,7 +21,7 @@ from faqd.quantize import placement
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.convert import Deployed, collect_output_scales, convert
 from faqd.quantize.lowering.fold_batch_norm import Changes
-from faqd.quantize.operators.deployed import Flavour
+from faqd.quantize.operators.requantize import Flavour
 from faqd.quantize.placement import Placement
 from faqd.quantize.student import Student
 from tests.networks import CHANNELS, CLASSES, calibrated, images, lively, undecided

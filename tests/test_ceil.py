@@ -14,7 +14,7 @@ from faqd.deploy.verify.torch_values import as_trained, torch_codes
 from faqd.quant import SHIFTS, Quant, activation_quant
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.convert import convert
-from faqd.quantize.operators.deployed import ChannelAffine
+from faqd.quantize.operators.norm import ChannelAffine
 from faqd.quantize.quantizers.activation import ActivationQuantizer, ScaleGradient
 from faqd.reference import quantize
 from tests.networks import CHANNELS, CLASSES, NETWORKS, calibrated, conv, images, lively, undecided

@@ -31,7 +31,7 @@ from faqd.quantize.capture.capture import capture
 from faqd.quantize.capture.fuse_batch_norm import fused
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.convert import collect_output_scales, convert
-from faqd.quantize.operators.deployed import Flavour
+from faqd.quantize.operators.requantize import Flavour
 from faqd.quantize.placement import place
 from faqd.train.run.student import load_student
 from tests.networks import CHANNELS, SHAPE, calibrated, captured, conv, images, lively

@@ -17,7 +17,6 @@ from faqd.deploy.verify.layers import verify_file
 from faqd.deploy.verify.outputs import compare_outputs
 from faqd.deploy.verify.segments import segments
 from faqd.deploy.verify.torch_values import torch_digests
-from faqd.errors import UserError
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.convert import collect_output_scales, convert
 from tests.networks import calibrated, float_file_db, images, lively
@@ -40,14 +39,10 @@ def test_an_excluded_convolution_keeps_its_padding(mode: str) -> None:
     check(network)
 
 
-def test_an_excluded_layer_keeps_the_weights_that_it_computes() -> None:
-    check(net(parametrizations.weight_norm(nn.Conv2d(3, 8, 3))))
-
-
-def check(network: nn.Module) -> None:
+def check(network: nn.Module, bits: QuantConfig = FIRST_FLOAT) -> None:
     """Both flavours are proved, and stay near the float network."""
     x = images(3, 16, SHAPE)
-    student = calibrated(network, FIRST_FLOAT, shape=SHAPE)
+    student = calibrated(network, bits, shape=SHAPE)
     scales = collect_output_scales(student, [images(0, 16, SHAPE)])
     wanted = {"out": network.eval()(x).detach().numpy()}
     for flavour in ("tensorrt", "onnxruntime"):
@@ -64,33 +59,35 @@ def tripled(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Te
     return output * 3
 
 
-HOOKS: dict[str, tuple[Callable[[nn.Module], object], str]] = {
-    "behind": (lambda layer: layer.register_forward_hook(tripled), "tripled"),
-    "before": (lambda layer: layer.register_forward_pre_hook(lambda _, inputs: (inputs[0] * 0.1,)), "lambda"),
-    "weight_norm": (nn.utils.weight_norm, "WeightNorm"),
-    "spectral_norm": (nn.utils.spectral_norm, "SpectralNorm"),
+HOOKS: dict[str, Callable[[nn.Module], object]] = {
+    "behind": lambda layer: layer.register_forward_hook(tripled),
+    "before": lambda layer: layer.register_forward_pre_hook(lambda _, inputs: (inputs[0] * 0.1,)),
 }
 
 
 @pytest.mark.parametrize("kind", HOOKS)
 @pytest.mark.parametrize("bits", [FIRST_FLOAT, QuantConfig(8, 8)], ids=["excluded", "quantized"])
+def test_what_a_hook_computes_is_a_part_of_the_network(kind: str, bits: QuantConfig) -> None:
+    network = net(conv("zeros"))
+    HOOKS[kind](network[0])
+    check(network, bits)
+
+
+COMPUTED: tuple[Callable[[nn.Module], nn.Module], ...] = (
+    nn.utils.weight_norm,
+    nn.utils.spectral_norm,
+    parametrizations.weight_norm,
+    parametrizations.spectral_norm,
+)
+
+
+@pytest.mark.parametrize("norm", COMPUTED)
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
-def test_a_module_with_a_hook_is_refused_by_name(kind: str, bits: QuantConfig) -> None:
-    network = net(conv("zeros"))
-    hook, name = HOOKS[kind]
-    hook(network[0])
-    with pytest.raises(UserError, match=rf"^0.*: has a forward hook, .*{name}"):
-        calibrated(network, bits, shape=SHAPE)
-
-
-def test_what_the_lowering_forgot_shows_in_the_float_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("faqd.quantize.prepare._refuse_hooks", lambda network: None)
-    network = net(conv("zeros"))
-    network[0].register_forward_hook(tripled)
-    student = calibrated(network, QuantConfig(8, 8), shape=SHAPE)
-    x = images(3, 16, SHAPE)
-    model = onnx_from_deployed(convert(student, "float"), x, {}).SerializeToString()
-    assert max(float_file_db(model, student, x).values()) < 20
+@pytest.mark.parametrize("bits", [FIRST_FLOAT, QuantConfig(8, 8)], ids=["excluded", "quantized"])
+def test_weights_that_are_computed_are_those_of_a_layer(
+    norm: Callable[[nn.Module], nn.Module], bits: QuantConfig
+) -> None:
+    check(net(norm(conv("zeros"))), bits)
 
 
 def test_which_layers_of_an_fp16_file_multiply_floats() -> None:

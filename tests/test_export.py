@@ -27,7 +27,7 @@ from faqd.deploy.verify.segments import segments
 from faqd.deploy.verify.torch_values import torch_digests
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.convert import collect_output_scales, convert
-from faqd.quantize.operators.deployed import Flavour
+from faqd.quantize.operators.requantize import Flavour
 from faqd.quantize.student import Student
 from faqd.train.networks.zoo import build_architecture
 from tests.networks import CHANNELS, calibrated, conv, images, lively

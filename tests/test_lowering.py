@@ -28,7 +28,8 @@ from faqd.quantize.convert import Deployed, collect_output_scales, convert
 from faqd.quantize.lowering import fold_batch_norm as fold
 from faqd.quantize.lowering.fold_batch_norm import LARGEST_INT32
 from faqd.quantize.lowering.insert_requantize import reach_that_matters, summed_layers
-from faqd.quantize.operators.deployed import Flavour, IntegerLayer
+from faqd.quantize.operators.layer import IntegerLayer
+from faqd.quantize.operators.requantize import Flavour
 from faqd.quantize.student import Student
 from faqd.reference import real
 from tests.networks import CHANNELS, CLASSES, NETWORKS, SHAPE, calibrated, conv, images, lively, undecided

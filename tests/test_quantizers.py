@@ -19,7 +19,7 @@ from faqd.quant import Quant, activation_quant, weight_quant
 from faqd.quantize.calibrate import sampled
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.convert import convert
-from faqd.quantize.operators.deployed import IntegerLayer
+from faqd.quantize.operators.layer import IntegerLayer
 from faqd.quantize.quantizers.activation import ActivationQuantizer
 from faqd.quantize.quantizers.weight import WeightQuantizer, _alternate, _exact, _scan, project
 from tests.networks import Residual, calibrated, images, lively

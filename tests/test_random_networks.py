@@ -18,7 +18,7 @@ from faqd.deploy.export.torch_to_onnx import onnx_from_deployed
 from faqd.deploy.verify.layers import verify_file
 from faqd.deploy.verify.torch_values import torch_codes, torch_digests
 from faqd.quantize.convert import Deployed
-from faqd.quantize.operators.deployed import Flavour
+from faqd.quantize.operators.requantize import Flavour
 from tests.networks import images
 from tests.random_networks import random_deployed, random_size, side_by_side
 

@@ -35,7 +35,7 @@ from faqd.quant import Quant, weight_quant
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.convert import Deployed, collect_output_scales, convert
 from faqd.quantize.lowering import pair_limits
-from faqd.quantize.operators.deployed import Filling
+from faqd.quantize.operators.filling import Filling
 from faqd.quantize.quantizers.weight import WeightQuantizer, project, within_pairs
 from faqd.quantize.student import Student
 from faqd.train.networks.zoo import build_architecture

@@ -15,7 +15,9 @@ from faqd.errors import UserError
 from faqd.quantize import nodes
 from faqd.quantize.capture.capture import capture
 from faqd.quantize.config import QuantConfig
-from faqd.quantize.operators.elementwise import Constant, FixedNorm1d, FixedNorm2d, Scaled
+from faqd.quantize.operators.arithmetic import Scaled
+from faqd.quantize.operators.norm import FixedNorm1d, FixedNorm2d
+from faqd.quantize.operators.shape import Constant, Pad
 from faqd.quantize.placement import place
 
 X = torch.randn(4, 3, 13, 16, generator=torch.Generator().manual_seed(0))
@@ -90,7 +92,8 @@ def test_a_window_in_the_padding_is_none(geometry: tuple[int, int, int, int]) ->
 
 def test_a_window_more_along_one_axis_alone() -> None:
     traced = captured(lambda _, x: F.max_pool2d(x.relu(), 2, 4, ceil_mode=True))
-    assert modules(traced, nn.ReplicationPad2d)[0].padding == (0, 0, 0, 1)
+    (pad,) = modules(traced, Pad)
+    assert (pad.widths, pad.mode) == ((0, 0, 0, 1), "replicate")
     for refused in (
         lambda _, x: F.avg_pool2d(x.relu(), 2, 4, ceil_mode=True, count_include_pad=False),
         lambda _, x: F.max_pool2d(x.relu(), 2, 4, dilation=2, ceil_mode=True)[..., :3],
@@ -104,6 +107,7 @@ TOLD: dict[str, Callable[[Around, Tensor], Tensor]] = {
     "by keyword": lambda s, x: s.up(x.relu(), output_size=(25, 32)),
     "a size": lambda s, x: s.up(x.relu()[..., :7, :8], output_size=x.shape[-2:]),
     "two sizes": lambda s, x: s.up(s.up(x.relu(), [26, 31]).relu(), [52, 61]),
+    "unlike sizes": lambda s, x: s.up(s.up(x.relu(), [26, 31]).relu(), [51, 61]),
     "none": lambda s, x: s.up(x.relu(), None),
     "a function": lambda s, x: F.conv_transpose2d(x.relu(), s.filters, None, 2),
 }
@@ -116,8 +120,10 @@ def test_a_transposed_convolution_has_its_output_padding(how: str) -> None:
 
 
 def test_two_uses_of_a_told_convolution_share_its_weights() -> None:
-    first, second = modules(captured(TOLD["two sizes"]), nn.ConvTranspose2d)
-    assert first.weight is second.weight and (first.output_padding, second.output_padding) == ((1, 0), (1, 0))[:1] * 2
+    (layer,) = modules(captured(TOLD["two sizes"]), nn.ConvTranspose2d)
+    assert layer.output_padding == (1, 0)
+    first, second = modules(captured(TOLD["unlike sizes"]), nn.ConvTranspose2d)
+    assert first.weight is second.weight and (first.output_padding, second.output_padding) == ((1, 0), (0, 0))
 
 
 PADS = [(-1, 2, -2, 0), (1, -1, 2, -1), (0, -2, 0, -2), (3, -5, -4, 3), (-1, -1, -1, -1)]
@@ -127,7 +133,7 @@ PADS = [(-1, 2, -2, 0), (1, -1, 2, -1), (0, -2, 0, -2), (3, -5, -4, 3), (-1, -1,
 @pytest.mark.parametrize("pad", PADS)
 def test_a_negative_padding_is_a_slice(mode: str, pad: tuple[int, ...]) -> None:
     traced = captured(lambda _, x: F.pad(x.relu(), pad, mode))
-    pads = [node.args[1] for node in traced.graph.nodes if node.target is F.pad]
+    pads = [pad.widths for pad in modules(traced, Pad)]
     assert all(min(widths) >= 0 for widths in pads) and len(pads) == any(width > 0 for width in pad)
 
 
@@ -255,9 +261,10 @@ def test_a_number_that_is_made_of_parameters_is_no_norm_and_stands_still() -> No
     assert not list(scaled.parameters())
 
 
-def test_weights_that_are_made_of_parameters_are_refused_for_they_would_stand_still() -> None:
-    with pytest.raises(UserError, match="cannot be quantized yet"):
-        captured(lambda s, x: F.conv2d(x, (s.learned * 2).reshape(8, 1, 1, 1), groups=8))
+def test_weights_that_are_made_of_parameters_are_parameters_of_the_student() -> None:
+    traced = captured(lambda s, x: F.conv2d(x, (s.learned * 2).reshape(8, 1, 1, 1), groups=8))
+    layer = next(layer for layer in modules(traced, nn.Conv2d) if layer.groups == 8)
+    assert isinstance(layer.weight, nn.Parameter) and layer.weight.requires_grad
 
 
 def test_a_learned_factor_behind_a_layer_stays_one() -> None:

@@ -50,6 +50,80 @@ class Optional(Base):
         return feature.relu()
 
 
+class NormAct(nn.BatchNorm2d):
+    """A batch norm by function, of a class of its own, that calls its activation."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.act = nn.SiLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.1, self.eps)
+        return self.act(x)  # type: ignore[no-any-return]
+
+
+class Same(nn.Conv2d):
+    """A convolution that pads as TensorFlow does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        size, stride = x.shape[-1], self.stride[0]
+        more = max((-(-size // stride) - 1) * stride + self.kernel_size[0] - size, 0)
+        x = F.pad(x, (more // 2, more - more // 2) * 2)
+        return F.conv2d(x, self.weight, self.bias, self.stride)
+
+
+class Subclasses(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.same, self.bn = Same(8, 8, 3, 2, bias=False), NormAct(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.bn(self.same(self.first(x).relu())))  # type: ignore[no-any-return]
+
+
+class Remembers(Base):
+    """Grids that are made again where the shape is another than before, as detectors have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shape: Any = None
+        self.grid = torch.empty(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.last(self.first(x).relu())
+        if self.shape != y.shape:
+            self.shape = y.shape
+            self.grid = torch.arange(y.shape[-1], device=x.device).type_as(y) + 0.5
+        return y.sigmoid() + self.grid  # type: ignore[no-any-return]
+
+
+class Variadic(Base):
+    def both(self, *maps: Tensor) -> Tensor:
+        out = maps[0]
+        for each in maps[1:]:
+            if each.shape[-1] != out.shape[-1]:
+                each = F.interpolate(each, size=out.shape[-2:])
+            out = out + each
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.both(*three_levels(self, x)))  # type: ignore[no-any-return]
+
+
+def written_through_a_view(x: Tensor) -> Tensor:
+    y = x.relu()
+    y[:, :4].mul_(0.5)
+    y[:, 4:6] = x[:, :2]
+    return y
+
+
+def without_either(x: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        y = x.float().relu()
+    with torch.no_grad():
+        return y * 2
+
+
 def three_levels(self: Base, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     a = self.first(x).relu()
     b = self.down(a).relu()
@@ -181,6 +255,14 @@ TAKEN: dict[str, Callable[[], nn.Module]] = {
     "one adaptive pooling at two sizes": PooledTwice,
     "one size for two maps": EnlargedTwice,
     "one linear head on two levels": Heads,
+    "subclasses of torch's layers": Subclasses,
+    "grids that are remembered": Remembers,
+    "a function of any number of maps": Variadic,
+    "written through a view": form(written_through_a_view),
+    "in place before a shortcut": form(lambda x: F.relu(x, inplace=True) + x),
+    "mean of a stack": form(lambda x: torch.stack([x.relu(), x, x.sigmoid()]).mean(0)),
+    "shaped by isinstance": form(lambda x: x.relu() if isinstance(x, Tensor) else x),
+    "under no_grad and autocast that is off": form(without_either),
     "whole limits": behind(nn.Hardtanh(0, 6)),
     "a norm of the user's own": behind(NormAndRelu(8)),
     "another forward": fused,
@@ -224,6 +306,7 @@ TAKEN: dict[str, Callable[[], nn.Module]] = {
     "of its own type": form(lambda x: x.relu().type_as(x).cpu().float()),
     "len for the batch": form(lambda x: torch.cat([x.relu(), torch.ones(1, 2, 16, 16).repeat(len(x), 1, 1, 1)], 1), 10),
     "len of a list of chunks": form(lambda x: torch.cat([p * len(x.chunk(2, 1)) for p in x.chunk(2, 1)], 1)),
+    "a test on sizes": form(lambda x: x.relu() if x.shape[2] == 16 else x),
     "half meets whole": joined(lambda x: x * 0.5),
     "mean of two meets one": joined(lambda x: (x + F.max_pool2d(x, 3, 1, 1)) / 2),
 }
@@ -252,10 +335,11 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "divisor": (form(lambda x: F.avg_pool2d(x.relu(), 2, 2, 0, False, True, 3)), "divisor_override"),
     "random numbers": (form(lambda x: x + torch.rand(1, 8, 16, 16)), "draws random numbers in evaluation mode"),
     "random numbers of its size": (form(lambda x: x + torch.randn_like(x)), "draws random numbers in evaluation mode"),
-    "half in the middle": (form(lambda x: (x.relu().half() * 2).float()), "half.*cannot be quantized"),
+    "half in the middle": (form(lambda x: (x.relu().half() * 2).float()), "another type of numbers in the middle"),
     "dropout that stays on": (form(lambda x: F.dropout(x, 0.5)), "draws random numbers in evaluation mode"),
-    "no function of tensors": (form(lambda x: x + int(x[0, 0, 0, 0] * 0)), "depends on tensor values or sizes"),
-    "sizes": (form(lambda x: x if x.shape[2] == 16 else x.relu()), "depends on tensor values or sizes"),
+    "no function of tensors": (form(lambda x: x + int(x[0, 0, 0, 0] * 0)), "control flow that depends on values"),
+    "a test on values": (form(lambda x: x if x.sum() > 0 else x.relu()), "asks for values of a tensor"),
+    "a test on how many images": (form(lambda x: x if x.shape[0] > 1 else x.relu()), "or on the number of images"),
 }
 
 

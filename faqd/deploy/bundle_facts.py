@@ -17,7 +17,7 @@ from faqd.deploy.lower import Lowered
 from faqd.preprocess import Preprocess
 from faqd.quant import Target
 from faqd.quantize.convert import Deployed
-from faqd.quantize.operators.deployed import IntegerLayer
+from faqd.quantize.operators.layer import IntegerLayer
 from faqd.quantize.outputs import INPUT, returned_at
 from faqd.quantize.student import Student, student_table
 

@@ -14,7 +14,8 @@ from torch import Tensor, fx
 from faqd.calib.ranges import Method, scale_from
 from faqd.errors import UserError
 from faqd.quantize import nodes
-from faqd.quantize.operators.elementwise import Scaled
+from faqd.quantize.operators.arithmetic import Scaled
+from faqd.quantize.operators.norm import NORM
 from faqd.quantize.quantizers.activation import ActivationQuantizer
 from faqd.quantize.quantizers.layers import weight_quantizer
 from faqd.quantize.student import SUFFIX, Student, origin
@@ -52,7 +53,7 @@ def calibrate(
     try:
         with float_forward(student):
             for module in student.network.modules():
-                if batch_statistics and isinstance(module, nodes.NORM):
+                if batch_statistics and isinstance(module, NORM):
                     module.train()
             for batch in images.split(BATCH) if isinstance(images, Tensor) else images:
                 student.network(batch)

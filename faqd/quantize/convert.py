@@ -34,9 +34,13 @@ from faqd.quantize.lowering.insert_requantize import (
 )
 from faqd.quantize.lowering.pad_channels import fill_up_channels, image_layers
 from faqd.quantize.lowering.rounding_shift import place_shifts
-from faqd.quantize.operators.curves import Curve, Interpolate, deployed_clamp
-from faqd.quantize.operators.deployed import ChannelAffine, Flavour, IntegerAverage, Requantize
-from faqd.quantize.operators.elementwise import CURVES, Bilinear, Clamp, Scaled
+from faqd.quantize.operators.activation import CURVES, Curve
+from faqd.quantize.operators.arithmetic import Scaled
+from faqd.quantize.operators.clamp import Clamp, deployed_clamp
+from faqd.quantize.operators.norm import NORM, ChannelAffine
+from faqd.quantize.operators.pool import IntegerAverage
+from faqd.quantize.operators.requantize import Flavour, Requantize
+from faqd.quantize.operators.resize import Bilinear, Interpolate
 from faqd.quantize.quantizers.activation import ActivationQuantizer
 from faqd.quantize.student import Student, computes_floats, input_quantizer
 
@@ -77,7 +81,6 @@ def convert(student: Student, flavour: Flavour, output_scales: dict[str, float] 
     network = copy.deepcopy(student.network).eval().cpu()
     changes = Changes()
     integers_only = not any(computes_floats(network, node) for node in network.graph.nodes)
-    _remove_idle(network)
     nodes.unshare(network)
     shifts: dict[fx.Node, Tensor] = {}
     if flavour != "float":
@@ -119,7 +122,7 @@ def _deployed_module(
         if flavour == "float":
             return nn.ReLU() if module.rectifies else nn.Identity()
         return Requantize(module.scale, module.quant, module.rectifies, not isinstance(module, Again))
-    if isinstance(module, nodes.NORM) and flavour != "float":
+    if isinstance(module, NORM) and flavour != "float":
         per_channel = (-1, *[1] * (len(nodes.shape(node)) - 2))
         factor, offset = affine(module)
         offset = offset + shifts.get(node, 0.0)
@@ -166,15 +169,6 @@ def _absorb_clamps(network: fx.GraphModule) -> None:
     network.graph.eliminate_dead_code()
 
 
-def _remove_idle(network: fx.GraphModule) -> None:
-    """Drop what does nothing outside of training, which backends would run as copies."""
-    for node in list(network.graph.nodes):
-        idle = isinstance(nodes.module_of(network, node), nodes.IDLE_MODULES)
-        if idle or (node.op == "call_function" and node.target in nodes.IDLE_FUNCTIONS):
-            node.replace_all_uses_with(nodes.operand(node))
-            network.graph.erase_node(node)
-
-
 @torch.no_grad()
 def collect_output_scales(student: Student, batches: Iterable[Tensor]) -> dict[str, float]:
     """Scales for the convolution outputs that training left float before a sum, from the deployed student's own values.
@@ -201,8 +195,6 @@ def collect_output_scales(student: Student, batches: Iterable[Tensor]) -> dict[s
 def _callable(network: fx.GraphModule, node: fx.Node) -> Any:
     if node.op == "call_module":
         return network.get_submodule(str(node.target))
-    if node.op == "call_method":
-        return getattr(torch.Tensor, str(node.target))
     return node.target
 
 

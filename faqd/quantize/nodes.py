@@ -7,84 +7,23 @@ the enclosing module and the function's name, such as `stages.0.1.add`. Messages
 from __future__ import annotations
 
 import copy
-import operator
 import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from faqd.quantize.operators.elementwise import CURVES, Bilinear, Clamp, Constant, Nearest, Part, Rows, Scaled
+from faqd.quantize.operators.registry import of_function, of_module
+from faqd.quantize.operators.row import OWN, Operator, Role
 
-Role = Literal[
-    "input", "compute", "norm", "rectify", "clamp", "curve", "average", "add", "multiply", "concat", "reshape",
-    "constant", "output", "other",
-]  # fmt: skip
-
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
-COMPUTE = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
-NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
-IDLE_MODULES = (
-    *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
-    *(nn.AlphaDropout, nn.FeatureAlphaDropout),
-)
-IDLE_FUNCTIONS = (F.dropout, F.dropout1d, F.dropout2d)
-"""What does nothing in evaluation mode; `capture` refuses dropout that stays on there."""
-_MODULES: dict[Role, tuple[type[nn.Module], ...]] = {
-    "compute": COMPUTE,
-    "norm": NORM,
-    "rectify": (nn.ReLU,),
-    "clamp": (Clamp,),
-    "curve": (*CURVES, Scaled),
-    "constant": (Constant,),
-    "average": (nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, Bilinear),
-    # Reshaping operators only move or drop values, or pad with zeros: codes pass through them unchanged.
-    "reshape": (
-        *(nn.MaxPool1d, nn.MaxPool2d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, Nearest, Part, Rows),
-        *(nn.Flatten, nn.Unflatten, nn.ChannelShuffle, nn.PixelShuffle, nn.PixelUnshuffle),
-        *(nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d),
-        *IDLE_MODULES,
-    ),
-}
-_FUNCTIONS: dict[Role, tuple[Any, ...]] = {
-    "rectify": (F.relu, torch.relu, F.relu_, torch.relu_),
-    "average": (F.avg_pool1d, F.avg_pool2d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, torch.mean),
-    "add": (operator.add, operator.iadd, torch.add, operator.sub, torch.sub),
-    "multiply": (operator.mul, operator.imul, torch.mul),
-    "concat": (torch.cat, torch.concat),
-    "reshape": (
-        *(torch.max_pool1d, torch.max_pool2d),
-        *(F.max_pool1d, F.max_pool2d, F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.pad),
-        *(torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze, torch.transpose, torch.permute),
-        *(torch.chunk, torch.split, torch.narrow, operator.getitem),
-        *(F.channel_shuffle, F.pixel_shuffle, F.pixel_unshuffle),
-        *IDLE_FUNCTIONS,
-    ),
-}
-_METHODS: dict[Role, tuple[str, ...]] = {
-    "rectify": ("relu", "relu_"),
-    "average": ("mean",),
-    "add": ("add", "add_", "sub"),
-    "multiply": ("mul", "mul_"),
-    "reshape": (
-        *("flatten", "unflatten", "view", "reshape", "contiguous", "squeeze", "unsqueeze"),
-        *("transpose", "permute", "chunk", "split", "narrow"),
-    ),
-}
 MOVES: tuple[Role, ...] = ("reshape", "concat")
 """What codes pass through."""
-SUBTRACT = (operator.sub, torch.sub, "sub")
-_TRACERS = (
-    str(Path(torch.__file__).parent),
-    *(str(Path(__file__).with_name("capture") / name) for name in ("capture.py", "spellings.py")),
-)
+_TRACERS = (str(Path(torch.__file__).parent), str(Path(__file__).with_name("capture")))
 """Where code lies that stands between the user's and a node."""
 
 
@@ -107,16 +46,18 @@ class _Shapes(fx.Interpreter):
         else:
             n.meta[_FIXED] = result
         read = (each for each in n.all_input_nodes if not is_fixed(each))
-        n.meta[_OWN] = n.op != "placeholder" and all(each.meta[_OWN] for each in read)
+        n.meta[OWN] = n.op != "placeholder" and all(each.meta[OWN] for each in read)
         return result
 
 
-_FIXED, _OWN = "faqd_fixed", "faqd_own"
+_FIXED = "faqd_fixed"
+PART_OF = "faqd_part_of"
+"""The key of a node's meta data that names the place of the user's module of which the node is a piece."""
 
 
 def is_own(node: fx.Node) -> bool:
     """Whether `node` depends on no image, but on the network's own tensors and on sizes alone."""
-    return bool(node.meta.get(_OWN, False))
+    return bool(node.meta.get(OWN, False))
 
 
 def is_fixed(node: fx.Node) -> bool:
@@ -135,15 +76,14 @@ def role(traced: fx.GraphModule, node: fx.Node) -> Role:
         return "input"
     if node.op == "output":
         return "output"
-    if node.op == "call_module":
-        return _look_up(_MODULES, lambda types: isinstance(traced.get_submodule(str(node.target)), types))
-    if node.op == "call_method":
-        return _look_up(_METHODS, lambda names: node.target in names)
-    return _look_up(_FUNCTIONS, lambda functions: node.target in functions)
+    row = row_of(traced, node)
+    return "other" if row is None else row.role
 
 
-def _look_up(table: dict[Role, Any], holds: Any) -> Role:
-    return next((name for name, entry in table.items() if holds(entry)), "other")
+def row_of(traced: fx.GraphModule, node: fx.Node) -> Operator | None:
+    """What the quantizer knows of the operator that `node` calls; None for one that it does not know."""
+    module = module_of(traced, node)
+    return of_function(node.target) if module is None else of_module(module)
 
 
 def is_tensor(node: fx.Node) -> bool:
@@ -235,7 +175,7 @@ def _place(node: fx.Node) -> str:
         return str(node.target)
     stack = node.meta.get("nn_module_stack") or {}
     path = next((str(entry[0]) for entry in reversed(stack.values())), "")
-    word = re.sub(r"_\d+$", "", node.name)
+    word = re.sub(r"_\d+$", "", node.name).lstrip("_")
     return f"{path}.{word}" if path else word
 
 

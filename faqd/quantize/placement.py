@@ -32,7 +32,9 @@ from faqd.quant import (
 from faqd.quantize import nodes
 from faqd.quantize.capture.validate import refuse_unknown
 from faqd.quantize.config import QuantConfig
-from faqd.quantize.operators.elementwise import NEVER_NEGATIVE, Scaled
+from faqd.quantize.operators.arithmetic import SUBTRACT, Scaled
+from faqd.quantize.operators.registry import NEVER_NEGATIVE
+from faqd.quantize.operators.row import Role
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,11 @@ def excluded_nodes(traced: fx.GraphModule, patterns: tuple[str, ...]) -> set[fx.
             expression = re.compile(pattern)
         except re.error as error:
             raise UserError(f"--exclude {pattern}: not a regular expression ({error}).") from None
-        fits = {node for node, name in names.items() if node.op.startswith("call") and expression.search(name)}
+        fits = {
+            node
+            for node, name in names.items()
+            if node.op.startswith("call") and any(map(expression.search, (name, node.meta.get(nodes.PART_OF, name))))
+        }
         if not fits:
             layers = [names[n] for n in traced.graph.nodes if nodes.role(traced, n) == "compute"]
             raise UserError(f"--exclude {pattern}: fits no place of the network; its layers are {', '.join(layers)}.")
@@ -156,7 +162,7 @@ class _Reader:
             self._combined[node] = self._find_combined(node)
             self._multiplied[node] = self._find_multiplied(node)
 
-    def role(self, node: fx.Node) -> nodes.Role:
+    def role(self, node: fx.Node) -> Role:
         return "other" if node in self._excluded else nodes.role(self.traced, node)
 
     def sources(self, node: fx.Node) -> set[fx.Node]:
@@ -190,7 +196,7 @@ class _Reader:
         read = nodes.tensor_inputs(node)
         if self.role(node) == "add":
             return self._sources[node].union(*(self._sources[operand] for operand in read))
-        if self.role(node) in ("rectify", "clamp", "norm") or isinstance(
+        if self.role(node) in ("rectify", "clamp", "norm", *nodes.MOVES) or isinstance(
             nodes.module_of(self.traced, node), _MULTIPLES
         ):
             return self._sources[node].union(*(self._combined[operand] for operand in read))
@@ -212,7 +218,7 @@ class _Reader:
             return False
         if kind == "reshape":
             return self._negative[nodes.operand(node)]
-        if kind in ("average", "add", "multiply", "concat") and node.target not in nodes.SUBTRACT:
+        if kind in ("average", "add", "multiply", "concat") and node.target not in SUBTRACT:
             return any(self._negative[operand] for operand in nodes.tensor_inputs(node))
         return True
 

@@ -6,10 +6,9 @@ import copy
 
 from torch import Tensor, fx, nn
 
-from faqd.errors import UserError
 from faqd.quantize import nodes
 from faqd.quantize.capture.capture import capture
-from faqd.quantize.capture.exported_program import as_plain_modules, is_exported
+from faqd.quantize.capture.program import as_plain_modules, is_exported
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.lowering.pad_channels import image_layers
 from faqd.quantize.lowering.pair_limits import pair_limit
@@ -45,7 +44,6 @@ def insert_quantizers(traced: fx.GraphModule, bits: QuantConfig, example: Tensor
     """
     network = copy.deepcopy(traced)
     nodes.propagate(network, example)
-    _refuse_hooks(network)
     placement = place(network, bits)
     names = nodes.places(network)
     taps = {node.name: node.name for node in network.graph.nodes}
@@ -89,18 +87,3 @@ def _limit_pairs(network: fx.GraphModule) -> None:
             limits = (quantizer.pair_limit, pair_limit(network, node, read.quant))
             quantizer.pair_limit = min((limit for limit in limits if limit is not None), default=None)
             quantizer.zeros_at_end = of_the_image.at_end_for(node)
-
-
-def _refuse_hooks(network: fx.GraphModule) -> None:
-    """A deployed module is made from parameters and sizes: what hooks add would be lost without a word."""
-    names = nodes.places(network)
-    for node in network.graph.nodes:
-        module = nodes.module_of(network, node)
-        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()] if module is not None else []
-        if hooks:
-            what = getattr(hooks[0], "__name__", type(hooks[0]).__name__)
-            raise UserError(
-                f"{names[node]}{nodes.line_of_code(node)}: has a forward hook, {what}, which cannot be lowered. Take "
-                "it off where the network is built: torch.nn.utils.remove_weight_norm or remove_spectral_norm write "
-                "what theirs computes into the weights; anything else belongs into forward."
-            )

@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 from faqd.quant import FLOAT_BITS
 from faqd.quantize import nodes
 from faqd.quantize.config import QuantConfig
+from faqd.quantize.operators.norm import NORM
 from faqd.quantize.quantizers.activation import ActivationQuantizer
 from faqd.quantize.quantizers.layers import latent_weight, operator_name, weight_quantizer
 
@@ -43,7 +44,7 @@ class Student(nn.Module):
         super().train(mode)
         if self.norms_stand_still:
             for module in self.modules():
-                if isinstance(module, nodes.NORM):
+                if isinstance(module, NORM):
                     module.eval()
         return self
 

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from faqd.quantize.operators.curves import GELU_CUBE, GELU_FACTOR, ROOT_HALF, SIXTH, Curve, Interpolate
-from faqd.quantize.operators.elementwise import CURVES, Bilinear, Clamp, Nearest, Part, Rows
+from faqd.quantize.operators.activation import CURVES, GELU_CUBE, GELU_FACTOR, ROOT_HALF, SIXTH, Curve
+from faqd.quantize.operators.clamp import Clamp
+from faqd.quantize.operators.resize import Bilinear, Interpolate, Nearest
+from faqd.quantize.operators.shape import Part, Reshape
 
 OPSET = 19
 
@@ -24,8 +26,8 @@ def plain_twin(module: nn.Module) -> nn.Module | None:
         return _SliceTwin(module)
     if isinstance(module, Clamp):
         return _ClampTwin(module)
-    if isinstance(module, Rows):
-        return Reshape(module.sizes, batch=-1)
+    if isinstance(module, Reshape) and module.sizes[0] == -1:
+        return ReshapeTwin(module.sizes[1:], batch=-1)
     if isinstance(module, CURVES) and not isinstance(module, nn.PReLU):
         return _CurveTwin(Curve(module))
     return _CurveTwin(module) if isinstance(module, Curve) else None
@@ -52,7 +54,7 @@ class _ClampTwin(nn.Module):
 
 
 class _CurveTwin(nn.Module):
-    """An activation in the order of faqd/quantize/operators/curves.py."""
+    """An activation in the order of faqd/quantize/operators/activation.py."""
 
     def __init__(self, curve: Curve) -> None:
         super().__init__()
@@ -148,7 +150,7 @@ class Mean(nn.Module):
         return emit("ReduceMean", (x, self.get_buffer("axes")), like, torch.float32, keepdims=int(self.keep))
 
 
-class Reshape(nn.Module):
+class ReshapeTwin(nn.Module):
     """A reshape that keeps the batch, or with -1 for it takes what is left. sizes: of the other axes."""
 
     def __init__(self, sizes: tuple[int, ...], batch: int = 0) -> None:

@@ -17,18 +17,18 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import torch
-import torch.nn.functional as F
 from onnx_ir.passes import common
 from onnxscript.optimizer import fold_constants
 from torch import Tensor, fx, nn
 
 from faqd import __version__
-from faqd.deploy.export.plain_twins import OPSET, Flatten, GlobalAverage, Mean, Regrouped, Reshape, plain_twin
+from faqd.deploy.export.plain_twins import OPSET, Flatten, GlobalAverage, Mean, Regrouped, ReshapeTwin, plain_twin
 from faqd.deploy.export.twins import AverageTwin, deployed_twin
 from faqd.errors import UserError, first_line
 from faqd.files import written_beside
 from faqd.quantize.convert import Deployed
 from faqd.quantize.nodes import is_tensor, module_of, operand, places, propagate, role, shape, unused
+from faqd.quantize.operators.shape import Reshape
 from faqd.quantize.outputs import INPUT, graph_outputs
 
 
@@ -203,7 +203,7 @@ def _plain_operator(
     if node in averages:
         flat = len(shape(node)) == 2
         return nn.Sequential(GlobalAverage(), Flatten()) if flat else GlobalAverage()
-    if _average_of(network, node) in _MEANS:
+    if _average_of(network, node) is torch.mean:
         return Mean(*_mean_axes(node))
     if role(network, node) != "reshape" or not is_tensor(node) or not is_tensor(operand(node)):
         return None
@@ -212,12 +212,12 @@ def _plain_operator(
         return Flatten() if len(before) > 2 else nn.Identity()
     if (regrouped := _regrouped(network, node)) is not None:
         return regrouped
-    reshapes = node.target in _RESHAPES or isinstance(module_of(network, node), nn.Flatten | nn.Unflatten)
+    reshapes = node.target is torch.flatten or isinstance(module_of(network, node), Reshape)
     if not reshapes or math.prod(before) != math.prod(after):
         return None
     if after[0] == before[0]:
-        return Reshape(after[1:])
-    return Reshape(after[1:], batch=-1) if node in sizes and operand(node) in sizes else None
+        return ReshapeTwin(after[1:])
+    return ReshapeTwin(after[1:], batch=-1) if node in sizes and operand(node) in sizes else None
 
 
 def _regrouped(network: fx.GraphModule, node: fx.Node) -> Regrouped | None:
@@ -226,23 +226,13 @@ def _regrouped(network: fx.GraphModule, node: fx.Node) -> Regrouped | None:
     if len(shape(node)) != 4 or len(shape(operand(node))) != 4:
         return None
     (_, c, h, w), after = shape(operand(node)), shape(node)[1:]
-    given = [*node.args[1:], *node.kwargs.values()]
-    if isinstance(module, nn.ChannelShuffle) or node.target is F.channel_shuffle:
-        groups = module.groups if module is not None else _number(given)
+    if isinstance(module, nn.ChannelShuffle):
+        groups = module.groups
         return Regrouped((groups, c // groups, h, w), (0, 2, 1, 3, 4), after)
-    if isinstance(module, nn.PixelUnshuffle) or node.target is F.pixel_unshuffle:
-        block = module.downscale_factor if module is not None else _number(given)
+    if isinstance(module, nn.PixelUnshuffle):
+        block = module.downscale_factor
         return Regrouped((c, h // block, block, w // block, block), (0, 1, 3, 5, 2, 4), after)
     return None
-
-
-def _number(given: list[Any]) -> int:
-    """The number that a shuffle was given besides its tensor."""
-    (number,) = (value for value in given if isinstance(value, int))
-    return number
-
-
-_MEANS = (torch.mean, Tensor.mean, "mean")
 
 
 def _average_of(network: fx.GraphModule, node: fx.Node) -> Any:
@@ -255,16 +245,8 @@ def _average_of(network: fx.GraphModule, node: fx.Node) -> Any:
 
 def _mean_axes(node: fx.Node) -> tuple[tuple[int, ...], bool]:
     """The axes of a mean, and whether they are kept."""
-    given: Any = dict(zip(("x", "dim", "keepdim"), node.args, strict=False)) | node.kwargs
-    dim = given.get("dim")
-    axes = (dim,) if isinstance(dim, int) else tuple(range(len(shape(operand(node))))) if dim is None else tuple(dim)
-    return axes, bool(given.get("keepdim", False))
-
-
-_RESHAPES = (
-    *("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"),
-    *(torch.reshape, torch.flatten, torch.squeeze, torch.unsqueeze),
-)
+    _, axes, kept = node.args
+    return axes, kept  # type: ignore[return-value]
 
 
 class _AverageFinder(fx.Interpreter):

@@ -16,8 +16,11 @@ from torch import Tensor, nn
 
 from faqd.deploy.export.plain_twins import emit, plain_twin
 from faqd.errors import UserError
-from faqd.quantize.nodes import COMPUTE, TRANSPOSED
-from faqd.quantize.operators.deployed import UNFILLED, ChannelAffine, IntegerAverage, IntegerLayer, Requantize
+from faqd.quantize.operators.filling import UNFILLED
+from faqd.quantize.operators.layer import COMPUTE, TRANSPOSED, IntegerLayer
+from faqd.quantize.operators.norm import ChannelAffine
+from faqd.quantize.operators.pool import IntegerAverage
+from faqd.quantize.operators.requantize import Requantize
 from faqd.saturation import zero_point
 
 

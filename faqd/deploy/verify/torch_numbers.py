@@ -10,9 +10,14 @@ from torch import Tensor, fx
 from faqd.deploy.verify.numbers import exactly, in_any_order
 from faqd.quantize import nodes
 from faqd.quantize.convert import Deployed
-from faqd.quantize.operators.curves import Curve, Interpolate
-from faqd.quantize.operators.deployed import ChannelAffine, Flavour, IntegerAverage, IntegerLayer, Requantize
-from faqd.quantize.operators.elementwise import Clamp
+from faqd.quantize.operators.activation import Curve
+from faqd.quantize.operators.arithmetic import SUBTRACT
+from faqd.quantize.operators.clamp import Clamp
+from faqd.quantize.operators.layer import COMPUTE, IntegerLayer
+from faqd.quantize.operators.norm import ChannelAffine
+from faqd.quantize.operators.pool import IntegerAverage
+from faqd.quantize.operators.requantize import Flavour, Requantize
+from faqd.quantize.operators.resize import Interpolate
 
 
 def torch_constants(deployed: Deployed) -> dict[str, Any]:
@@ -64,7 +69,7 @@ def _keeps_signs(network: fx.GraphModule, node: fx.Node) -> bool:
     """Whether an operator makes nothing negative of what is not."""
     kinds = ("average", "add", "multiply", *nodes.MOVES)
     known = isinstance(nodes.module_of(network, node), (Requantize, IntegerAverage, Interpolate))
-    return known or (nodes.role(network, node) in kinds and node.target not in nodes.SUBTRACT)
+    return known or (nodes.role(network, node) in kinds and node.target not in SUBTRACT)
 
 
 def _layer(name: str, layer: IntegerLayer) -> dict[str, Any]:
@@ -93,7 +98,7 @@ def _numbers(module: torch.nn.Module) -> dict[str, Tensor]:
         return {"factor": module.factor, "offset": module.offset}
     if isinstance(module, Curve) and isinstance(module.slope, Tensor):
         return {"slope": module.slope}
-    if isinstance(module, nodes.COMPUTE):
+    if isinstance(module, COMPUTE):
         return {name: values.detach() for name, values in module.named_parameters()}
     return {}
 

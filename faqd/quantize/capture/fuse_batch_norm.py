@@ -7,10 +7,11 @@ from collections import Counter
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from faqd.quantize import nodes
+from faqd.quantize.operators.layer import TRANSPOSED
 
 
 def fused(traced: fx.GraphModule) -> fx.GraphModule:
@@ -25,7 +26,7 @@ def fused(traced: fx.GraphModule) -> fx.GraphModule:
         if calls[layer.target] > 1:
             continue
         float_layer: Any = network.get_submodule(str(layer.target))
-        if isinstance(float_layer, nodes.TRANSPOSED) and float_layer.groups > 1:
+        if isinstance(float_layer, TRANSPOSED) and float_layer.groups > 1:
             continue  # torch takes its second weight axis for all output channels, and it is those of one group
         merged = _merged(float_layer, network.get_submodule(str(node.target)))
         network.set_submodule(str(layer.target), merged)
@@ -41,7 +42,7 @@ def _merged(layer: Any, norm: Any) -> nn.Module:
         norm.weight, norm.bias = nn.Parameter(torch.ones_like(norm.running_var)), nn.Parameter(0 * norm.running_mean)
     if isinstance(layer, nn.Linear):
         return fuse_linear_bn_eval(layer, norm)
-    merged: nn.Module = fuse_conv_bn_eval(layer, norm, isinstance(layer, nodes.TRANSPOSED))
+    merged: nn.Module = fuse_conv_bn_eval(layer, norm, isinstance(layer, TRANSPOSED))
     return merged
 
 
@@ -58,7 +59,7 @@ def in_place(network: fx.GraphModule) -> fx.GraphModule:
         elif kind == "add" and not node.kwargs and (over := _summand(network, node)):
             other = next(operand for operand in node.all_input_nodes if operand is not over)
             with network.graph.inserting_before(node):
-                new = network.graph.call_method("add_", (over, other))
+                new = network.graph.call_function(Tensor.add_, (over, other))
         else:
             continue
         new.meta = dict(node.meta)

@@ -14,9 +14,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload
 
 from faqd.quantize import nodes
-from faqd.quantize.operators.elementwise import Constant, FixedNorm1d, FixedNorm2d, Scaled
+from faqd.quantize.operators.arithmetic import Scaled
+from faqd.quantize.operators.norm import FixedNorm1d, FixedNorm2d
+from faqd.quantize.operators.shape import Constant
 
 
 def with_own_tensors(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
@@ -25,13 +28,11 @@ def with_own_tensors(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     if layer is not None:
         node.args, node.kwargs = (nodes.operand(node),), {}
         return layer
-    make = _SUMS.get(node.target if node.op == "call_function" else str(node.target))
+    make = _SUMS.get(node.target)
     if make is None or len(node.args) != 2 or node.kwargs or node.op == "call_module":
         return None
     held: list[tuple[Any, Tensor]] = [
-        (argument, own)
-        for argument in node.args
-        if (own := _own(traced, _unexpanded(argument), computed=True)) is not None
+        (argument, own) for argument in node.args if (own := _own(traced, _unexpanded(argument))) is not None
     ]
     if len(held) != 1:
         return None
@@ -55,46 +56,41 @@ def _spares_the_batch(own: Tensor, x: fx.Node) -> bool:
 
 def _unexpanded(argument: Any) -> Any:
     """What is expanded to the size of an operator's other side, which the operator does by itself."""
-    expands = isinstance(argument, fx.Node) and argument.target in ("expand", "expand_as")
+    expands = isinstance(argument, fx.Node) and argument.target in (Tensor.expand, Tensor.expand_as)
     return argument.args[0] if expands else argument
 
 
-def _own(traced: fx.GraphModule, node: Any, *, computed: bool = False) -> Tensor | None:
+def _own(traced: fx.GraphModule, node: Any, *, learned: bool = False) -> Tensor | None:
     """The tensor that `node` is, where it depends on the network's own tensors and on sizes alone; None for others.
 
-    A parameter is trained as long as its values are moved. What is computed from one keeps the teacher's values, and is
-    something only if `computed`: as a factor of a norm it may stand still, as the weights of a layer it must not.
+    A parameter is trained as long as its values are moved. What is computed from one keeps the teacher's values: as a
+    factor of a norm it stands still, and if `learned`, as the weights of a layer, it is a parameter of the student's.
     """
-    value = _value(traced, node, computed) if isinstance(node, fx.Node) else None
+    value = _value(traced, node, learned) if isinstance(node, fx.Node) else None
     return value if isinstance(value, Tensor) else None
 
 
-def _value(traced: fx.GraphModule, node: fx.Node, computed: bool) -> Any:
+def _value(traced: fx.GraphModule, node: fx.Node, learned: bool) -> Any:
     if node.op == "get_attr":
         return nodes.held_tensor(traced, node)
     if not nodes.is_own(node) or nodes.is_fixed(node) or not node.op.startswith("call"):
         return None
-    read = {each: _value(traced, each, computed) for each in node.all_input_nodes if not nodes.is_fixed(each)}
-    moves = nodes.role(traced, node) == "reshape" or node.target in ("expand", "repeat")
-    trained = any(isinstance(value, nn.Parameter) for value in read.values())
-    if any(value is None for value in read.values()) or not (read or node.target in _MADE):
+    read = {each: _value(traced, each, learned) for each in node.all_input_nodes if not nodes.is_fixed(each)}
+    moves = nodes.role(traced, node) == "reshape" or node.target in (Tensor.expand, Tensor.repeat)
+    trained = any(isinstance(value, nn.Parameter) for value in read.values()) and (moves or learned)
+    if any(value is None for value in read.values()) or _is_random(node.target):
         return None
-    if trained and not moves:
-        if not computed:
-            return None
-        trained = False
     function: Any = nodes.module_of(traced, node) or node.target
     if isinstance(function, nn.Module) and function.state_dict():
         return None
-    function = getattr(Tensor, function) if isinstance(function, str) else function
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda each: read.get(each, nodes.fixed(each)))
     with torch.no_grad():
         value = function(*args, **kwargs)
-    return nn.Parameter(value) if trained and isinstance(value, Tensor) else value
+    return nn.Parameter(value) if trained and isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-_MADE = (torch.arange, torch.linspace, torch.zeros, torch.ones, torch.full)
-"""What makes a tensor of sizes alone, the same one every time."""
+def _is_random(target: Any) -> bool:
+    return isinstance(target, OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
 
 
 def _of_one_image(own: Tensor, node: fx.Node) -> Tensor:
@@ -108,9 +104,7 @@ def join_constants(traced: fx.GraphModule, node: fx.Node, place: str) -> None:
     """Let a concatenation read the network's own tensors as Constants, as many as it reads images of the others."""
     if nodes.role(traced, node) != "concat":
         return
-    own = {
-        each: value for each in nodes.tensor_inputs(node) if (value := _own(traced, each, computed=True)) is not None
-    }
+    own = {each: value for each in nodes.tensor_inputs(node) if (value := _own(traced, each)) is not None}
     images = next((each for each in nodes.tensor_inputs(node) if each not in own), None)
     for each, value in own.items() if images is not None else ():
         path = nodes.unused(f"{place}_constant", {name for name, _ in traced.named_modules()})
@@ -146,10 +140,10 @@ def _product(own: Tensor, first: bool) -> Scaled:
 
 
 _SUMS: dict[Any, Callable[[Tensor, bool], Scaled | None]] = {
-    **dict.fromkeys((operator.add, torch.add, "add"), _sum),
-    **dict.fromkeys((operator.sub, torch.sub, "sub"), _difference),
-    **dict.fromkeys((operator.mul, torch.mul, "mul"), _product),
-    **dict.fromkeys((operator.truediv, torch.div, "div"), _quotient),
+    operator.add: _sum,
+    operator.sub: _difference,
+    operator.mul: _product,
+    operator.truediv: _quotient,
 }
 
 
@@ -159,10 +153,9 @@ _GEOMETRY = ("input", "weight", "bias", "stride", "padding", "dilation", "groups
 _TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
 _ARGUMENTS: dict[Any, tuple[str, ...]] = {
     F.linear: ("input", "weight", "bias"),
-    **dict.fromkeys((F.conv1d, torch.conv1d, F.conv2d, torch.conv2d), _GEOMETRY),
+    **dict.fromkeys((F.conv1d, F.conv2d), _GEOMETRY),
     **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d), _TRANSPOSED),
-    F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
-    torch.batch_norm: (
+    torch.ops.aten.batch_norm.default: (
         *("input", "weight", "bias", "running_mean", "running_var"),
         *("training", "momentum", "eps", "cudnn_enabled"),
     ),
@@ -185,7 +178,11 @@ def layer_of(traced: fx.GraphModule, node: fx.Node, dimensions: int) -> nn.Modul
     given: dict[str, Any] = dict(zip(_ARGUMENTS[node.target], node.args, strict=False)) | node.kwargs
     x = given.pop("input", None)
     tensors = ("weight", "bias", "running_mean", "running_var")
-    own = {name: _own(traced, given[name]) for name in tensors if given.get(name) is not None}
+    own = {
+        name: _own(traced, given[name], learned=name in ("weight", "bias"))
+        for name in tensors
+        if given.get(name) is not None
+    }
     if not isinstance(x, fx.Node) or not own or None in own.values():
         return None
     others = {name: value for name, value in given.items() if name not in tensors}

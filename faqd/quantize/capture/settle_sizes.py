@@ -6,51 +6,23 @@ ceil_mode drops it where it makes no window; a padding that is negative becomes 
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
 from faqd.errors import UserError
 from faqd.quantize import nodes
-from faqd.quantize.operators.elementwise import Part
+from faqd.quantize.operators.shape import Pad, Part
 
 Sizes = tuple[int, ...]
 
 
-def with_its_size(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
-    """The transposed convolution that `node` is with its output padding, reading its tensor alone; None where it was
-    not told a size."""
-    module: Any = nodes.module_of(traced, node)
-    if not isinstance(module, nodes.TRANSPOSED) or (len(node.args) < 2 and not node.kwargs):
-        return None
-    node.args, node.kwargs = (nodes.operand(node),), {}
-    sizes = zip(
-        *(nodes.shape(nodes.operand(node))[2:], nodes.shape(node)[2:]),
-        *(module.kernel_size, module.stride, module.padding, module.dilation),
-        strict=True,
-    )
-    # A copy that shares the weights: another use may be told another size.
-    told = copy.copy(module)
-    told._parameters = dict(module._parameters)
-    told.output_padding = tuple(
-        after - ((before - 1) * step - 2 * pad + dilation * (kernel - 1) + 1)
-        for before, after, kernel, step, pad, dilation in sizes
-    )
-    return told
-
-
 # Pooling ----------------------------------------------------------------------------------------------------------
 
-_MAXIMA = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
-_AVERAGES = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
-_POOLS: dict[Any, tuple[type[nn.Module], tuple[str, ...]]] = {
-    **dict.fromkeys((F.max_pool1d, torch.max_pool1d), (nn.MaxPool1d, _MAXIMA)),
-    **dict.fromkeys((F.max_pool2d, torch.max_pool2d), (nn.MaxPool2d, _MAXIMA)),
-    **dict.fromkeys((F.avg_pool1d, torch.avg_pool1d), (nn.AvgPool1d, _AVERAGES[:-1])),
-    F.avg_pool2d: (nn.AvgPool2d, _AVERAGES),
+_SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {
+    **dict.fromkeys((nn.MaxPool1d, nn.MaxPool2d), ("kernel_size", "stride", "padding", "dilation", "ceil_mode")),
+    nn.AvgPool1d: ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad"),
+    nn.AvgPool2d: ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
 }
 
 
@@ -61,15 +33,11 @@ def with_whole_windows(traced: fx.GraphModule, node: fx.Node) -> nn.Module | Non
     torch drops a window that would start in the padding, and others do not. UserError for an average that has one more
     window along one axis alone.
     """
-    module = nodes.module_of(traced, node)
-    kind, names = next(
-        ((k, n) for k, n in _POOLS.values() if isinstance(module, k)), _POOLS.get(node.target, (None, ()))
-    )
-    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
-    if module is not None:
-        given = {name: getattr(module, name) for name in names if hasattr(module, name)}
-    if kind is None or not given.get("ceil_mode"):
+    module: Any = nodes.module_of(traced, node)
+    kind = next((kind for kind in _SETTINGS if isinstance(module, kind)), None)
+    if kind is None or not module.ceil_mode:
         return None
+    given: dict[str, Any] = {name: getattr(module, name) for name in _SETTINGS[kind]}
     before, after = nodes.shape(nodes.operand(node))[2:], nodes.shape(node)[2:]
     kernel, padding, dilation = (_each(given.get(name, usual), before) for name, usual in _USUAL.items())
     stride = _each(given.get("stride") or kernel, before)
@@ -79,8 +47,7 @@ def with_whole_windows(traced: fx.GraphModule, node: fx.Node) -> nn.Module | Non
     possible = [space % step != 0 for space, step in zip(room, stride, strict=True)]
     if all(beyond > 0 for beyond, could in zip(more, possible, strict=True) if could):
         return None
-    settings = {name: value for name, value in given.items() if name != "input"}
-    whole: nn.Module = kind(**settings | {"ceil_mode": False})
+    whole: nn.Module = kind(**given | {"ceil_mode": False})
     if not any(beyond > 0 for beyond in more):
         return whole
     if issubclass(kind, nn.AvgPool1d | nn.AvgPool2d) or any(d > 1 for d in dilation):
@@ -92,7 +59,7 @@ def with_whole_windows(traced: fx.GraphModule, node: fx.Node) -> nn.Module | Non
     # What is repeated lies in a window with what it repeats, so that no maximum changes.
     below, beside = (max(0, beyond) for beyond in more)
     path = nodes.unused(f"{nodes.places(traced)[node]}_pad", {name for name, _ in traced.named_modules()})
-    traced.add_submodule(path, nn.ReplicationPad2d((0, beside, 0, below)))
+    traced.add_submodule(path, Pad((0, beside, 0, below), "replicate", 0.0))
     with traced.graph.inserting_before(node):
         padded = traced.graph.call_module(path, (nodes.operand(node),))
     padded.stack_trace = node.stack_trace
@@ -111,30 +78,15 @@ def _each(value: Any, axes: Sizes) -> Sizes:
 
 # Padding ----------------------------------------------------------------------------------------------------------
 
-_MODES: dict[type[nn.Module], str] = {
-    **dict.fromkeys((nn.ConstantPad1d, nn.ConstantPad2d, nn.ZeroPad1d, nn.ZeroPad2d), "constant"),
-    **dict.fromkeys((nn.ReflectionPad1d, nn.ReflectionPad2d), "reflect"),
-    **dict.fromkeys((nn.ReplicationPad1d, nn.ReplicationPad2d), "replicate"),
-    **dict.fromkeys((nn.CircularPad1d, nn.CircularPad2d), "circular"),
-}
-
 
 def crop(traced: fx.GraphModule, node: fx.Node, place: str) -> None:
-    """Let a padding that is negative on some side, or computed from sizes, be the padding of the other sides and a
-    slice."""
-    module: Any = nodes.module_of(traced, node)
-    mode = next((mode for kind, mode in _MODES.items() if isinstance(module, kind)), None)
-    if node.target is not F.pad and mode is None:
+    """Let a padding that is negative on some side be the padding of the other sides and a slice."""
+    pad = nodes.module_of(traced, node)
+    if not isinstance(pad, Pad) or min(pad.widths) >= 0 or pad.mode == "circular":  # which wraps what is left of it
         return
     x = nodes.operand(node)
-    given: dict[str, Any] = dict(zip(("input", "pad", "mode", "value"), node.args, strict=False)) | node.kwargs
-    given |= {} if mode is None else {"pad": module.padding, "mode": mode, "value": getattr(module, "value", None)}
-    asked = [int(width) for width in nodes.fixed(given["pad"])]
-    widths = [max(0, width) for width in asked]
-    if list(given["pad"]) == widths or given.get("mode") == "circular":  # which wraps what is left of it
-        return
-    node.op, node.target, node.kwargs = "call_function", F.pad, {}
-    node.args = (x, widths, given.get("mode", "constant"), given.get("value"))
+    asked = pad.widths
+    pad.widths = widths = tuple(max(0, width) for width in asked)
     rank, last = len(nodes.shape(x)), node
     for index in range(0, len(asked), 2):
         first, second = asked[index : index + 2]

@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 from faqd.quantize import nodes
 from faqd.quantize.lowering.pad_channels import ImageLayers
 from faqd.quantize.lowering.pair_limits import LARGEST_INT8, pair_limit
-from faqd.quantize.operators.deployed import Flavour, IntegerLayer
+from faqd.quantize.operators.layer import COMPUTE, TRANSPOSED, IntegerLayer
+from faqd.quantize.operators.requantize import Flavour
 from faqd.quantize.quantizers.activation import ActivationQuantizer
 from faqd.quantize.quantizers.layers import latent_weight, output_channels, output_first, weight_codes, weight_quantizer
 from faqd.quantize.quantizers.weight import largest_pairs, within_pairs
@@ -138,8 +139,8 @@ def _float_layer(layer: Any, weight: Tensor, bias: Tensor) -> nn.Module:
     if isinstance(layer, nn.Linear):
         folded = nn.Linear(layer.in_features, layer.out_features)
     else:
-        kind = next(kind for kind in nodes.COMPUTE if isinstance(layer, kind))
-        names = ["stride", "padding", "dilation", "groups"] + ["output_padding"] * isinstance(layer, nodes.TRANSPOSED)
+        kind = next(kind for kind in COMPUTE if isinstance(layer, kind))
+        names = ["stride", "padding", "dilation", "groups"] + ["output_padding"] * isinstance(layer, TRANSPOSED)
         geometry = {name: getattr(layer, name) for name in (*names, "padding_mode")}
         folded = kind(layer.in_channels, layer.out_channels, layer.kernel_size, **geometry)
     folded.weight = nn.Parameter(output_first(layer, weight).float())

@@ -10,8 +10,10 @@ from torch import fx, nn
 
 from faqd.quant import SIGNED_8
 from faqd.quantize import nodes
-from faqd.quantize.operators.deployed import IntegerLayer, Requantize
-from faqd.quantize.operators.elementwise import Nearest
+from faqd.quantize.operators.arithmetic import SUBTRACT
+from faqd.quantize.operators.layer import CONVOLUTIONS, IntegerLayer
+from faqd.quantize.operators.requantize import Requantize
+from faqd.quantize.operators.resize import Nearest
 from faqd.quantize.quantizers.activation import ActivationQuantizer
 from faqd.quantize.quantizers.layers import weight_quantizer
 from faqd.quantize.student import origin
@@ -171,7 +173,7 @@ def unrounded_layers(network: fx.GraphModule) -> list[fx.Node]:
     for node in network.graph.nodes:
         layer = nodes.module_of(network, node)
         integer = isinstance(layer, IntegerLayer) and layer.operator == "Conv"
-        if not integer and not (isinstance(layer, nodes.CONVOLUTIONS) and weight_quantizer(layer)):
+        if not integer and not (isinstance(layer, CONVOLUTIONS) and weight_quantizer(layer)):
             continue
         readers = nodes.after_norm(network, node).users
         rounded = all(_rounds(network, reader) for reader in readers)
@@ -199,7 +201,7 @@ def _added_to_codes(network: fx.GraphModule, layers: list[fx.Node]) -> list[fx.N
     def adds_codes(node: fx.Node) -> bool:
         return (
             nodes.role(network, node) == "add"
-            and node.target not in nodes.SUBTRACT
+            and node.target not in SUBTRACT
             and all(_rounds(network, reader) for reader in node.users)
             and all(operand in ends or _holds_codes(network, operand) for operand in nodes.values_of(network, node))
         )

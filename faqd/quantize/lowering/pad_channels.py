@@ -15,7 +15,9 @@ from torch import fx
 
 from faqd import saturation
 from faqd.quantize import nodes
-from faqd.quantize.operators.deployed import Filling, IntegerLayer, Requantize
+from faqd.quantize.operators.filling import Filling
+from faqd.quantize.operators.layer import CONVOLUTIONS, IntegerLayer
+from faqd.quantize.operators.requantize import Requantize
 from faqd.quantize.quantizers.activation import ActivationQuantizer
 from faqd.quantize.quantizers.layers import weight_quantizer
 
@@ -62,7 +64,7 @@ def _readers_of_the_image(network: fx.GraphModule) -> Iterator[fx.Node]:
 
 
 def _convolves_all(layer: Any) -> bool:
-    rounded = isinstance(layer, nodes.CONVOLUTIONS) and weight_quantizer(layer) is not None
+    rounded = isinstance(layer, CONVOLUTIONS) and weight_quantizer(layer) is not None
     return rounded and layer.groups == 1 and math.prod(layer.kernel_size) <= FEW_PIXELS
 
 

@@ -9,6 +9,7 @@ from torch import fx
 from faqd import saturation
 from faqd.quant import Quant
 from faqd.quantize import nodes
+from faqd.quantize.operators.layer import CONVOLUTIONS, TRANSPOSED
 
 LARGEST_INT8 = 127
 
@@ -20,9 +21,9 @@ def pair_limit(network: fx.GraphModule, node: fx.Node, read: Quant) -> int | Non
     whose products are added alone.
     """
     layer: Any = nodes.module_of(network, node)
-    if isinstance(layer, nodes.TRANSPOSED):
+    if isinstance(layer, TRANSPOSED):
         return None
-    if isinstance(layer, nodes.CONVOLUTIONS):
+    if isinstance(layer, CONVOLUTIONS):
         rounded = any(reader.op != "output" for reader in nodes.after_norm(network, node).users)
         if not rounded or layer.groups == layer.in_channels == layer.out_channels:
             return None

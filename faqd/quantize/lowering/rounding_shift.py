@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, fx
 
 from faqd.quantize import nodes
-from faqd.quantize.operators.deployed import ChannelAffine
+from faqd.quantize.operators.norm import ChannelAffine
 from faqd.quantize.quantizers.activation import ActivationQuantizer
 
-_PLAIN_SUMS = (operator.add, torch.add, "add")
+_PLAIN_SUMS = (operator.add,)
 
 
 def place_shifts(network: fx.GraphModule) -> dict[fx.Node, Tensor]:

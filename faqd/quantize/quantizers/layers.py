@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from faqd.quant import Quant
-from faqd.quantize.nodes import TRANSPOSED
+from faqd.quantize.operators.layer import TRANSPOSED
 from faqd.quantize.quantizers.weight import WeightQuantizer
 
 

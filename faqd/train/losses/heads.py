@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from faqd.quantize import nodes
-from faqd.quantize.operators.elementwise import NEVER_NEGATIVE
+from faqd.quantize.operators.registry import NEVER_NEGATIVE
 from faqd.quantize.outputs import graph_outputs
 
 PROBABILITIES = (*NEVER_NEGATIVE, nn.Softmax, nn.Softmax2d)
@@ -159,8 +159,6 @@ def _with_variance(branch: Branch, variance: Tensor) -> Branch:
 
 def _branches(network: fx.GraphModule, node: fx.Node, start: int = 0) -> list[Branch]:
     """The branches of `node` (B, C, ...) in order; its first channel is number `start` of the output."""
-    while isinstance(nodes.module_of(network, node), nodes.IDLE_MODULES):
-        node = nodes.operand(node)
     width = nodes.shape(node)[1]
     operands = nodes.tensor_inputs(node)
     if nodes.role(network, node) == "concat" and sum(nodes.shape(operand)[1] for operand in operands) == width:

@@ -21,7 +21,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
 from faqd.errors import UserError, first_line
-from faqd.quantize.capture.exported_program import as_plain_modules, is_exported
+from faqd.quantize.capture.program import as_plain_modules, is_exported
 
 _executed: dict[tuple[Path, str], ModuleType] = {}
 """By path and SHA-256: a file that registers an operator, or a model by its name, can be executed only once."""

@@ -1,57 +1,23 @@
-"""The modules of a deployed student: integer codes and one well-defined arithmetic, in float64.
-
-Tensors between them hold real values that lie on a grid, code * scale; each module recovers the codes by a
-division, which is exact. Integer sums are exact; then one multiplication, one addition, one rounding, in the order
-that faqd/deploy/reference/evaluator.py states for the exported file. Float32 numbers of the file (scales, biases) are
-widened.
-"""
+"""Convolution and linear layers: what they are captured from, and what they are on codes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from faqd.quant import Quant
-from faqd.quantize.nodes import TRANSPOSED
+from faqd.quantize.operators.filling import UNFILLED
+from faqd.quantize.operators.row import Call, Operator, Rule, parameter, sizes
 from faqd.saturation import in_kernel_order, largest_pairs
 
-Flavour = Literal["tensorrt", "onnxruntime", "float"]
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
+COMPUTE = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
 
 EXACT_FLOAT32 = 2**24
 """Sums of integers below this are exact in float32, whatever their order."""
-
-
-@dataclass(frozen=True)
-class Filling:
-    """Channels of zeros among those that a network was trained with.
-
-    at_end: how many follow the others. behind_each: whether one more stands behind each of them all.
-    """
-
-    at_end: int = 0
-    behind_each: bool = False
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x: channels on the second axis."""
-        if self.at_end:
-            x = F.pad(x, [0, 0] * (x.dim() - 2) + [0, self.at_end])
-        return torch.stack([x, torch.zeros_like(x)], 2).flatten(1, 2) if self.behind_each else x
-
-    def channels(self, trained: int) -> int:
-        """How many there are with the zeros."""
-        return (trained + self.at_end) * (2 if self.behind_each else 1)
-
-    def without(self, x: Any) -> Any:
-        """The channels that were trained, of a filled tensor or array."""
-        trained = x[:, ::2] if self.behind_each else x
-        return trained[:, : trained.shape[1] - self.at_end]
-
-
-UNFILLED = Filling()
 
 
 class IntegerLayer(nn.Module):
@@ -132,56 +98,75 @@ class IntegerLayer(nn.Module):
         return convolve(x, weight, bias, **self.geometry)
 
 
-class Requantize(nn.Module):
-    """Quantize and dequantize: clip(round_half_even(x / scale), low, high) * scale. scale: float32 scalar.
+def _convolution(kind: Any, function: Any) -> Rule:
+    def rule(call: Call) -> Any:
+        names = ("stride", "padding", "output_padding", "groups", "dilation")
+        geometry = {name: given for name in names if (given := call.get(name)) is not None}
+        geometry = {name: tuple(given) if isinstance(given, list) else given for name, given in geometry.items()}
+        weight, bias = call.tensor(call["weight"]), call.tensor(call["bias"])
+        if weight is None or (bias is None and call["bias"] is not None):
+            return call.function(function, call.x, call["weight"], call["bias"], **geometry)
+        rows, columns, *kernel = weight.shape
+        groups = geometry["groups"]
+        inputs, outputs = (rows, columns * groups) if "output_padding" in geometry else (columns * groups, rows)
+        layer = kind(inputs, outputs, tuple(kernel), bias=bias is not None, device="meta", **geometry)
+        return with_tensors(call, layer, weight, bias)
 
-    rectifies: whether negative values come in, to become zero. saturates: False where all that comes in is on the grid.
-    filling: zeros among the channels of the codes.
-    """
-
-    scale: Tensor
-
-    def __init__(self, scale: Tensor, quant: Quant, rectifies: bool, saturates: bool = True) -> None:
-        super().__init__()
-        self.quant = quant
-        self.rectifies = rectifies
-        self.saturates = saturates
-        self.filling = UNFILLED
-        self.register_buffer("scale", scale.detach().float().reshape(()))
-
-    def codes(self, x: Tensor) -> Tensor:
-        codes = (x / self.scale.double()).round_().clamp_(self.quant.low, self.quant.high)
-        return self.filling(codes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.codes(x).mul_(self.scale.double())
+    return rule
 
 
-class IntegerAverage(nn.Module):
-    """An average over pixels of codes: exact integer sums, one division, then the input's scale."""
-
-    scale: Tensor
-
-    def __init__(self, average: Any, scale: Tensor) -> None:
-        super().__init__()
-        self.average = average
-        self.register_buffer("scale", scale.detach().float().reshape(()))
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        codes = (x / self.scale.double()).round_()
-        return self.average(codes, *args, **kwargs) * self.scale.double()  # type: ignore[no-any-return]
+def _linear(call: Call) -> Any:
+    weight, bias = call.tensor(call["weight"]), call.tensor(call["bias"])
+    if weight is None or (bias is None and call["bias"] is not None) or weight.dim() != 2:
+        return call.function(F.linear, call.x, call["weight"], call["bias"])
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    return with_tensors(call, layer, weight, bias)
 
 
-class ChannelAffine(nn.Module):
-    """A batch norm that no layer can take in: x * factor + offset, float32 numbers in a shape that meets channels."""
+def _product(call: Call) -> Any:
+    """x @ weight: a linear layer, whose weight torch keeps the other way round."""
+    x, weight = call.x, call.get("other") if call.get("other") is not None else call["mat2"]
+    if not call.is_own(weight) or call.is_own(x) or len(sizes(weight)) != 2:
+        return None
+    return call.function(F.linear, x, call.function(torch.permute, weight, (1, 0), word="t"), None)
 
-    factor: Tensor
-    offset: Tensor
 
-    def __init__(self, factor: Tensor, offset: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("factor", factor.float())
-        self.register_buffer("offset", offset.float())
+def _affine(call: Call) -> Any:
+    """bias + x @ weight"""
+    bias, x, weight = call["self"], call["mat1"], call["mat2"]
+    plain = call.get("beta") == 1 and call.get("alpha") == 1 and len(sizes(bias)) == 1
+    if not plain or not call.is_own(weight) or not call.is_own(bias) or call.is_own(x):
+        return None
+    return call.function(F.linear, x, call.function(torch.permute, weight, (1, 0), word="t"), bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.factor + self.offset
+
+def with_tensors(call: Call, layer: Any, weight: torch.Tensor, bias: torch.Tensor | None) -> fx.Node:
+    layer.weight = parameter(weight)
+    if bias is not None:
+        layer.bias = parameter(bias)
+    return call.layer(layer.eval(), [call[name] for name in ("weight", "bias") if call[name] is not None])
+
+
+def _grouped(layer: Any, node: fx.Node) -> str | None:
+    if layer.groups > 1:
+        return "a transposed convolution with groups cannot be quantized yet; --exclude keeps it float."
+    return None
+
+
+OPERATORS = (
+    Operator("compute", (nn.Conv1d,), {"conv1d": _convolution(nn.Conv1d, F.conv1d)}),
+    Operator("compute", (nn.Conv2d,), {"conv2d": _convolution(nn.Conv2d, F.conv2d)}),
+    Operator(
+        "compute",
+        (nn.ConvTranspose1d,),
+        {"conv_transpose1d": _convolution(nn.ConvTranspose1d, F.conv_transpose1d)},
+        problem=_grouped,
+    ),
+    Operator(
+        "compute",
+        (nn.ConvTranspose2d,),
+        {"conv_transpose2d": _convolution(nn.ConvTranspose2d, F.conv_transpose2d)},
+        problem=_grouped,
+    ),
+    Operator("compute", (nn.Linear,), {"linear": _linear, "matmul": _product, "mm": _product, "addmm": _affine}),
+)

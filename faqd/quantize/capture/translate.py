@@ -1,0 +1,392 @@
+"""A program of torch.export as a graph in the quantizer's terms: layers and activations at the user's own places.
+
+What each of torch's operators becomes, the rows in `faqd/quantize/operators` say; here is what holds for all of them:
+names, places, lines of the user's code, operators that write over their input.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._ops import OpOverload
+
+from faqd.quantize.nodes import PART_OF, unused
+from faqd.quantize.operators.registry import RULES
+from faqd.quantize.operators.row import Call, Pieces
+
+
+class Translation:
+    """program: what torch.export captured, with its tensors. network: whose modules it names, if it is there."""
+
+    def __init__(self, program: fx.GraphModule, prefix: str, network: nn.Module | None) -> None:
+        self._program, self._prefix = program, prefix
+        self._users = dict(network.named_modules()) if network is not None else {}
+        self.graph = fx.Graph()
+        self.root = nn.Module()
+        self.held: dict[fx.Node, Tensor] = {}
+        self._paths: dict[fx.Node, str] = {}
+        self._value: dict[fx.Node, Any] = {}
+        self._made: dict[tuple[Any, ...], str] = {}
+        self._put_at: set[str] = set()
+        self._reader: fx.Node | None = None
+        self._other_word: str | None = None
+        tensors = (name.removeprefix(prefix) for name in program.state_dict())
+        self._taken = {*tensors, *self._users, *(place for node in program.graph.nodes for place in self._stack(node))}
+        self._leaves = self._called_leaves()
+        for name in program.state_dict():  # in the user's order, which is that of the state dict
+            self._container(name.removeprefix(prefix).rpartition(".")[0])
+        operators = (node for node in program.graph.nodes if isinstance(node.target, OpOverload))
+        calls = [key for node in operators if not _is_idle(node) if (key := _innermost(node)) is not None]
+        self._alone = {key for key in calls if calls.count(key) == 1}
+
+    def run(self, returned: Callable[[list[Any]], Any]) -> fx.GraphModule:
+        """The graph with its modules. returned: what the user's forward makes of the list of its outputs."""
+        for node in self._program.graph.nodes:
+            if node.op == "placeholder":
+                self._value[node] = self.graph.placeholder(node.name)
+                self._value[node].meta["val"] = node.meta["val"]
+            elif node.op == "get_attr":
+                self._value[node] = self._fetched(node)
+            elif node.op == "call_function":
+                self._translate(node)
+            elif node.op == "output":
+                self.graph.output(returned(list(self._mapped(node.args[0]))))
+        self.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+        self._drop_unread()
+        network = fx.GraphModule(self.root, self.graph)
+        _bring_into_order(network, self.root)
+        return network
+
+    def _mapped(self, argument: Any) -> Any:
+        return fx.node.map_arg(argument, lambda node: self._value[node])
+
+    def _fetched(self, node: fx.Node) -> Any:
+        found: Any = self._program
+        for name in str(node.target).split("."):
+            found = getattr(found, name)
+        if not isinstance(found, Tensor):
+            return found  # the graph of a block, such as torch.no_grad makes one
+        path = str(node.target).removeprefix(self._prefix)
+        place, _, name = path.rpartition(".")
+        holder = self._container(place)
+        if isinstance(found, nn.Parameter):
+            holder.register_parameter(name, found)
+        else:
+            holder.register_buffer(name, found)
+        new = self.graph.get_attr(path)
+        new.meta["val"] = node.meta.get("val", found)
+        self.held[new], self._paths[new] = found, path
+        return new
+
+    def _translate(self, node: fx.Node) -> None:
+        if node.target is operator.getitem and isinstance(pieces := self._value.get(node.args[0]), Pieces):  # type: ignore[arg-type]
+            if node.users:
+                with self.named(reader=node):
+                    self._value[node] = pieces[operator.index(node.args[1])]()  # type: ignore[arg-type]
+            return
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            self._value[node] = self._block(node)
+            return
+        args, kwargs = self._mapped(node.args), self._mapped(node.kwargs)
+        if not isinstance(node.target, OpOverload):  # arithmetic of sizes
+            self._value[node] = self.call_function(node, node.target, args, kwargs)  # type: ignore[arg-type]
+            return
+        name = base_name(node.target)
+        if name in _ASSERTIONS:
+            return
+        rule = RULES.get(name)
+        made = None
+        if _is_idle(node):
+            made = args[0]
+        elif rule is not None:
+            call = Call(self, node, args, kwargs)
+            made = rule(call)
+            if isinstance(made, nn.Module):
+                made = call.module(made)
+        if made is None:
+            made = self._unknown(node, args, kwargs)
+        self._value[node] = made
+        if writes_over_input(node):
+            self._replace(args[0], made)
+
+    @contextmanager
+    def named(self, word: str | None = None, reader: fx.Node | None = None) -> Iterator[None]:
+        """Lets what is made meanwhile be called `word`, or after `reader`, a piece of what an operator returns."""
+        before = self._other_word, self._reader
+        self._other_word, self._reader = word or self._other_word, reader or self._reader
+        try:
+            yield
+        finally:
+            self._other_word, self._reader = before
+
+    def _replace(self, old: Any, new: Any) -> None:
+        """Let whatever reads `old` from here on read `new`, which was written over it."""
+        for node, value in self._value.items():
+            if value is old:
+                self._value[node] = new
+
+    def _unknown(self, node: fx.Node, args: Any, kwargs: Any) -> fx.Node:
+        target: Any = node.target
+        if writes_over_input(node):
+            target = getattr(getattr(torch.ops.aten, base_name(target)), target._overloadname)
+        user = self._users.get(self._place(node))
+        alone = (
+            _innermost(node) in self._alone
+            and len([a for a in args if isinstance(a, fx.Node) and a not in self.held]) == 1
+        )
+        if user is not None and alone and is_torchs(user):
+            module = copy.copy(user)
+            module._parameters, module._buffers = dict(user._parameters), dict(user._buffers)
+            module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
+            tensors = [a for a in tree_leaves_of(args, kwargs) if a in self.held]
+            return self.call_module(node, module, args[0], tensors)
+        return self.call_function(node, target, args, kwargs)
+
+    def _block(self, node: fx.Node) -> Any:
+        """What a block of the user's forward returns that torch keeps apart, such as one of torch.no_grad."""
+        block = next(
+            self._value[a] for a in node.args if isinstance(a, fx.Node) and isinstance(self._value[a], nn.Module)
+        )
+        tensors = [self._value[a] for a in node.args if isinstance(a, fx.Node) and self._value[a] is not block]
+        for inner in block.graph.nodes:
+            if inner.op == "placeholder":
+                self._value[inner] = tensors.pop(0)
+            elif inner.op == "get_attr":
+                self._value[inner] = getattr(block, inner.target)
+            elif inner.op == "call_function":
+                self._translate(inner)
+            else:
+                returned = self._mapped(inner.args[0])
+        return Pieces([partial(_itself, value) for value in returned])
+
+    # Nodes and places -------------------------------------------------------------------------------------------
+
+    def call_function(self, node: fx.Node, target: Callable[..., Any], args: Any, kwargs: Any) -> fx.Node:
+        place, word = self._place(node), self._word(node)
+        inside = self._stack(node)
+        if place in self._leaves:  # whose place is a module's: this function stands beside it
+            word = f"{place.rpartition('.')[2]}_{word}"
+            inside.pop(place)
+        new = self.graph.create_node("call_function", target, tuple(args), dict(kwargs), name=word)
+        return self._like(new, node, inside)
+
+    def call_module(self, node: fx.Node, module: nn.Module, x: Any, tensors: list[fx.Node] | None = None) -> fx.Node:
+        place = self._place(node)
+        own = self._is_all_of(place, node, module, tensors or [])
+        path = self._own_path(place, module, bool(tensors)) if own else self._put(self._beside(node), module)
+        name = place.replace(".", "_") if own else self._word(node)
+        new = self.graph.create_node("call_module", path, (x,), {}, name=name)
+        return self._like(new, node, self._stack(node) | {path: type(module)})
+
+    def _like(self, new: fx.Node, node: fx.Node, inside: dict[str, Any]) -> fx.Node:
+        stack = self._stack(node)
+        torchs = (place for place, kind in stack.items() if place and _is_torchs_kind(kind))
+        whole = next(torchs, next(reversed(stack), ""))
+        if whole in self._leaves or (whole in self._users and is_torchs(self._users[whole])):
+            new.meta[PART_OF] = whole
+        node = self._reader or node
+        new.meta["val"] = node.meta.get("val")
+        new.meta["nn_module_stack"] = {place: (place, kind) for place, kind in inside.items()}
+        new.stack_trace = node.stack_trace
+        return new
+
+    def _is_all_of(self, place: str, node: fx.Node, module: nn.Module, tensors: list[fx.Node]) -> bool:
+        """Whether `module` stands for all of the user's module at `place`."""
+        if place not in self._leaves:
+            return False
+        if tensors:
+            return self._are_all_of(place, module, tensors)
+        return _innermost(node) in self._alone and self._is_torchs(node)
+
+    def _own_path(self, place: str, module: nn.Module, shared: bool) -> str:
+        """Where a module goes that is the user's at `place`. shared: whether other calls of it may be this one."""
+        settings = (place, type(module), module.extra_repr())
+        if shared and settings in self._made:
+            return self._made[settings]
+        free = place if place not in self._put_at else unused(place, self._taken)
+        self._made[settings] = self._put(free, module)
+        return free
+
+    def _beside(self, node: fx.Node) -> str:
+        """Where a module goes that is a piece of what the user's module does, which may be replaced as a whole."""
+        place, word = self._place(node), self._word(node)
+        wanted = f"{place}_{word}" if place in self._leaves else f"{place}.{word}" if place else word
+        return unused(wanted, self._taken)
+
+    def _are_all_of(self, place: str, module: nn.Module, tensors: list[fx.Node]) -> bool:
+        """Whether `module` holds tensors of the user's module at `place`, by the names that they have there."""
+        user = self._users.get(place)
+        if user is None:
+            return all(self._paths[tensor].rpartition(".")[0] == place for tensor in tensors)
+        held = {id(self.held[tensor]) for tensor in tensors}
+        named = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        return all(getattr(user, name, None) is value for name, value in named if id(value) in held)
+
+    def _put(self, path: str, module: nn.Module) -> str:
+        place, _, name = path.rpartition(".")
+        holder = self._container(place)
+        before = holder._modules.get(name)
+        holder.add_module(name, module)
+        for key, value in before.named_buffers() if before is not None else ():
+            if key == "num_batches_tracked" and key in module._buffers:
+                module._buffers[key] = value
+        self._put_at.add(path)
+        return path
+
+    def _called_leaves(self) -> set[str]:
+        """The places of modules that call no others, and are torch's or have tensors: each may be one module here."""
+        stacks = [self._stack(node) for node in self._program.graph.nodes if isinstance(node.target, OpOverload)]
+        holders = {name.removeprefix(self._prefix).rpartition(".")[0] for name in self._program.state_dict()}
+        innermost = {next(reversed(stack)) for stack in stacks if stack}
+        outer = {place for stack in stacks for place in list(stack)[:-1]}
+        torchs = {place for stack in stacks for place, kind in stack.items() if _is_torchs_kind(kind)}
+        around = {".".join(parts[:count]) for parts in (h.split(".") for h in holders) for count in range(len(parts))}
+        return {place for place in innermost & (torchs | holders) - outer - around if place}
+
+    def _container(self, place: str) -> nn.Module:
+        found: nn.Module = self.root
+        for name in filter(None, place.split(".")):
+            if name not in found._modules:
+                found.add_module(name, nn.Module())
+            found = found._modules[name]  # type: ignore[assignment]
+        return found
+
+    def _drop_unread(self) -> None:
+        """Forget the tensors that modules hold now."""
+        read = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
+        for path in set(self._paths.values()) - read:
+            place, _, name = path.rpartition(".")
+            holder = self._container(place)
+            if place not in self._put_at and (name in holder._parameters or name in holder._buffers):
+                delattr(holder, name)
+
+    def _stack(self, node: fx.Node) -> dict[str, Any]:
+        """The user's modules around a node, from outside: place -> class."""
+        entries = (node.meta.get("nn_module_stack") or {}).values()
+        found: dict[str, Any] = {}
+        for path, kind in entries:
+            inside = self._prefix[:-1]
+            if path == inside or path.startswith(self._prefix) or not self._prefix:
+                found[path.removeprefix(inside).removeprefix(".") if inside else path] = kind
+        return found
+
+    def _place(self, node: fx.Node) -> str:
+        return next(reversed(self._stack(node)), "")
+
+    def _is_torchs(self, node: fx.Node) -> bool:
+        return _is_torchs_kind(next(reversed(self._stack(node).values()), ""))
+
+    def _word(self, node: fx.Node) -> str:
+        return self._other_word or word_of(self._reader or node)
+
+
+def _is_torchs_kind(kind: Any) -> bool:
+    """kind: a class, or its full name."""
+    name = kind if isinstance(kind, str) else f"{kind.__module__}."
+    return name.startswith("torch.nn.") and "Sequential" not in name
+
+
+def _bring_into_order(network: nn.Module, like: nn.Module) -> None:
+    """Let the modules of `network` follow each other as those of `like` do."""
+    known = [name for name in like._modules if name in network._modules]
+    network._modules = {name: network._modules[name] for name in dict.fromkeys([*known, *network._modules])}
+    for name in known:
+        child, other = network._modules[name], like._modules[name]
+        if child is not None and other is not None and child is not other:
+            _bring_into_order(child, other)
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
+def word_of(node: fx.Node) -> str:
+    """What the function that `node` calls is called in Python."""
+    word = (
+        base_name(node.target) if isinstance(node.target, OpOverload) else getattr(node.target, "__name__", node.name)
+    )
+    return _WORDS.get(word, word).strip("_")
+
+
+_WORDS = {
+    **dict.fromkeys(("upsample_nearest2d", "upsample_bilinear2d", "upsample_nearest1d"), "interpolate"),
+    **dict.fromkeys(("slice", "select"), "getitem"),
+    "sym_size": "size",
+}
+_ASSERTIONS = (
+    "_assert_tensor_metadata",
+    "_assert_scalar",
+    "_assert_async",
+    "sym_constrain_range",
+    "sym_constrain_range_for_size",
+)
+
+
+def tree_leaves_of(args: Any, kwargs: Any) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.node.map_arg((args, kwargs), lambda node: found.append(node))
+    return found
+
+
+def base_name(target: OpOverload) -> str:
+    """The operator's name without its namespace, its overload and the mark of writing over its input."""
+    name = target._schema.name.partition("::")[2]
+    return name.removesuffix("_") if target._schema.is_mutable else name
+
+
+def writes_over_input(node: fx.Node) -> bool:
+    target = node.target
+    return isinstance(target, OpOverload) and target._schema.is_mutable and target._schema.name.endswith("_")
+
+
+def is_torchs(module: nn.Module) -> bool:
+    """Whether a module is one of torch's own kinds, which is one operator and no container."""
+    return type(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.Sequential)
+
+
+def _innermost(node: fx.Node) -> str | None:
+    """The key of the call of the innermost module, which is another one for each call."""
+    return next(reversed(node.meta.get("nn_module_stack") or {}), None)
+
+
+_IDLE = (
+    *("alias", "clone", "contiguous", "detach", "lift_fresh", "lift_fresh_copy", "positive", "view_of"),
+    *("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"),
+)
+_CASTS = ("to", "type_as", "_to_copy", "_conj", "resolve_conj", "resolve_neg")
+
+
+def _is_idle(node: fx.Node) -> bool:
+    """Whether nothing but memory comes of an operator in evaluation mode."""
+    assert isinstance(node.target, OpOverload)
+    name = base_name(node.target)
+    if name in _IDLE or name in _ASSERTIONS:
+        return True
+    if name not in _CASTS or not isinstance(node.args[0], fx.Node):
+        return False
+    before, after = node.args[0].meta.get("val"), node.meta.get("val")
+    return isinstance(before, Tensor) and isinstance(after, Tensor) and before.dtype == after.dtype
+
+
+def views_are_written(program: fx.Graph) -> bool:
+    """Whether an operator writes over what another node sees through a view: no graph without memory can say that."""
+    views = {node for node in program.nodes if isinstance(node.target, OpOverload) and _is_view(node.target)}
+    for node in program.nodes:
+        if writes_over_input(node) and not _is_idle(node):
+            written = node.args[0]
+            if written in views or any(reader in views for reader in written.users):
+                return True
+    return False
+
+
+def _is_view(target: OpOverload) -> bool:
+    results = target._schema.returns
+    return any(result.alias_info is not None and not result.alias_info.is_write for result in results)

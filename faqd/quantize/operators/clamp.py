@@ -1,0 +1,47 @@
+"""Limits, as ReLU6 and hardtanh have them."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import Tensor, nn
+
+from faqd.quantize.operators.row import Call, Operator
+
+
+class Clamp(nn.Module):
+    """Limits, as ReLU6 and hardtanh have them: min(max(x, low), high)."""
+
+    def __init__(self, low: float, high: float) -> None:
+        super().__init__()
+        self.low, self.high = low, high
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clamp(self.low, self.high)
+
+    def extra_repr(self) -> str:
+        return f"{self.low:g}, {self.high:g}"
+
+
+def deployed_clamp(clamp: Clamp) -> Clamp:
+    return Clamp(float(np.float32(clamp.low)), float(np.float32(clamp.high)))
+
+
+def _clamp(call: Call) -> nn.Module | None:
+    low, high = call.get("min"), call.get("max")
+    if low == 0 and high is None:
+        return nn.ReLU()
+    limits = isinstance(low, int | float) and isinstance(high, int | float)
+    return Clamp(float(low), float(high)) if limits else None
+
+
+OPERATORS = (
+    Operator(
+        "clamp",
+        (Clamp,),
+        {
+            "relu6": lambda call: Clamp(0.0, 6.0),
+            "hardtanh": lambda call: Clamp(float(call["min_val"]), float(call["max_val"])),
+            **dict.fromkeys(("clamp", "clip", "clamp_min"), _clamp),
+        },
+    ),
+)

@@ -1,0 +1,99 @@
+"""Batch norms: those of the user's, those that stand still, and those that no layer can take in."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from faqd.quantize.operators.row import Call, Operator, Pieces, parameter
+
+NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
+
+
+class _Fixed(nn.modules.batchnorm._BatchNorm):
+    """A batch norm that nothing moves: x * factor + offset (both (channels,)), whatever the batch and the mode; or that
+    times `gamma` plus `beta`, parameters of the network's, which are trained. `factor` is then positive."""
+
+    def __init__(self, factor: Tensor, offset: Tensor, gamma: Tensor | None = None, beta: Tensor | None = None) -> None:
+        super().__init__(len(factor), eps=0.0)
+        self.weight = nn.Parameter(factor.clone(), requires_grad=False)
+        self.bias = nn.Parameter(offset.clone(), requires_grad=False)
+        if gamma is not None or beta is not None:
+            self.running_mean, self.running_var = -offset / factor, 1 / factor**2
+            learned = ((torch.ones_like(factor), gamma), (torch.zeros_like(factor), beta))
+            self.weight, self.bias = (
+                nn.Parameter(neutral, requires_grad=False) if own is None else nn.Parameter(own.detach().reshape(-1))
+                for neutral, own in learned
+            )
+        self.train()
+
+    def train(self, mode: bool = True) -> Any:
+        return super().train(False)
+
+    def reset_running_stats(self) -> None:
+        """They are what makes it the identity before its factor."""
+
+
+class FixedNorm1d(_Fixed, nn.BatchNorm1d):
+    pass
+
+
+class FixedNorm2d(_Fixed, nn.BatchNorm2d):
+    pass
+
+
+class ChannelAffine(nn.Module):
+    """A batch norm that no layer can take in: x * factor + offset, float32 numbers in a shape that meets channels."""
+
+    factor: Tensor
+    offset: Tensor
+
+    def __init__(self, factor: Tensor, offset: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("factor", factor.float())
+        self.register_buffer("offset", offset.float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor + self.offset
+
+
+def _batch_norm(call: Call) -> Any:
+    names = ("weight", "bias", "running_mean", "running_var")
+    own = {name: tensor for name in names if (tensor := call.tensor(call[name])) is not None}
+    given = [name for name in names if call[name] is not None]
+    if call.get("training") or not {"running_mean", "running_var"} <= own.keys() or len(own) < len(given):
+        return None
+    kind = nn.BatchNorm2d if len(call.before) == 4 else nn.BatchNorm1d
+    affine = "weight" in own or "bias" in own
+    norm: Any = kind(len(own["running_mean"]), affine=affine, eps=call["eps"], momentum=call["momentum"])
+    norm.requires_grad_(False)  # what is not given; what is comes as it is
+    norm.to(own["running_mean"].device)
+    for name, tensor in own.items():
+        if name in ("weight", "bias"):
+            setattr(norm, name, parameter(tensor))
+        else:
+            norm.register_buffer(name, tensor.detach() if isinstance(tensor, nn.Parameter) else tensor)
+    tensors = [call[name] for name in given]
+    if "_native" in call.name:  # which gives the statistics of the batch as well
+        return Pieces([partial(call.layer, norm.eval(), tensors)])
+    return call.layer(norm.eval(), tensors)
+
+
+NO_STATISTICS = "batch norm without running statistics (track_running_stats=False) cannot be folded."
+
+
+def _has_none(norm: Any, node: fx.Node) -> str | None:
+    return NO_STATISTICS if norm.running_mean is None else None
+
+
+OPERATORS = (
+    Operator(
+        "norm",
+        NORM,
+        dict.fromkeys(("batch_norm", "_native_batch_norm_legit_no_training"), _batch_norm),
+        problem=_has_none,
+    ),
+)

@@ -1,0 +1,140 @@
+"""Pooling: maxima of codes, and averages, which are exact sums of codes and one division."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from faqd.quantize.operators.arithmetic import Stacked, times
+from faqd.quantize.operators.resize import Nearest
+from faqd.quantize.operators.row import Call, Operator, Pieces, Rule, is_number
+
+
+class IntegerAverage(nn.Module):
+    """An average over pixels of codes: exact integer sums, one division, then the input's scale."""
+
+    scale: Tensor
+
+    def __init__(self, average: Any, scale: Tensor) -> None:
+        super().__init__()
+        self.average = average
+        self.register_buffer("scale", scale.detach().float().reshape(()))
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        codes = (x / self.scale.double()).round_()
+        return self.average(codes, *args, **kwargs) * self.scale.double()  # type: ignore[no-any-return]
+
+
+def _max_pool(kind: Any) -> Rule:
+    def rule(call: Call) -> Any:
+        kernel, stride = _each(call["kernel_size"]), _each(call["stride"])
+        rest = {"padding": _each(call["padding"]), "dilation": _each(call["dilation"]), "ceil_mode": call["ceil_mode"]}
+        return kind(kernel, stride or kernel, **rest)
+
+    return rule
+
+
+def _avg_pool(kind: Any) -> Rule:
+    def rule(call: Call) -> Any:
+        kernel, stride = _each(call["kernel_size"]), _each(call["stride"])
+        divisor = {"divisor_override": call["divisor_override"]} if call.get("divisor_override") else {}
+        counts = {"ceil_mode": call["ceil_mode"], "count_include_pad": call["count_include_pad"]}
+        return kind(kernel, stride or kernel, _each(call["padding"]), **counts, **divisor)
+
+    return rule
+
+
+def _each(value: Any) -> Any:
+    """A setting as torch's modules print it: one number where it is the same for all axes."""
+    values = list(value) if isinstance(value, list | tuple) else [value]
+    return values[0] if len(set(values)) == 1 else tuple(values)
+
+
+def _adaptive(pool: Any, whole: Any) -> Rule:
+    """An adaptive pooling whose windows are all of one size, as ordinary pooling; where every window is one pixel, as
+    the repetition that it is. A global average stays one."""
+
+    def rule(call: Call) -> nn.Module | None:
+        before = call.before[-len(call["output_size"]) :]
+        wanted = tuple(call["output_size"])
+        if math.prod(wanted) == 1 and issubclass(pool, nn.AvgPool1d | nn.AvgPool2d):
+            return whole(_each(wanted))  # type: ignore[no-any-return]
+        if not any(a % b for b, a in zip(before, wanted, strict=True)):
+            return nn.Identity() if before == wanted else Nearest(before, wanted)
+        if any(b % a for b, a in zip(before, wanted, strict=True)):
+            return whole(wanted)  # type: ignore[no-any-return]
+        kernel = tuple(b // a for b, a in zip(before, wanted, strict=True))
+        return pool(kernel, kernel)  # type: ignore[no-any-return]
+
+    return rule
+
+
+def _first_of(rule: Rule) -> Rule:
+    """Of an operator that gives places as well, where nothing reads them."""
+
+    def pieces(call: Call) -> Any:
+        module = rule(call)
+        places_are_read = any(reader.args[1] != 0 and reader.users for reader in call.node.users)
+        return None if module is None or places_are_read else Pieces([lambda: call.module(module)])
+
+    return pieces
+
+
+def _mean(call: Call) -> Any:
+    if isinstance(call["self"], Stacked):
+        return times(call, call["self"].sum(call), 1 / len(call["self"]))
+    return call.function(torch.mean, call.x, _axes(call.get("dim"), call.before), bool(call.get("keepdim")))
+
+
+def _sum(call: Call) -> Any:
+    """The mean times how many there are."""
+    if isinstance(call["self"], Stacked):
+        return call["self"].sum(call)
+    axes = _axes(call.get("dim"), call.before)
+    counts = [call.before[axis] for axis in axes]
+    if 0 in axes or not all(map(is_number, counts)):
+        return None
+    return times(call, call.function(torch.mean, call.x, axes, bool(call.get("keepdim"))), math.prod(counts))
+
+
+def _axes(given: Any, sizes_before: tuple[Any, ...]) -> tuple[int, ...]:
+    rank = len(sizes_before)
+    every = tuple(range(rank)) if given is None or given == [] else (given,) if isinstance(given, int) else given
+    return tuple(axis % rank for axis in every)
+
+
+def _divides(module: Any, node: fx.Node) -> str | None:
+    if getattr(module, "divisor_override", None):
+        return "divisor_override has no ONNX operator; scale the result of a plain average instead."
+    return None
+
+
+OPERATORS = (
+    Operator(
+        "reshape",
+        (nn.MaxPool1d, nn.MaxPool2d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d),
+        {
+            "max_pool1d": _max_pool(nn.MaxPool1d),
+            "max_pool2d": _max_pool(nn.MaxPool2d),
+            "max_pool1d_with_indices": _first_of(_max_pool(nn.MaxPool1d)),
+            "max_pool2d_with_indices": _first_of(_max_pool(nn.MaxPool2d)),
+            "adaptive_max_pool1d": _first_of(_adaptive(nn.MaxPool1d, nn.AdaptiveMaxPool1d)),
+            "adaptive_max_pool2d": _first_of(_adaptive(nn.MaxPool2d, nn.AdaptiveMaxPool2d)),
+        },
+    ),
+    Operator(
+        "average",
+        (nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d),
+        {
+            "avg_pool1d": _avg_pool(nn.AvgPool1d),
+            "avg_pool2d": _avg_pool(nn.AvgPool2d),
+            "adaptive_avg_pool1d": _adaptive(nn.AvgPool1d, nn.AdaptiveAvgPool1d),
+            "adaptive_avg_pool2d": _adaptive(nn.AvgPool2d, nn.AdaptiveAvgPool2d),
+        },
+        problem=_divides,
+    ),
+    Operator("average", (torch.mean,), {"mean": _mean, "sum": _sum}),
+)

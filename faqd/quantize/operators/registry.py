@@ -1,0 +1,33 @@
+"""All rows of operators, joined: what the quantizer knows, by what it meets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from faqd.quantize.operators import activation, arithmetic, clamp, layer, norm, pool, resize, shape
+from faqd.quantize.operators.row import Operator, Rule
+
+OPERATORS: tuple[Operator, ...] = (
+    *layer.OPERATORS,
+    *norm.OPERATORS,
+    *activation.OPERATORS,
+    *clamp.OPERATORS,
+    *arithmetic.OPERATORS,
+    *pool.OPERATORS,
+    *resize.OPERATORS,
+    *shape.OPERATORS,
+)
+RULES: dict[str, Rule] = {name: rule for row in OPERATORS for name, rule in row.spellings.items()} | shape.HELPERS
+"""The base name of an operator of torch's -> what it is in the quantizer's terms."""
+_MODULES = tuple((kind, row) for row in OPERATORS for kind in row.kinds if isinstance(kind, type))
+_FUNCTIONS = {kind: row for row in OPERATORS for kind in row.kinds if not isinstance(kind, type)}
+NEVER_NEGATIVE: tuple[type, ...] = tuple(kind for row in OPERATORS if row.never_negative for kind in row.kinds)
+
+
+def of_module(module: Any) -> Operator | None:
+    """The row of a module, or of the kind that it is made of; None for one that no row knows."""
+    return next((row for kind, row in _MODULES if isinstance(module, kind)), None)
+
+
+def of_function(function: Any) -> Operator | None:
+    return _FUNCTIONS.get(function)

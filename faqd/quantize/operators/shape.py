@@ -1,0 +1,295 @@
+"""Moves: operators that only move or drop values, join them, or pad with zeros. Codes pass through them unchanged."""
+
+from __future__ import annotations
+
+import operator
+import sys
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from faqd.quantize.operators.arithmetic import Stacked
+from faqd.quantize.operators.row import Call, Operator, Pieces, Rule, is_number, sizes
+
+
+class Constant(nn.Module):
+    """The same for every image, whatever it shows: `value` (1, ...), or without a batch, once for each image of x."""
+
+    value: Tensor
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        if isinstance(value, nn.Parameter):
+            self.value = value
+        else:
+            self.register_buffer("value", value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.value.expand(x.shape[0], *self.value.shape[1:])
+
+
+class Part(nn.Module):
+    """One piece of what chunk or split returns: `start` up to `end` of `axis`."""
+
+    def __init__(self, axis: int, start: int, end: int) -> None:
+        super().__init__()
+        self.axis, self.start, self.end = axis, start, end
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.narrow(self.axis, self.start, self.end - self.start)
+
+
+class Reshape(nn.Module):
+    """Other axes for the same values. sizes: with -1 where they depend on how many images there are."""
+
+    def __init__(self, sizes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.sizes = sizes
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape(self.sizes)
+
+    def extra_repr(self) -> str:
+        return str(self.sizes)
+
+
+class Pad(nn.Module):
+    """F.pad. widths: two for each axis, the last axis first. mode: constant, reflect, replicate or circular."""
+
+    def __init__(self, widths: tuple[int, ...], mode: str, value: float) -> None:
+        super().__init__()
+        self.widths, self.mode, self.value = widths, mode, value
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x, self.widths, self.mode, self.value if self.mode == "constant" else None)
+
+    def extra_repr(self) -> str:
+        return f"{self.widths}, {self.mode}, {self.value:g}"
+
+
+def _reshape(call: Call) -> Any:
+    wanted = tuple(size if is_number(size) else -1 for size in call.after)
+    if wanted.count(-1) > 1:
+        return None
+    return Reshape(wanted)
+
+
+def _permute(call: Call) -> Any:
+    axes = list(range(len(call.before)))
+    if call.get("dims") is not None:
+        axes = [axis % len(axes) for axis in call["dims"]]
+    elif call.get("dim0") is not None or call.get("axis0") is not None:
+        first, second = (
+            (call.get("dim0"), call.get("dim1")) if call.get("dim0") is not None else (call["axis0"], call["axis1"])
+        )
+        axes[first], axes[second] = axes[second], axes[first]
+    elif len(axes) == 2:
+        axes = [1, 0]
+    return call.function(torch.permute, call.x, tuple(axes))
+
+
+def _chunk(call: Call) -> Any:
+    pieces = [tuple(value.shape) for value in call.node.meta["val"]]
+    axis = int(call.get("dim") or 0) % len(call.before)
+    ends = [0]
+    for piece in pieces:
+        ends.append(ends[-1] + piece[axis])
+    if not all(map(is_number, ends)):
+        return None
+    return Pieces([partial(call.module, Part(axis, start, end)) for start, end in pairwise(ends)])
+
+
+def _unbind(call: Call) -> Any:
+    axis = int(call["dim"]) % len(call.before)
+    count = call.before[axis]
+    if axis == 0 or not is_number(count):
+        return None
+    return Pieces([partial(_index, call, axis, index) for index in range(count)])
+
+
+def _index(call: Call, axis: int, index: Any) -> fx.Node:
+    return call.function(operator.getitem, call.x, (*[slice(None)] * axis, index))
+
+
+def _slice(call: Call) -> Any:
+    axis = int(call["dim"]) % len(call.before)
+    start, end, step = call.get("start") or 0, call.get("end"), call.get("step") or 1
+    if isinstance(start, fx.Node) or isinstance(end, fx.Node) or isinstance(step, fx.Node):
+        return None if call.before[axis] != call.after[axis] else call.x
+    if (start == 0 and step == 1 and (end is None or end == sys.maxsize)) or (
+        is_number(call.before[axis]) and call.before[axis] == call.after[axis]
+    ):
+        return call.x
+    return _index(call, axis, slice(start or None, None if end == sys.maxsize else end, None if step == 1 else step))
+
+
+def _select(call: Call) -> Any:
+    axis, index = int(call["dim"]) % len(call.before), call["index"]
+    return _index(call, axis, index) if is_number(index) else None
+
+
+def _pad(call: Call) -> Any:
+    mode, value = call.get("mode") or "constant", call.get("value")
+    widths = call.get("pad") if call.get("pad") is not None else call["padding"]
+    return Pad(tuple(_settled(widths)), mode, 0.0 if value is None else float(value))
+
+
+def _settled(widths: Any) -> list[int]:
+    return [int(width.meta["val"]) if isinstance(width, fx.Node) else int(width) for width in widths]
+
+
+def _fixed_pad(mode: str) -> Rule:
+    return lambda call: Pad(tuple(_settled(call["padding"])), mode, 0.0)
+
+
+def _stack(call: Call) -> Any:
+    rank = len(call.after)
+    axis = int(call["dim"]) % rank
+    if call.node.users and all(_sums_over(reader, axis, rank) for reader in call.node.users):
+        return Stacked(call["tensors"])
+    wanted = [*call.after]
+    wanted[axis] = 1
+    if axis == 0 or sum(not is_number(size) for size in wanted) > 1:
+        return None
+    shape = tuple(size if is_number(size) else -1 for size in wanted)
+    return call.function(torch.cat, [call.module(Reshape(shape), each, "unsqueeze") for each in call["tensors"]], axis)
+
+
+def _sums_over(reader: fx.Node, axis: int, rank: int) -> bool:
+    given = [*reader.args[1:], *reader.kwargs.values()]
+    alone = len(given) == 1 and given[0] in ([axis], [axis - rank])
+    return reader.target in (torch.ops.aten.mean.dim, torch.ops.aten.sum.dim_IntList) and alone
+
+
+def _narrow(call: Call) -> Any:
+    axis, start, length = int(call["dim"]) % len(call.before), call["start"], call["length"]
+    return _index(call, axis, slice(start, start + length)) if is_number(start) and is_number(length) else None
+
+
+def _slice_scatter(call: Call) -> Any:
+    """x with another tensor in the place of a slice."""
+    axis, between = int(call["dim"]) % len(call.before), call["src"]
+    if sizes(between) == call.before:
+        return between
+    start, end = call.get("start") or 0, call.get("end")
+    if axis == 0 or call["step"] != 1 or not (is_number(start) and is_number(call.before[axis])):
+        return None
+    length = call.before[axis]
+    start, end, _ = slice(start, end).indices(length)
+    parts = [
+        *([call.module(Part(axis, 0, start), word="getitem")] if start else []),
+        between,
+        *([call.module(Part(axis, end, length), word="getitem")] if end < length else []),
+    ]
+    return call.function(torch.cat, parts, axis)
+
+
+def _joined(call: Call) -> tuple[list[fx.Node], int]:
+    tensors = call["tensors"]
+    return tensors, int(call.get("dim") or 0) % len(sizes(tensors[0]))
+
+
+def _size(call: Call) -> Any:
+    return call.function(torch.Tensor.size, call.x, call.get("dim"))
+
+
+def _unlike_zeros(pad: Any, node: fx.Node) -> str | None:
+    if pad.mode == "circular":
+        return "circular padding has no ONNX operator yet; use zeros, reflect or replicate."
+    if pad.value != 0:
+        return "padding with another number than zero would not lie on the grid of the padded tensor."
+    return None
+
+
+OPERATORS = (
+    Operator(
+        "concat",
+        (torch.cat,),
+        {
+            **dict.fromkeys(("cat", "concat", "concatenate"), lambda call: call.function(torch.cat, *_joined(call))),
+            "stack": _stack,
+            "slice_scatter": _slice_scatter,
+        },
+    ),
+    Operator(
+        "reshape",
+        (Reshape, torch.flatten),
+        {
+            **dict.fromkeys(
+                ("flatten", "unflatten", "view", "_unsafe_view", "reshape", "view_as", "reshape_as"), _reshape
+            ),
+            **dict.fromkeys(("squeeze", "unsqueeze"), _reshape),
+        },
+    ),
+    Operator(
+        "reshape",
+        (torch.permute,),
+        dict.fromkeys(("permute", "transpose", "t", "swapaxes", "swapdims", "numpy_T"), _permute),
+    ),
+    Operator(
+        "reshape",
+        (Part, operator.getitem),
+        {
+            **dict.fromkeys(
+                ("chunk", "split", "split_with_sizes", "tensor_split", "unsafe_chunk", "unsafe_split"), _chunk
+            ),
+            "unbind": _unbind,
+            "slice": _slice,
+            "select": _select,
+            "narrow": _narrow,
+        },
+    ),
+    Operator(
+        "reshape",
+        (Pad,),
+        {
+            **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
+            **dict.fromkeys(("reflection_pad1d", "reflection_pad2d"), _fixed_pad("reflect")),
+            **dict.fromkeys(("replication_pad1d", "replication_pad2d"), _fixed_pad("replicate")),
+        },
+        problem=_unlike_zeros,
+    ),
+    Operator(
+        "reshape",
+        (nn.ChannelShuffle,),
+        {"channel_shuffle": lambda call: nn.ChannelShuffle(call["groups"])},
+    ),
+    Operator("reshape", (nn.PixelShuffle,), {"pixel_shuffle": lambda call: nn.PixelShuffle(call["upscale_factor"])}),
+    Operator(
+        "reshape", (nn.PixelUnshuffle,), {"pixel_unshuffle": lambda call: nn.PixelUnshuffle(call["downscale_factor"])}
+    ),
+    Operator("reshape", (nn.Identity,)),
+    Operator("constant", (Constant,)),
+)
+
+
+def _type_as(call: Call) -> fx.Node:
+    """Of the other tensor, nothing but its type is read."""
+    return call.function(Tensor.to, call.x, call.node.meta["val"].dtype)
+
+
+def _filled(call: Call) -> Any:
+    """A tensor of one number, of which another tensor says the type, and the sizes if it is not told them."""
+    if not all(map(is_number, call.after)):
+        return None
+    names = {"new_zeros": 0.0, "zeros_like": 0.0, "new_ones": 1.0, "ones_like": 1.0}
+    value = next((number for name, number in names.items() if name in call.name), call.get("fill_value"))
+    kind = call.node.meta["val"]
+    return call.function(torch.full, tuple(call.after), value, dtype=kind.dtype, device=kind.device)
+
+
+HELPERS: dict[str, Rule] = {
+    "type_as": _type_as,
+    **dict.fromkeys(("new_full", "new_zeros", "new_ones", "full_like", "zeros_like", "ones_like"), _filled),
+    "expand": lambda call: call.function(Tensor.expand, call.x, *call["size"]),
+    "expand_as": lambda call: call.function(Tensor.expand_as, call.x, call["other"]),
+    "broadcast_to": lambda call: call.function(Tensor.expand, call.x, *call["size"]),
+    "repeat": lambda call: call.function(Tensor.repeat, call.x, *call["repeats"]),
+    "copy": lambda call: call["src"] if sizes(call["src"]) == call.after else None,
+    "sym_size": _size,
+}
+"""What is nothing to the quantizer by itself, but to what reads it."""
