@@ -88,7 +88,7 @@ def export(
 
 
 @cli.command()
-@click.option("--teacher", required=True, metavar="RUN|FILE.py:callable", help="Quantize this float network.")
+@click.option("--teacher", required=True, metavar="RUN|FILE.py:callable|FILE.pt2", help="Quantize this float network.")
 @click.option("--teacher-weights", type=_folder, help="Read its weights from a .safetensors, .pt or .pth file.")
 @click.option("--weight-bits", type=int, default=8, show_default=True, help="Give weights 1 to 8 bits.")
 @click.option("--act-bits", type=int, default=8, show_default=True, help="Give activations 1 to 8 bits.")

@@ -113,7 +113,9 @@ _teacher_weights = click.option(
 
 @cli.command()
 @click.option("--recipe", default="default", show_default=True, help="Set everything; `recipes` lists them.")
-@click.option("--teacher", required=True, metavar="RUN|FILE.py:callable", help="Learn from this float network.")
+@click.option(
+    "--teacher", required=True, metavar="RUN|FILE.py:callable|FILE.pt2", help="Learn from this float network."
+)
 @_teacher_weights
 @_arch("Train this network, of the zoo or your own, instead of the teacher's.")
 @click.option("--init", metavar="teacher|scratch|RUN", help="Start the student from these weights.")
@@ -253,7 +255,7 @@ def recipes(json_target: str | None) -> None:
 
 
 @cli.command()
-@click.option("--teacher", required=True, metavar="RUN|FILE.py:callable", help="Look at this network.")
+@click.option("--teacher", required=True, metavar="RUN|FILE.py:callable|FILE.pt2", help="Look at this network.")
 @_teacher_weights
 @_arch("Look at this student of it instead, of the zoo or your own.")
 @click.option("--weight-bits", type=int, default=8, show_default=True, help="Give weights 1 to 8 bits.")

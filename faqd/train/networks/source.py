@@ -16,13 +16,15 @@ from torch import Tensor, nn
 
 from faqd.errors import UserError, first_line
 from faqd.files import sha256, written_beside
+from faqd.train.networks.program_file import SUFFIX, read_program
 from faqd.train.networks.user_code import users_function, users_network
 from faqd.train.networks.zoo import build_architecture, check_architecture
 
 
 @dataclass(frozen=True)
 class NetworkSource:
-    """Either `architecture` from the zoo, or `file` and `callable` of the user's with the file's SHA-256.
+    """Either `architecture` from the zoo, or `file` and `callable` of the user's with the file's SHA-256; a file that
+    holds the network itself (torch.export.save) has no callable.
 
     channels, pixels: of the input. classes: width of the classifier, 0 for a user's own network, which knows it.
     """
@@ -37,7 +39,10 @@ class NetworkSource:
 
     @property
     def name(self) -> str:
-        return self.architecture or f"{Path(str(self.file)).name}:{self.callable}"
+        if self.architecture is not None:
+            return self.architecture
+        file = Path(str(self.file)).name
+        return file if self.callable is None else f"{file}:{self.callable}"
 
     def build(self) -> nn.Module:
         """A freshly initialised network; UserError if the user's file changed since the run, or fails."""
@@ -51,6 +56,8 @@ class NetworkSource:
                 f"{path}: changed since the run was made (SHA-256 differs). Code is only imported unchanged: restore "
                 "the file, or distil again with the new one."
             )
+        if self.callable is None:
+            return read_program(path)
         return users_network(path, str(self.callable), str(self.sha256), self.example())
 
     def example(self, batch: int = 2) -> Tensor:
@@ -66,8 +73,13 @@ class NetworkSource:
 
 
 def is_users(spec: str) -> bool:
-    """Whether `spec` has the form FILE.py:callable."""
-    return spec.rpartition(":")[0].endswith(".py")
+    """Whether `spec` has the form FILE.py:callable or FILE.pt2."""
+    return spec.rpartition(":")[0].endswith(".py") or is_program(spec)
+
+
+def is_program(spec: str) -> bool:
+    """Whether `spec` has the form FILE.pt2: a network with its weights."""
+    return spec.endswith(SUFFIX)
 
 
 def architecture_source(arch: str, channels: int, pixels: tuple[int, int], classes: int) -> NetworkSource:
@@ -82,11 +94,18 @@ def architecture_source(arch: str, channels: int, pixels: tuple[int, int], class
 
 
 def user_source(spec: str, channels: int, pixels: tuple[int, int], option: str = "--teacher") -> NetworkSource:
-    """The source that `FILE.py:callable` names. option: where the name was given, for messages."""
+    """The source that `FILE.py:callable` or `FILE.pt2` names. option: where the name was given, for messages."""
+    if is_program(spec):
+        path = Path(spec)
+        if not path.is_file():
+            raise UserError(f"{path}: no such file (from {option} {spec}).")
+        return NetworkSource(channels, pixels, 0, file=str(path.resolve()), sha256=sha256(path))
     file, _, name = spec.rpartition(":")
     path = Path(file)
     if not is_users(spec) or not name.isidentifier():
-        raise UserError(f"{option} {spec}: expected {'a run folder, or ' * (option == '--teacher')}FILE.py:callable.")
+        raise UserError(
+            f"{option} {spec}: expected {'a run folder, ' * (option == '--teacher')}FILE.py:callable or FILE.pt2."
+        )
     if not path.is_file():
         raise UserError(f"{path}: no such file (from {option} {spec}); expected FILE.py:callable.")
     return NetworkSource(channels, pixels, 0, file=str(path.resolve()), callable=name, sha256=sha256(path))
@@ -94,6 +113,8 @@ def user_source(spec: str, channels: int, pixels: tuple[int, int], option: str =
 
 def user_function(spec: str, option: str) -> Callable[..., Any]:
     """The function that `FILE.py:function` names; what it raises comes as a UserError with its line."""
+    if is_program(spec):
+        raise UserError(f"{option} {spec}: expected FILE.py:function.")
     source = user_source(spec, 0, (0, 0), option)
     return users_function(Path(str(source.file)), str(source.callable), str(source.sha256), f"{option} {spec}")
 

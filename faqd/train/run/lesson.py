@@ -16,7 +16,7 @@ from faqd.quantize.outputs import named_outputs
 from faqd.train.data.datasets import DataOptions, Dataset, Say, load_dataset
 from faqd.train.data.doubts import question_images, question_teacher
 from faqd.train.networks.load_weights import load_weights
-from faqd.train.networks.source import NetworkSource, is_users, user_source
+from faqd.train.networks.source import NetworkSource, is_program, is_users, user_source
 from faqd.train.run.folder import data_options, finished, load_teacher, run_preprocess
 
 NEUTRAL = {"mean": 0.0, "std": 1.0}
@@ -44,7 +44,7 @@ class Lesson:
 def lesson_from(
     spec: str, weights: Path | None, data: dict[str, Any], *, with_labels: bool = False, say: Say = lambda _: None
 ) -> Lesson:
-    """The lesson of a command: `spec` is a finished run, or FILE.py:callable with `weights`.
+    """The lesson of a command: `spec` is a finished run, FILE.py:callable with `weights`, or FILE.pt2.
 
     data: fields of DataOptions, None where the command line is silent; a run then says with what images and what
     preprocessing it was trained. UserError says what is missing, or where the two contradict each other.
@@ -65,8 +65,8 @@ def _is_run(spec: str, weights: Path | None) -> bool:
     if Path(spec).is_dir():
         return True
     if not is_users(spec):
-        raise UserError(f"--teacher {spec}: no such run folder, and not FILE.py:callable.")
-    if weights is None:
+        raise UserError(f"--teacher {spec}: no such run folder, and neither FILE.py:callable nor FILE.pt2.")
+    if weights is None and not is_program(spec):
         raise UserError(f"--teacher {spec}: needs --teacher-weights FILE, the trained weights of that network.")
     user_source(spec, 1, (1, 1))  # refuses a wrong name before images are read
     return False
@@ -120,10 +120,11 @@ def _listed(value: Any) -> str:
 
 
 def _users_teacher(spec: str, weights: Path | None, dataset: Dataset, say: Say) -> Teacher:
-    assert weights is not None
     _, height, width, channels = dataset.train.images.shape
     source = user_source(spec, channels, (height, width))
     network = source.build()
+    if weights is None:  # they are in the same file
+        return Teacher(network.eval(), source, str(source.sha256))
     load_weights(network, weights, say)
     return Teacher(network.eval(), source, sha256(weights))
 
