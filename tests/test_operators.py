@@ -15,8 +15,8 @@ from faqd.deploy.export.torch_to_onnx import onnx_from_deployed
 from faqd.deploy.verify.layers import verify_file
 from faqd.deploy.verify.torch_values import torch_digests
 from faqd.quantize import nodes
+from faqd.quantize.capture.aten import base_name
 from faqd.quantize.capture.capture import capture
-from faqd.quantize.capture.translate import base_name
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.convert import collect_output_scales, convert
 from faqd.quantize.operators.registry import OPERATORS, RULES

@@ -260,6 +260,8 @@ TAKEN: dict[str, Callable[[], nn.Module]] = {
     "a function of any number of maps": Variadic,
     "written through a view": form(written_through_a_view),
     "in place before a shortcut": form(lambda x: F.relu(x, inplace=True) + x),
+    "written over a copy": form(lambda x: x.clone().relu_() + x),
+    "written over what dropout gave": form(lambda x: F.dropout(x, 0.5, False).clamp_(0, 4) + x),
     "mean of a stack": form(lambda x: torch.stack([x.relu(), x, x.sigmoid()]).mean(0)),
     "shaped by isinstance": form(lambda x: x.relu() if isinstance(x, Tensor) else x),
     "under no_grad and autocast that is off": form(without_either),
@@ -338,6 +340,10 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "half in the middle": (form(lambda x: (x.relu().half() * 2).float()), "another type of numbers in the middle"),
     "dropout that stays on": (form(lambda x: F.dropout(x, 0.5)), "draws random numbers in evaluation mode"),
     "no function of tensors": (form(lambda x: x + int(x[0, 0, 0, 0] * 0)), "control flow that depends on values"),
+    "a way that values choose": (
+        form(lambda x: torch.cond(x.sum() > 0, lambda y: y.sin(), lambda y: y.cos(), (x,))),
+        "cond chooses what to compute by values",
+    ),
     "a test on values": (form(lambda x: x if x.sum() > 0 else x.relu()), "asks for values of a tensor"),
     "a test on how many images": (form(lambda x: x if x.shape[0] > 1 else x.relu()), "or on the number of images"),
 }

@@ -19,7 +19,8 @@ from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_unflatten
 
 from faqd.errors import UserError, first_line
-from faqd.quantize.capture.translate import Translation, views_are_written, word_of
+from faqd.quantize.capture.aten import views_are_written, word_of
+from faqd.quantize.capture.translate import Translation
 from faqd.quantize.nodes import innermost
 from faqd.quantize.outputs import is_named_tuple
 

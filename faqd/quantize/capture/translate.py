@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 
-from faqd.quantize.nodes import PART_OF, unused
+from faqd.errors import UserError
+from faqd.quantize.capture.aten import ASSERTIONS, COPIES, base_name, is_idle, word_of, writes_over_input
+from faqd.quantize.nodes import PART_OF, line_of_code, unused
 from faqd.quantize.operators.registry import RULES
 from faqd.quantize.operators.row import Call, Pieces
 
@@ -34,6 +36,7 @@ class Translation:
         self.held: dict[fx.Node, Tensor] = {}
         self._paths: dict[fx.Node, str] = {}
         self._value: dict[fx.Node, Any] = {}
+        self._memory: dict[fx.Node, fx.Node] = {}
         self._made: dict[tuple[Any, ...], str] = {}
         self._put_at: set[str] = set()
         self._reader: fx.Node | None = None
@@ -44,8 +47,8 @@ class Translation:
         for name in program.state_dict():  # in the user's order, which is that of the state dict
             self._container(name.removeprefix(prefix).rpartition(".")[0])
         operators = (node for node in program.graph.nodes if isinstance(node.target, OpOverload))
-        calls = [key for node in operators if not _is_idle(node) if (key := _innermost(node)) is not None]
-        self._alone = {key for key in calls if calls.count(key) == 1}
+        calls = Counter(_innermost(node) for node in operators if not is_idle(node))
+        self._alone = {key for key, count in calls.items() if key is not None and count == 1}
 
     def run(self, returned: Callable[[list[Any]], Any]) -> fx.GraphModule:
         """The graph with its modules. returned: what the user's forward makes of the list of its outputs."""
@@ -100,11 +103,11 @@ class Translation:
             self._value[node] = self.call_function(node, node.target, args, kwargs)  # type: ignore[arg-type]
             return
         name = base_name(node.target)
-        if name in _ASSERTIONS:
+        if name in ASSERTIONS:
             return
         rule = RULES.get(name)
         made = None
-        if _is_idle(node):
+        if is_idle(node):
             made = args[0]
         elif rule is not None:
             call = Call(self, node, args, kwargs)
@@ -114,8 +117,13 @@ class Translation:
         if made is None:
             made = self._unknown(node, args, kwargs)
         self._value[node] = made
+        written = node.args[0] if node.args else None
+        if isinstance(written, fx.Node) and (writes_over_input(node) or (is_idle(node) and name not in COPIES)):
+            self._memory[node] = self._memory.get(written, written)
         if writes_over_input(node):
-            self._replace(args[0], made)
+            for other in (*self._value,):  # whatever reads that memory from here on reads what was written
+                if self._memory.get(other, other) is self._memory[node]:
+                    self._value[other] = made
 
     @contextmanager
     def named(self, word: str | None = None, reader: fx.Node | None = None) -> Iterator[None]:
@@ -127,31 +135,31 @@ class Translation:
         finally:
             self._other_word, self._reader = before
 
-    def _replace(self, old: Any, new: Any) -> None:
-        """Let whatever reads `old` from here on read `new`, which was written over it."""
-        for node, value in self._value.items():
-            if value is old:
-                self._value[node] = new
-
     def _unknown(self, node: fx.Node, args: Any, kwargs: Any) -> fx.Node:
         target: Any = node.target
         if writes_over_input(node):
-            target = getattr(getattr(torch.ops.aten, base_name(target)), target._overloadname)
+            target = getattr(getattr(torch.ops.aten, base_name(target), None), target._overloadname, target)
         user = self._users.get(self._place(node))
         alone = (
             _innermost(node) in self._alone
             and len([a for a in args if isinstance(a, fx.Node) and a not in self.held]) == 1
         )
-        if user is not None and alone and is_torchs(user):
+        if user is not None and alone and _is_torchs_own(user):
             module = copy.copy(user)
             module._parameters, module._buffers = dict(user._parameters), dict(user._buffers)
             module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
-            tensors = [a for a in tree_leaves_of(args, kwargs) if a in self.held]
+            tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, fx.Node) and a in self.held]
             return self.call_module(node, module, args[0], tensors)
         return self.call_function(node, target, args, kwargs)
 
     def _block(self, node: fx.Node) -> Any:
         """What a block of the user's forward returns that torch keeps apart, such as one of torch.no_grad."""
+        name = str(node.target)
+        if not name.startswith("wrap_with"):
+            raise UserError(
+                f"{self._place(node) or name}{line_of_code(node)}: {name} chooses what to compute by values; what is "
+                "deployed computes the same for every image."
+            )
         block = next(
             self._value[a] for a in node.args if isinstance(a, fx.Node) and isinstance(self._value[a], nn.Module)
         )
@@ -190,7 +198,7 @@ class Translation:
         stack = self._stack(node)
         torchs = (place for place, kind in stack.items() if place and _is_torchs_kind(kind))
         whole = next(torchs, next(reversed(stack), ""))
-        if whole in self._leaves or (whole in self._users and is_torchs(self._users[whole])):
+        if whole in self._leaves or (whole in self._users and _is_torchs_own(self._users[whole])):
             new.meta[PART_OF] = whole
         node = self._reader or node
         new.meta["val"] = node.meta.get("val")
@@ -308,85 +316,11 @@ def _itself(value: Any) -> Any:
     return value
 
 
-def word_of(node: fx.Node) -> str:
-    """What the function that `node` calls is called in Python."""
-    word = (
-        base_name(node.target) if isinstance(node.target, OpOverload) else getattr(node.target, "__name__", node.name)
-    )
-    return _WORDS.get(word, word).strip("_")
-
-
-_WORDS = {
-    **dict.fromkeys(("upsample_nearest2d", "upsample_bilinear2d", "upsample_nearest1d"), "interpolate"),
-    **dict.fromkeys(("slice", "select"), "getitem"),
-    "sym_size": "size",
-}
-_ASSERTIONS = (
-    "_assert_tensor_metadata",
-    "_assert_scalar",
-    "_assert_async",
-    "sym_constrain_range",
-    "sym_constrain_range_for_size",
-)
-
-
-def tree_leaves_of(args: Any, kwargs: Any) -> list[fx.Node]:
-    found: list[fx.Node] = []
-    fx.node.map_arg((args, kwargs), lambda node: found.append(node))
-    return found
-
-
-def base_name(target: OpOverload) -> str:
-    """The operator's name without its namespace, its overload and the mark of writing over its input."""
-    name = target._schema.name.partition("::")[2]
-    return name.removesuffix("_") if target._schema.is_mutable else name
-
-
-def writes_over_input(node: fx.Node) -> bool:
-    target = node.target
-    return isinstance(target, OpOverload) and target._schema.is_mutable and target._schema.name.endswith("_")
-
-
-def is_torchs(module: nn.Module) -> bool:
-    """Whether a module is one of torch's own kinds, which is one operator and no container."""
+def _is_torchs_own(module: nn.Module) -> bool:
+    """Whether a module is one of torch's kinds, which is one operator and no container."""
     return type(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.Sequential)
 
 
 def _innermost(node: fx.Node) -> str | None:
     """The key of the call of the innermost module, which is another one for each call."""
     return next(reversed(node.meta.get("nn_module_stack") or {}), None)
-
-
-_IDLE = (
-    *("alias", "clone", "contiguous", "detach", "lift_fresh", "lift_fresh_copy", "positive", "view_of"),
-    *("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"),
-)
-_CASTS = ("to", "type_as", "_to_copy", "_conj", "resolve_conj", "resolve_neg")
-
-
-def _is_idle(node: fx.Node) -> bool:
-    """Whether nothing but memory comes of an operator in evaluation mode."""
-    assert isinstance(node.target, OpOverload)
-    name = base_name(node.target)
-    if name in _IDLE or name in _ASSERTIONS:
-        return True
-    if name not in _CASTS or not isinstance(node.args[0], fx.Node):
-        return False
-    before, after = node.args[0].meta.get("val"), node.meta.get("val")
-    return isinstance(before, Tensor) and isinstance(after, Tensor) and before.dtype == after.dtype
-
-
-def views_are_written(program: fx.Graph) -> bool:
-    """Whether an operator writes over what another node sees through a view: no graph without memory can say that."""
-    views = {node for node in program.nodes if isinstance(node.target, OpOverload) and _is_view(node.target)}
-    for node in program.nodes:
-        if writes_over_input(node) and not _is_idle(node):
-            written = node.args[0]
-            if written in views or any(reader in views for reader in written.users):
-                return True
-    return False
-
-
-def _is_view(target: OpOverload) -> bool:
-    results = target._schema.returns
-    return any(result.alias_info is not None and not result.alias_info.is_write for result in results)

@@ -8,7 +8,7 @@ from torch import fx, nn
 
 from faqd.errors import UserError
 from faqd.quantize import nodes
-from faqd.quantize.capture.translate import word_of
+from faqd.quantize.capture.aten import word_of
 from faqd.quantize.operators.norm import NO_STATISTICS
 
 KNOWN = (
