@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from faqd.quantize.operators.activation import CURVES, GELU_CUBE, GELU_FACTOR, ROOT_HALF, SIXTH, Curve
+from faqd.quantize.operators.activation import CURVES, Curve
 from faqd.quantize.operators.clamp import Clamp
 from faqd.quantize.operators.resize import Bilinear, Interpolate, Nearest
 from faqd.quantize.operators.shape import Part, Reshape
@@ -54,43 +54,20 @@ class _ClampTwin(nn.Module):
 
 
 class _CurveTwin(nn.Module):
-    """An activation in the order of faqd/quantize/operators/activation.py."""
+    """An activation in the order of its formula."""
 
     def __init__(self, curve: Curve) -> None:
         super().__init__()
-        self.kind, self.slope = curve.kind, curve.slope
-        if isinstance(self.slope, Tensor):
-            self.register_buffer("slopes", self.slope)
-        for name, value in _CURVE_NUMBERS.get(self.kind, {}).items():
+        self.curve = curve
+        for name, value in curve.formula.constants.items():
             self.register_buffer(f"number_{name}", torch.tensor(value))
 
     def forward(self, x: Tensor) -> Tensor:
         def on(operator: str, *inputs: Tensor, **attributes: Any) -> Tensor:
             return emit(operator, inputs, x, torch.float32, **attributes)
 
-        if self.kind == "leakyrelu":
-            return on("LeakyRelu", x, alpha=self.slope)
-        if self.kind == "prelu":
-            return on("PRelu", x, self.get_buffer("slopes"))
-        if self.kind == "silu":
-            return on("Mul", x, on("Sigmoid", x))
-        if self.kind == "hardsigmoid":
-            return on("HardSigmoid", x, alpha=SIXTH, beta=0.5)
-        if self.kind in ("sigmoid", "tanh", "hardswish"):
-            return on({"sigmoid": "Sigmoid", "tanh": "Tanh", "hardswish": "HardSwish"}[self.kind], x)
-        numbers = {name.removeprefix("number_"): value for name, value in self.named_buffers()}
-        if self.kind == "gelu":
-            inner = on("Erf", on("Mul", x, numbers["root_half"]))
-        else:
-            cube = on("Mul", on("Mul", on("Mul", x, x), x), numbers["cube"])
-            inner = on("Tanh", on("Mul", on("Add", cube, x), numbers["factor"]))
-        return on("Mul", on("Mul", x, on("Add", inner, numbers["one"])), numbers["half"])
-
-
-_CURVE_NUMBERS = {
-    "gelu": {"root_half": ROOT_HALF, "one": 1.0, "half": 0.5},
-    "gelu-tanh": {"cube": GELU_CUBE, "factor": GELU_FACTOR, "one": 1.0, "half": 0.5},
-}
+        constants = {name: self.get_buffer(f"number_{name}") for name in self.curve.formula.constants}
+        return self.curve.formula.file(on, x, self.curve, constants)
 
 
 class _SliceTwin(nn.Module):

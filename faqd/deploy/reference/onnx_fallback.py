@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 from onnx.reference import ReferenceEvaluator
 
+from faqd.deploy.reference import activation
 from faqd.reference import real
 
 _NAMES = """
@@ -21,7 +22,8 @@ _NAMES = """
     ReduceMax ReduceMin ReduceSum ReduceL1 ReduceL2 ReduceProd
     Equal Greater GreaterOrEqual Less LessOrEqual And Or Not Where GridSample
 """
-FLOAT_OPERATORS = frozenset(_NAMES.split())
+FLOAT_OPERATORS = frozenset(_NAMES.split()) - activation.OPERATORS.keys()
+"""Without what has an arithmetic of its own."""
 
 
 def computed_in_float(node: onnx.NodeProto, operands: list[Any], opsets: Any) -> tuple[Any, ...]:

@@ -12,41 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from faqd.exact_math import erf, sigmoid, tanh
+from faqd.deploy.reference import activation
 from faqd.reference import Array, Grid, moved, real
 
 Value = Any
 Attributes = dict[str, Any]
 WHOLE = 1e-6
 """How far from a whole size, relative to it, a float32 scale may lead."""
-
-
-def _leaky_relu(operands: list[Value], attributes: Attributes) -> Value:
-    x = real(operands[0])
-    return np.where(x >= 0, x, x * attributes.get("alpha", _float32(0.01)))
-
-
-def _prelu(operands: list[Value], attributes: Attributes) -> Value:
-    x, slope = map(real, operands)
-    return np.where(x >= 0, x, x * slope)
-
-
-def _float32(number: float) -> float:
-    return float(np.float32(number))
-
-
-def _hard_sigmoid(operands: list[Value], attributes: Attributes) -> Value:
-    return _hard(real(operands[0]), attributes.get("alpha", _float32(0.2)), attributes.get("beta", 0.5))
-
-
-def _hard_swish(operands: list[Value], attributes: Attributes) -> Value:
-    x = real(operands[0])
-    return x * _hard(x, _float32(1 / 6), 0.5)
-
-
-def _hard(x: Array, alpha: float, beta: float) -> Array:
-    limited: Array = np.clip(x * alpha + beta, 0.0, 1.0)
-    return limited
 
 
 # Resizing ---------------------------------------------------------------------------------------------------------
@@ -202,13 +174,7 @@ def _expand(operands: list[Value], attributes: Attributes) -> Value:
 
 
 OPERATORS: dict[str, Callable[[list[Value], Attributes], Value]] = {
-    "LeakyRelu": _leaky_relu,
-    "PRelu": _prelu,
-    "Sigmoid": lambda operands, _: sigmoid(real(operands[0])),
-    "Tanh": lambda operands, _: tanh(real(operands[0])),
-    "Erf": lambda operands, _: erf(real(operands[0])),
-    "HardSigmoid": _hard_sigmoid,
-    "HardSwish": _hard_swish,
+    **activation.OPERATORS,
     "Resize": _resize,
     "Split": _split,
     "Slice": _slice,

@@ -61,7 +61,7 @@ def _makes_no_negative(network: fx.GraphModule, node: fx.Node) -> bool:
     if isinstance(module, Requantize):
         return not module.quant.signed
     if isinstance(module, Curve):
-        return module.kind in ("sigmoid", "hardsigmoid")
+        return module.never_negative
     return module.low >= 0 if isinstance(module, Clamp) else nodes.role(network, node) == "rectify"
 
 
@@ -96,8 +96,8 @@ def _rounding(name: str, rounding: Requantize, nonnegative: bool, flavour: Flavo
 def _numbers(module: torch.nn.Module) -> dict[str, Tensor]:
     if isinstance(module, ChannelAffine):
         return {"factor": module.factor, "offset": module.offset}
-    if isinstance(module, Curve) and isinstance(module.slope, Tensor):
-        return {"slope": module.slope}
+    if isinstance(module, Curve):
+        return dict(module.named_buffers())
     if isinstance(module, COMPUTE):
         return {name: values.detach() for name, values in module.named_parameters()}
     return {}

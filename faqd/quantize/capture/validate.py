@@ -9,12 +9,13 @@ from torch import fx, nn
 from faqd.errors import UserError
 from faqd.quantize import nodes
 from faqd.quantize.capture.aten import word_of
+from faqd.quantize.operators.activation import CURVES
 from faqd.quantize.operators.norm import NO_STATISTICS
 
 KNOWN = (
-    "convolution, linear, batch norm, ReLU and its limited kin, LeakyReLU, PReLU, SiLU, Hardswish, Sigmoid, "
-    "Hardsigmoid, GELU, Tanh, pooling, resizing (nearest, bilinear), sums and products of two tensors or with a number "
-    "or a parameter, concatenation, splitting, shuffling, reshaping and dropout"
+    f"convolution, linear, batch norm, ReLU and its limited kin, {', '.join(kind.__name__ for kind in CURVES)}, "
+    "pooling, resizing (nearest, bilinear), sums and products of two tensors or with a number or a parameter, "
+    "concatenation, splitting, shuffling, reshaping and dropout"
 )
 
 

@@ -6,6 +6,8 @@ functions in numpy (faqd/exact_math.py); the steps are the same IEEE operations,
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,53 +17,115 @@ from torch import Tensor, nn
 from faqd.quantize.operators.exact_math import erf, sigmoid, tanh
 from faqd.quantize.operators.row import Call, Operator, parameter
 
-SIXTH = float(np.float32(1 / 6))
-ROOT_HALF = float(np.float32(0.5**0.5))
-GELU_CUBE = float(np.float32(0.044715))
-GELU_FACTOR = float(np.float32((2 / np.pi) ** 0.5))
+
+def float32(number: float) -> float:
+    """The number as it stands in the file."""
+    return float(np.float32(number))
+
+
+SIXTH = float32(1 / 6)
+ROOT_HALF = float32(0.5**0.5)
+GELU_CUBE = float32(0.044715)
+GELU_FACTOR = float32((2 / np.pi) ** 0.5)
 
 
 class Curve(nn.Module):
-    """An activation. kind: the torch class in lower case, `gelu-tanh` for that approximation.
+    """An activation of the user's as the file has it, on float64 values. dimensions: of its input.
 
-    dimensions: of the input of a prelu, whose slopes meet its channels. slope: of leakyrelu a number, of prelu a
-    tensor; float32 values.
+    It has the numbers of its formula as attributes, float32 values: of a leaky ReLU the `slope`, of a PReLU a tensor of
+    them that meets the channels.
     """
 
-    slope: float | Tensor
+    slope: Any
 
     def __init__(self, module: Any, dimensions: int = 4) -> None:
         super().__init__()
-        self.kind = type(module).__name__.lower()
-        if self.kind == "gelu" and module.approximate == "tanh":
-            self.kind = "gelu-tanh"
-        if isinstance(module, nn.PReLU):
-            slopes = module.weight.detach().float()
-            self.register_buffer("slope", slopes.reshape(-1, *[1] * (dimensions - 2)))
-        else:
-            self.slope = float(np.float32(getattr(module, "negative_slope", 0.0)))
+        row = next(row for row in OPERATORS if row.role == "curve" and isinstance(module, row.kinds))
+        assert row.formula is not None
+        self.formula: Formula = row.formula(module)
+        self.never_negative = row.never_negative
+        for name, value in self.formula.numbers(module, dimensions).items():
+            if isinstance(value, Tensor):
+                self.register_buffer(name, value)
+            else:
+                setattr(self, name, value)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.kind in ("leakyrelu", "prelu"):
-            return torch.where(x >= 0, x, x * self.slope)
-        if self.kind == "sigmoid":
-            return sigmoid(x)
-        if self.kind == "tanh":
-            return tanh(x)
-        if self.kind == "silu":
-            return x * sigmoid(x)
-        if self.kind == "hardsigmoid":
-            return _hard_sigmoid(x)
-        if self.kind == "hardswish":
-            return x * _hard_sigmoid(x)
-        if self.kind == "gelu":
-            return x * (erf(x * ROOT_HALF) + 1.0) * 0.5
-        inner = (x * x * x * GELU_CUBE + x) * GELU_FACTOR
-        return x * (tanh(inner) + 1.0) * 0.5
+        return self.formula.exact(x, self)
+
+
+On = Callable[..., Tensor]
+"""Writes an operator of the file: on(ONNX operator, *inputs, **attributes)."""
+
+
+def _none(module: Any, dimensions: int) -> dict[str, float | Tensor]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Formula:
+    """What an activation computes, in one order of operations: `exact` of (x, curve) in float64, `file` of (on, x,
+    curve, constants) in ONNX. numbers: of (the user's module, dimensions), by name. constants: that stand in the file.
+    """
+
+    exact: Callable[[Tensor, Any], Tensor]
+    file: Callable[[On, Tensor, Any, Any], Tensor]
+    numbers: Callable[[Any, int], dict[str, float | Tensor]] = _none
+    constants: dict[str, float] = field(default_factory=dict)
+
+    def __call__(self, module: Any) -> Formula:
+        """The formula of a module, where it does not depend on how that was set up."""
+        return self
+
+
+def _one(operator: str, **attributes: float) -> Callable[..., Tensor]:
+    """An activation that is one operator of ONNX."""
+    return lambda on, x, curve, constants: on(operator, x, **attributes)
+
+
+def _rectified(x: Tensor, curve: Any) -> Tensor:
+    return torch.where(x >= 0, x, x * curve.slope)
+
+
+def _slope(module: Any, dimensions: int) -> dict[str, float | Tensor]:
+    return {"slope": float32(module.negative_slope)}
+
+
+def _slopes(module: Any, dimensions: int) -> dict[str, float | Tensor]:
+    return {"slope": module.weight.detach().float().reshape(-1, *[1] * (dimensions - 2))}
 
 
 def _hard_sigmoid(x: Tensor) -> Tensor:
     return (x * SIXTH + 0.5).clamp(0, 1)
+
+
+def _gelu(module: Any) -> Formula:
+    return _GELU_TANH if module.approximate == "tanh" else _GELU
+
+
+def _half_of(on: On, x: Tensor, inner: Tensor, constants: Any) -> Tensor:
+    return on("Mul", on("Mul", x, on("Add", inner, constants["one"])), constants["half"])
+
+
+def _gelu_file(on: On, x: Tensor, curve: Any, constants: Any) -> Tensor:
+    return _half_of(on, x, on("Erf", on("Mul", x, constants["root_half"])), constants)
+
+
+def _gelu_tanh_file(on: On, x: Tensor, curve: Any, constants: Any) -> Tensor:
+    cube = on("Mul", on("Mul", on("Mul", x, x), x), constants["cube"])
+    return _half_of(on, x, on("Tanh", on("Mul", on("Add", cube, x), constants["factor"])), constants)
+
+
+_GELU = Formula(
+    lambda x, curve: x * (erf(x * ROOT_HALF) + 1.0) * 0.5,
+    _gelu_file,
+    constants={"root_half": ROOT_HALF, "one": 1.0, "half": 0.5},
+)
+_GELU_TANH = Formula(
+    lambda x, curve: x * (tanh((x * x * x * GELU_CUBE + x) * GELU_FACTOR) + 1.0) * 0.5,
+    _gelu_tanh_file,
+    constants={"cube": GELU_CUBE, "factor": GELU_FACTOR, "one": 1.0, "half": 0.5},
+)
 
 
 def _prelu(call: Call) -> Any:
@@ -75,19 +139,51 @@ def _prelu(call: Call) -> Any:
 
 OPERATORS = (
     Operator("rectify", (nn.ReLU, torch.relu_), {"relu": lambda call: nn.ReLU()}),
-    Operator("curve", (nn.LeakyReLU,), {"leaky_relu": lambda call: nn.LeakyReLU(float(call["negative_slope"]))}),
-    Operator("curve", (nn.PReLU,), {"prelu": _prelu}),
-    Operator("curve", (nn.SiLU,), {"silu": lambda call: nn.SiLU()}),
-    Operator("curve", (nn.Hardswish,), {"hardswish": lambda call: nn.Hardswish()}),
+    Operator(
+        "curve",
+        (nn.LeakyReLU,),
+        {"leaky_relu": lambda call: nn.LeakyReLU(float(call["negative_slope"]))},
+        formula=Formula(_rectified, lambda on, x, curve, _: on("LeakyRelu", x, alpha=curve.slope), _slope),
+    ),
+    Operator(
+        "curve",
+        (nn.PReLU,),
+        {"prelu": _prelu},
+        formula=Formula(_rectified, lambda on, x, curve, _: on("PRelu", x, curve.slope), _slopes),
+    ),
+    Operator(
+        "curve",
+        (nn.SiLU,),
+        {"silu": lambda call: nn.SiLU()},
+        formula=Formula(lambda x, _: x * sigmoid(x), lambda on, x, *_: on("Mul", x, on("Sigmoid", x))),
+    ),
+    Operator(
+        "curve",
+        (nn.Hardswish,),
+        {"hardswish": lambda call: nn.Hardswish()},
+        formula=Formula(lambda x, _: x * _hard_sigmoid(x), _one("HardSwish")),
+    ),
     Operator(
         "curve",
         (nn.Sigmoid,),
         dict.fromkeys(("sigmoid", "special_expit"), lambda call: nn.Sigmoid()),
         never_negative=True,
+        formula=Formula(lambda x, _: sigmoid(x), _one("Sigmoid")),
     ),
-    Operator("curve", (nn.Hardsigmoid,), {"hardsigmoid": lambda call: nn.Hardsigmoid()}, never_negative=True),
-    Operator("curve", (nn.GELU,), {"gelu": lambda call: nn.GELU(call["approximate"])}),
-    Operator("curve", (nn.Tanh,), {"tanh": lambda call: nn.Tanh()}),
+    Operator(
+        "curve",
+        (nn.Hardsigmoid,),
+        {"hardsigmoid": lambda call: nn.Hardsigmoid()},
+        never_negative=True,
+        formula=Formula(lambda x, _: _hard_sigmoid(x), _one("HardSigmoid", alpha=SIXTH, beta=0.5)),
+    ),
+    Operator("curve", (nn.GELU,), {"gelu": lambda call: nn.GELU(call["approximate"])}, formula=_gelu),
+    Operator(
+        "curve",
+        (nn.Tanh,),
+        {"tanh": lambda call: nn.Tanh()},
+        formula=Formula(lambda x, _: tanh(x), _one("Tanh")),
+    ),
 )
 CURVES: tuple[type[nn.Module], ...] = tuple(row.kinds[0] for row in OPERATORS if row.role == "curve")
 """Activations whose result has a signed 8-bit grid."""

@@ -23,7 +23,7 @@ class Operator:
 
     spellings: torch's operators that stand for it -> the rule that makes it of them. never_negative: whether its result
     is none, whatever it reads. problem: a sentence of what keeps this call from being quantized, of the module or None
-    and the node (shapes propagated).
+    and the node (shapes propagated). formula: of an activation's module, its arithmetic (`activation.Formula`).
     """
 
     role: Role
@@ -31,6 +31,7 @@ class Operator:
     spellings: dict[str, Rule] = field(default_factory=dict)
     never_negative: bool = False
     problem: Callable[[Any, fx.Node], str | None] | None = None
+    formula: Callable[[Any], Any] | None = None
 
 
 class Pieces(list[Callable[[], fx.Node]]):
