@@ -74,6 +74,7 @@ CASES: dict[str, Case] = {
     "relu": lambda s, x: x.relu(),
     "leaky_relu": lambda s, x: F.leaky_relu(x, 0.1),
     "prelu": lambda s, x: F.prelu(x, s.slopes),
+    "elu": lambda s, x: F.elu(x, 0.7),
     "silu": lambda s, x: F.silu(x),
     "hardswish": lambda s, x: F.hardswish(x),
     "sigmoid": lambda s, x: x.sigmoid(),

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from faqd.exact_math import erf, sigmoid, tanh
+from faqd.exact_math import erf, exp, sigmoid, tanh
 from faqd.reference import Array, real
 
 Value = Any
@@ -25,6 +25,11 @@ def _leaky_relu(operands: list[Value], attributes: Attributes) -> Value:
 def _prelu(operands: list[Value], attributes: Attributes) -> Value:
     x, slope = map(real, operands)
     return np.where(x >= 0, x, x * slope)
+
+
+def _elu(operands: list[Value], attributes: Attributes) -> Value:
+    x = real(operands[0])
+    return np.where(x >= 0, x, (exp(x) - 1.0) * attributes.get("alpha", 1.0))
 
 
 def _float32(number: float) -> float:
@@ -48,6 +53,7 @@ def _hard(x: Array, alpha: float, beta: float) -> Array:
 OPERATORS: dict[str, Callable[[list[Value], Attributes], Value]] = {
     "LeakyRelu": _leaky_relu,
     "PRelu": _prelu,
+    "Elu": _elu,
     "Sigmoid": lambda operands, _: sigmoid(real(operands[0])),
     "Tanh": lambda operands, _: tanh(real(operands[0])),
     "Erf": lambda operands, _: erf(real(operands[0])),

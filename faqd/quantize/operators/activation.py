@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from faqd.quantize.operators.exact_math import erf, sigmoid, tanh
+from faqd.quantize.operators.exact_math import erf, exp, sigmoid, tanh
 from faqd.quantize.operators.row import Call, Operator, parameter
 
 
@@ -128,6 +128,10 @@ _GELU_TANH = Formula(
 )
 
 
+def _elu(call: Call) -> nn.Module | None:
+    return nn.ELU(float(call["alpha"])) if call["scale"] == 1 == call["input_scale"] else None
+
+
 def _prelu(call: Call) -> Any:
     weight = call.tensor(call["weight"])
     if weight is None:
@@ -150,6 +154,16 @@ OPERATORS = (
         (nn.PReLU,),
         {"prelu": _prelu},
         formula=Formula(_rectified, lambda on, x, curve, _: on("PRelu", x, curve.slope), _slopes),
+    ),
+    Operator(
+        "curve",
+        (nn.ELU,),
+        {"elu": _elu},
+        formula=Formula(
+            lambda x, curve: torch.where(x >= 0, x, (exp(x) - 1.0) * curve.alpha),
+            lambda on, x, curve, _: on("Elu", x, alpha=curve.alpha),
+            lambda module, _: {"alpha": float32(module.alpha)},
+        ),
     ),
     Operator(
         "curve",
