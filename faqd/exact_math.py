@@ -1,4 +1,4 @@
-"""exp, the logistic function, tanh and erf in float64 from additions, products and roundings alone.
+"""exp, log(1 + y), the logistic function, tanh and erf in float64 from additions, products and roundings alone.
 
 Libraries differ in the last bit of these functions, and one bit can move a code. Built from IEEE operations in a stated
 order they are the same bits on every machine: here in numpy, for the referee, and in torch in
@@ -21,6 +21,8 @@ EXP_TERMS = tuple(1.0 / math.factorial(n) for n in range(12, -1, -1))
 """Coefficients of exp on half of ln 2 around zero, highest power first; the rest is below 1e-15."""
 EXP_REACH = 700.0
 """exp is taken of -700..700: beyond, no float32 result changes."""
+LOG_TERMS = tuple(1.0 / (2 * n + 1) for n in range(16, -1, -1))
+"""Coefficients of atanh(z) / z in z^2 for z up to 1/3, highest power first; the rest is below 1e-17."""
 # Chebyshev coefficients of log(erfc(z) / t) + z^2 in 2 t - 1, t = 2 / (2 + z): computed with 40 digits, cut where the
 # rest is below 2e-16.
 ERFC_TERMS = (
@@ -63,6 +65,16 @@ def exp(x: Array) -> Array:
         value = value * rest + term
     result: Array = np.ldexp(value, k.astype(np.int64))
     return result
+
+
+def log1p(y: Array) -> Array:
+    """log(1 + y) for y from 0 to 1: 2 atanh(y / (2 + y))."""
+    z = y / (2.0 + y)
+    square = z * z
+    value = np.full_like(z, LOG_TERMS[0])
+    for term in LOG_TERMS[1:]:
+        value = value * square + term
+    return 2.0 * z * value
 
 
 def sigmoid(x: Array) -> Array:

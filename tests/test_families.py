@@ -153,7 +153,7 @@ def test_every_way_of_writing_an_activation_becomes_one_module(how: str) -> None
 class WithUnknown(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.act, self.last = conv(3), nn.Softplus(), nn.Linear(CHANNELS, 10)
+        self.first, self.act, self.last = conv(3), nn.Mish(), nn.Linear(CHANNELS, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.act(self.first(x)).mean((2, 3)))  # type: ignore[no-any-return]
@@ -175,7 +175,7 @@ def test_excluded_layers_stay_float_and_the_rest_stays_exact() -> None:
 
 
 def test_an_operator_that_cannot_be_quantized_is_named_with_the_way_out() -> None:
-    with pytest.raises(UserError, match=r"act .*Softplus cannot be quantized yet.*--exclude"):
+    with pytest.raises(UserError, match=r"act .*Mish cannot be quantized yet.*--exclude"):
         calibrated(lively(WithUnknown(), 1), BITS)
 
 
@@ -197,7 +197,7 @@ class Floats(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(self.stem(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         x = self.group(self.up(self.gate(x)))
-        x = F.softplus(F.relu(self.down(x)))
+        x = F.mish(F.relu(self.down(x)))
         chosen = torch.where(x > 1.0, x, F.normalize(x, dim=1))
         return F.softmax(self.last((chosen * x.max(1, keepdim=True)[0]).mean((2, 3))), 1)
 
@@ -207,7 +207,7 @@ FLOATS = (
     "^gate",
     "^up$",
     "group",
-    "softplus",
+    "mish",
     "^gt",
     "where",
     "vector_norm",

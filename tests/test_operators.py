@@ -80,6 +80,7 @@ CASES: dict[str, Case] = {
     "sigmoid": lambda s, x: x.sigmoid(),
     "special_expit": lambda s, x: torch.special.expit(x),
     "hardsigmoid": lambda s, x: F.hardsigmoid(x),
+    "softplus": lambda s, x: F.softplus(x),
     "gelu": lambda s, x: F.gelu(x),
     "tanh": lambda s, x: x.tanh(),
     "relu6": lambda s, x: F.relu6(x),

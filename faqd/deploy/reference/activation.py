@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from faqd.exact_math import erf, exp, sigmoid, tanh
+from faqd.exact_math import erf, exp, log1p, sigmoid, tanh
 from faqd.reference import Array, real
 
 Value = Any
@@ -30,6 +30,11 @@ def _prelu(operands: list[Value], attributes: Attributes) -> Value:
 def _elu(operands: list[Value], attributes: Attributes) -> Value:
     x = real(operands[0])
     return np.where(x >= 0, x, (exp(x) - 1.0) * attributes.get("alpha", 1.0))
+
+
+def _softplus(operands: list[Value], attributes: Attributes) -> Value:
+    x = real(operands[0])
+    return np.maximum(x, 0.0) + log1p(exp(-np.abs(x)))
 
 
 def _float32(number: float) -> float:
@@ -54,6 +59,7 @@ OPERATORS: dict[str, Callable[[list[Value], Attributes], Value]] = {
     "LeakyRelu": _leaky_relu,
     "PRelu": _prelu,
     "Elu": _elu,
+    "Softplus": _softplus,
     "Sigmoid": lambda operands, _: sigmoid(real(operands[0])),
     "Tanh": lambda operands, _: tanh(real(operands[0])),
     "Erf": lambda operands, _: erf(real(operands[0])),

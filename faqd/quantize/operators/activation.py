@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from faqd.quantize.operators.exact_math import erf, exp, sigmoid, tanh
+from faqd.quantize.operators.exact_math import erf, exp, log1p, sigmoid, tanh
 from faqd.quantize.operators.row import Call, Operator, parameter
 
 
@@ -132,6 +132,11 @@ def _elu(call: Call) -> nn.Module | None:
     return nn.ELU(float(call["alpha"])) if call["scale"] == 1 == call["input_scale"] else None
 
 
+def _softplus(call: Call) -> nn.Module | None:
+    """Beyond its threshold torch gives x itself: from 20 on that is the same in float32."""
+    return nn.Softplus() if call["beta"] == 1 and call["threshold"] >= 20 else None
+
+
 def _prelu(call: Call) -> Any:
     weight = call.tensor(call["weight"])
     if weight is None:
@@ -190,6 +195,13 @@ OPERATORS = (
         {"hardsigmoid": lambda call: nn.Hardsigmoid()},
         never_negative=True,
         formula=Formula(lambda x, _: _hard_sigmoid(x), _one("HardSigmoid", alpha=SIXTH, beta=0.5)),
+    ),
+    Operator(
+        "curve",
+        (nn.Softplus,),
+        {"softplus": _softplus},
+        never_negative=True,
+        formula=Formula(lambda x, _: x.clamp_min(0) + log1p(exp(-x.abs())), _one("Softplus")),
     ),
     Operator("curve", (nn.GELU,), {"gelu": lambda call: nn.GELU(call["approximate"])}, formula=_gelu),
     Operator(

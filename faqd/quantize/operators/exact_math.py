@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from faqd.exact_math import ERFC_TERMS, EXP_REACH, EXP_TERMS, LN2_HIGH, LN2_LOW, LOG2_E
+from faqd.exact_math import ERFC_TERMS, EXP_REACH, EXP_TERMS, LN2_HIGH, LN2_LOW, LOG2_E, LOG_TERMS
 
 
 def sigmoid(x: Tensor) -> Tensor:
@@ -25,6 +25,15 @@ def exp(x: Tensor) -> Tensor:
         value.mul_(rest).add_(term)
     # 2^k from its exponent bits: torch.pow need not be exact.
     return value * ((k.long() + 1023) << 52).view(torch.float64)
+
+
+def log1p(y: Tensor) -> Tensor:
+    z = y / (2.0 + y)
+    square = z * z
+    value = torch.full_like(z, LOG_TERMS[0])
+    for term in LOG_TERMS[1:]:
+        value = value * square + term
+    return 2.0 * z * value
 
 
 def erf(x: Tensor) -> Tensor:
