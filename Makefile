@@ -5,7 +5,7 @@
 #            the CPU build (0.2 GB) is enough for all but `make test-gpu`. PyTorch's installation page gives the pip
 #            option that selects it.
 # ARGS       goes to pytest:  make test ARGS='-k referee -x'
-# JOBS       how many processes `make test` takes; one for each core unless told otherwise.
+# JOBS       how many processes `make test` takes, of one thread each; one for each core unless told otherwise.
 # DATA, WORK of results-cifar10: the folder that holds cifar-10-batches-py, and one for runs and checkpoints. It wants
 #            a CUDA GPU, and goes on where the piece before it stopped.
 
@@ -33,7 +33,7 @@ demo: $(INSTALLED) ## Train, quantize, distil, export, verify and bench on handw
 
 .PHONY: test
 test: $(INSTALLED) ## Run the tests; those for a GPU are skipped where there is none
-	OMP_WAIT_POLICY=PASSIVE $(PYTHON) -m pytest -rs --numprocesses $(JOBS) --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(PYTHON) -m pytest -rs --numprocesses $(JOBS) --dist worksteal $(ARGS)
 
 .PHONY: test-gpu
 test-gpu: $(DEVICE) ## Run the tests that need an NVIDIA GPU; without one they fail

@@ -179,7 +179,8 @@ def as_plain_modules(built: Any) -> fx.GraphModule:
 
     UserError where it was exported in training mode, whose statistics and random numbers its operators keep.
     """
-    program: Any = copy.deepcopy(built.module(check_guards=False) if isinstance(built, ExportedProgram) else built)
+    with quiet():
+        program: Any = copy.deepcopy(built.module(check_guards=False) if isinstance(built, ExportedProgram) else built)
     for node in program.graph.nodes:
         if word_of(node) in _OF_TRAINING and True in node.args[2:6]:
             raise UserError(
