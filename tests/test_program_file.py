@@ -156,6 +156,13 @@ def test_a_compiled_library_beside_the_graph_is_refused(program: tuple[nn.Module
         read_program(file)
 
 
+def test_a_program_of_an_older_torch_is_said_to_be_one(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "net.pt2", "w") as archive:
+        archive.writestr("serialized_exported_program.json", "{}")
+    with pytest.raises(UserError, match="written by an older torch; export it again"):
+        read_program(tmp_path / "net.pt2")
+
+
 def test_what_is_no_archive_is_refused(tmp_path: Path) -> None:
     (tmp_path / "net.pt2").write_text("weights")
     with pytest.raises(UserError, match=r"no program of torch\.export\.save, or damaged"):

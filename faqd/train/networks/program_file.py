@@ -59,6 +59,8 @@ def read_program(path: Path) -> nn.Module:
 
 
 def _refuse_all_but_tensors(path: Path, archive: zipfile.ZipFile) -> None:
+    if "serialized_exported_program.json" in archive.namelist():
+        raise UserError(f"{path}: written by an older torch; export it again with torch {torch.__version__}.")
     names = {member: member.partition("/")[2] for member in archive.namelist()}
     if not any(name.startswith("models/") for name in names.values()):
         raise UserError(f"{path}: holds no program; torch.export.save writes one.")
