@@ -1,7 +1,7 @@
-"""A captured network in standard terms: one module for each way in which an activation or a resize can be written.
+"""What several nodes of a captured network are together, as one module.
 
-F.relu6, x.clamp(0, 6), nn.Hardtanh(0, 6) and nn.ReLU6 become one Clamp; x * torch.sigmoid(x) becomes SiLU. Nodes keep
-their names, their places and their lines in the user's code.
+x * torch.sigmoid(x) becomes SiLU, a frozen batch norm that is written out becomes one, and what an operator reads of the
+network's own becomes its numbers. Nodes keep their names, their places and their lines in the user's code.
 """
 
 from __future__ import annotations
