@@ -262,6 +262,7 @@ TAKEN: dict[str, Callable[[], nn.Module]] = {
     "in place before a shortcut": form(lambda x: F.relu(x, inplace=True) + x),
     "written over a copy": form(lambda x: x.clone().relu_() + x),
     "written over what dropout gave": form(lambda x: F.dropout(x, 0.5, False).clamp_(0, 4) + x),
+    "a sum with nothing of the other": form(lambda x: torch.add(x.relu(), x, alpha=0)),
     "mean of a stack": form(lambda x: torch.stack([x.relu(), x, x.sigmoid()]).mean(0)),
     "shaped by isinstance": form(lambda x: x.relu() if isinstance(x, Tensor) else x),
     "under no_grad and autocast that is off": form(without_either),
@@ -344,6 +345,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         form(lambda x: torch.cond(x.sum() > 0, lambda y: y.sin(), lambda y: y.cos(), (x,))),
         "cond chooses what to compute by values",
     ),
+    "divided by zero": (form(lambda x: torch.nan_to_num(x / 0)), "truediv cannot be quantized yet"),
     "a test on values": (form(lambda x: x if x.sum() > 0 else x.relu()), "asks for values of a tensor"),
     "a test on how many images": (form(lambda x: x if x.shape[0] > 1 else x.relu()), "or on the number of images"),
 }

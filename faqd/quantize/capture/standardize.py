@@ -1,7 +1,7 @@
 """What several nodes of a captured network are together, as one module.
 
-x * torch.sigmoid(x) becomes SiLU, a frozen batch norm that is written out becomes one, and what an operator reads of the
-network's own becomes its numbers. Nodes keep their names, their places and their lines in the user's code.
+x * torch.sigmoid(x) becomes SiLU, a frozen batch norm that is written out becomes one, and what an operator reads of
+the network's own becomes its numbers. Nodes keep their names, their places and their lines in the user's code.
 """
 
 from __future__ import annotations

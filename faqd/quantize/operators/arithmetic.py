@@ -63,21 +63,26 @@ def times(call: Call, a: Any, b: Any) -> Any:
 
 
 def _by(call: Call, a: Any, b: Any) -> Any:
-    if is_a_number(b):
+    if is_a_number(b) and b != 0:
         return call.module(Scaled(1.0 / float(b), 0.0), a)
     return call.function(operator.truediv, a, b)
 
 
+def _scaled_by_alpha(call: Call, value: Any) -> Any:
+    alpha = call.get("alpha")
+    return value if alpha is None else times(call, value, alpha)
+
+
 def _add(call: Call) -> Any:
-    return plus(call, call["self"], times(call, call["other"], call.get("alpha") or 1))
+    return plus(call, call["self"], _scaled_by_alpha(call, call["other"]))
 
 
 def _sub(call: Call) -> Any:
-    return _minus(call, call["self"], times(call, call["other"], call.get("alpha") or 1))
+    return _minus(call, call["self"], _scaled_by_alpha(call, call["other"]))
 
 
 def _rsub(call: Call) -> Any:
-    return _minus(call, call["other"], times(call, call["self"], call.get("alpha") or 1))
+    return _minus(call, call["other"], _scaled_by_alpha(call, call["self"]))
 
 
 def _lerp(call: Call) -> Any:
