@@ -245,8 +245,9 @@ def _average_of(network: fx.GraphModule, node: fx.Node) -> Any:
 
 def _mean_axes(node: fx.Node) -> tuple[tuple[int, ...], bool]:
     """The axes of a mean, and whether they are kept."""
-    _, axes, kept = node.args
-    return axes, kept  # type: ignore[return-value]
+    given: Any = node.args
+    _, axes, kept = given
+    return axes, kept
 
 
 class _AverageFinder(fx.Interpreter):

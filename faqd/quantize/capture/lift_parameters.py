@@ -18,7 +18,8 @@ from torch._ops import OpOverload
 
 from faqd.quantize import nodes
 from faqd.quantize.operators.arithmetic import Scaled
-from faqd.quantize.operators.norm import FixedNorm1d, FixedNorm2d
+from faqd.quantize.operators.layer import layer_with
+from faqd.quantize.operators.norm import FixedNorm1d, FixedNorm2d, norm_with
 from faqd.quantize.operators.shape import Constant
 
 
@@ -149,23 +150,15 @@ _SUMS: dict[Any, Callable[[Tensor, bool], Scaled | None]] = {
 
 # Layers -----------------------------------------------------------------------------------------------------------
 
-_GEOMETRY = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-_TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
-_ARGUMENTS: dict[Any, tuple[str, ...]] = {
-    F.linear: ("input", "weight", "bias"),
-    **dict.fromkeys((F.conv1d, F.conv2d), _GEOMETRY),
-    **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d), _TRANSPOSED),
-    torch.ops.aten.batch_norm.default: (
-        *("input", "weight", "bias", "running_mean", "running_var"),
-        *("training", "momentum", "eps", "cudnn_enabled"),
-    ),
-}
 _KINDS: dict[Any, Any] = {
+    F.linear: nn.Linear,
     F.conv1d: nn.Conv1d,
     F.conv2d: nn.Conv2d,
     F.conv_transpose1d: nn.ConvTranspose1d,
     F.conv_transpose2d: nn.ConvTranspose2d,
 }
+_NORM = torch.ops.aten.batch_norm.default
+_TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 
 def layer_of(traced: fx.GraphModule, node: fx.Node, dimensions: int) -> nn.Module | None:
@@ -173,52 +166,20 @@ def layer_of(traced: fx.GraphModule, node: fx.Node, dimensions: int) -> nn.Modul
 
     dimensions: of its result.
     """
-    if node.op != "call_function" or node.target not in _ARGUMENTS:
+    if node.target not in _KINDS and node.target is not _NORM:
         return None
-    given: dict[str, Any] = dict(zip(_ARGUMENTS[node.target], node.args, strict=False)) | node.kwargs
-    x = given.pop("input", None)
-    tensors = ("weight", "bias", "running_mean", "running_var")
-    own = {
-        name: _own(traced, given[name], learned=name in ("weight", "bias"))
-        for name in tensors
-        if given.get(name) is not None
-    }
-    if not isinstance(x, fx.Node) or not own or None in own.values():
+    arguments: Any = node.args
+    x, *tensors = arguments[:5] if node.target is _NORM else arguments
+    given = {name: tensor for name, tensor in zip(_TENSORS, tensors, strict=False) if tensor is not None}
+    own = {name: _own(traced, tensor, learned=name in ("weight", "bias")) for name, tensor in given.items()}
+    found = {name: tensor for name, tensor in own.items() if tensor is not None}
+    if not isinstance(x, fx.Node) or not own or len(found) < len(own):
         return None
-    others = {name: value for name, value in given.items() if name not in tensors}
-    made = _norm(own, others, dimensions) if "training" in _ARGUMENTS[node.target] else _layer(node, own, others)
-    for name, value in own.items():
-        if made is not None and value is not None and name in ("weight", "bias"):
-            setattr(made, name, _parameter(value))
-    return made
-
-
-def _layer(node: fx.Node, own: dict[str, Any], geometry: dict[str, Any]) -> nn.Module:
-    rows, columns, *kernel = own["weight"].shape
-    if node.target is F.linear:
-        return nn.Linear(columns, rows, "bias" in own)
-    kind, groups = _KINDS[node.target], geometry.get("groups", 1)
-    inputs, outputs = (columns * groups, rows) if kind in (nn.Conv1d, nn.Conv2d) else (rows, columns * groups)
-    layer: nn.Module = kind(inputs, outputs, tuple(kernel), bias="bias" in own, **geometry)
-    return layer
-
-
-def _norm(own: dict[str, Any], given: dict[str, Any], dimensions: int) -> nn.Module | None:
-    """The batch norm of F.batch_norm with statistics of the network's own, which does not take those of a batch."""
-    if given.get("training", False) or "running_mean" not in own or "running_var" not in own:
-        return None
-    kind = nn.BatchNorm2d if dimensions == 4 else nn.BatchNorm1d
-    settings = {name: given[name] for name in ("momentum", "eps") if name in given}
-    norm = kind(len(own["running_mean"]), affine="weight" in own or "bias" in own, **settings)
-    for name in ("running_mean", "running_var"):
-        norm.register_buffer(name, own[name].detach())
-    norm.requires_grad_(False)  # what is not given; what is comes as it is
-    return norm.eval()
-
-
-def _parameter(own: Tensor) -> nn.Parameter:
-    """What the module trains, or a fixed filter, which is not trained."""
-    return own if isinstance(own, nn.Parameter) else nn.Parameter(own, requires_grad=False)
+    if node.target is not _NORM:
+        return layer_with(_KINDS[node.target], found["weight"], found.get("bias"), dict(node.kwargs))
+    training, momentum, eps = arguments[5:8]
+    statistics = "running_mean" in found and "running_var" in found and not training
+    return norm_with(found, dimensions, eps, momentum) if statistics else None
 
 
 # Batch norm written out -------------------------------------------------------------------------------------------

@@ -260,12 +260,12 @@ class Translation:
         return {place for place in innermost & (torchs | holders) - outer - around if place}
 
     def _container(self, place: str) -> nn.Module:
-        found: nn.Module = self.root
+        found: Any = self.root
         for name in filter(None, place.split(".")):
             if name not in found._modules:
                 found.add_module(name, nn.Module())
-            found = found._modules[name]  # type: ignore[assignment]
-        return found
+            found = found._modules[name]
+        return found  # type: ignore[no-any-return]
 
     def _drop_unread(self) -> None:
         """Forget the tensors that modules hold now."""

@@ -106,11 +106,7 @@ def _convolution(kind: Any, function: Any) -> Rule:
         weight, bias = call.tensor(call["weight"]), call.tensor(call["bias"])
         if weight is None or (bias is None and call["bias"] is not None):
             return call.function(function, call.x, call["weight"], call["bias"], **geometry)
-        rows, columns, *kernel = weight.shape
-        groups = geometry["groups"]
-        inputs, outputs = (rows, columns * groups) if "output_padding" in geometry else (columns * groups, rows)
-        layer = kind(inputs, outputs, tuple(kernel), bias=bias is not None, device="meta", **geometry)
-        return with_tensors(call, layer, weight, bias)
+        return call.layer(layer_with(kind, weight, bias, geometry), _tensors(call))
 
     return rule
 
@@ -119,8 +115,7 @@ def _linear(call: Call) -> Any:
     weight, bias = call.tensor(call["weight"]), call.tensor(call["bias"])
     if weight is None or (bias is None and call["bias"] is not None) or weight.dim() != 2:
         return call.function(F.linear, call.x, call["weight"], call["bias"])
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    return with_tensors(call, layer, weight, bias)
+    return call.layer(layer_with(nn.Linear, weight, bias, {}), _tensors(call))
 
 
 def _product(call: Call) -> Any:
@@ -140,11 +135,21 @@ def _affine(call: Call) -> Any:
     return call.function(F.linear, x, call.function(torch.permute, weight, (1, 0), word="t"), bias)
 
 
-def with_tensors(call: Call, layer: Any, weight: torch.Tensor, bias: torch.Tensor | None) -> fx.Node:
+def _tensors(call: Call) -> list[fx.Node]:
+    return [call[name] for name in ("weight", "bias") if call[name] is not None]
+
+
+def layer_with(kind: Any, weight: Tensor, bias: Tensor | None, geometry: dict[str, Any]) -> nn.Module:
+    """The layer of a kind around its tensors. geometry: of a convolution, as torch.nn calls it."""
+    rows, columns, *kernel = weight.shape
+    groups = geometry.get("groups", 1)
+    inputs, outputs = (rows, columns * groups) if kind in TRANSPOSED else (columns * groups, rows)
+    sizes = (inputs, outputs) if kind is nn.Linear else (inputs, outputs, tuple(kernel))
+    layer = kind(*sizes, bias=bias is not None, device="meta", **geometry)
     layer.weight = parameter(weight)
     if bias is not None:
         layer.bias = parameter(bias)
-    return call.layer(layer.eval(), [call[name] for name in ("weight", "bias") if call[name] is not None])
+    return layer.eval()  # type: ignore[no-any-return]
 
 
 def _grouped(layer: Any, node: fx.Node) -> str | None:

@@ -66,9 +66,18 @@ def _batch_norm(call: Call) -> Any:
     given = [name for name in names if call[name] is not None]
     if call.get("training") or not {"running_mean", "running_var"} <= own.keys() or len(own) < len(given):
         return None
-    kind = nn.BatchNorm2d if len(call.before) == 4 else nn.BatchNorm1d
+    norm = norm_with(own, len(call.before), call["eps"], call["momentum"])
+    tensors = [call[name] for name in given]
+    if "_native" in call.name:  # which gives the statistics of the batch as well
+        return Pieces([partial(call.layer, norm, tensors)])
+    return call.layer(norm, tensors)
+
+
+def norm_with(own: dict[str, Tensor], dimensions: int, eps: float, momentum: float) -> nn.Module:
+    """The batch norm around tensors of the network's own, by the names that torch.nn gives them, in evaluation mode."""
+    kind = nn.BatchNorm2d if dimensions == 4 else nn.BatchNorm1d
     affine = "weight" in own or "bias" in own
-    norm: Any = kind(len(own["running_mean"]), affine=affine, eps=call["eps"], momentum=call["momentum"])
+    norm: nn.Module = kind(len(own["running_mean"]), affine=affine, eps=eps, momentum=momentum)
     norm.requires_grad_(False)  # what is not given; what is comes as it is
     norm.to(own["running_mean"].device)
     for name, tensor in own.items():
@@ -76,10 +85,7 @@ def _batch_norm(call: Call) -> Any:
             setattr(norm, name, parameter(tensor))
         else:
             norm.register_buffer(name, tensor.detach() if isinstance(tensor, nn.Parameter) else tensor)
-    tensors = [call[name] for name in given]
-    if "_native" in call.name:  # which gives the statistics of the batch as well
-        return Pieces([partial(call.layer, norm.eval(), tensors)])
-    return call.layer(norm.eval(), tensors)
+    return norm.eval()
 
 
 NO_STATISTICS = "batch norm without running statistics (track_running_stats=False) cannot be folded."

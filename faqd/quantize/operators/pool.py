@@ -53,7 +53,7 @@ def _each(value: Any) -> Any:
     return values[0] if len(set(values)) == 1 else tuple(values)
 
 
-def _adaptive(pool: Any, whole: Any) -> Rule:
+def _adaptive(pool: type[nn.Module], whole: type[nn.Module]) -> Rule:
     """An adaptive pooling whose windows are all of one size, as ordinary pooling; where every window is one pixel, as
     the repetition that it is. A global average stays one."""
 
@@ -61,13 +61,13 @@ def _adaptive(pool: Any, whole: Any) -> Rule:
         before = call.before[-len(call["output_size"]) :]
         wanted = tuple(call["output_size"])
         if math.prod(wanted) == 1 and issubclass(pool, nn.AvgPool1d | nn.AvgPool2d):
-            return whole(_each(wanted))  # type: ignore[no-any-return]
+            return whole(_each(wanted))
         if not any(a % b for b, a in zip(before, wanted, strict=True)):
             return nn.Identity() if before == wanted else Nearest(before, wanted)
         if any(b % a for b, a in zip(before, wanted, strict=True)):
-            return whole(wanted)  # type: ignore[no-any-return]
+            return whole(wanted)
         kernel = tuple(b // a for b, a in zip(before, wanted, strict=True))
-        return pool(kernel, kernel)  # type: ignore[no-any-return]
+        return pool(kernel, kernel)
 
     return rule
 
