@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from faqd.deploy.engine.build import engine_from_onnx
 from faqd.deploy.engine.options import BuildOptions
 from faqd.deploy.export.float16 import float16_from_float32
-from faqd.deploy.export.plain_twins import OPSET
 from faqd.deploy.export.torch_to_onnx import onnx_from_deployed, save
 from faqd.deploy.onnx_model.load import load_model
 from faqd.deploy.onnx_model.session import OnnxSession
@@ -27,6 +26,7 @@ from faqd.deploy.verify.segments import segments
 from faqd.deploy.verify.torch_values import torch_digests
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.convert import collect_output_scales, convert
+from faqd.quantize.operators.emit import OPSET
 from faqd.quantize.operators.requantize import Flavour
 from faqd.quantize.student import Student
 from faqd.train.networks.zoo import build_architecture

@@ -91,7 +91,7 @@ def flatten_behind_rounding(network: fx.GraphModule) -> None:
         if not isinstance(nodes.module_of(network, rounding), ActivationQuantizer):
             continue
         axes = tuple(range(2, len(nodes.shape(nodes.operand(node)))))
-        node.args, node.kwargs = (nodes.operand(node),), {"dim": axes, "keepdim": True}
+        node.args = (nodes.operand(node), axes, True)
         with network.graph.inserting_after(rounding):
             flat = network.graph.call_function(torch.flatten, (rounding, 1))
         flat.meta = dict(rounding.meta)
@@ -102,13 +102,12 @@ def flatten_behind_rounding(network: fx.GraphModule) -> None:
 
 
 def _drops_all_pixels(node: fx.Node) -> bool:
-    """Whether an average is a mean over all axes behind the channels, with nothing else asked of it."""
-    given: dict[str, Any] = dict(zip(("input", "dim", "keepdim"), node.args, strict=False)) | node.kwargs
+    """Whether an average is a mean over all axes behind the channels, of which nothing is left."""
     before = nodes.shape(nodes.operand(node))
-    if node.op == "call_module" or set(given) - {"input", "dim", "keepdim"} or nodes.shape(node) != before[:2]:
+    if node.target is not torch.mean or nodes.shape(node) != before[:2]:
         return False
-    dims = given.get("dim") or ()
-    return {d % len(before) for d in ((dims,) if isinstance(dims, int) else dims)} == set(range(2, len(before)))
+    _, axes, _ = node.args
+    return sorted(axes) == list(range(2, len(before)))  # type: ignore[arg-type]
 
 
 class Again(ActivationQuantizer):

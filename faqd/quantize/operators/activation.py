@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from faqd.quantize.operators.emit import Emission, Value, one
 from faqd.quantize.operators.exact_math import erf, exp, log1p, sigmoid, tanh
-from faqd.quantize.operators.row import Call, Operator, parameter
+from faqd.quantize.operators.row import Call, ExactForm, Operator, parameter
 
 
 def float32(number: float) -> float:
@@ -54,7 +55,7 @@ class Curve(nn.Module):
         return self.formula.exact(x, self)
 
 
-On = Callable[..., Tensor]
+On = Callable[..., Value]
 """Writes an operator of the file: on(ONNX operator, *inputs, **attributes)."""
 
 
@@ -69,7 +70,7 @@ class Formula:
     """
 
     exact: Callable[[Tensor, Any], Tensor]
-    file: Callable[[On, Tensor, Any, Any], Tensor]
+    file: Callable[[On, Value, Any, Any], Value]
     numbers: Callable[[Any, int], dict[str, float | Tensor]] = _none
     constants: dict[str, float] = field(default_factory=dict)
 
@@ -78,7 +79,25 @@ class Formula:
         return self
 
 
-def _one(operator: str, **attributes: float) -> Callable[..., Tensor]:
+def emit_curve(emission: Emission) -> Value:
+    """In the order of the formula."""
+    curve = emission.module if isinstance(emission.module, Curve) else Curve(emission.module, len(emission.before))
+    constants = {name: emission.number(f"number_{name}", value) for name, value in curve.formula.constants.items()}
+    return curve.formula.file(emission.op, emission.x, _InFile(emission, curve), constants)
+
+
+class _InFile:
+    """The numbers of a curve as its file has them: a tensor of them is one there."""
+
+    def __init__(self, emission: Emission, curve: Curve) -> None:
+        self._emission, self._curve = emission, curve
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._curve, name)
+        return self._emission.number(name, value) if isinstance(value, Tensor) else value
+
+
+def _one(operator: str, **attributes: float) -> Callable[..., Value]:
     """An activation that is one operator of ONNX."""
     return lambda on, x, curve, constants: on(operator, x, **attributes)
 
@@ -103,15 +122,15 @@ def _gelu(module: Any) -> Formula:
     return _GELU_TANH if module.approximate == "tanh" else _GELU
 
 
-def _half_of(on: On, x: Tensor, inner: Tensor, constants: Any) -> Tensor:
+def _half_of(on: On, x: Value, inner: Value, constants: Any) -> Value:
     return on("Mul", on("Mul", x, on("Add", inner, constants["one"])), constants["half"])
 
 
-def _gelu_file(on: On, x: Tensor, curve: Any, constants: Any) -> Tensor:
+def _gelu_file(on: On, x: Value, curve: Any, constants: Any) -> Value:
     return _half_of(on, x, on("Erf", on("Mul", x, constants["root_half"])), constants)
 
 
-def _gelu_tanh_file(on: On, x: Tensor, curve: Any, constants: Any) -> Tensor:
+def _gelu_tanh_file(on: On, x: Value, curve: Any, constants: Any) -> Value:
     cube = on("Mul", on("Mul", on("Mul", x, x), x), constants["cube"])
     return _half_of(on, x, on("Tanh", on("Mul", on("Add", cube, x), constants["factor"])), constants)
 
@@ -147,7 +166,7 @@ def _prelu(call: Call) -> Any:
 
 
 OPERATORS = (
-    Operator("rectify", (nn.ReLU, torch.relu_), {"relu": lambda call: nn.ReLU()}),
+    Operator("rectify", (nn.ReLU, torch.relu_), {"relu": lambda call: nn.ReLU()}, emit=one("Relu")),
     Operator(
         "curve",
         (nn.LeakyReLU,),
@@ -211,5 +230,6 @@ OPERATORS = (
         formula=Formula(lambda x, _: tanh(x), _one("Tanh")),
     ),
 )
+EXACT_FORMS = (ExactForm(Curve, emit_curve, lambda curve: dict(curve.named_buffers())),)
 CURVES: tuple[type[nn.Module], ...] = tuple(row.kinds[0] for row in OPERATORS if row.role == "curve")
 """Activations whose result has a signed 8-bit grid."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from faqd.quantize.operators.emit import Emission, Value, two
 from faqd.quantize.operators.row import OWN, Call, Operator
 
 
@@ -125,6 +126,20 @@ def _of_two(module: Any, node: fx.Node) -> str | None:
 
 SUBTRACT = (operator.sub,)
 
+
+def _emit_scaled(emission: Emission) -> Value:
+    result, scaled = emission.x, emission.module
+    if isinstance(scaled.factor, Tensor) or scaled.factor != 1:
+        result = emission.op("Mul", result, emission.number("factor", scaled.factor))
+    if isinstance(scaled.offset, Tensor) or scaled.offset != 0:
+        result = emission.op("Add", result, emission.number("offset", scaled.offset))
+    return result
+
+
+def _emit_sum(emission: Emission) -> Value:
+    return two("Sub" if emission.node.target in SUBTRACT else "Add")(emission)
+
+
 OPERATORS = (
     Operator(
         "add",
@@ -142,6 +157,7 @@ OPERATORS = (
             "lerp": _lerp,
         },
         problem=_of_two,
+        emit=_emit_sum,
     ),
     Operator(
         "multiply",
@@ -153,6 +169,7 @@ OPERATORS = (
             "pow": lambda call: times(call, call.x, call.x) if call.get("exponent") == 2 else None,
         },
         problem=_of_two,
+        emit=two("Mul"),
     ),
-    Operator("curve", (Scaled,), dict.fromkeys(("neg", "negative"), lambda call: Scaled(-1.0, 0.0))),
+    Operator("curve", (Scaled,), dict.fromkeys(("neg", "negative"), lambda call: Scaled(-1.0, 0.0)), emit=_emit_scaled),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor, nn
 
+from faqd.quantize.operators.emit import Emission, Value
 from faqd.quantize.operators.row import Call, Operator
 
 
@@ -34,6 +35,11 @@ def _clamp(call: Call) -> nn.Module | None:
     return Clamp(float(low), float(high)) if limits else None
 
 
+def _emit(emission: Emission) -> Value:
+    low, high = (emission.number(name, getattr(emission.module, name)) for name in ("low", "high"))
+    return emission.op("Clip", emission.x, low, high)
+
+
 OPERATORS = (
     Operator(
         "clamp",
@@ -43,5 +49,6 @@ OPERATORS = (
             "hardtanh": lambda call: Clamp(float(call["min_val"]), float(call["max_val"])),
             **dict.fromkeys(("clamp", "clip", "clamp_min"), _clamp),
         },
+        emit=_emit,
     ),
 )

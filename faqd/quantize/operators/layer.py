@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from faqd.quantize.operators.emit import Emission, Value
 from faqd.quantize.operators.filling import UNFILLED
-from faqd.quantize.operators.row import Call, Operator, Rule, parameter, sizes
+from faqd.quantize.operators.row import Call, ExactForm, Operator, Rule, parameter, sizes
 from faqd.saturation import in_kernel_order, largest_pairs
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
@@ -46,13 +47,9 @@ class IntegerLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.operator = "Linear" if isinstance(layer, nn.Linear) else "Conv"
-        names = ["stride", "padding", "dilation", "groups"]
         if isinstance(layer, TRANSPOSED):
             self.operator = "ConvTranspose"
-            names.append("output_padding")
-        self.geometry: dict[str, Any] = {}
-        if not isinstance(layer, nn.Linear):
-            self.geometry = {name: getattr(layer, name) for name in names}
+        self.geometry = _geometry(layer)
         self.register_buffer("codes", codes.to(torch.int8))
         self.register_buffer("weight_scale", weight_scale.float())
         self.register_buffer("input_scale", input_scale.float())
@@ -152,6 +149,87 @@ def layer_with(kind: Any, weight: Tensor, bias: Tensor | None, geometry: dict[st
     return layer.eval()  # type: ignore[no-any-return]
 
 
+def _emit_float(emission: Emission) -> Value:
+    layer = emission.module
+    weight = emission.number("weight", layer.weight)
+    if layer.bias is None:
+        bias = None
+    elif emission.flavour == "onnxruntime":
+        bias = _bias_in_two(emission, layer.bias)
+    else:
+        bias = emission.number("bias", layer.bias)
+    return _emit_layer(emission, layer, weight, bias)
+
+
+def _bias_in_two(emission: Emission, bias: Tensor) -> Value:
+    """The bias of a layer that stays float in the onnxruntime flavour, as an int32 mantissa and a power of two.
+
+    That is the same bias to the last bit. With a float one, an optimizer of onnxruntime (WeightBiasQuantization) turns
+    the weights of a layer that reads codes into int8; it passes over a bias that is no plain tensor.
+    """
+    exponent = bias.detach().double().frexp().exponent.clamp_min(-100) - _MANTISSA_BITS
+    mantissa = bias.detach().double().ldexp(-exponent).round().to(torch.int32)
+    unit = torch.ones_like(bias, dtype=torch.float64).ldexp(exponent)
+    numbers = {"mantissa": mantissa, "unit": unit, "zero_point": torch.zeros_like(mantissa)}
+    return emission.op("DequantizeLinear", *(emission.number(*each) for each in numbers.items()), axis=0)
+
+
+_MANTISSA_BITS = 24
+
+
+def _emit_integers(emission: Emission) -> Value:
+    layer = emission.module
+    codes, axis = layer.stored_codes, 0
+    if layer.operator == "ConvTranspose":  # whose weight has its outputs on the second axis
+        codes, axis = codes.transpose(0, 1).contiguous(), 1
+    zeros = torch.zeros_like(layer.weight_scale, dtype=torch.int8)
+    weight = {"codes": codes, "weight_scale": layer.weight_scale, "weight_zero_point": zeros}
+    real_weight = emission.op("DequantizeLinear", *(emission.number(*each) for each in weight.items()), axis=axis)
+    if layer.bias_codes is None:
+        return _emit_layer(emission, layer, real_weight, emission.number("bias", layer.bias))
+    zeros = torch.zeros_like(layer.bias_codes)
+    bias = {"bias": layer.bias_codes, "bias_scale": layer.bias_scale, "bias_zero_point": zeros}
+    real_bias = emission.op("DequantizeLinear", *(emission.number(*each) for each in bias.items()), axis=0)
+    return _emit_layer(emission, layer, real_weight, real_bias)
+
+
+def _emit_layer(emission: Emission, layer: Any, weight: Value, bias: Value | None) -> Value:
+    """layer: a layer of torch's, or an IntegerLayer, which has the geometry of one."""
+    given = layer.geometry if isinstance(layer, IntegerLayer) else _geometry(layer)
+    operands = (emission.x, weight) if bias is None else (emission.x, weight, bias)
+    if not given:
+        return emission.op("Gemm", *operands, transB=1)
+    kernel = list((layer.codes if isinstance(layer, IntegerLayer) else layer.weight).shape[2:])
+    geometry = {
+        "kernel_shape": kernel,
+        "strides": list(given["stride"]),
+        "pads": _pads(given, kernel),
+        "dilations": list(given["dilation"]),
+        "group": given["groups"],
+    }
+    if "output_padding" not in given:
+        return emission.op("Conv", *operands, **geometry)
+    return emission.op("ConvTranspose", *operands, **geometry, output_padding=list(given["output_padding"]))
+
+
+def _geometry(layer: Any) -> dict[str, Any]:
+    """stride, padding and so on of a convolution; nothing of a linear layer."""
+    if isinstance(layer, nn.Linear):
+        return {}
+    names = ["stride", "padding", "dilation", "groups", *(["output_padding"] * isinstance(layer, TRANSPOSED))]
+    return {name: getattr(layer, name) for name in names}
+
+
+def _pads(geometry: dict[str, Any], kernel: list[int]) -> list[int]:
+    """At the beginning of each axis, then at the end of each."""
+    if geometry["padding"] == "valid":
+        return [0, 0] * len(kernel)
+    if geometry["padding"] == "same":
+        both = [step * (size - 1) for step, size in zip(geometry["dilation"], kernel, strict=True)]
+        return [total // 2 for total in both] + [total - total // 2 for total in both]
+    return [*geometry["padding"], *geometry["padding"]]
+
+
 def _grouped(layer: Any, node: fx.Node) -> str | None:
     if layer.groups > 1:
         return "a transposed convolution with groups cannot be quantized yet; --exclude keeps it float."
@@ -159,19 +237,27 @@ def _grouped(layer: Any, node: fx.Node) -> str | None:
 
 
 OPERATORS = (
-    Operator("compute", (nn.Conv1d,), {"conv1d": _convolution(nn.Conv1d, F.conv1d)}),
-    Operator("compute", (nn.Conv2d,), {"conv2d": _convolution(nn.Conv2d, F.conv2d)}),
+    Operator("compute", (nn.Conv1d,), {"conv1d": _convolution(nn.Conv1d, F.conv1d)}, emit=_emit_float),
+    Operator("compute", (nn.Conv2d,), {"conv2d": _convolution(nn.Conv2d, F.conv2d)}, emit=_emit_float),
     Operator(
         "compute",
         (nn.ConvTranspose1d,),
         {"conv_transpose1d": _convolution(nn.ConvTranspose1d, F.conv_transpose1d)},
         problem=_grouped,
+        emit=_emit_float,
     ),
     Operator(
         "compute",
         (nn.ConvTranspose2d,),
         {"conv_transpose2d": _convolution(nn.ConvTranspose2d, F.conv_transpose2d)},
         problem=_grouped,
+        emit=_emit_float,
     ),
-    Operator("compute", (nn.Linear,), {"linear": _linear, "matmul": _product, "mm": _product, "addmm": _affine}),
+    Operator(
+        "compute",
+        (nn.Linear,),
+        {"linear": _linear, "matmul": _product, "mm": _product, "addmm": _affine},
+        emit=_emit_float,
+    ),
 )
+EXACT_FORMS = (ExactForm(IntegerLayer, _emit_integers),)

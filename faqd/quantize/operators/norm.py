@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from faqd.quantize.operators.row import Call, Operator, Pieces, parameter
+from faqd.quantize.operators.emit import Emission, Value
+from faqd.quantize.operators.row import Call, ExactForm, Operator, Pieces, parameter
 
 NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 
@@ -95,11 +96,33 @@ def _has_none(norm: Any, node: fx.Node) -> str | None:
     return NO_STATISTICS if norm.running_mean is None else None
 
 
+def _emit(emission: Emission) -> Value:
+    norm = emission.module
+    channels = len(norm.running_mean)
+    neutral = {"weight": torch.ones(channels), "bias": torch.zeros(channels)}
+    numbers = {
+        name: neutral[name] if getattr(norm, name, None) is None else getattr(norm, name)
+        for name in ("weight", "bias", "running_mean", "running_var")
+    }
+    inputs = [emission.number(*each) for each in numbers.items()]
+    return emission.op("BatchNormalization", emission.x, *inputs, epsilon=norm.eps)
+
+
+def emit_affine(emission: Emission) -> Value:
+    """x * factor + offset"""
+    factor, offset = (emission.number(name, getattr(emission.module, name)) for name in ("factor", "offset"))
+    return emission.op("Add", emission.op("Mul", emission.x, factor), offset)
+
+
 OPERATORS = (
     Operator(
         "norm",
         NORM,
         dict.fromkeys(("batch_norm", "_native_batch_norm_legit_no_training"), _batch_norm),
         problem=_has_none,
+        emit=_emit,
     ),
+)
+EXACT_FORMS = (
+    ExactForm(ChannelAffine, emit_affine, lambda affine: {"factor": affine.factor, "offset": affine.offset}),
 )

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from faqd.errors import UserError
 from faqd.quantize.operators.arithmetic import Stacked, times
+from faqd.quantize.operators.emit import Emission, Size, Value, settled
 from faqd.quantize.operators.resize import Nearest
-from faqd.quantize.operators.row import Call, Operator, Pieces, Rule, is_number
+from faqd.quantize.operators.row import Call, ExactForm, Operator, Pieces, Rule, is_number
 
 
 class IntegerAverage(nn.Module):
@@ -112,6 +114,92 @@ def _divides(module: Any, node: fx.Node) -> str | None:
     return None
 
 
+def _per_axis(value: Any, axes: int) -> list[int]:
+    return list(value) if isinstance(value, list | tuple) else [value] * axes
+
+
+def _windows(pool: Any, axes: int) -> dict[str, Any]:
+    padding = _per_axis(pool.padding, axes)
+    return {
+        "kernel_shape": _per_axis(pool.kernel_size, axes),
+        "strides": _per_axis(pool.stride, axes),
+        "pads": [*padding, *padding],
+        "ceil_mode": int(pool.ceil_mode),
+    }
+
+
+def _emit_maximum(emission: Emission) -> Value | None:
+    pool, axes = emission.module, len(emission.before) - 2
+    if isinstance(pool, nn.AdaptiveMaxPool1d | nn.AdaptiveMaxPool2d) or pool.return_indices:
+        return None
+    return emission.op("MaxPool", emission.x, **_windows(pool, axes), dilations=_per_axis(pool.dilation, axes))
+
+
+def _emit_average(emission: Emission) -> Value | None:
+    return _emit_average_of(emission, emission.module)
+
+
+def _emit_integer_average(emission: Emission) -> Value | None:
+    average = emission.module.average
+    return _emit_mean(emission) if average is torch.mean else _emit_average_of(emission, average)
+
+
+def _emit_average_of(emission: Emission, pool: Any) -> Value | None:
+    sizes, axes = emission.before[2:], len(emission.before) - 2
+    if isinstance(pool, nn.AdaptiveAvgPool1d | nn.AdaptiveAvgPool2d):
+        return emission.op("GlobalAveragePool", emission.x) if set(emission.after[2:]) == {1} else None
+    if getattr(pool, "divisor_override", None):
+        return None
+    windows = _windows(pool, axes)
+    if _averages_all(pool, sizes, emission.after[2:], windows):
+        return emission.op("GlobalAveragePool", emission.x)
+    windows["count_include_pad"] = int(pool.count_include_pad)
+    if emission.flavour != "float":
+        _count_no_padding(emission.path, sizes, windows)
+    return emission.op("AveragePool", emission.x, **windows)
+
+
+def _averages_all(pool: Any, before: tuple[Size, ...], after: tuple[Size, ...], windows: dict[str, Any]) -> bool:
+    """Whether there is one window, which holds all pixels, and counts nothing else."""
+    if set(after) != {1} or (any(windows["pads"]) and pool.count_include_pad):
+        return False
+    holds = zip(windows["kernel_shape"], windows["pads"], before, strict=False)
+    return all(isinstance(size, int) and kernel - pad >= size for kernel, pad, size in holds)
+
+
+def _count_no_padding(path: str, before: tuple[Size, ...], windows: dict[str, Any]) -> None:
+    """Let averages whose windows reach beyond the map (ceil_mode) count values alone: the same where nothing is padded.
+
+    onnxruntime 1.32 computes them wrongly on codes where padding counts.
+    """
+    if not (windows["count_include_pad"] and windows["ceil_mode"]):
+        return
+    padded = any(windows["pads"])
+    if padded and _reaches_beyond(before, windows):
+        raise UserError(
+            f"{path}: an average with ceil_mode that counts its padding, which onnxruntime "
+            "computes wrongly on codes; give it count_include_pad=False, or leave ceil_mode out."
+        )
+    windows["ceil_mode" if padded else "count_include_pad"] = 0
+
+
+def _reaches_beyond(before: tuple[Size, ...], windows: dict[str, Any]) -> bool:
+    """Whether ceil_mode gives a pooling another window along some axis."""
+    sizes = settled(before)
+    along = zip(sizes or [], windows["pads"], windows["kernel_shape"], windows["strides"], strict=False)
+    return sizes is None or any((size + 2 * pad - kernel) % step for size, pad, kernel, step in along)
+
+
+def _emit_mean(emission: Emission) -> Value | None:
+    """Over all pixels as what backends compute on codes, over other axes with these as constants, as TensorRT wants."""
+    _, axes, kept = emission.node.args
+    rank = len(emission.before)
+    if rank in (3, 4) and sorted(axes) == list(range(2, rank)):  # type: ignore[arg-type]
+        result = emission.op("GlobalAveragePool", emission.x)
+        return result if kept else emission.op("Flatten", result, axis=1)
+    return emission.op("ReduceMean", emission.x, emission.number("axes", list(axes)), keepdims=int(bool(kept)))  # type: ignore[arg-type]
+
+
 OPERATORS = (
     Operator(
         "reshape",
@@ -124,6 +212,7 @@ OPERATORS = (
             "adaptive_max_pool1d": _first_of(_adaptive(nn.MaxPool1d, nn.AdaptiveMaxPool1d)),
             "adaptive_max_pool2d": _first_of(_adaptive(nn.MaxPool2d, nn.AdaptiveMaxPool2d)),
         },
+        emit=_emit_maximum,
     ),
     Operator(
         "average",
@@ -135,6 +224,8 @@ OPERATORS = (
             "adaptive_avg_pool2d": _adaptive(nn.AvgPool2d, nn.AdaptiveAvgPool2d),
         },
         problem=_divides,
+        emit=_emit_average,
     ),
-    Operator("average", (torch.mean,), {"mean": _mean, "sum": _sum}),
+    Operator("average", (torch.mean,), {"mean": _mean, "sum": _sum}, emit=_emit_mean),
 )
+EXACT_FORMS = (ExactForm(IntegerAverage, _emit_integer_average),)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from faqd.quantize.operators import activation, arithmetic, clamp, layer, norm, pool, resize, shape
-from faqd.quantize.operators.row import Operator, Rule
+from faqd.quantize.operators import activation, arithmetic, clamp, layer, norm, pool, requantize, resize, shape
+from faqd.quantize.operators.emit import Emit
+from faqd.quantize.operators.row import ExactForm, Operator, Rule
 
 OPERATORS: tuple[Operator, ...] = (
     *layer.OPERATORS,
@@ -16,6 +17,14 @@ OPERATORS: tuple[Operator, ...] = (
     *pool.OPERATORS,
     *resize.OPERATORS,
     *shape.OPERATORS,
+)
+EXACT_FORMS: tuple[ExactForm, ...] = (
+    *layer.EXACT_FORMS,
+    *norm.EXACT_FORMS,
+    *activation.EXACT_FORMS,
+    *pool.EXACT_FORMS,
+    *resize.EXACT_FORMS,
+    *requantize.EXACT_FORMS,
 )
 RULES: dict[str, Rule] = {name: rule for row in OPERATORS for name, rule in row.spellings.items()} | shape.HELPERS
 """The base name of an operator of torch's -> what it is in the quantizer's terms."""
@@ -31,3 +40,16 @@ def of_module(module: Any) -> Operator | None:
 
 def of_function(function: Any) -> Operator | None:
     return _FUNCTIONS.get(function)
+
+
+def exact_form(module: Any) -> ExactForm | None:
+    """What a module of a converted network is, where it is none of the user's."""
+    return next((form for form in EXACT_FORMS if isinstance(module, form.kind)), None)
+
+
+def emission_of(module: Any, function: Any) -> Emit | None:
+    """What writes a call of a module, or of a function, into an ONNX file; None for an operator that no row knows."""
+    if (form := exact_form(module)) is not None:
+        return form.emit
+    row = of_function(function) if module is None else of_module(module)
+    return None if row is None else activation.emit_curve if row.formula is not None else row.emit

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from faqd.quantize.operators.row import Call, Operator, Rule
+from faqd.quantize.operators.emit import Emission, Value
+from faqd.quantize.operators.row import Call, ExactForm, Operator, Rule
 
 
 class Nearest(nn.Module):
@@ -81,6 +82,28 @@ def _resize(mode: str) -> Rule:
     return rule
 
 
+def _emit_nearest(emission: Emission) -> Value:
+    rule = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+    return _emit(emission, "nearest", rule)
+
+
+def _emit_linear(emission: Emission) -> Value:
+    corners = "align_corners" if emission.module.align_corners else "half_pixel"
+    return _emit(emission, "linear", {"coordinate_transformation_mode": corners})
+
+
+def _emit(emission: Emission, mode: str, rule: dict[str, str]) -> Value:
+    """By its ratios, or by its sizes where float32 cannot hold the ratios."""
+    resize = emission.module
+    ratios = torch.tensor(resize.size, dtype=torch.float64) / torch.tensor(resize.before)
+    if (ratios.float().double() == ratios).all():
+        scales = emission.number("scales", torch.cat([torch.ones(2), ratios.float()]))
+        return emission.op("Resize", emission.x, None, scales, mode=mode, **rule)
+    axes = list(range(2, 2 + len(resize.size)))
+    sizes = emission.number("sizes", torch.tensor(resize.size))
+    return emission.op("Resize", emission.x, None, None, sizes, axes=axes, mode=mode, **rule)
+
+
 OPERATORS = (
     Operator(
         "reshape",
@@ -90,6 +113,8 @@ OPERATORS = (
             **dict.fromkeys(("upsample_nearest1d", "upsample_nearest2d"), _resize("nearest")),
             **dict.fromkeys(("_upsample_nearest_exact1d", "_upsample_nearest_exact2d"), _resize("nearest")),
         },
+        emit=_emit_nearest,
     ),
-    Operator("average", (Bilinear,), {"upsample_bilinear2d": _resize("bilinear")}),
+    Operator("average", (Bilinear,), {"upsample_bilinear2d": _resize("bilinear")}, emit=_emit_linear),
 )
+EXACT_FORMS = (ExactForm(Interpolate, _emit_linear),)

@@ -9,6 +9,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, fx, nn
 
+from faqd.quantize.operators.emit import Emit
+
 Role = Literal[
     "input", "compute", "norm", "rectify", "clamp", "curve", "average", "add", "multiply", "concat", "reshape",
     "constant", "output", "other",
@@ -23,7 +25,8 @@ class Operator:
 
     spellings: torch's operators that stand for it -> the rule that makes it of them. never_negative: whether its result
     is none, whatever it reads. problem: a sentence of what keeps this call from being quantized, of the module or None
-    and the node (shapes propagated). formula: of an activation's module, its arithmetic (`activation.Formula`).
+    and the node (shapes propagated). formula: of an activation's module, its arithmetic (`activation.Formula`). emit:
+    writes it into an ONNX file; None where torch's exporter has to.
     """
 
     role: Role
@@ -32,6 +35,20 @@ class Operator:
     never_negative: bool = False
     problem: Callable[[Any, fx.Node], str | None] | None = None
     formula: Callable[[Any], Any] | None = None
+    emit: Emit | None = None
+
+
+@dataclass(frozen=True)
+class ExactForm:
+    """What stands in a converted network for an operator of a student.
+
+    kind: its module. emit: writes it into an ONNX file. numbers: of it that the file states and verify binds, by name;
+    those of layers and roundings have places of their own in verify.
+    """
+
+    kind: type[nn.Module]
+    emit: Emit
+    numbers: Callable[[Any], dict[str, Tensor]] = lambda module: {}
 
 
 class Pieces(list[Callable[[], fx.Node]]):

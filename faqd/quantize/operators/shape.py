@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from faqd.quantize.operators.arithmetic import Stacked
+from faqd.quantize.operators.emit import Emission, Value, settled
 from faqd.quantize.operators.row import Call, Operator, Pieces, Rule, is_number, sizes
 
 
@@ -205,6 +206,111 @@ def _unlike_zeros(pad: Any, node: fx.Node) -> str | None:
     return None
 
 
+def _emit_joined(emission: Emission) -> Value:
+    return emission.op("Concat", *emission.values(0), axis=int(emission.node.args[1]))  # type: ignore[arg-type]
+
+
+def _emit_reshape(emission: Emission) -> Value:
+    """Flatten where it is one, and the number of images as it is: backends know both on codes."""
+    before, after = emission.before, emission.after
+    known = settled(before[1:]), settled(after[1:])
+    if None in known or after[0] != before[0]:
+        wanted = [size if isinstance(size, int) else -1 for size in after]
+    elif len(after) == 2:
+        return emission.x if len(before) == 2 else emission.op("Flatten", emission.x, axis=1)
+    else:
+        wanted = [0, *after[1:]]
+    return emission.op("Reshape", emission.x, emission.number("shape", wanted))
+
+
+def _emit_permute(emission: Emission) -> Value:
+    return emission.op("Transpose", emission.x, perm=list(emission.node.args[1]))  # type: ignore[arg-type]
+
+
+def _emit_part(emission: Emission) -> Value:
+    part = emission.module
+    borders = (emission.number(name, [getattr(part, name)]) for name in ("start", "end", "axis"))
+    return emission.op("Slice", emission.x, *borders)
+
+
+def _emit_index(emission: Emission) -> Value | None:
+    """Slices at once, then the places of single numbers, whose axes go."""
+    given: Any = emission.node.args[1]
+    index = given if isinstance(given, tuple) else (given,)
+    if not all(isinstance(each, int) or _is_settled(each) for each in index):
+        return None
+    slices = {axis: each for axis, each in enumerate(index) if isinstance(each, slice) and each != slice(None)}
+    result = emission.x
+    if slices:
+        borders = {
+            "starts": [each.start or 0 for each in slices.values()],
+            "ends": [sys.maxsize if each.stop is None else each.stop for each in slices.values()],
+            "axes": list(slices),
+            "steps": [each.step or 1 for each in slices.values()],
+        }
+        result = emission.op("Slice", result, *(emission.number(*each) for each in borders.items()))
+    for axis in reversed(range(len(index))):
+        if not isinstance(index[axis], slice):
+            result = emission.op("Gather", result, emission.number(f"index_{axis}", index[axis]), axis=axis)
+    return result
+
+
+def _is_settled(index: Any) -> bool:
+    borders = (index.start, index.stop, index.step) if isinstance(index, slice) else (index,)
+    return isinstance(index, slice) and all(border is None or isinstance(border, int) for border in borders)
+
+
+_PADDINGS = {"constant": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
+"""torch's mode of a padding -> ONNX's."""
+
+
+def _emit_pad(emission: Emission) -> Value:
+    pad, rank = emission.module, len(emission.before)
+    widths = list(pad.widths) + [0] * (2 * rank - len(pad.widths))
+    starts, ends = widths[::2][::-1], widths[1::2][::-1]
+    inputs = [emission.x, emission.number("pads", [*starts, *ends])]
+    if pad.value:
+        inputs.append(emission.number("value", float(pad.value)))
+    return emission.op("Pad", *inputs, mode=_PADDINGS[pad.mode])
+
+
+def _emit_channel_shuffle(emission: Emission) -> Value | None:
+    sizes, groups = settled(emission.before[1:]), emission.module.groups
+    if sizes is None or len(sizes) != 3:
+        return None
+    c, h, w = sizes
+    return _regrouped(emission, (groups, c // groups, h, w), (0, 2, 1, 3, 4))
+
+
+def _emit_pixel_unshuffle(emission: Emission) -> Value | None:
+    sizes, block = settled(emission.before[1:]), emission.module.downscale_factor
+    if sizes is None or len(sizes) != 3:
+        return None
+    c, h, w = sizes
+    return _regrouped(emission, (c, h // block, block, w // block, block), (0, 1, 3, 5, 2, 4))
+
+
+def _regrouped(emission: Emission, parts: tuple[int, ...], order: tuple[int, ...]) -> Value:
+    """Axes behind the batch taken apart, put in another order and joined again. order: the batch included."""
+    apart = emission.op("Reshape", emission.x, emission.number("parts", [0, *parts]))
+    ordered = emission.op("Transpose", apart, perm=list(order))
+    return emission.op("Reshape", ordered, emission.number("sizes", [0, *emission.after[1:]]))
+
+
+def _emit_pixel_shuffle(emission: Emission) -> Value | None:
+    if len(emission.before) != 4:
+        return None
+    return emission.op("DepthToSpace", emission.x, blocksize=emission.module.upscale_factor, mode="CRD")
+
+
+def _emit_constant(emission: Emission) -> Value:
+    """Once for each image."""
+    value = emission.module.value
+    count = emission.op("Shape", emission.x, start=0, end=1)
+    sizes = emission.op("Concat", count, emission.number("sizes", list(value.shape[1:])), axis=0)
+    return emission.op("Expand", emission.number("value", value), sizes)
+
+
 OPERATORS = (
     Operator(
         "concat",
@@ -214,6 +320,7 @@ OPERATORS = (
             "stack": _stack,
             "slice_scatter": _slice_scatter,
         },
+        emit=_emit_joined,
     ),
     Operator(
         "reshape",
@@ -224,24 +331,29 @@ OPERATORS = (
             ),
             **dict.fromkeys(("squeeze", "unsqueeze"), _reshape),
         },
+        emit=_emit_reshape,
     ),
     Operator(
         "reshape",
         (torch.permute,),
         dict.fromkeys(("permute", "transpose", "t", "swapaxes", "swapdims", "numpy_T"), _permute),
+        emit=_emit_permute,
     ),
     Operator(
         "reshape",
-        (Part, operator.getitem),
+        (Part,),
         {
             **dict.fromkeys(
                 ("chunk", "split", "split_with_sizes", "tensor_split", "unsafe_chunk", "unsafe_split"), _chunk
             ),
-            "unbind": _unbind,
-            "slice": _slice,
-            "select": _select,
-            "narrow": _narrow,
         },
+        emit=_emit_part,
+    ),
+    Operator(
+        "reshape",
+        (operator.getitem,),
+        {"unbind": _unbind, "slice": _slice, "select": _select, "narrow": _narrow},
+        emit=_emit_index,
     ),
     Operator(
         "reshape",
@@ -252,18 +364,28 @@ OPERATORS = (
             **dict.fromkeys(("replication_pad1d", "replication_pad2d"), _fixed_pad("replicate")),
         },
         problem=_unlike_zeros,
+        emit=_emit_pad,
     ),
     Operator(
         "reshape",
         (nn.ChannelShuffle,),
         {"channel_shuffle": lambda call: nn.ChannelShuffle(call["groups"])},
+        emit=_emit_channel_shuffle,
     ),
-    Operator("reshape", (nn.PixelShuffle,), {"pixel_shuffle": lambda call: nn.PixelShuffle(call["upscale_factor"])}),
     Operator(
-        "reshape", (nn.PixelUnshuffle,), {"pixel_unshuffle": lambda call: nn.PixelUnshuffle(call["downscale_factor"])}
+        "reshape",
+        (nn.PixelShuffle,),
+        {"pixel_shuffle": lambda call: nn.PixelShuffle(call["upscale_factor"])},
+        emit=_emit_pixel_shuffle,
     ),
-    Operator("reshape", (nn.Identity,)),
-    Operator("constant", (Constant,)),
+    Operator(
+        "reshape",
+        (nn.PixelUnshuffle,),
+        {"pixel_unshuffle": lambda call: nn.PixelUnshuffle(call["downscale_factor"])},
+        emit=_emit_pixel_unshuffle,
+    ),
+    Operator("reshape", (nn.Identity,), emit=lambda emission: emission.x),
+    Operator("constant", (Constant,), emit=_emit_constant),
 )
 
 
