@@ -15,6 +15,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from faqd.deploy.onnx_model.inference import inferred
+
 _FLOAT32_INPUTS = {"QuantizeLinear", "DequantizeLinear", "Resize"}
 """Operators whose scales stay FP32; Resize knows no others."""
 STATED = {"Cast", "Constant", "ConstantOfShape"}
@@ -58,7 +60,7 @@ def float16_from_float32(model: onnx.ModelProto) -> onnx.ModelProto:
     del graph.node[:]
     graph.node.extend(nodes)
     del graph.value_info[:]
-    onnx.checker.check_model(half, full_check=True)
+    inferred(half, check=True)
     return half
 
 

@@ -20,7 +20,7 @@ _TYPES = {
     torch.float32: ir.DataType.FLOAT, torch.float64: ir.DataType.FLOAT, torch.int64: ir.DataType.INT64,
     torch.int32: ir.DataType.INT32, torch.bool: ir.DataType.BOOL,
 }  # fmt: skip
-"""Types of a network's tensors -> of the file's: a converted network computes in float64 what its file does in float32."""
+"""Types of a network's tensors -> of the file's: what a converted network computes in float64 is float32 there."""
 
 
 class OnnxFile:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from faqd.deploy.export.float16 import float16_from_float32
+from faqd.deploy.onnx_model.inference import inferred
 from faqd.deploy.onnx_model.session import OnnxSession
 from faqd.errors import UserError, first_line
 
@@ -47,8 +48,8 @@ def run_stored(model: onnx.ModelProto, inputs: Array) -> dict[str, Array]:
 
 
 def _run(model: onnx.ModelProto, inputs: Array) -> dict[str, Array]:
-    graph = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph
-    known = {value.name: value for value in [*graph.value_info, *graph.input, *graph.output]}
+    graph, found = model.graph, inferred(model).graph
+    known = {value.name: value for value in [*found.value_info, *found.input, *found.output]}
     constants = {tensor.name: tensor for tensor in graph.initializer}
     outputs = [value.name for value in graph.output]
     readers = Counter([*(name for node in graph.node for name in node.input), *outputs])
@@ -65,11 +66,11 @@ def _run(model: onnx.ModelProto, inputs: Array) -> dict[str, Array]:
             [constants[name] for name in read if name in constants],
         )
         cut = helper.make_model(part, opset_imports=model.opset_import, ir_version=model.ir_version)
-        found = OnnxSession(cut.SerializeToString(), optimise=False).run(feeds)
+        results = OnnxSession(cut.SerializeToString(), optimise=False).run(feeds)
         operands = [*feeds.values(), *(numpy_helper.to_array(constants[name]) for name in read if name in constants)]
-        if all(map(_finite, operands)) and not all(map(_finite, found.values())):
+        if all(map(_finite, operands)) and not all(map(_finite, results.values())):
             raise UserError(f"operator {node.name} ({node.op_type}) gives values beyond FP16's 65504", exit_code=1)
-        values |= found
+        values |= results
         for name in node.input:
             readers[name] -= 1
             if not readers[name]:

@@ -28,7 +28,8 @@ def facts_of(network: fx.GraphModule, example: Tensor) -> dict[fx.Node, TensorFa
     """Of the nodes whose results are tensors. example: (N, C, H, W), of which only C, H and W count."""
     own = itertools.chain(network.parameters(), network.buffers())
     dtype = next((tensor.dtype for tensor in own if tensor.is_floating_point()), torch.float32)
-    two, three = (_run(network, (count, *example.shape[1:]), dtype) for count in BATCH)  # type: ignore[union-attr]
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        two, three = (_run(network, (count, *example.shape[1:]), dtype) for count in BATCH)  # type: ignore[union-attr]
     return {
         node: TensorFacts(tuple(a if a == b else (a, b) for a, b in zip(shape, three[node][0], strict=True)), dtype)
         for node, (shape, dtype) in two.items()
@@ -49,6 +50,5 @@ class _Run(fx.Interpreter):
 
 def _run(network: fx.GraphModule, shape: tuple[int, ...], dtype: torch.dtype) -> dict[fx.Node, Any]:
     run = _Run(network)
-    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
-        run.run(torch.empty(shape, dtype=dtype))
+    run.run(torch.empty(shape, dtype=dtype))
     return run.found

@@ -1,4 +1,4 @@
-"""A captured or converted network to ONNX: each call is written by the row of its operator, and has its place's name."""
+"""A captured or converted network to ONNX: each call is written by the row of its operator, under its own place."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from faqd.deploy.export.onnx_file import OnnxFile
 from faqd.deploy.export.other_operators import write_others
 from faqd.deploy.export.tensor_facts import TensorFacts, facts_of
+from faqd.deploy.onnx_model.inference import with_shapes
 from faqd.files import written_beside
 from faqd.quantize import nodes
 from faqd.quantize.convert import Deployed
@@ -43,9 +44,7 @@ def _written(network: fx.GraphModule, flavour: str, example: Tensor, metadata: d
     model = writer.model()
     model.metadata_props.update(metadata)
     proto: onnx.ModelProto = ir.serde.serialize_model(model)
-    proto = onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
-    onnx.checker.check_model(proto)
-    return proto
+    return with_shapes(proto, check=True)
 
 
 class _Writer:

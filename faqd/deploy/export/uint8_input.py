@@ -15,6 +15,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from faqd.deploy.onnx_model.inference import inferred
 from faqd.deploy.onnx_model.session import OnnxSession
 from faqd.errors import UserError
 from faqd.preprocess import Preprocess
@@ -51,7 +52,7 @@ def with_preprocessing(model: onnx.ModelProto, preprocess: Preprocess) -> onnx.M
     graph.initializer.extend(numpy_helper.from_array(array, f"{_PREFIX}{key}") for key, array in constants.items())
     shape = [batch.dim_param or batch.dim_value, height.dim_value, width.dim_value, channels.dim_value]
     value.CopyFrom(helper.make_tensor_value_info(name, TensorProto.UINT8, shape))
-    onnx.checker.check_model(result, full_check=True)
+    inferred(result, check=True)
     return result
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 
 from faqd.deploy.onnx_model.graph import Graph, attributes_of, operand, scale_of
+from faqd.deploy.onnx_model.inference import inferred
 from faqd.deploy.onnx_model.scan import MAX_ELEMENTS, read_scanned
 from faqd.errors import UserError, first_line
 
@@ -43,16 +44,15 @@ def _checked(path: Path) -> tuple[onnx.ModelProto, bytes]:
         model = onnx.ModelProto.FromString(data)
         for complaint in _unbounded(model.graph):
             raise UserError(f"{path}: {complaint}.")
-        onnx.checker.check_model(model, full_check=True)
         for values_too in (False, True):  # Sizes alone first: values of shapes are propagated only where those are few.
-            inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=values_too)
-            for complaint in _oversized(inferred):
+            found = inferred(model, check=not values_too, values_too=values_too)
+            for complaint in _oversized(found):
                 raise UserError(f"{path}: {complaint}.")
     except UserError:
         raise
     except Exception as error:  # protobuf, the checker and shape inference raise many kinds
         raise UserError(f"{path}: not a valid ONNX file ({first_line(error)}).") from error
-    for complaint in _bad_quantization(inferred):
+    for complaint in _bad_quantization(Graph(model), Graph(found)):
         raise UserError(f"{path}: {complaint}.")
     return model, data
 
@@ -92,9 +92,8 @@ def _oversized(model: onnx.ModelProto) -> Iterator[str]:
             yield f"up to {value.name}, {listed:,} indices or sizes are computed; store them, or fold what is constant"
 
 
-def _bad_quantization(model: onnx.ModelProto) -> Iterator[str]:
+def _bad_quantization(graph: Graph, inferred_graph: Graph) -> Iterator[str]:
     """What the checker lets pass: scales that are no scales, and an axis on which they do not fit."""
-    graph = Graph(model)
     for node in graph.nodes:
         scale = scale_of(graph, node) if node.op_type in ("QuantizeLinear", "DequantizeLinear") else None
         if scale is None:
@@ -102,7 +101,7 @@ def _bad_quantization(model: onnx.ModelProto) -> Iterator[str]:
         what = f"node {node.name or node.output[0]} ({node.op_type})"
         if not (np.isfinite(scale) & (scale > 0)).all():
             yield f"{what}: every scale must be a finite number above zero"
-        shape = graph.shape(node.input[0])
+        shape = inferred_graph.shape(node.input[0])
         if scale.ndim != 1 or scale.size == 1 or shape is None:
             continue
         axis = attributes_of(node).get("axis", 1)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from faqd.deploy.onnx_model.graph import attributes_of
+from faqd.deploy.onnx_model.inference import inferred
 from faqd.deploy.reference.evaluator import OPERATORS, Referee, Value, code_tensors, stored
 from faqd.deploy.verify.test_vectors import Drive
 from faqd.errors import UserError
@@ -84,10 +85,9 @@ def place_of(node: onnx.NodeProto) -> str:
 
 def segments(model: onnx.ModelProto) -> Iterator[Segment]:
     """One segment per integer tensor and per network output, in graph order."""
-    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True)
-    graph = inferred.graph
+    graph, found = model.graph, inferred(model).graph
     codes = code_tensors(graph)
-    known = {v.name: v for v in [*graph.value_info, *graph.input, *graph.output]}
+    known = {v.name: v for v in [*found.value_info, *found.input, *found.output]}
     producer = {name: index for index, node in enumerate(graph.node) for name in node.output}
     constants = {t.name: t for t in graph.initializer}
     borders = {*codes, *(v.name for v in graph.input)}

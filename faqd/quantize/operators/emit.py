@@ -1,4 +1,4 @@
-"""What a row of the tables writes into an ONNX file of opset 19: one call of a converted network, as nodes of the file."""
+"""What a row of the tables writes into an ONNX file: one call of a converted network, as nodes of opset 19."""
 
 from __future__ import annotations
 

@@ -64,27 +64,35 @@ def _exact(rows: Tensor, high: int) -> tuple[Tensor, Tensor]:
 
 
 def _alternate(rows: Tensor, scale: Tensor, high: int) -> tuple[Tensor, Tensor]:
-    largest = rows.abs().amax(1)
+    codes = torch.empty_like(rows)
+    return codes, _reassign(rows, rows.abs().amax(1), scale, high, codes, torch.empty_like(rows))
+
+
+def _reassign(rows: Tensor, largest: Tensor, scale: Tensor, high: int, codes: Tensor, spare: Tensor) -> Tensor:
+    """Writes the codes of `scale` into `codes`, and gives the scale that fits these best. spare: of the shape of rows;
+    memory that is there already, since new memory takes longer than the arithmetic."""
     # A start so coarse that every code would be zero could never be left again.
     scale = torch.where(2 * largest <= scale, largest / (high + 0.5), scale)
-    codes = (rows / scale.clamp_min(torch.finfo(rows.dtype).tiny)[:, None]).round().clamp(-high, high)
-    norm = codes.square().sum(1)
-    fitted = (rows * codes).sum(1) / norm.clamp_min(1)
-    return codes, torch.where(norm > 0, fitted, scale)
+    torch.div(rows, scale.clamp_min(torch.finfo(rows.dtype).tiny)[:, None], out=codes).round_().clamp_(-high, high)
+    norm = torch.square(codes, out=spare).sum(1)
+    fitted = torch.mul(rows, codes, out=spare).sum(1) / norm.clamp_min(1)
+    return torch.where(norm > 0, fitted, scale)
 
 
 def _scan(rows: Tensor, high: int) -> tuple[Tensor, Tensor]:
-    usual = rows.abs().amax(1) / (high + 0.5)
+    largest = rows.abs().amax(1)
+    usual = largest / (high + 0.5)
     best_error = torch.full_like(usual, math.inf)
     codes, scale = torch.zeros_like(rows), usual
+    trial, spare = torch.empty_like(rows), torch.empty_like(rows)
     for factor in [1.0, *SCAN.tolist()]:
         trial_scale = usual * factor
         for _ in range(SCAN_PASSES):
-            trial, trial_scale = _alternate(rows, trial_scale, high)
-        error = (rows - trial_scale[:, None] * trial).square().sum(1)
+            trial_scale = _reassign(rows, largest, trial_scale, high, trial, spare)
+        error = torch.mul(trial_scale[:, None], trial, out=spare).sub_(rows).square_().sum(1)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
-        codes = torch.where(better[:, None], trial, codes)
+        torch.where(better[:, None], trial, codes, out=codes)
         scale = torch.where(better, trial_scale, scale)
     return codes, scale
 
