@@ -21,7 +21,7 @@ from faqd.calib.ranges import scale_max
 from faqd.errors import UserError
 from faqd.quant import FLOAT_BITS, SIGNED_8
 from faqd.quantize import nodes
-from faqd.quantize.lowering.fold_batch_norm import Changes, affine, fold_layer, quantizer_of
+from faqd.quantize.lowering.fold_batch_norm import Changes, fold_layer, quantizer_of
 from faqd.quantize.lowering.insert_requantize import (
     Again,
     flatten_behind_rounding,
@@ -34,13 +34,9 @@ from faqd.quantize.lowering.insert_requantize import (
 )
 from faqd.quantize.lowering.pad_channels import fill_up_channels, image_layers
 from faqd.quantize.lowering.rounding_shift import place_shifts
-from faqd.quantize.operators.activation import CURVES, Curve
-from faqd.quantize.operators.arithmetic import Scaled
-from faqd.quantize.operators.clamp import Clamp, deployed_clamp
-from faqd.quantize.operators.norm import NORM, ChannelAffine
-from faqd.quantize.operators.pool import IntegerAverage
+from faqd.quantize.operators.clamp import Clamp
+from faqd.quantize.operators.registry import exact_form_of
 from faqd.quantize.operators.requantize import Flavour, Requantize
-from faqd.quantize.operators.resize import Bilinear, Interpolate
 from faqd.quantize.quantizers.activation import ActivationQuantizer
 from faqd.quantize.student import Student, computes_floats, input_quantizer
 
@@ -99,7 +95,9 @@ def convert(student: Student, flavour: Flavour, output_scales: dict[str, float] 
         if kind == "compute":
             fold_layer(network, node, flavour, changes, shifts, of_the_image, stays_float=node in unrounded)
         elif kind == "average" and flavour != "float" and input_quantizer(network, node) is not None:
-            _replace(network, node, _average(network, node))
+            row = nodes.row_of(network, node)
+            assert row is not None and row.on_codes is not None
+            _replace(network, node, row.on_codes(_called(network, node), quantizer_of(network, node).scale))
     for node in network.graph.nodes:
         new = _deployed_module(network, node, flavour, shifts)
         if new is not None:
@@ -122,23 +120,8 @@ def _deployed_module(
         if flavour == "float":
             return nn.ReLU() if module.rectifies else nn.Identity()
         return Requantize(module.scale, module.quant, module.rectifies, not isinstance(module, Again))
-    if isinstance(module, NORM) and flavour != "float":
-        per_channel = (-1, *[1] * (len(nodes.shape(node)) - 2))
-        factor, offset = affine(module)
-        offset = offset + shifts.get(node, 0.0)
-        return ChannelAffine(factor.reshape(per_channel), offset.reshape(per_channel))
-    if flavour != "float" and isinstance(module, CURVES):
-        return Curve(module, len(nodes.shape(node)))
-    if flavour != "float" and isinstance(module, Scaled):
-        return ChannelAffine(torch.as_tensor(module.factor).detach(), torch.as_tensor(module.offset).detach())
-    return deployed_clamp(module) if flavour != "float" and isinstance(module, Clamp) else None
-
-
-def _average(network: fx.GraphModule, node: fx.Node) -> nn.Module:
-    module, scale = nodes.module_of(network, node), quantizer_of(network, node).scale
-    if isinstance(module, Bilinear):
-        return Interpolate(module, scale)
-    return IntegerAverage(_callable(network, node), scale)
+    exact = None if flavour == "float" else exact_form_of(module)
+    return None if exact is None else exact(module, len(nodes.shape(node)), *([shifts[node]] if node in shifts else []))
 
 
 def _absorb_clamps(network: fx.GraphModule) -> None:
@@ -192,7 +175,7 @@ def collect_output_scales(student: Student, batches: Iterable[Tensor]) -> dict[s
     return {name: room * scale_max(np.asarray(values, np.float32), SIGNED_8) for name, values in observed.items()}
 
 
-def _callable(network: fx.GraphModule, node: fx.Node) -> Any:
+def _called(network: fx.GraphModule, node: fx.Node) -> Any:
     if node.op == "call_module":
         return network.get_submodule(str(node.target))
     return node.target

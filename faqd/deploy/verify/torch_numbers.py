@@ -14,8 +14,8 @@ from faqd.quantize.operators.activation import Curve
 from faqd.quantize.operators.arithmetic import SUBTRACT
 from faqd.quantize.operators.clamp import Clamp
 from faqd.quantize.operators.layer import COMPUTE, IntegerLayer
-from faqd.quantize.operators.norm import ChannelAffine
 from faqd.quantize.operators.pool import IntegerAverage
+from faqd.quantize.operators.registry import numbers_of
 from faqd.quantize.operators.requantize import Flavour, Requantize
 from faqd.quantize.operators.resize import Interpolate
 
@@ -40,7 +40,7 @@ def torch_constants(deployed: Deployed) -> dict[str, Any]:
         "others": [
             {"layer": place_of_module(name), "number": number, "sha256": in_any_order(values.numpy())}
             for _, name, module in calls
-            for number, values in _numbers(module).items()
+            for number, values in _others(module).items()
         ],
     }
 
@@ -93,14 +93,10 @@ def _rounding(name: str, rounding: Requantize, nonnegative: bool, flavour: Flavo
     }
 
 
-def _numbers(module: torch.nn.Module) -> dict[str, Tensor]:
-    if isinstance(module, ChannelAffine):
-        return {"factor": module.factor, "offset": module.offset}
-    if isinstance(module, Curve):
-        return dict(module.named_buffers())
+def _others(module: torch.nn.Module) -> dict[str, Tensor]:
     if isinstance(module, COMPUTE):
         return {name: values.detach() for name, values in module.named_parameters()}
-    return {}
+    return numbers_of(module)
 
 
 def place_of_module(name: str) -> str:

@@ -13,6 +13,7 @@ from faqd.quantize import nodes
 from faqd.quantize.lowering.pad_channels import ImageLayers
 from faqd.quantize.lowering.pair_limits import LARGEST_INT8, pair_limit
 from faqd.quantize.operators.layer import COMPUTE, TRANSPOSED, IntegerLayer
+from faqd.quantize.operators.norm import affine
 from faqd.quantize.operators.requantize import Flavour
 from faqd.quantize.quantizers.activation import ActivationQuantizer
 from faqd.quantize.quantizers.layers import latent_weight, output_channels, output_first, weight_codes, weight_quantizer
@@ -116,15 +117,6 @@ def _layer_affine(layer: Any, norm: nn.Module | None) -> tuple[Tensor, Tensor]:
         return ones, bias
     factor, offset = affine(norm)
     return factor, factor * bias + offset
-
-
-def affine(norm: Any) -> tuple[Tensor, Tensor]:
-    """float64 (channels,) each: a batch norm in evaluation as x * factor + offset."""
-    deviation = (norm.running_var.double() + norm.eps).sqrt()
-    gamma = norm.weight.detach().double() if norm.affine else torch.ones_like(deviation)
-    beta = norm.bias.detach().double() if norm.affine else torch.zeros_like(deviation)
-    factor = gamma / deviation
-    return factor, beta - factor * norm.running_mean.double()
 
 
 def _real(layer: IntegerLayer) -> tuple[Tensor, Tensor]:

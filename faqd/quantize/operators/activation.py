@@ -79,6 +79,10 @@ class Formula:
         return self
 
 
+def exact_curve(module: Any, dimensions: int) -> nn.Module:
+    return Curve(module, dimensions)
+
+
 def emit_curve(emission: Emission) -> Value:
     """In the order of the formula."""
     curve = emission.module if isinstance(emission.module, Curve) else Curve(emission.module, len(emission.before))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from faqd.quantize.operators.emit import Emission, Value, two
+from faqd.quantize.operators.norm import ChannelAffine
 from faqd.quantize.operators.row import OWN, Call, Operator
 
 
@@ -127,6 +129,10 @@ def _of_two(module: Any, node: fx.Node) -> str | None:
 SUBTRACT = (operator.sub,)
 
 
+def _exact(scaled: Any, dimensions: int) -> nn.Module:
+    return ChannelAffine(torch.as_tensor(scaled.factor).detach(), torch.as_tensor(scaled.offset).detach())
+
+
 def _emit_scaled(emission: Emission) -> Value:
     result, scaled = emission.x, emission.module
     if isinstance(scaled.factor, Tensor) or scaled.factor != 1:
@@ -171,5 +177,11 @@ OPERATORS = (
         problem=_of_two,
         emit=two("Mul"),
     ),
-    Operator("curve", (Scaled,), dict.fromkeys(("neg", "negative"), lambda call: Scaled(-1.0, 0.0)), emit=_emit_scaled),
+    Operator(
+        "curve",
+        (Scaled,),
+        dict.fromkeys(("neg", "negative"), lambda call: Scaled(-1.0, 0.0)),
+        exact=_exact,
+        emit=_emit_scaled,
+    ),
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from torch import Tensor, nn
 
@@ -23,7 +25,7 @@ class Clamp(nn.Module):
         return f"{self.low:g}, {self.high:g}"
 
 
-def deployed_clamp(clamp: Clamp) -> Clamp:
+def _exact(clamp: Any, dimensions: int) -> nn.Module:
     return Clamp(float(np.float32(clamp.low)), float(np.float32(clamp.high)))
 
 
@@ -49,6 +51,7 @@ OPERATORS = (
             "hardtanh": lambda call: Clamp(float(call["min_val"]), float(call["max_val"])),
             **dict.fromkeys(("clamp", "clip", "clamp_min"), _clamp),
         },
+        exact=_exact,
         emit=_emit,
     ),
 )

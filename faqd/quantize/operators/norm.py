@@ -96,6 +96,21 @@ def _has_none(norm: Any, node: fx.Node) -> str | None:
     return NO_STATISTICS if norm.running_mean is None else None
 
 
+def affine(norm: Any) -> tuple[Tensor, Tensor]:
+    """float64 (channels,) each: a batch norm in evaluation as x * factor + offset."""
+    deviation = (norm.running_var.double() + norm.eps).sqrt()
+    gamma = norm.weight.detach().double() if norm.affine else torch.ones_like(deviation)
+    beta = norm.bias.detach().double() if norm.affine else torch.zeros_like(deviation)
+    factor = gamma / deviation
+    return factor, beta - factor * norm.running_mean.double()
+
+
+def _exact(norm: Any, dimensions: int, shift: Tensor | float = 0.0) -> nn.Module:
+    per_channel = (-1, *[1] * (dimensions - 2))
+    factor, offset = affine(norm)
+    return ChannelAffine(factor.reshape(per_channel), (offset + shift).reshape(per_channel))
+
+
 def _emit(emission: Emission) -> Value:
     norm = emission.module
     channels = len(norm.running_mean)
@@ -120,6 +135,7 @@ OPERATORS = (
         NORM,
         dict.fromkeys(("batch_norm", "_native_batch_norm_legit_no_training"), _batch_norm),
         problem=_has_none,
+        exact=_exact,
         emit=_emit,
     ),
 )

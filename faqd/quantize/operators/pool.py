@@ -224,8 +224,9 @@ OPERATORS = (
             "adaptive_avg_pool2d": _adaptive(nn.AvgPool2d, nn.AdaptiveAvgPool2d),
         },
         problem=_divides,
+        on_codes=IntegerAverage,
         emit=_emit_average,
     ),
-    Operator("average", (torch.mean,), {"mean": _mean, "sum": _sum}, emit=_emit_mean),
+    Operator("average", (torch.mean,), {"mean": _mean, "sum": _sum}, on_codes=IntegerAverage, emit=_emit_mean),
 )
 EXACT_FORMS = (ExactForm(IntegerAverage, _emit_integer_average),)

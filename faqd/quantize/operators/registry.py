@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+
+from torch import Tensor
 
 from faqd.quantize.operators import activation, arithmetic, clamp, layer, norm, pool, requantize, resize, shape
 from faqd.quantize.operators.emit import Emit
@@ -42,14 +45,25 @@ def of_function(function: Any) -> Operator | None:
     return _FUNCTIONS.get(function)
 
 
-def exact_form(module: Any) -> ExactForm | None:
-    """What a module of a converted network is, where it is none of the user's."""
+def exact_form_of(module: Any) -> Callable[..., Any] | None:
+    """What makes of a student's module what it is in a converted network; None where it stays."""
+    row = of_module(module)
+    return None if row is None else activation.exact_curve if row.formula is not None else row.exact
+
+
+def numbers_of(module: Any) -> dict[str, Tensor]:
+    """The numbers of a module of a converted network that its file has to state, by name."""
+    form = _exact_form(module)
+    return {} if form is None else form.numbers(module)
+
+
+def _exact_form(module: Any) -> ExactForm | None:
     return next((form for form in EXACT_FORMS if isinstance(module, form.kind)), None)
 
 
 def emission_of(module: Any, function: Any) -> Emit | None:
     """What writes a call of a module, or of a function, into an ONNX file; None for an operator that no row knows."""
-    if (form := exact_form(module)) is not None:
+    if (form := _exact_form(module)) is not None:
         return form.emit
     row = of_function(function) if module is None else of_module(module)
     return None if row is None else activation.emit_curve if row.formula is not None else row.emit

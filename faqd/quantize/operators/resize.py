@@ -115,6 +115,8 @@ OPERATORS = (
         },
         emit=_emit_nearest,
     ),
-    Operator("average", (Bilinear,), {"upsample_bilinear2d": _resize("bilinear")}, emit=_emit_linear),
+    Operator(
+        "average", (Bilinear,), {"upsample_bilinear2d": _resize("bilinear")}, on_codes=Interpolate, emit=_emit_linear
+    ),
 )
 EXACT_FORMS = (ExactForm(Interpolate, _emit_linear),)

@@ -25,8 +25,10 @@ class Operator:
 
     spellings: torch's operators that stand for it -> the rule that makes it of them. never_negative: whether its result
     is none, whatever it reads. problem: a sentence of what keeps this call from being quantized, of the module or None
-    and the node (shapes propagated). formula: of an activation's module, its arithmetic (`activation.Formula`). emit:
-    writes it into an ONNX file; None where torch's exporter has to.
+    and the node (shapes propagated). formula: of an activation's module, its arithmetic (`activation.Formula`). exact:
+    the module of a converted network, on float64 and with the numbers of the file, of (the user's module, dimensions of
+    what it reads) and for a batch norm what to add; on_codes: the same of (what is called, scale of the codes that it
+    reads). emit: writes it into an ONNX file; None where torch's exporter has to.
     """
 
     role: Role
@@ -35,6 +37,8 @@ class Operator:
     never_negative: bool = False
     problem: Callable[[Any, fx.Node], str | None] | None = None
     formula: Callable[[Any], Any] | None = None
+    exact: Callable[..., nn.Module] | None = None
+    on_codes: Callable[[Any, Tensor], nn.Module] | None = None
     emit: Emit | None = None
 
 
