@@ -19,6 +19,7 @@ import click
 from faqd import __version__
 from faqd.errors import INTERRUPTED, Paused, UserError
 from faqd.files import refuse_unwritable, write_json
+from faqd.notice import told
 
 EXTRA_OF = {
     "torch": "train",
@@ -59,7 +60,7 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> None:
     0 done, or paused as told; 1 a gate, a verification or a build failed; 2 bad input or usage; 130 interrupted.
     """
     wait_briefly()
-    with ending_in_a_sentence(), _terminated_like_interrupted():
+    with ending_in_a_sentence(), _terminated_like_interrupted(), told(lambda text: click.echo(text, err=True)):
         # Without standalone mode click returns the code of an Exit instead of leaving with it.
         sys.exit(command.main(arguments, standalone_mode=False))
 

@@ -45,15 +45,15 @@ def write_others(
     for initializer in list(model.graph.initializers.values()):
         model.graph.initializers.pop(str(initializer.name))
         file.adopt(initializer, place)
-    for node in list(model.graph):
-        model.graph.remove(node)
-        node.metadata_props.clear()
-        node.doc_string = None
-        for output in node.outputs:
+    for made_of in list(model.graph):
+        model.graph.remove(made_of)
+        made_of.metadata_props.clear()
+        made_of.doc_string = None
+        for output in made_of.outputs:
             output.metadata_props.clear()
             output.shape = None  # with symbols of another file
-        file.graph.append(node)
-        file.call(node, place)
+        file.graph.append(made_of)
+        file.call(made_of, place)
     for node, value in zip(results, made, strict=True):
         file.describe(value, facts[node])
         values[node] = value

@@ -19,6 +19,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_unflatten
 
 from faqd.errors import UserError, first_line
+from faqd.notice import slow
 from faqd.quantize.capture.aten import views_are_written, word_of
 from faqd.quantize.capture.translate import Translation
 from faqd.quantize.nodes import innermost
@@ -99,7 +100,7 @@ def _exported(wrapped: nn.Module, example: Tensor, name: str) -> ExportedProgram
     shapes = ({0: Dim.DYNAMIC},)
     images = example.new_zeros(_IMAGES, *example.shape[1:])
     try:
-        with torch.no_grad(), quiet(), _lengths_are_sizes(wrapped):
+        with slow(f"capturing {name}"), torch.no_grad(), quiet(), _lengths_are_sizes(wrapped):
             return torch.export.export(wrapped, (images,), dynamic_shapes=shapes, strict=False)
     except Exception as error:  # whatever the user's forward raises, and all that torch cannot follow
         raise UserError(_sentence(name, error)) from error

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from faqd.quantize.operators.arithmetic import Stacked
-from faqd.quantize.operators.emit import Emission, Value, settled
+from faqd.quantize.operators.emit import Emission, Size, Value, settled
 from faqd.quantize.operators.row import Call, Operator, Pieces, Rule, is_number, sizes
 
 
@@ -215,7 +215,7 @@ def _emit_reshape(emission: Emission) -> Value:
     before, after = emission.before, emission.after
     known = settled(before[1:]), settled(after[1:])
     if None in known or after[0] != before[0]:
-        wanted = [size if isinstance(size, int) else -1 for size in after]
+        wanted: list[Size] = [size if isinstance(size, int) else -1 for size in after]
     elif len(after) == 2:
         return emission.x if len(before) == 2 else emission.op("Flatten", emission.x, axis=1)
     else:
