@@ -15,7 +15,8 @@ class QuantConfig:
 
     weights: 1-8, or 32 where the activations are float as well: a student without any quantizer.
     rounding: of what is behind a ReLU. scale_gradient: by which those scales learn; a lowered file shows none of it.
-    exclude: regular expressions; a layer or operator stays float where one is found in its place.
+    exclude: regular expressions; a layer or operator stays float where one is found in its place. strict: whether what
+    has no integer form is refused, instead of staying float by itself.
     """
 
     weights: int = 8
@@ -25,6 +26,7 @@ class QuantConfig:
     rounding: Rounding = "nearest"
     scale_gradient: ScaleGradient = "lsq"
     exclude: tuple[str, ...] = ()
+    strict: bool = False
 
     def __post_init__(self) -> None:
         if self.weights == FLOAT_BITS and self.activations != FLOAT_BITS:

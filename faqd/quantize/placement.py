@@ -9,7 +9,8 @@
 4. Grids: the network input, activations other than ReLU and its limited kin, and whatever can be negative have 8 signed
    bits; behind a ReLU, the chosen bits; averages of non-negative values, 0..127. Weights have the chosen bits, 8 in the
    first and the last layer.
-5. Layers that `QuantConfig.exclude` names stay float, and nothing is rounded on their account.
+5. Layers that `QuantConfig.exclude` names stay float, and nothing is rounded on their account; nor on that of what has
+   no integer form, and of sums, products and averages beside it (`islands`). They read floats where there are any.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ from faqd.quant import (
     weight_quant,
 )
 from faqd.quantize import nodes
-from faqd.quantize.capture.validate import refuse_unknown
+from faqd.quantize.capture.validate import float_by_themselves
 from faqd.quantize.config import QuantConfig
+from faqd.quantize.islands import with_shores
 from faqd.quantize.operators.arithmetic import SUBTRACT, Scaled
 from faqd.quantize.operators.registry import NEVER_NEGATIVE
 from faqd.quantize.operators.row import Role
@@ -41,22 +43,26 @@ from faqd.quantize.operators.row import Role
 class Placement:
     """activations: the node whose output is rounded -> its grid. weights: the layer node -> its weight grid.
 
-    shared: groups of nodes in `activations` that have one scale.
+    shared: groups of nodes in `activations` that have one scale. floats: the nodes that stay float, of which `alone` by
+    themselves, because they have no integer form.
     """
 
     activations: dict[fx.Node, Quant]
     weights: dict[fx.Node, Quant]
     shared: list[list[fx.Node]]
+    floats: set[fx.Node]
+    alone: set[fx.Node]
 
 
 def place(traced: fx.GraphModule, bits: QuantConfig) -> Placement:
     """Decide every quantizer of `traced` (shapes propagated). UserError for an operator that has no rule."""
     excluded = excluded_nodes(traced, bits.exclude)
-    refuse_unknown(traced, excluded)
-    reader = _Reader(traced, excluded)
+    alone = float_by_themselves(traced, excluded, bits.strict)
+    floats = excluded | with_shores(traced, alone)
+    reader = _Reader(traced, floats)
     weights = _weight_grids(reader, bits)
     if bits.activations == FLOAT_BITS:
-        return Placement({}, weights, [])
+        return Placement({}, weights, [], floats, alone)
     rounded: set[fx.Node] = set()
     for node in traced.graph.nodes:
         kind = reader.role(node)
@@ -70,7 +76,7 @@ def place(traced: fx.GraphModule, bits: QuantConfig) -> Placement:
     groups = _groups(reader, rounded)
     grids = {node: _grid(reader, groups[node], bits) for node in traced.graph.nodes if node in rounded}
     shared = {id(group): group for group in groups.values() if len(group) > 1}
-    return Placement(grids, weights, list(shared.values()))
+    return Placement(grids, weights, list(shared.values()), floats, alone)
 
 
 def excluded_nodes(traced: fx.GraphModule, patterns: tuple[str, ...]) -> set[fx.Node]:
@@ -212,7 +218,7 @@ class _Reader:
         return self._negative[node]
 
     def _find_negative(self, node: fx.Node) -> bool:
-        kind = self.role(node)
+        kind = nodes.role(self.traced, node)  # a sign is a fact of what stays float as well
         module: Any = self.traced.get_submodule(str(node.target)) if node.op == "call_module" else None
         if kind == "rectify" or isinstance(module, NEVER_NEGATIVE) or (kind == "clamp" and module.low >= 0):
             return False

@@ -10,6 +10,7 @@ from faqd.quantize import nodes
 from faqd.quantize.capture.capture import capture
 from faqd.quantize.capture.program import as_plain_modules, is_exported
 from faqd.quantize.config import QuantConfig
+from faqd.quantize.islands import islands_of, reads_floats
 from faqd.quantize.lowering.pad_channels import image_layers
 from faqd.quantize.lowering.pair_limits import pair_limit
 from faqd.quantize.placement import place
@@ -45,6 +46,7 @@ def insert_quantizers(traced: fx.GraphModule, bits: QuantConfig, example: Tensor
     network = copy.deepcopy(traced)
     nodes.propagate(network, example)
     placement = place(network, bits)
+    islands = islands_of(network, placement.alone)
     names = nodes.places(network)
     taps = {node.name: node.name for node in network.graph.nodes}
     first_of = {node: group[0] for group in placement.shared for node in group}
@@ -60,7 +62,14 @@ def insert_quantizers(traced: fx.GraphModule, bits: QuantConfig, example: Tensor
         network.add_submodule(path, quantizer)
         with network.graph.inserting_after(node):
             rounded = network.graph.call_module(path, (node,))
+        floats = [
+            reader
+            for reader in node.users
+            if reader is not rounded and node in placement.floats and reads_floats(network, reader, placement.floats)
+        ]
         nodes.read_instead(node, rounded)
+        for reader in floats:
+            reader.replace_input_with(rounded, node)
         taps[node.name] = rounded.name
         if rectifies:
             rounded.args = (nodes.operand(node),)
@@ -73,7 +82,7 @@ def insert_quantizers(traced: fx.GraphModule, bits: QuantConfig, example: Tensor
     network.graph.lint()
     network.recompile()
     nodes.propagate(network, example)
-    return Student(network.train(), bits, taps, traced)
+    return Student(network.train(), bits, taps, traced, islands)
 
 
 def _limit_pairs(network: fx.GraphModule) -> None:

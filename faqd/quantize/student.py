@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 from faqd.quant import FLOAT_BITS
 from faqd.quantize import nodes
 from faqd.quantize.config import QuantConfig
+from faqd.quantize.islands import Island
 from faqd.quantize.operators.norm import NORM
 from faqd.quantize.quantizers.activation import ActivationQuantizer
 from faqd.quantize.quantizers.layers import latent_weight, operator_name, weight_quantizer
@@ -17,22 +18,28 @@ from faqd.quantize.quantizers.layers import latent_weight, operator_name, weight
 class Student(nn.Module):
     """A network in training with its quantizers: `network` is a graph module, `config` what it was prepared for.
 
-    taps: float node name -> student node name, for every node of the float graph. float_network: what it was prepared
-    from, whose parameters are no part of the student's. norms_stand_still: batch norms keep the float network's
-    statistics in training mode too, from which a few hundred steps of fine-tuning only lose. `print(student)` shows
-    every layer with its grids.
+    taps: float node name -> student node name, for every node of the float graph. islands: what has no integer form, and
+    is float. float_network: what it was prepared from, whose parameters are no part of the student's. norms_stand_still:
+    batch norms keep the float network's statistics in training mode too, from which a few hundred steps of fine-tuning
+    only lose. `print(student)` shows every layer with its grids.
     """
 
     network: fx.GraphModule
     float_network: fx.GraphModule
 
     def __init__(
-        self, network: fx.GraphModule, config: QuantConfig, taps: dict[str, str], float_network: fx.GraphModule
+        self,
+        network: fx.GraphModule,
+        config: QuantConfig,
+        taps: dict[str, str],
+        float_network: fx.GraphModule,
+        islands: list[Island],
     ) -> None:
         super().__init__()
         self.network = network
         self.config = config
         self.taps = taps
+        self.islands = islands
         self.norms_stand_still = True
         self.__dict__["float_network"] = float_network  # registered, its parameters would be trained and saved
 

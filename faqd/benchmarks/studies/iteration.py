@@ -111,7 +111,9 @@ def pupil(
     names = [theirs for theirs, _ in pairs]
 
     def ours(teacher_dtype: TeacherDtype) -> Callable[[Mark], Trainee]:
-        copied = Student(copy.deepcopy(learner.network), learner.config, learner.taps, learner.float_network)
+        copied = Student(
+            copy.deepcopy(learner.network), learner.config, learner.taps, learner.float_network, learner.islands
+        )
         copied.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         job = distill_job(Plan(recipe, folder, source, {}), copied, pairs)
         target, mark = target_of(traced, names, device, teacher_dtype), Marks()

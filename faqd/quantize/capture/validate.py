@@ -1,4 +1,4 @@
-"""What a captured network may contain: everything else is refused by its place and its line in the user's code."""
+"""What a captured network may contain, and what of it has no integer form: by its place and the user's line."""
 
 from __future__ import annotations
 
@@ -19,16 +19,23 @@ KNOWN = (
 )
 
 
-def refuse_unknown(traced: fx.GraphModule, excluded: set[fx.Node]) -> None:
-    """UserError for the first node (shapes propagated) that would not be quantized exactly as it is written; it names
-    the places of the others."""
-    where = nodes.places(traced)
-    problems = {
-        node: problem
-        for node in traced.graph.nodes
-        if (problem := _uneven_windows(traced, node) or (None if node in excluded else _problem(traced, node)))
-    }
+def float_by_themselves(traced: fx.GraphModule, excluded: set[fx.Node], strict: bool) -> set[fx.Node]:
+    """The nodes (shapes propagated) that have no integer form, beside those that are excluded.
+
+    strict: UserError for the first of them, which names the places of the others. Always one for what no file can
+    compute as the network does.
+    """
+    _refuse(traced, {node: why for node in traced.graph.nodes if (why := _refusal(traced, node))})
+    left = (node for node in traced.graph.nodes if node not in excluded)
+    problems = {node: problem for node in left if (problem := _problem(traced, node))}
+    if strict:
+        _refuse(traced, problems)
+    return set(problems)
+
+
+def _refuse(traced: fx.GraphModule, problems: dict[fx.Node, str]) -> None:
     if problems:
+        where = nodes.places(traced)
         first, *others = problems
         more = f" So it is at {len(others)} more places: {_listed([where[node] for node in others])}." if others else ""
         raise UserError(f"{where[first]}{nodes.line_of_code(first)}: {problems[first]}{more}")
@@ -41,17 +48,28 @@ def _listed(places: list[str]) -> str:
 MOST_LISTED = 12
 
 
+def _refusal(traced: fx.GraphModule, node: fx.Node) -> str | None:
+    """What keeps a node from being in any file."""
+    if "tensor_meta" not in node.meta or nodes.is_own(node):
+        return None
+    if nodes.role(traced, node) == "average" and nodes.shape(node)[:1] != nodes.shape(nodes.operand(node))[:1]:
+        return "a mean over the batch axis mixes images: what one image gives would depend on the others beside it."
+    if nodes.role(traced, node) == "other" and word_of(node) == "batch_norm":
+        return NO_STATISTICS
+    row = nodes.row_of(traced, node)
+    no_file = None if row is None or row.refusal is None else row.refusal(nodes.module_of(traced, node), node)
+    return no_file or _uneven_windows(traced, node)
+
+
 def _problem(traced: fx.GraphModule, node: fx.Node) -> str | None:
-    kind = nodes.role(traced, node)
+    """What keeps a node from being quantized exactly as it is written."""
     if "tensor_meta" not in node.meta or nodes.is_own(node):
         return None  # numbers, sizes and what is computed of parameters: whoever reads them is asked
-    if kind == "other":
+    if nodes.role(traced, node) == "other":
         return _OF_OPERATORS.get(word_of(node)) or (
             f"{_operator(traced, node)} cannot be quantized yet. Known are {KNOWN}. --exclude with a regular "
             "expression that fits this place keeps it float."
         )
-    if kind == "average" and nodes.shape(node)[:1] != nodes.shape(nodes.operand(node))[:1]:
-        return "a mean over the batch axis mixes images: what one image gives would depend on the others beside it."
     row = nodes.row_of(traced, node)
     return None if row is None or row.problem is None else row.problem(nodes.module_of(traced, node), node)
 
@@ -78,7 +96,6 @@ _COMPUTED = (
 )
 _OF_OPERATORS = {
     **dict.fromkeys(("linear", "conv1d", "conv2d", "conv_transpose1d", "conv_transpose2d"), _COMPUTED),
-    "batch_norm": NO_STATISTICS,
     **dict.fromkeys(
         ("to", "_to_copy", "type_as"),
         "another type of numbers in the middle of a network cannot be quantized: compute in float32 throughout, or "

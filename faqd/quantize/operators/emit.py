@@ -39,7 +39,7 @@ class Emission:
         sizes: dict[fx.Node, tuple[Size, ...]],
     ) -> None:  # fmt: skip
         self.node, self.module, self.path, self.flavour = node, module, path, flavour
-        self._file, self._values = file, values
+        self._file, self._values, self._sizes = file, values, sizes
         self.before, self.after = sizes[node.all_input_nodes[0]], sizes[node]
 
     @property
@@ -51,6 +51,22 @@ class Emission:
         """A tensor of the arguments, or a number of them."""
         given = self.node.args[index]
         return self._values[given] if isinstance(given, fx.Node) else self.number(f"argument_{index}", given)
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The arguments of a function of torch's, by the names that torch gives them."""
+        schema = self.node.target._schema.arguments  # type: ignore[union-attr]
+        usual = {argument.name: argument.default_value for argument in schema}
+        return usual | dict(zip(usual, self.node.args, strict=False)) | self.node.kwargs
+
+    def value(self, name: str) -> Value | None:
+        """A tensor of the arguments of a function of torch's, or None where it is left out."""
+        given = self.given[name]
+        return self._values[given] if isinstance(given, fx.Node) else given
+
+    def sizes(self, name: str) -> tuple[Size, ...]:
+        """Of a tensor of the arguments of a function of torch's."""
+        return self._sizes[self.given[name]]
 
     def values(self, index: int) -> list[Value]:
         """The tensors of an argument that is a list of them."""

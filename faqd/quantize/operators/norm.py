@@ -134,7 +134,7 @@ OPERATORS = (
         "norm",
         NORM,
         dict.fromkeys(("batch_norm", "_native_batch_norm_legit_no_training"), _batch_norm),
-        problem=_has_none,
+        refusal=_has_none,
         exact=_exact,
         emit=_emit,
     ),

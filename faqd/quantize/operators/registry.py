@@ -7,7 +7,20 @@ from typing import Any
 
 from torch import Tensor
 
-from faqd.quantize.operators import activation, arithmetic, clamp, layer, norm, pool, requantize, resize, shape
+from faqd.quantize.operators import (
+    activation,
+    arithmetic,
+    attention,
+    clamp,
+    float_math,
+    layer,
+    layer_norm,
+    norm,
+    pool,
+    requantize,
+    resize,
+    shape,
+)
 from faqd.quantize.operators.emit import Emit
 from faqd.quantize.operators.row import ExactForm, Operator, Rule
 
@@ -20,6 +33,9 @@ OPERATORS: tuple[Operator, ...] = (
     *pool.OPERATORS,
     *resize.OPERATORS,
     *shape.OPERATORS,
+    *attention.OPERATORS,
+    *layer_norm.OPERATORS,
+    *float_math.OPERATORS,
 )
 EXACT_FORMS: tuple[ExactForm, ...] = (
     *layer.EXACT_FORMS,

@@ -25,10 +25,11 @@ class Operator:
 
     spellings: torch's operators that stand for it -> the rule that makes it of them. never_negative: whether its result
     is none, whatever it reads. problem: a sentence of what keeps this call from being quantized, of the module or None
-    and the node (shapes propagated). formula: of an activation's module, its arithmetic (`activation.Formula`). exact:
-    the module of a converted network, on float64 and with the numbers of the file, of (the user's module, dimensions of
-    what it reads) and for a batch norm what to add; on_codes: the same of (what is called, scale of the codes that it
-    reads). emit: writes it into an ONNX file; None where torch's exporter has to.
+    and the node (shapes propagated); refusal: of what keeps it from being in any file. formula: of an activation's
+    module, its arithmetic (`activation.Formula`). exact: the module of a converted network, on float64 and with the
+    numbers of the file, of (the user's module, dimensions of what it reads) and for a batch norm what to add; on_codes:
+    the same of (what is called, scale of the codes that it reads). emit: writes it into an ONNX file; None where
+    torch's exporter has to.
     """
 
     role: Role
@@ -36,6 +37,7 @@ class Operator:
     spellings: dict[str, Rule] = field(default_factory=dict)
     never_negative: bool = False
     problem: Callable[[Any, fx.Node], str | None] | None = None
+    refusal: Callable[[Any, fx.Node], str | None] | None = None
     formula: Callable[[Any], Any] | None = None
     exact: Callable[..., nn.Module] | None = None
     on_codes: Callable[[Any, Tensor], nn.Module] | None = None

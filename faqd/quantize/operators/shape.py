@@ -107,7 +107,7 @@ def _chunk(call: Call) -> Any:
 def _unbind(call: Call) -> Any:
     axis = int(call["dim"]) % len(call.before)
     count = call.before[axis]
-    if axis == 0 or not is_number(count):
+    if not is_number(count):
         return None
     return Pieces([partial(_index, call, axis, index) for index in range(count)])
 

@@ -1,0 +1,70 @@
+"""Attention, and what it is made of: products of two activations, and softmax. They have no integer form."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from faqd.quantize.operators.emit import Emission, Size, Value, two
+from faqd.quantize.operators.row import Operator
+
+aten = torch.ops.aten
+
+
+def _emit_softmax(emission: Emission) -> Value | None:
+    module, operator = emission.module, "Softmax"
+    axis = emission.given["dim"] if module is None else module.dim
+    if axis is None:
+        return None
+    if isinstance(module, nn.LogSoftmax) or (module is None and "log" in str(emission.node.target)):
+        operator = "LogSoftmax"
+    return emission.op(operator, emission.x, axis=axis % len(emission.before))
+
+
+def _emit_attention(emission: Emission) -> Value | None:
+    """softmax(q k^T scale + mask) v, as F.scaled_dot_product_attention computes it."""
+    given = emission.given
+    queries, keys = emission.sizes("query"), emission.sizes("key")
+    mask = _mask(emission, queries[-2], keys[-2])
+    if given.get("enable_gqa") or given.get("dropout_p") or not isinstance(queries[-1], int) or mask is False:
+        return None
+    scale = given.get("scale") if given.get("scale") is not None else 1 / math.sqrt(queries[-1])
+    order = [*range(len(keys) - 2), len(keys) - 1, len(keys) - 2]
+    scaled = emission.op("Mul", emission.value("query"), emission.number("scale", float(scale)))
+    scores = emission.op("MatMul", scaled, emission.op("Transpose", emission.value("key"), perm=order))
+    if mask is not None:
+        scores = emission.op("Add", scores, mask)
+    return emission.op("MatMul", emission.op("Softmax", scores, axis=len(order) - 1), emission.value("value"))
+
+
+def _mask(emission: Emission, rows: Size, columns: Size) -> Value | bool | None:
+    """What is added to the scores; None for nothing, False for what no constant can be."""
+    if not emission.given.get("is_causal"):
+        return emission.value("attn_mask")
+    if not (isinstance(rows, int) and isinstance(columns, int)):
+        return False
+    later = torch.ones(rows, columns).triu(1).bool()
+    return emission.number("causal", torch.zeros(rows, columns).masked_fill(later, -torch.inf))
+
+
+def _emit_linear(emission: Emission) -> Value | None:
+    """x @ weight^T + bias, of weights that are computed."""
+    weight = emission.op("Transpose", emission.argument(1), perm=[1, 0])
+    result = emission.op("MatMul", emission.argument(0), weight)
+    bias = emission.node.args[2] if len(emission.node.args) > 2 else None
+    return result if bias is None else emission.op("Add", result, emission.argument(2))
+
+
+OPERATORS = (
+    Operator(
+        "other",
+        (nn.Softmax, nn.LogSoftmax, aten.softmax.int, aten._softmax.default, aten.log_softmax.int),
+        emit=_emit_softmax,
+    ),
+    Operator("other", (aten.matmul.default, aten.bmm.default), emit=two("MatMul")),
+    Operator("other", (F.linear,), emit=_emit_linear),
+    Operator("other", (aten.scaled_dot_product_attention.default,), emit=_emit_attention),
+)
