@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,7 @@ from onnx import numpy_helper
 from faqd.deploy.onnx_model.graph import attributes_of
 from faqd.deploy.onnx_model.inference import inferred
 from faqd.deploy.reference.evaluator import OPERATORS, Referee, Value, code_tensors, stored
+from faqd.deploy.reference.onnx_fallback import FLOAT_OPERATORS
 from faqd.deploy.verify.test_vectors import Drive
 from faqd.errors import UserError
 from faqd.reference import real
@@ -84,23 +86,29 @@ def place_of(node: onnx.NodeProto) -> str:
 
 
 def segments(model: onnx.ModelProto) -> Iterator[Segment]:
-    """One segment per integer tensor and per network output, in graph order."""
-    graph, found = model.graph, inferred(model).graph
+    """One segment per integer tensor and per network output, in graph order.
+
+    Where there are float islands, a float tensor that an earlier segment makes is fed to the later ones as codes are:
+    the residual stream of a transformer would be computed once more in front of every layer.
+    """
+    graph, known = model.graph, _described(model)
     codes = code_tensors(graph)
-    known = {v.name: v for v in [*found.value_info, *found.input, *found.output]}
     producer = {name: index for index, node in enumerate(graph.node) for name in node.output}
     constants = {t.name: t for t in graph.initializer}
     borders = {*codes, *(v.name for v in graph.input)}
+    handed_on = floats_handed_on(graph, known)
+    made: set[int] = set()
     for target in [*sorted(codes, key=producer.__getitem__), *(v.name for v in graph.output)]:
         needed: set[int] = set()
         stack, inputs = [target], set()
         while stack:
             name = stack.pop()
-            if name in borders and name != target:
+            if name != target and (name in borders or (name in handed_on and producer[name] in made)):
                 inputs.add(name)
             elif name in producer and producer[name] not in needed:
                 needed.add(producer[name])
                 stack.extend(graph.node[producer[name]].input)
+        made |= needed
         nodes = [graph.node[index] for index in sorted(needed)]
         used = dict.fromkeys(name for node in nodes for name in node.input if name in constants)
         part = onnx.helper.make_graph(
@@ -115,12 +123,33 @@ def segments(model: onnx.ModelProto) -> Iterator[Segment]:
         yield Segment(cut, tuple(sorted(inputs)), target)
 
 
+def _described(model: onnx.ModelProto) -> dict[str, onnx.ValueInfoProto]:
+    """Type and sizes of every tensor, by name."""
+    found = inferred(model).graph
+    return {value.name: value for value in [*found.value_info, *found.input, *found.output]}
+
+
+def floats_handed_on(graph: onnx.GraphProto, known: dict[str, onnx.ValueInfoProto]) -> set[str]:
+    """In a file with float islands, the float tensors that more than one operator reads, but for what codes stand for."""
+    if not any(node.op_type in FLOAT_OPERATORS for node in graph.node):
+        return set()
+    floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
+    readers = Counter(name for node in graph.node for name in node.input)
+    computed = (node for node in graph.node if node.op_type not in ("DequantizeLinear", "Cast"))
+    return {
+        name
+        for node in computed
+        for name in node.output
+        if readers[name] > 1 and name in known and known[name].type.tensor_type.elem_type in floats
+    }
+
+
 class Trace:
     """The referee's run of a file, segment by segment: each is fed what the segments in front of it hand on.
 
-    computed: codes and outputs by tensor, as the file stores them. reached: the largest real value of every tensor, of
-    probes that are not driven. drive: hands on other codes for driven probes. probes: how many there are; undriven: how
-    many of them, the first, are not driven.
+    computed: codes and outputs by tensor, as the file stores them, and float tensors that are handed on. reached: the
+    largest real value of every tensor, of probes that are not driven. drive: hands on other codes for driven probes.
+    probes: how many there are; undriven: how many of them, the first, are not driven.
     """
 
     def __init__(self, model: onnx.ModelProto, inputs: NDArray[np.float32], drive: Drive) -> None:
@@ -132,6 +161,9 @@ class Trace:
         self._drive = drive
         self._zero_points = _zero_points(model)
         self._places: dict[str, str] = {}
+        self._floats = floats_handed_on(model.graph, _described(model))
+        self._exact: dict[str, NDArray[np.float64]] = {}
+        """Of the tensors that are handed on as floats, what float32 rounds."""
 
     def __iter__(self) -> Iterator[tuple[Segment, dict[str, NDArray[Any]], dict[str, Value]]]:
         """Each segment, with what it is fed and the values of all its tensors."""
@@ -143,8 +175,12 @@ class Trace:
                 raise UserError(
                     f"layer {segment.layer}: reads what no layer in front of it makes; export the run again."
                 )
-            values = Referee(segment.model).run(feeds)
+            values = Referee(segment.model).run(
+                feeds | {name: self._exact[name] for name in feeds if name in self._exact}
+            )
             self.computed[segment.output] = stored(values[segment.output])
+            for name in self._floats & values.keys() - feeds.keys():
+                self._exact[name], self.computed[name] = real(values[name]), stored(values[name])
             self._note(values)
             yield segment, feeds, values
 
@@ -158,11 +194,17 @@ class Trace:
         """What a segment is fed, by name; None where it reads what this file does not compute."""
         if not self.computed.keys() | self._inputs.keys() >= set(segment.inputs):
             return None
-        return {name: self._handed_on(name) for name in segment.inputs}
+        types = {value.name: value.type.tensor_type.elem_type for value in segment.model.graph.input}
+        return {
+            name: self._handed_on(name).astype(onnx.helper.tensor_dtype_to_np_dtype(types[name]), copy=False)
+            for name in segment.inputs
+        }
 
     def _handed_on(self, name: str) -> NDArray[Any]:
         if name in self._inputs:
             return self._inputs[name]
+        if self.computed[name].dtype.kind == "f":
+            return self.computed[name]
         codes = self.centred(name)
         driven = self._drive(self._places[name], codes) + self._zero_points[name]
         return driven.astype(self.computed[name].dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import fx, nn
 
 from faqd.errors import UserError
@@ -56,6 +57,8 @@ def _refusal(traced: fx.GraphModule, node: fx.Node) -> str | None:
         return "a mean over the batch axis mixes images: what one image gives would depend on the others beside it."
     if nodes.role(traced, node) == "other" and word_of(node) == "batch_norm":
         return NO_STATISTICS
+    if nodes.role(traced, node) == "other" and node.meta["tensor_meta"].dtype in (torch.float16, torch.bfloat16):
+        return "another type of numbers in the middle of a network cannot be proved: compute in float32 throughout."
     row = nodes.row_of(traced, node)
     no_file = None if row is None or row.refusal is None else row.refusal(nodes.module_of(traced, node), node)
     return no_file or _uneven_windows(traced, node)
@@ -96,11 +99,6 @@ _COMPUTED = (
 )
 _OF_OPERATORS = {
     **dict.fromkeys(("linear", "conv1d", "conv2d", "conv_transpose1d", "conv_transpose2d"), _COMPUTED),
-    **dict.fromkeys(
-        ("to", "_to_copy", "type_as"),
-        "another type of numbers in the middle of a network cannot be quantized: compute in float32 throughout, or "
-        "keep the place float with --exclude.",
-    ),
     "index": "indexing with a list of places cannot be quantized yet; view and transpose, or nn.ChannelShuffle, "
     "shuffle channels.",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,8 @@ def _emit_attention(emission: Emission) -> Value | None:
     mask = _mask(emission, queries[-2], keys[-2])
     if given.get("enable_gqa") or given.get("dropout_p") or not isinstance(queries[-1], int) or mask is False:
         return None
-    scale = given.get("scale") if given.get("scale") is not None else 1 / math.sqrt(queries[-1])
+    scale: Any = given.get("scale")
+    scale = 1 / math.sqrt(queries[-1]) if scale is None else scale
     order = [*range(len(keys) - 2), len(keys) - 1, len(keys) - 2]
     scaled = emission.op("Mul", emission.value("query"), emission.number("scale", float(scale)))
     scores = emission.op("MatMul", scaled, emission.op("Transpose", emission.value("key"), perm=order))
