@@ -130,7 +130,7 @@ def _described(model: onnx.ModelProto) -> dict[str, onnx.ValueInfoProto]:
 
 
 def floats_handed_on(graph: onnx.GraphProto, known: dict[str, onnx.ValueInfoProto]) -> set[str]:
-    """In a file with float islands, the float tensors that more than one operator reads, but for what codes stand for."""
+    """In a file with islands, the float tensors that more than one operator reads, but for what codes stand for."""
     if not any(node.op_type in FLOAT_OPERATORS for node in graph.node):
         return set()
     floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
