@@ -55,7 +55,27 @@ _FACTS = {
 }
 """What every manifest holds; `verify` asks for more."""
 _COMPARED = {"images": COUNT, "snr_db": Each(Maybe(float))}
-_OPTIONAL = {"as_trained": Maybe(_COMPARED), "rounding": Maybe(str)}
+_ISLAND = {"operators": Each(str), "line": str}
+_OPTIONAL = {"as_trained": Maybe(_COMPARED), "rounding": Maybe(str), "islands": Many(_ISLAND), "int8_share": float}
+WORTH_INT8 = 0.5
+"""Below this share of multiply-accumulates on integers, what is left float decides how long a network takes."""
+
+
+def floats_in_words(facts: dict[str, Any]) -> Iterator[str]:
+    """What a manifest, or `inspect`, says of what stays float: nothing where all is integer."""
+    share, islands = facts.get("int8_share", 1.0), facts.get("islands", [])
+    for island in islands[:MOST_ISLANDS]:
+        first, *others = island["operators"]
+        kinds = ", ".join(dict.fromkeys(island["operators"].values()))
+        yield f"float island: {kinds} at {first}{f' and {len(others)} more places' if others else ''}{island['line']}"
+    if len(islands) > MOST_ISLANDS:
+        yield f"and {len(islands) - MOST_ISLANDS} float islands more"
+    if islands or share < 1:
+        verdict = "" if share >= WORTH_INT8 else ": INT8 is not worth it here"
+        yield f"{100 * share:.1f} % of the multiply-accumulates are of integers{verdict}."
+
+
+MOST_ISLANDS = 4
 
 
 @dataclass(frozen=True)

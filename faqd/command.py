@@ -154,6 +154,12 @@ exclude_option = click.option(
     metavar="REGEX",
     help="Keep layers and operators float whose place in the network this fits; may be given several times.",
 )
+strict_option = click.option(
+    "--strict",
+    is_flag=True,
+    default=None,
+    help="Refuse an operator without an integer form, instead of keeping it float.",
+)
 
 
 class Finite(click.FloatRange):

@@ -176,12 +176,12 @@ def test_excluded_layers_stay_float_and_the_rest_stays_exact() -> None:
 
 def test_an_operator_that_cannot_be_quantized_is_named_with_the_way_out() -> None:
     with pytest.raises(UserError, match=r"act .*Mish cannot be quantized yet.*--exclude"):
-        calibrated(lively(WithUnknown(), 1), BITS)
+        calibrated(lively(WithUnknown(), 1), QuantConfig(4, 4, strict=True))
 
 
 def test_a_refusal_lists_the_other_places() -> None:
     with pytest.raises(UserError, match=r"^norm .*LayerNorm cannot.* So it is at 10 more places: group, .*softmax\."):
-        calibrated(lively(Floats(), 3), QuantConfig(8, 8, exclude=("^up$",)), shape=SHAPE)
+        calibrated(lively(Floats(), 3), QuantConfig(8, 8, exclude=("^up$",), strict=True), shape=SHAPE)
 
 
 class Floats(nn.Module):
@@ -279,7 +279,7 @@ def test_what_would_fail_after_the_training_is_refused_before_it(
             return operator(self.conv(x)).mean((2, 3))
 
     with pytest.raises(UserError, match=message):
-        calibrated(lively(Wrapped(), 1), BITS)
+        calibrated(lively(Wrapped(), 1), QuantConfig(4, 4, strict=True))
 
 
 @pytest.mark.parametrize(("pattern", "message"), [("(", "not a regular expression"), ("nothing", "layers are first")])

@@ -141,7 +141,7 @@ def network_of(middle: Callable[[Any, Tensor], Tensor], **modules: nn.Module | n
 
 def refusal(network: nn.Module) -> str:
     with pytest.raises(UserError) as caught:
-        place(captured(network), QuantConfig(4, 4))
+        place(captured(network), QuantConfig(4, 4, strict=True))
     return str(caught.value)
 
 
@@ -179,7 +179,7 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
     ),
     "resized by a fraction": (
         network_of(lambda self, x: F.interpolate(x, scale_factor=1.5)),
-        "interpolate cannot be quantized yet",
+        "a factor that is not the ratio of the sizes",
     ),
     "data dependent": (network_of(data_dependent), "cannot be captured"),
     "dropout that stays on": (network_of(lambda self, x: F.dropout(x, 0.5)), "draws random numbers"),

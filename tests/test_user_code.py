@@ -310,6 +310,7 @@ TAKEN: dict[str, Callable[[], nn.Module]] = {
     "len for the batch": form(lambda x: torch.cat([x.relu(), torch.ones(1, 2, 16, 16).repeat(len(x), 1, 1, 1)], 1), 10),
     "len of a list of chunks": form(lambda x: torch.cat([p * len(x.chunk(2, 1)) for p in x.chunk(2, 1)], 1)),
     "a test on sizes": form(lambda x: x.relu() if x.shape[2] == 16 else x),
+    "an average by a divisor": form(lambda x: F.avg_pool2d(x.relu(), 3, 2, 1, False, False, 4)),
     "half meets whole": joined(lambda x: x * 0.5),
     "mean of two meets one": joined(lambda x: (x + F.max_pool2d(x, 3, 1, 1)) / 2),
 }
@@ -335,7 +336,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "mean of everything": (form(lambda x: x - x.mean()), r"mean \(.*test_user_code.py:\d+\): .* mixes images"),
     "mean over the batch": (form(lambda x: x - x.mean(0, keepdim=True)), "mixes images"),
     "list of places": (form(lambda x: x.relu()[:, [1, 0, 3, 2, 5, 4, 7, 6]]), "indexing with a list of places"),
-    "divisor": (form(lambda x: F.avg_pool2d(x.relu(), 2, 2, 0, False, True, 3)), "divisor_override"),
+    "divisor": (form(lambda x: F.avg_pool2d(x.relu(), 3, 2, 0, True, True, 3)), "divisor_override with ceil_mode"),
     "random numbers": (form(lambda x: x + torch.rand(1, 8, 16, 16)), "draws random numbers in evaluation mode"),
     "random numbers of its size": (form(lambda x: x + torch.randn_like(x)), "draws random numbers in evaluation mode"),
     "half in the middle": (form(lambda x: (x.relu().half() * 2).float()), "another type of numbers in the middle"),
@@ -356,7 +357,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
 def test_is_refused_in_a_sentence(kind: str) -> None:
     make, words = REFUSED[kind]
     with pytest.raises(UserError, match=words):
-        calibrated(make(), QuantConfig(8, 8), shape=SHAPE)
+        calibrated(make(), QuantConfig(8, 8, strict=True), shape=SHAPE)
 
 
 def test_a_network_of_two_inputs_is_refused() -> None:

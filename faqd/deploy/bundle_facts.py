@@ -17,6 +17,7 @@ from faqd.deploy.lower import Lowered
 from faqd.preprocess import Preprocess
 from faqd.quant import Target
 from faqd.quantize.convert import Deployed
+from faqd.quantize.int8_share import floats_of
 from faqd.quantize.operators.layer import IntegerLayer
 from faqd.quantize.outputs import INPUT, returned_at
 from faqd.quantize.student import Student, student_table
@@ -79,6 +80,7 @@ def manifest_facts(
         "layers": [
             {**row, "runs_int8": first.runs_int8.get(row["name"], False)} for row in student_table(parts.student)
         ],
+        **floats_of(parts.student),
         "size": deployed_size(parts.student, first.network),
         "teacher": {"name": parts.teacher_name, "sha256": parts.teacher_sha256},
         "torch_digests": {runtime: each.digests for runtime, each in lowered.items()},

@@ -7,7 +7,17 @@ from typing import Any
 
 import click
 
-from faqd.command import SETTINGS, data_flags, data_values, emit_json, exclude_option, json_option, run, version_option
+from faqd.command import (
+    SETTINGS,
+    data_flags,
+    data_values,
+    emit_json,
+    exclude_option,
+    json_option,
+    run,
+    strict_option,
+    version_option,
+)
 from faqd.errors import UserError
 
 _folder = click.Path(path_type=Path)
@@ -114,6 +124,7 @@ def export(
     help="Choose them on so many training images.",
 )
 @exclude_option
+@strict_option
 @data_flags
 @_bundle_flags
 @json_option
@@ -124,6 +135,7 @@ def ptq(
     act_bits: int,
     target: Any,
     exclude: tuple[str, ...],
+    strict: bool | None,
     calibration: Any,
     calibration_images: int,
     out: Path,
@@ -140,7 +152,7 @@ def ptq(
     from faqd.deploy.write_bundle import Calibration, quantize_after_training
     from faqd.quantize.config import QuantConfig
 
-    bits = QuantConfig(weight_bits, act_bits, target, exclude=exclude)
+    bits = QuantConfig(weight_bits, act_bits, target, exclude=exclude, strict=bool(strict))
     chosen = Calibration(calibration, calibration_images)
     asked = BundleOptions(eval_samples, float_type, input_form, servers, licence)
     bundle = quantize_after_training(teacher, teacher_weights, data_values(options), bits, chosen, out, asked, _say)
@@ -290,10 +302,12 @@ def selftest(cases: str | None, backend: str, json_target: str | None) -> None:
 
 
 def _conclude(bundle: Any, json_target: str | None) -> None:
-    from faqd.bundle import VERIFY
+    from faqd.bundle import VERIFY, floats_in_words
     from faqd.files import read_json
 
     record = read_json(bundle.folder / VERIFY)
+    for sentence in floats_in_words(bundle.manifest):
+        _say(sentence)
     click.echo(f"{bundle.folder}: {bundle.name}, {_verdict(record)}.", err=True)
     emit_json(json_target, bundle.manifest)
     _exit_if_failed(record)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import fx
@@ -68,17 +69,11 @@ def reads_floats(traced: fx.GraphModule, reader: fx.Node, floats: set[fx.Node]) 
 
 @dataclass(frozen=True)
 class Island:
-    """Operators without an integer form that read each other. operators: what each is called, by place; line: of the
-    user's code, where the first stands."""
+    """Operators without an integer form that read each other. operators: what each is called, by place. line: of the
+    user's code, where the first stands, as ` (vit.py:12)`."""
 
     operators: dict[str, str]
     line: str
-
-    @property
-    def label(self) -> str:
-        first, *others = self.operators
-        kinds = ", ".join(dict.fromkeys(self.operators.values()))
-        return f"{first}{f' and {len(others)} more' if others else ''}{self.line}: {kinds}"
 
 
 def islands_of(traced: fx.GraphModule, floats: set[fx.Node]) -> list[Island]:
@@ -95,7 +90,7 @@ def islands_of(traced: fx.GraphModule, floats: set[fx.Node]) -> list[Island]:
     order = {node: index for index, node in enumerate(traced.graph.nodes)}
     sorted_members = (sorted(members, key=order.__getitem__) for members in unique.values())
     return [
-        Island({places[n]: _called(traced, n) for n in members}, nodes.line_of_code(members[0]))
+        Island({places[n]: _called(traced, n) for n in members}, _without_folders(nodes.line_of_code(members[0])))
         for members in sorted(sorted_members, key=lambda members: order[members[0]])
     ]
 
@@ -112,6 +107,10 @@ def _near(traced: fx.GraphModule, node: fx.Node, floats: set[fx.Node]) -> Iterat
             yield read
         elif nodes.role(traced, read) in _PASSING:
             stack.extend(read.all_input_nodes)
+
+
+def _without_folders(line: str) -> str:
+    return f" ({Path(line[2:-1]).name})" if line else ""
 
 
 def _called(traced: fx.GraphModule, node: fx.Node) -> str:

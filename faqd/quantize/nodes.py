@@ -51,6 +51,8 @@ class _Shapes(fx.Interpreter):
 
 
 _FIXED = "faqd_fixed"
+STAYS_FLOAT = "faqd_stays_float"
+"""The key of a node's meta data that says that no codes pass through it."""
 PART_OF = "faqd_part_of"
 """The key of a node's meta data that names the place of the user's module of which the node is a piece."""
 
@@ -77,7 +79,9 @@ def role(traced: fx.GraphModule, node: fx.Node) -> Role:
     if node.op == "output":
         return "output"
     row = row_of(traced, node)
-    return "other" if row is None else row.role
+    if row is None or (row.role in MOVES and node.meta.get(STAYS_FLOAT)):
+        return "other"
+    return row.role
 
 
 def row_of(traced: fx.GraphModule, node: fx.Node) -> Operator | None:

@@ -47,6 +47,8 @@ def insert_quantizers(traced: fx.GraphModule, bits: QuantConfig, example: Tensor
     nodes.propagate(network, example)
     placement = place(network, bits)
     islands = islands_of(network, placement.alone)
+    for node in placement.floats:
+        node.meta[nodes.STAYS_FLOAT] = True
     names = nodes.places(network)
     taps = {node.name: node.name for node in network.graph.nodes}
     first_of = {node: group[0] for group in placement.shared for node in group}

@@ -70,7 +70,9 @@ class Student(nn.Module):
         rows.insert(0, ("layer", "operator", "weights", "inputs"))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-        return f"Student {self.config.label} for {self.config.target}\n" + "\n".join(f"  {line}" for line in lines)
+        islands = (f"float: {', '.join(island.operators)}{island.line}" for island in self.islands)
+        named = "\n".join(f"  {line}" for line in (*lines, *islands))
+        return f"Student {self.config.label} for {self.config.target}\n{named}"
 
 
 SUFFIX = "_quant"

@@ -20,6 +20,7 @@ from faqd.command import (
     exclude_option,
     json_option,
     run,
+    strict_option,
     version_option,
 )
 from faqd.errors import UserError
@@ -145,6 +146,7 @@ _teacher_weights = click.option(
     help="Choose the first activation scales in this way.",
 )
 @exclude_option
+@strict_option
 @click.option(
     "--logit", type=click.Choice(["relative", "mse", "kl"]), help="Measure the distance of the outputs in this way."
 )
@@ -275,6 +277,7 @@ def recipes(json_target: str | None) -> None:
     help="Give each of these a weight scale.",
 )
 @exclude_option
+@strict_option
 @click.option("--image-size", metavar="H[xW]", help="Feed a FILE.py network this size; a run knows its own.")
 @click.option(
     "--input-channels", type=click.IntRange(1), default=3, show_default=True, help="Feed it so many channels."
@@ -282,6 +285,7 @@ def recipes(json_target: str | None) -> None:
 @json_option
 def inspect(json_target: str | None, **options: Any) -> None:
     """Show what each layer would get before training: weight and input grids, and the affinity taps."""
+    from faqd.bundle import floats_in_words
     from faqd.train.inspect import inspect_network
 
     table = inspect_network(**options, say=_say)
@@ -290,6 +294,8 @@ def inspect(json_target: str | None, **options: Any) -> None:
         for row in table["layers"]:
             shape = "x".join(map(str, row["weight_shape"]))
             click.echo(f"{row['name']:34} {row['operator']:10} {row['weights']:12} {row['inputs']:14} {shape}")
+        for sentence in floats_in_words(table):
+            click.echo(sentence)
         click.echo(f"weight scales: one per {table['weight_scales']}")
         click.echo("affinity taps: " + ", ".join(table["taps"]))
     emit_json(json_target, table)

@@ -9,6 +9,7 @@ from faqd.command import parse_size
 from faqd.errors import UserError
 from faqd.quantize.capture.capture import capture
 from faqd.quantize.config import QuantConfig
+from faqd.quantize.int8_share import floats_of
 from faqd.quantize.prepare import insert_quantizers
 from faqd.quantize.student import student_table
 from faqd.train.data.datasets import Say
@@ -29,6 +30,7 @@ def inspect_network(
     target: Any,
     scales: str,
     exclude: tuple[str, ...],
+    strict: bool | None,
     image_size: str | None,
     input_channels: int,
     say: Say,
@@ -43,7 +45,7 @@ def inspect_network(
     network, example = source.build(), source.example()
     if teacher_weights is not None:
         load_weights(network, teacher_weights, say)
-    bits = QuantConfig(weight_bits, act_bits, target, scales == "channel", exclude=exclude)
+    bits = QuantConfig(weight_bits, act_bits, target, scales == "channel", exclude=exclude, strict=bool(strict))
     traced = capture(network, example)
     source = student_source(arch, Teacher(network, source, ""))
     student = insert_quantizers(traced if arch is None else capture(source.build(), example), bits, example)
@@ -51,6 +53,7 @@ def inspect_network(
         "network": source.name,
         "weight_scales": scales,
         "layers": student_table(student),
+        **floats_of(student),
         "taps": tap_names(traced, student, tap_pairs(traced, student, None)),
     }
 

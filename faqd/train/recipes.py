@@ -98,6 +98,7 @@ class DistillRecipe:
 
     data, arch, init: None for what the command line says, the teacher's own network, and its weights where the
     student is that network. The record of a run has them filled in. exclude: regular expressions of places kept float.
+    strict: whether what has no integer form is refused.
     scale_step: the share of itself by which an activation's scale may change in one iteration, None for any.
     calibration: how the first scales of activations are chosen. logit: None for relative with relative steps, and for
     mse with sgd. select: FILE.py:function, the measure by which the best weights are told; None for the distance of
@@ -117,6 +118,7 @@ class DistillRecipe:
     scale_step: float | None = 0.02
     calibration: Method = "mse"
     exclude: tuple[str, ...] = ()
+    strict: bool = False
     init: str | None = None
     logit: LogitForm | None = "mse"
     logit_weight: float = 1.0

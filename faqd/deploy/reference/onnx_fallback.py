@@ -1,4 +1,4 @@
-"""Operators that faqd never quantizes, for the referee: what --exclude kept float, ONNX's own reference computes.
+"""Operators that faqd never quantizes, for the referee: what float islands do, ONNX's own reference computes.
 
 The arithmetic of the quantized part is stated in referee.py and operators.py; of these nothing is rounded to codes, and
 what they mean is ONNX's to say. They run in float64, so that torch in float64 has the same value but for its last bits.
@@ -20,7 +20,11 @@ _NAMES = """
     Abs Neg Exp Log Pow Reciprocal Sin Cos Floor Ceil Round Sign Max Min Mod MatMul CumSum Tile CastLike Range
     Softplus Softsign Elu Selu Celu Mish ThresholdedRelu
     ReduceMax ReduceMin ReduceSum ReduceL1 ReduceL2 ReduceProd
-    Equal Greater GreaterOrEqual Less LessOrEqual And Or Not Where GridSample
+    Equal Greater GreaterOrEqual Less LessOrEqual And Or Xor Not Where IsNaN IsInf GridSample
+    TopK ArgMax ArgMin Hardmax GatherElements GatherND ScatterElements ScatterND Trilu Einsum OneHot
+    ConstantOfShape EyeLike Size SpaceToDepth ReverseSequence Sum Mean
+    ReduceSumSquare ReduceLogSum ReduceLogSumExp LpNormalization MeanVarianceNormalization LRN
+    Tan Asin Acos Atan Sinh Cosh Asinh Acosh Atanh LSTM GRU RNN
 """
 FLOAT_OPERATORS = frozenset(_NAMES.split()) - activation.OPERATORS.keys()
 """Without what has an arithmetic of its own."""

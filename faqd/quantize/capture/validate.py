@@ -57,11 +57,29 @@ def _refusal(traced: fx.GraphModule, node: fx.Node) -> str | None:
         return "a mean over the batch axis mixes images: what one image gives would depend on the others beside it."
     if nodes.role(traced, node) == "other" and word_of(node) == "batch_norm":
         return NO_STATISTICS
-    if nodes.role(traced, node) == "other" and node.meta["tensor_meta"].dtype in (torch.float16, torch.bfloat16):
+    if (
+        nodes.role(traced, node) == "other"
+        and nodes.is_tensor(node)
+        and node.meta["tensor_meta"].dtype in (torch.float16, torch.bfloat16)
+    ):
         return "another type of numbers in the middle of a network cannot be proved: compute in float32 throughout."
+    if nodes.role(traced, node) == "other" and (sentence := _misplaced(node)):
+        return sentence
     row = nodes.row_of(traced, node)
     no_file = None if row is None or row.refusal is None else row.refusal(nodes.module_of(traced, node), node)
     return no_file or _uneven_windows(traced, node)
+
+
+def _misplaced(node: fx.Node) -> str | None:
+    """What torch does with pixels, or windows, that no ONNX operator does."""
+    if word_of(node) == "interpolate" and any(isinstance(a, list | tuple) and float in map(type, a) for a in node.args):
+        return (
+            "resizing by a factor that is not the ratio of the sizes: torch places pixels by that number, which no "
+            "file has. Give the size: F.interpolate(x, size=...)."
+        )
+    if word_of(node).startswith("avg_pool"):
+        return "divisor_override with ceil_mode has no ONNX operator; scale the result of a plain average instead."
+    return None
 
 
 def _problem(traced: fx.GraphModule, node: fx.Node) -> str | None:

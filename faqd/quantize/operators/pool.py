@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from faqd.errors import UserError
 from faqd.quantize.operators.arithmetic import Stacked, times
@@ -42,9 +42,13 @@ def _max_pool(kind: Any) -> Rule:
 def _avg_pool(kind: Any) -> Rule:
     def rule(call: Call) -> Any:
         kernel, stride = _each(call["kernel_size"]), _each(call["stride"])
-        divisor = {"divisor_override": call["divisor_override"]} if call.get("divisor_override") else {}
-        counts = {"ceil_mode": call["ceil_mode"], "count_include_pad": call["count_include_pad"]}
-        return kind(kernel, stride or kernel, _each(call["padding"]), **counts, **divisor)
+        divisor = call.get("divisor_override")
+        counts = {"ceil_mode": call["ceil_mode"], "count_include_pad": bool(divisor) or call["count_include_pad"]}
+        average = kind(kernel, stride or kernel, _each(call["padding"]), **counts)
+        if not divisor:
+            return average
+        pixels = math.prod(_per_axis(kernel, len(call.before) - 2))
+        return None if call["ceil_mode"] else times(call, call.module(average), pixels / divisor)
 
     return rule
 
@@ -108,12 +112,6 @@ def _axes(given: Any, sizes_before: tuple[Any, ...]) -> tuple[int, ...]:
     return tuple(axis % rank for axis in every)
 
 
-def _divides(module: Any, node: fx.Node) -> str | None:
-    if getattr(module, "divisor_override", None):
-        return "divisor_override has no ONNX operator; scale the result of a plain average instead."
-    return None
-
-
 def _per_axis(value: Any, axes: int) -> list[int]:
     return list(value) if isinstance(value, list | tuple) else [value] * axes
 
@@ -148,8 +146,6 @@ def _emit_average_of(emission: Emission, pool: Any) -> Value | None:
     sizes, axes = emission.before[2:], len(emission.before) - 2
     if isinstance(pool, nn.AdaptiveAvgPool1d | nn.AdaptiveAvgPool2d):
         return emission.op("GlobalAveragePool", emission.x) if set(emission.after[2:]) == {1} else None
-    if getattr(pool, "divisor_override", None):
-        return None
     windows = _windows(pool, axes)
     if _averages_all(pool, sizes, emission.after[2:], windows):
         return emission.op("GlobalAveragePool", emission.x)
@@ -223,7 +219,6 @@ OPERATORS = (
             "adaptive_avg_pool1d": _adaptive(nn.AvgPool1d, nn.AdaptiveAvgPool1d),
             "adaptive_avg_pool2d": _adaptive(nn.AvgPool2d, nn.AdaptiveAvgPool2d),
         },
-        problem=_divides,
         on_codes=IntegerAverage,
         emit=_emit_average,
     ),

@@ -98,6 +98,7 @@ def _bits(asked: dict[str, Any]) -> QuantConfig:
         asked["rounding"],
         asked["scale_gradient"],
         tuple(asked.get("exclude", ())),
+        asked.get("strict", False),
     )
 
 
