@@ -31,7 +31,7 @@ FLAGS = {
     "faqd-train teacher": f"--recipe --arch {DATA} {SCHEDULE} --json",
     "faqd-train distill": (
         "--recipe --teacher --teacher-weights --arch --init --weight-bits --act-bits --seeds --target --scales "
-        "--rounding --scale-gradient --calibration --exclude --logit --logit-weight --temperature --affinity "
+        "--rounding --scale-gradient --calibration --exclude --strict --logit --logit-weight --temperature --affinity "
         "--adaptors --affinity-weight --affinity-floor --columns --teacher-dtype --autocast --label-weight --tap "
         "--optimizer --select "
         f"{DATA} {SCHEDULE} --json"
@@ -39,14 +39,14 @@ FLAGS = {
     "faqd-train eval": "--data-root --json",
     "faqd-train recipes": "--json",
     "faqd-train inspect": (
-        "--teacher --teacher-weights --arch --weight-bits --act-bits --target --scales --exclude --image-size "
+        "--teacher --teacher-weights --arch --weight-bits --act-bits --target --scales --exclude --strict --image-size "
         "--input-channels --json"
     ),
     "faqd-deploy": "--version",
     "faqd-deploy export": f"--data-root {BUNDLE} --json",
     "faqd-deploy ptq": (
         "--teacher --teacher-weights --weight-bits --act-bits --target --calibration --calibration-images --exclude "
-        f"{DATA} {BUNDLE} --json"
+        f"--strict {DATA} {BUNDLE} --json"
     ),
     "faqd-deploy verify": "--json",
     "faqd-deploy explain": "--rules-only --json",

@@ -17,7 +17,8 @@ from faqd.quantize.capture.capture import capture
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.operators.arithmetic import Scaled
 from faqd.quantize.operators.norm import FixedNorm1d, FixedNorm2d
-from faqd.quantize.operators.shape import Constant, Pad
+from faqd.quantize.operators.pad import Pad
+from faqd.quantize.operators.shape import Constant
 from faqd.quantize.placement import place
 
 X = torch.randn(4, 3, 13, 16, generator=torch.Generator().manual_seed(0))

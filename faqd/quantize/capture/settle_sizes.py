@@ -12,7 +12,8 @@ from torch import fx, nn
 
 from faqd.errors import UserError
 from faqd.quantize import nodes
-from faqd.quantize.operators.shape import Pad, Part
+from faqd.quantize.operators.pad import Pad
+from faqd.quantize.operators.slice import Part
 
 Sizes = tuple[int, ...]
 

@@ -16,10 +16,12 @@ from faqd.quantize.operators import (
     layer,
     layer_norm,
     norm,
+    pad,
     pool,
     requantize,
     resize,
     shape,
+    slice,
 )
 from faqd.quantize.operators.emit import Emit
 from faqd.quantize.operators.row import ExactForm, Operator, Rule
@@ -33,6 +35,8 @@ OPERATORS: tuple[Operator, ...] = (
     *pool.OPERATORS,
     *resize.OPERATORS,
     *shape.OPERATORS,
+    *slice.OPERATORS,
+    *pad.OPERATORS,
     *attention.OPERATORS,
     *layer_norm.OPERATORS,
     *float_math.OPERATORS,

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import operator
-import sys
-from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from faqd.quantize.operators.arithmetic import Stacked
 from faqd.quantize.operators.emit import Emission, Size, Value, settled
-from faqd.quantize.operators.row import Call, Operator, Pieces, Rule, is_number, sizes
+from faqd.quantize.operators.row import Call, Operator, Rule, is_number, sizes
 
 
 class Constant(nn.Module):
@@ -33,17 +28,6 @@ class Constant(nn.Module):
         return self.value.expand(x.shape[0], *self.value.shape[1:])
 
 
-class Part(nn.Module):
-    """One piece of what chunk or split returns: `start` up to `end` of `axis`."""
-
-    def __init__(self, axis: int, start: int, end: int) -> None:
-        super().__init__()
-        self.axis, self.start, self.end = axis, start, end
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.narrow(self.axis, self.start, self.end - self.start)
-
-
 class Reshape(nn.Module):
     """Other axes for the same values. sizes: with -1 where they depend on how many images there are."""
 
@@ -56,20 +40,6 @@ class Reshape(nn.Module):
 
     def extra_repr(self) -> str:
         return str(self.sizes)
-
-
-class Pad(nn.Module):
-    """F.pad. widths: two for each axis, the last axis first. mode: constant, reflect, replicate or circular."""
-
-    def __init__(self, widths: tuple[int, ...], mode: str, value: float) -> None:
-        super().__init__()
-        self.widths, self.mode, self.value = widths, mode, value
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.pad(x, self.widths, self.mode, self.value if self.mode == "constant" else None)
-
-    def extra_repr(self) -> str:
-        return f"{self.widths}, {self.mode}, {self.value:g}"
 
 
 def _reshape(call: Call) -> Any:
@@ -93,60 +63,6 @@ def _permute(call: Call) -> Any:
     return call.function(torch.permute, call.x, tuple(axes))
 
 
-def _chunk(call: Call) -> Any:
-    pieces = [tuple(value.shape) for value in call.node.meta["val"]]
-    axis = int(call.get("dim") or 0) % len(call.before)
-    ends = [0]
-    for piece in pieces:
-        ends.append(ends[-1] + piece[axis])
-    if not all(map(is_number, ends)):
-        return None
-    return Pieces([partial(call.module, Part(axis, start, end)) for start, end in pairwise(ends)])
-
-
-def _unbind(call: Call) -> Any:
-    axis = int(call["dim"]) % len(call.before)
-    count = call.before[axis]
-    if not is_number(count):
-        return None
-    return Pieces([partial(_index, call, axis, index) for index in range(count)])
-
-
-def _index(call: Call, axis: int, index: Any) -> fx.Node:
-    return call.function(operator.getitem, call.x, (*[slice(None)] * axis, index))
-
-
-def _slice(call: Call) -> Any:
-    axis = int(call["dim"]) % len(call.before)
-    start, end, step = call.get("start") or 0, call.get("end"), call.get("step") or 1
-    if isinstance(start, fx.Node) or isinstance(end, fx.Node) or isinstance(step, fx.Node):
-        return None if call.before[axis] != call.after[axis] else call.x
-    if (start == 0 and step == 1 and (end is None or end == sys.maxsize)) or (
-        is_number(call.before[axis]) and call.before[axis] == call.after[axis]
-    ):
-        return call.x
-    return _index(call, axis, slice(start or None, None if end == sys.maxsize else end, None if step == 1 else step))
-
-
-def _select(call: Call) -> Any:
-    axis, index = int(call["dim"]) % len(call.before), call["index"]
-    return _index(call, axis, index) if is_number(index) else None
-
-
-def _pad(call: Call) -> Any:
-    mode, value = call.get("mode") or "constant", call.get("value")
-    widths = call.get("pad") if call.get("pad") is not None else call["padding"]
-    return Pad(tuple(_settled(widths)), mode, 0.0 if value is None else float(value))
-
-
-def _settled(widths: Any) -> list[int]:
-    return [int(width.meta["val"]) if isinstance(width, fx.Node) else int(width) for width in widths]
-
-
-def _fixed_pad(mode: str) -> Rule:
-    return lambda call: Pad(tuple(_settled(call["padding"])), mode, 0.0)
-
-
 def _stack(call: Call) -> Any:
     rank = len(call.after)
     axis = int(call["dim"]) % rank
@@ -166,29 +82,6 @@ def _sums_over(reader: fx.Node, axis: int, rank: int) -> bool:
     return reader.target in (torch.ops.aten.mean.dim, torch.ops.aten.sum.dim_IntList) and alone
 
 
-def _narrow(call: Call) -> Any:
-    axis, start, length = int(call["dim"]) % len(call.before), call["start"], call["length"]
-    return _index(call, axis, slice(start, start + length)) if is_number(start) and is_number(length) else None
-
-
-def _slice_scatter(call: Call) -> Any:
-    """x with another tensor in the place of a slice."""
-    axis, between = int(call["dim"]) % len(call.before), call["src"]
-    if sizes(between) == call.before:
-        return between
-    start, end = call.get("start") or 0, call.get("end")
-    if axis == 0 or call["step"] != 1 or not (is_number(start) and is_number(call.before[axis])):
-        return None
-    length = call.before[axis]
-    start, end, _ = slice(start, end).indices(length)
-    parts = [
-        *([call.module(Part(axis, 0, start), word="getitem")] if start else []),
-        between,
-        *([call.module(Part(axis, end, length), word="getitem")] if end < length else []),
-    ]
-    return call.function(torch.cat, parts, axis)
-
-
 def _joined(call: Call) -> tuple[list[fx.Node], int]:
     tensors = call["tensors"]
     return tensors, int(call.get("dim") or 0) % len(sizes(tensors[0]))
@@ -196,14 +89,6 @@ def _joined(call: Call) -> tuple[list[fx.Node], int]:
 
 def _size(call: Call) -> Any:
     return call.function(torch.Tensor.size, call.x, call.get("dim"))
-
-
-def _unlike_zeros(pad: Any, node: fx.Node) -> str | None:
-    if pad.mode == "circular":
-        return "circular padding has no ONNX operator yet; use zeros, reflect or replicate."
-    if pad.value != 0:
-        return "padding with another number than zero would not lie on the grid of the padded tensor."
-    return None
 
 
 def _emit_joined(emission: Emission) -> Value:
@@ -225,53 +110,6 @@ def _emit_reshape(emission: Emission) -> Value:
 
 def _emit_permute(emission: Emission) -> Value:
     return emission.op("Transpose", emission.x, perm=list(emission.node.args[1]))  # type: ignore[arg-type]
-
-
-def _emit_part(emission: Emission) -> Value:
-    part = emission.module
-    borders = (emission.number(name, [getattr(part, name)]) for name in ("start", "end", "axis"))
-    return emission.op("Slice", emission.x, *borders)
-
-
-def _emit_index(emission: Emission) -> Value | None:
-    """Slices at once, then the places of single numbers, whose axes go."""
-    given: Any = emission.node.args[1]
-    index = given if isinstance(given, tuple) else (given,)
-    if not all(isinstance(each, int) or _is_settled(each) for each in index):
-        return None
-    slices = {axis: each for axis, each in enumerate(index) if isinstance(each, slice) and each != slice(None)}
-    result = emission.x
-    if slices:
-        borders = {
-            "starts": [each.start or 0 for each in slices.values()],
-            "ends": [sys.maxsize if each.stop is None else each.stop for each in slices.values()],
-            "axes": list(slices),
-            "steps": [each.step or 1 for each in slices.values()],
-        }
-        result = emission.op("Slice", result, *(emission.number(*each) for each in borders.items()))
-    for axis in reversed(range(len(index))):
-        if not isinstance(index[axis], slice):
-            result = emission.op("Gather", result, emission.number(f"index_{axis}", index[axis]), axis=axis)
-    return result
-
-
-def _is_settled(index: Any) -> bool:
-    borders = (index.start, index.stop, index.step) if isinstance(index, slice) else (index,)
-    return isinstance(index, slice) and all(border is None or isinstance(border, int) for border in borders)
-
-
-_PADDINGS = {"constant": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
-"""torch's mode of a padding -> ONNX's."""
-
-
-def _emit_pad(emission: Emission) -> Value:
-    pad, rank = emission.module, len(emission.before)
-    widths = list(pad.widths) + [0] * (2 * rank - len(pad.widths))
-    starts, ends = widths[::2][::-1], widths[1::2][::-1]
-    inputs = [emission.x, emission.number("pads", [*starts, *ends])]
-    if pad.value:
-        inputs.append(emission.number("value", float(pad.value)))
-    return emission.op("Pad", *inputs, mode=_PADDINGS[pad.mode])
 
 
 def _emit_channel_shuffle(emission: Emission) -> Value | None:
@@ -318,7 +156,6 @@ OPERATORS = (
         {
             **dict.fromkeys(("cat", "concat", "concatenate"), lambda call: call.function(torch.cat, *_joined(call))),
             "stack": _stack,
-            "slice_scatter": _slice_scatter,
         },
         emit=_emit_joined,
     ),
@@ -338,33 +175,6 @@ OPERATORS = (
         (torch.permute,),
         dict.fromkeys(("permute", "transpose", "t", "swapaxes", "swapdims", "numpy_T"), _permute),
         emit=_emit_permute,
-    ),
-    Operator(
-        "reshape",
-        (Part,),
-        {
-            **dict.fromkeys(
-                ("chunk", "split", "split_with_sizes", "tensor_split", "unsafe_chunk", "unsafe_split"), _chunk
-            ),
-        },
-        emit=_emit_part,
-    ),
-    Operator(
-        "reshape",
-        (operator.getitem,),
-        {"unbind": _unbind, "slice": _slice, "select": _select, "narrow": _narrow},
-        emit=_emit_index,
-    ),
-    Operator(
-        "reshape",
-        (Pad,),
-        {
-            **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
-            **dict.fromkeys(("reflection_pad1d", "reflection_pad2d"), _fixed_pad("reflect")),
-            **dict.fromkeys(("replication_pad1d", "replication_pad2d"), _fixed_pad("replicate")),
-        },
-        problem=_unlike_zeros,
-        emit=_emit_pad,
     ),
     Operator(
         "reshape",
