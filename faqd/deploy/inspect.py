@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from faqd.bundle import MANIFEST, load_bundle
+from faqd.bundle import MANIFEST, floats_in_words, load_bundle
 from faqd.deploy.onnx_model.scan import read_scanned
 from faqd.errors import UserError
 from faqd.files import read_json
@@ -43,7 +43,7 @@ def _bundle(folder: Path) -> tuple[dict[str, Any], list[str]]:
     for row in facts["layers"]:
         shape = "x".join(map(str, row["weight_shape"]))
         lines.append(f"{row['name']:34} {row['operator']:10} {row['weights']:12} {row['inputs']:14} {shape}")
-    lines.append("")
+    lines += ["", *floats_in_words(facts)]
     for name, record in facts["files"].items():
         lines.append(f"{name:30} {record['bytes']:>10} bytes  sha256 {record['sha256'][:16]}")
     return facts, [*lines, *_verify_lines(proofs_of(bundle))]

@@ -267,12 +267,16 @@ def _int8(network: INetworkDefinition, kernels: list[Kernel], expected: Sequence
 
 def _missing(expected: Sequence[str], found: list[dict[str, Any]]) -> list[str]:
     """The layers that should be INT8 and are not: by name where the names are the network's, else by number."""
-    int8 = {product["node"]: product["int8"] for product in found}
-    short = len(expected) > sum(1 for runs in int8.values() if runs)
+    nodes = {product["node"]: product["int8"] for product in found}
+    int8 = {node.rpartition(".")[0]: runs for node, runs in nodes.items()} | nodes  # of faqd's files, by place
+    short = len(expected) > sum(1 for runs in nodes.values() if runs)
     missing = [name for name in expected if (name in int8 or short) and not int8.get(name)]
     if int8.keys().isdisjoint(expected):  # Named otherwise: all that is known is what does not run in INT8.
-        return [node for node, runs in int8.items() if not runs] if short else []
+        return [node for node, runs in nodes.items() if not runs] if short else []
     return missing
+
+
+MOST_LISTED = 12
 
 
 def _report(record: dict[str, Any], say: Say) -> None:
@@ -286,9 +290,11 @@ def _report(record: dict[str, Any], say: Say) -> None:
         say(f"{name}: warning: the builder names no types, so it is not known which layers run in INT8.{cure}")
         return
     if int8["missing"]:
+        more = " ..." if len(int8["missing"]) > MOST_LISTED else ""
         say(
             f"{name}: warning: {int8['expected']} layers should run in INT8, {int8['built']} do; "
-            f"not so: {', '.join(int8['missing'])}. A Q/DQ pair is missing or misplaced there."
+            f"not so: {', '.join(int8['missing'][:MOST_LISTED])}{more}. "
+            "A Q/DQ pair is missing or misplaced there, or TensorRT fused them with floats."
         )
     say(
         f"{name}: {record['engine']['bytes'] / 1e6:.2f} MB, {int8['built']} of {len(int8['products'])} "
