@@ -1,8 +1,9 @@
 """Float islands: the parts of a network that have no integer form, and what stays float beside them.
 
 What reads an island's result is float up to the next layer: a sum, a product or an average of floats is computed in
-float by every backend, and rounding its operands would only lose. So is a sum that nothing but islands read, as the
-residual stream of a transformer, which reads its norms.
+float by every backend, and rounding its operands would only lose; a concatenation of floats needs no scale for all of
+them, at which a class token would be nothing beside a map. So is a sum that nothing but islands read, as the residual
+stream of a transformer, which its norms read.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from torch import fx
 from faqd.quantize import nodes
 from faqd.quantize.capture.aten import word_of
 
-_JOINING = ("add", "multiply", "average")
-"""Operators that round what they read, unless it is float anyway."""
-_PASSING = ("reshape", "concat", "rectify", "clamp", "curve", "norm")
+_JOINING = ("add", "multiply", "average", "concat")
+"""Operators that round what they read, or let it share a scale, unless it is float anyway."""
+_PASSING = ("reshape", "rectify", "clamp", "curve", "norm")
 """Operators on whose account nothing is rounded."""
 
 
