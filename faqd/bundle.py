@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,18 +65,14 @@ WORTH_INT8 = 0.5
 def floats_in_words(facts: dict[str, Any]) -> Iterator[str]:
     """What a manifest, or `inspect`, says of what stays float: nothing where all is integer."""
     share, islands = facts.get("int8_share", 1.0), facts.get("islands", [])
-    for island in islands[:MOST_ISLANDS]:
-        first, *others = island["operators"]
-        kinds = ", ".join(dict.fromkeys(island["operators"].values()))
-        yield f"float island: {kinds} at {first}{f' and {len(others)} more places' if others else ''}{island['line']}"
-    if len(islands) > MOST_ISLANDS:
-        yield f"and {len(islands) - MOST_ISLANDS} float islands more"
+    if islands:
+        kinds = Counter(kind for island in islands for kind in island["operators"].values())
+        places = ", ".join(f"{kind}{f' ({count} times)' if count > 1 else ''}" for kind, count in kinds.most_common())
+        first = f"{next(iter(islands[0]['operators']))}{islands[0]['line']}"
+        yield f"{len(islands)} float {'island' if len(islands) == 1 else 'islands'}, the first at {first}: {places}"
     if islands or share < 1:
         verdict = "" if share >= WORTH_INT8 else ": INT8 is not worth it here"
         yield f"{100 * share:.1f} % of the multiply-accumulates are of integers{verdict}."
-
-
-MOST_ISLANDS = 4
 
 
 @dataclass(frozen=True)

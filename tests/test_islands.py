@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from onnx import numpy_helper
 from torch import Tensor, nn
 
+from faqd.bundle import floats_in_words
 from faqd.deploy.export.torch_to_onnx import onnx_from_deployed
 from faqd.deploy.verify.layers import verify_file
 from faqd.deploy.verify.segments import segments
@@ -219,6 +220,17 @@ def test_the_share_of_integers_is_that_of_multiply_accumulates() -> None:
 def test_a_network_of_integers_has_no_islands() -> None:
     student = calibrated(lively(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)), 1), BITS)
     assert floats_of(student) == {"islands": [], "int8_share": 1.0}
+
+
+def test_islands_are_said_in_two_lines_and_nothing_of_a_network_of_integers() -> None:
+    first, share = floats_in_words(floats_of(transformer()))
+    assert re.match(
+        r"7 float islands, the first at blocks\.0\.norm1 \(test_islands\.py:\d+\): LayerNorm \(5 times\), ", first
+    )
+    assert re.fullmatch(r"8\d\.\d % of the multiply-accumulates are of integers\.", share)
+    assert not list(floats_in_words({"islands": [], "int8_share": 1.0})) and not list(floats_in_words({}))
+    (half,) = floats_in_words({"islands": [], "int8_share": 0.4})
+    assert half == "40.0 % of the multiply-accumulates are of integers: INT8 is not worth it here."
 
 
 class GroupNormed(nn.Module):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from faqd.quant import FLOAT_BITS
 from faqd.quantize import nodes
 from faqd.quantize.operators.layer import TRANSPOSED
 from faqd.quantize.quantizers.layers import latent_weight, weight_quantizer
@@ -59,6 +60,8 @@ def _products(network: fx.GraphModule, node: fx.Node) -> int:
 
 def floats_of(student: Student) -> dict[str, Any]:
     """What a manifest and `inspect` say of it: `islands`, each with the operators in it by place and the user's line,
-    and `int8_share`."""
+    and `int8_share`; nothing of a student whose activations are float, as it was asked for."""
+    if student.config.activations == FLOAT_BITS:
+        return {}
     islands = [{"operators": island.operators, "line": island.line} for island in student.islands]
     return {"islands": islands, "int8_share": round(int8_share(student), 4)}

@@ -20,12 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from faqd.bundle import floats_in_words
 from faqd.errors import UserError
 from faqd.quant import FLOAT_BITS
 from faqd.quantize import nodes
 from faqd.quantize.calibrate import calibrate
 from faqd.quantize.capture.capture import capture
 from faqd.quantize.convert import collect_output_scales
+from faqd.quantize.int8_share import floats_of
 from faqd.quantize.student import Student
 from faqd.train.data.datasets import Say
 from faqd.train.data.doubts import question_taps
@@ -134,6 +136,8 @@ def _distill_together(
     example = images[:2]
     teacher_graph = capture(teacher.network, example)
     students = [new_student(plan.recipe, plan.source, teacher, example) for plan in plans]
+    for sentence in dict.fromkeys(text for student in students for text in floats_in_words(floats_of(student))):
+        say(sentence)
     pairs = [
         tap_pairs(teacher_graph, student, taps) if has_affinity(plan.recipe) else []
         for plan, student in zip(plans, students, strict=True)
