@@ -21,9 +21,12 @@ from faqd.deploy.verify.layers import verify_file
 from faqd.deploy.verify.segments import segments
 from faqd.deploy.verify.torch_values import torch_digests
 from faqd.errors import UserError
+from faqd.quantize import nodes
+from faqd.quantize.capture.capture import capture
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.convert import collect_output_scales, convert
 from faqd.quantize.int8_share import floats_of, int8_share
+from faqd.quantize.operators.registry import OPERATORS
 from faqd.quantize.student import Student, student_table
 from tests.networks import calibrated, float_file_db, images, lively
 
@@ -45,7 +48,7 @@ class Around(nn.Module):
         self.weight, self.bias = nn.Parameter(0.3 * torch.randn(8, 8)), nn.Parameter(0.1 * torch.randn(8))
         self.register_buffer("places", torch.randperm(64, generator=torch.Generator().manual_seed(0)))
         self.register_buffer("mask", torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))
-        self.last = nn.LazyLinear(4)
+        self.table, self.last = nn.Linear(1, 8), nn.LazyLinear(4)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.operator(self, self.first(x)).flatten(1))  # type: ignore[no-any-return]
@@ -96,6 +99,10 @@ CASES: dict[str, Case] = {
     "places from a table": lambda s, x: tokens(x)[:, s.places],
     "sine": lambda s, x: torch.cat([x.sin(), x.cos()], 1),
     "exponential": lambda s, x: x.exp() / (1 + x.abs()),
+    "a logarithm": lambda s, x: (x.abs() + 1).log() * (x * x + 1).reciprocal(),
+    "steps": lambda s, x: torch.floor(x * 4) + torch.erf(x),
+    "the larger of two": lambda s, x: torch.maximum(x, -x) - torch.minimum(x, x * 0.5),
+    "smallest over channels": lambda s, x: x - x.amin(1, keepdim=True),
     "a choice": lambda s, x: torch.where(x > 0.5, x, x * x),
     "limits from one side": lambda s, x: x.clamp(min=-0.25) + x.clamp(max=0.75),
     "mish": lambda s, x: F.mish(x),
@@ -103,14 +110,23 @@ CASES: dict[str, Case] = {
     "cubic root of sums": lambda s, x: x.abs().sum(1, keepdim=True).pow(0.3) * x,
     "weights that are computed": lambda s, x: F.linear(tokens(x), s.weight.sin(), s.bias),
     "weights of the image": lambda s, x: tokens(x) @ x.flatten(2)[:, :, :8],
+    "a layer on own tensors": lambda s, x: s.norm(tokens(x) + s.table(s.places.reshape(64, 1) / 64.0).sin()),
     "circular padding": lambda s, x: F.pad(x, (1, 1, 1, 1), mode="circular"),
     "another number in the padding": lambda s, x: F.pad(x, (1, 1), value=0.5),
-    "pixels of an uneven factor": lambda s, x: F.interpolate(x, (11, 13)),
+    "nearest pixels of an uneven ratio": lambda s, x: F.interpolate(x, (11, 13)),
+    "nearest pixels by a fraction": lambda s, x: F.interpolate(x, scale_factor=1.3),
+    "resized by a fraction": lambda s, x: F.interpolate(x, scale_factor=1.3, mode="bilinear"),
+    "resized by a fraction, recomputed": lambda s, x: F.interpolate(
+        x, scale_factor=1.3, mode="bilinear", recompute_scale_factor=True
+    ),
+    "cubic": lambda s, x: F.interpolate(x, (12, 5), mode="bicubic", align_corners=True),
+    "cubic by a fraction": lambda s, x: F.interpolate(x, scale_factor=(0.7, 1.7), mode="bicubic"),
+    "uneven windows": lambda s, x: F.adaptive_avg_pool2d(x, (3, 5)),
     "length of its own": lambda s, x: torch.cat(
         [s.bias.reshape(1, 8, 1).expand(len(x), -1, 1), x.flatten(2).softmax(2)], 2
     ),
 }
-INTEGER = ("weights that are computed",)
+INTEGER = ("weights that are computed", "resized by a fraction, recomputed")
 """Cases that have an integer form after all."""
 
 
@@ -133,6 +149,12 @@ def test_what_has_no_integer_form_is_float_and_proved(name: str) -> None:
         assert verify_file(model, x.numpy(), torch_digests(deployed, x), modes)["failures"] == []
     unquantized = onnx_from_deployed(convert(student, "float"), x, {}).SerializeToString()
     assert min(float_file_db(unquantized, student, x).values()) > 90
+
+
+def test_every_row_of_floats_has_a_case() -> None:
+    captured = [capture(around(case), torch.zeros(2, *SHAPE)) for case in CASES.values()]
+    met = {id(nodes.row_of(traced, node)) for traced in captured for node in traced.graph.nodes if "call" in node.op}
+    assert [row.kinds for row in OPERATORS if row.role == "other" and id(row) not in met] == []
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in INTEGER])

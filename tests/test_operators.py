@@ -191,7 +191,8 @@ def operators_of(network: nn.Module) -> set[str]:
 
 
 def test_every_name_has_a_case() -> None:
-    assert set(CASES) == set(RULES)
+    floats = {name for row in OPERATORS if row.role == "other" for name in row.spellings}  # in test_islands.py
+    assert set(CASES) == set(RULES) - floats
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -207,7 +208,7 @@ def test_what_torch_calls_so_is_known(name: str) -> None:
     torch.testing.assert_close(traced(x), network(x), rtol=1e-5, atol=1e-5)
 
 
-ROWS = {next(iter(row.spellings)): row for row in OPERATORS if row.spellings}
+ROWS = {next(iter(row.spellings)): row for row in OPERATORS if row.spellings and row.role != "other"}
 
 
 @pytest.mark.parametrize("name", ROWS)

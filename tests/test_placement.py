@@ -177,10 +177,6 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
         network_of(lambda self, x: self.up(x), up=nn.ConvTranspose2d(CHANNELS, 4, 2, groups=2)),
         "transposed convolution with groups",
     ),
-    "resized by a fraction": (
-        network_of(lambda self, x: F.interpolate(x, scale_factor=1.5)),
-        "a factor that is not the ratio of the sizes",
-    ),
     "data dependent": (network_of(data_dependent), "cannot be captured"),
     "dropout that stays on": (network_of(lambda self, x: F.dropout(x, 0.5)), "draws random numbers"),
 }

@@ -22,6 +22,7 @@ from faqd.errors import UserError
 from faqd.quant import FLOAT_BITS, SIGNED_8
 from faqd.quantize import nodes
 from faqd.quantize.lowering.fold_batch_norm import Changes, fold_layer, quantizer_of
+from faqd.quantize.lowering.fold_own_tensors import fold_own_tensors
 from faqd.quantize.lowering.insert_requantize import (
     Again,
     flatten_behind_rounding,
@@ -76,6 +77,7 @@ def convert(student: Student, flavour: Flavour, output_scales: dict[str, float] 
         raise UserError("a student with 32-bit activations has no integer form; distil it with --act-bits 1 to 8.")
     network = copy.deepcopy(student.network).eval().cpu()
     changes = Changes()
+    fold_own_tensors(network)
     integers_only = not any(computes_floats(network, node) for node in network.graph.nodes)
     nodes.unshare(network)
     shifts: dict[fx.Node, Tensor] = {}

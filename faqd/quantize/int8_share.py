@@ -38,7 +38,7 @@ def _on_integers(network: fx.GraphModule, node: fx.Node) -> bool:
 
 def _products(network: fx.GraphModule, node: fx.Node) -> int:
     """Multiply-accumulates of one call, for the images that shapes were propagated with."""
-    if not node.op.startswith("call") or not nodes.is_tensor(node):
+    if not node.op.startswith("call") or not nodes.is_tensor(node) or nodes.is_own(node):
         return 0
     results = math.prod(nodes.shape(node))
     layer: Any = nodes.module_of(network, node)

@@ -65,7 +65,7 @@ def place(traced: fx.GraphModule, bits: QuantConfig) -> Placement:
         return Placement({}, weights, [], floats, alone)
     rounded: set[fx.Node] = set()
     for node in traced.graph.nodes:
-        kind = reader.role(node)
+        kind = "constant" if nodes.is_own(node) else reader.role(node)  # of its own tensors: a number in the file
         if kind in ("compute", "average"):
             rounded |= reader.sources(nodes.operand(node))
         elif kind == "multiply":
@@ -131,7 +131,7 @@ def _grid(reader: _Reader, group: list[fx.Node], bits: QuantConfig) -> Quant:
 
 
 def _weight_grids(reader: _Reader, bits: QuantConfig) -> dict[fx.Node, Quant]:
-    layers = [node for node in reader.traced.graph.nodes if reader.role(node) == "compute"]
+    layers = [n for n in reader.traced.graph.nodes if reader.role(n) == "compute" and not nodes.is_own(n)]
     if not layers:
         raise UserError("the network has no convolution or linear layer to quantize.")
     if bits.weights == FLOAT_BITS:

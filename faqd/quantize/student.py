@@ -79,12 +79,13 @@ SUFFIX = "_quant"
 
 
 def student_table(student: Student) -> list[dict[str, Any]]:
-    """What every layer has, in graph order: name, operator, weight shape, groups, weight grid and bits, input grid."""
+    """What every layer that reads the image has, in graph order: name, operator, weight shape, groups, weight grid and
+    bits, input grid."""
     network = student.network
     names = nodes.places(network)
     rows = []
     for node in network.graph.nodes:
-        if nodes.role(network, node) != "compute":
+        if nodes.role(network, node) != "compute" or nodes.is_own(node):
             continue
         layer = network.get_submodule(str(node.target))
         quantizer = weight_quantizer(layer)

@@ -72,11 +72,6 @@ def _refusal(traced: fx.GraphModule, node: fx.Node) -> str | None:
 
 def _misplaced(node: fx.Node) -> str | None:
     """What torch does with pixels, or windows, that no ONNX operator does."""
-    if word_of(node) == "interpolate" and any(isinstance(a, list | tuple) and float in map(type, a) for a in node.args):
-        return (
-            "resizing by a factor that is not the ratio of the sizes: torch places pixels by that number, which no "
-            "file has. Give the size: F.interpolate(x, size=...)."
-        )
     if word_of(node).startswith("avg_pool"):
         return "divisor_override with ceil_mode has no ONNX operator; scale the result of a plain average instead."
     return None

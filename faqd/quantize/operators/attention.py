@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from faqd.quantize.operators.emit import Emission, Size, Value, two
@@ -52,14 +51,6 @@ def _mask(emission: Emission, rows: Size, columns: Size) -> Value | bool | None:
     return emission.number("causal", torch.zeros(rows, columns).masked_fill(later, -torch.inf))
 
 
-def _emit_linear(emission: Emission) -> Value | None:
-    """x @ weight^T + bias, of weights that are computed."""
-    weight = emission.op("Transpose", emission.argument(1), perm=[1, 0])
-    result = emission.op("MatMul", emission.argument(0), weight)
-    bias = emission.node.args[2] if len(emission.node.args) > 2 else None
-    return result if bias is None else emission.op("Add", result, emission.argument(2))
-
-
 OPERATORS = (
     Operator(
         "other",
@@ -67,6 +58,5 @@ OPERATORS = (
         emit=_emit_softmax,
     ),
     Operator("other", (aten.matmul.default, aten.bmm.default), emit=two("MatMul")),
-    Operator("other", (F.linear,), emit=_emit_linear),
     Operator("other", (aten.scaled_dot_product_attention.default,), emit=_emit_attention),
 )

@@ -104,7 +104,6 @@ OPERATORS = (
     Operator("other", (operator.truediv, aten.div.Tensor), emit=two("Div")),
     Operator("other", (aten.maximum.default,), emit=two("Max")),
     Operator("other", (aten.minimum.default,), emit=two("Min")),
-    Operator("other", (aten.sum.dim_IntList,), emit=_reduced("ReduceSum")),
     Operator("other", (aten.amax.default,), emit=_reduced("ReduceMax")),
     Operator("other", (aten.amin.default,), emit=_reduced("ReduceMin")),
     Operator("other", (aten.linalg_vector_norm.default,), emit=_emit_length),

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from faqd.errors import UserError
@@ -13,6 +14,7 @@ from faqd.quantize.operators.arithmetic import Stacked, times
 from faqd.quantize.operators.emit import Emission, Size, Value, settled
 from faqd.quantize.operators.resize import Nearest
 from faqd.quantize.operators.row import Call, ExactForm, Operator, Pieces, Rule, is_number
+from faqd.quantize.operators.separable import separable
 
 
 class IntegerAverage(nn.Module):
@@ -71,11 +73,20 @@ def _adaptive(pool: type[nn.Module], whole: type[nn.Module]) -> Rule:
         if not any(a % b for b, a in zip(before, wanted, strict=True)):
             return nn.Identity() if before == wanted else Nearest(before, wanted)
         if any(b % a for b, a in zip(before, wanted, strict=True)):
-            return whole(wanted)
+            return _uneven(before, wanted) if pool is nn.AvgPool2d else whole(wanted)
         kernel = tuple(b // a for b, a in zip(before, wanted, strict=True))
         return pool(kernel, kernel)
 
     return rule
+
+
+def _uneven(before: Any, wanted: Any) -> nn.Module:
+    """An average over windows of several sizes."""
+
+    def along(x: Tensor, axis: int) -> Tensor:
+        return F.adaptive_avg_pool2d(x, (wanted[0], 1) if axis == 2 else (1, wanted[1]))
+
+    return separable(before, along)
 
 
 def _first_of(rule: Rule) -> Rule:

@@ -20,6 +20,7 @@ from faqd.quantize.operators import (
     pool,
     requantize,
     resize,
+    separable,
     shape,
     slice,
 )
@@ -39,6 +40,7 @@ OPERATORS: tuple[Operator, ...] = (
     *pad.OPERATORS,
     *attention.OPERATORS,
     *layer_norm.OPERATORS,
+    *separable.OPERATORS,
     *float_math.OPERATORS,
 )
 EXACT_FORMS: tuple[ExactForm, ...] = (

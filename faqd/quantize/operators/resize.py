@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from faqd.quantize.operators.emit import Emission, Value
 from faqd.quantize.operators.row import Call, ExactForm, Operator, Rule
+from faqd.quantize.operators.separable import resized
 
 
 class Nearest(nn.Module):
@@ -74,9 +75,9 @@ def _resize(mode: str) -> Rule:
         before, size = tuple(call.before[2:]), tuple(call.after[2:])
         factors = call["scale_factors"] if call.get("scale_factors") is not None else [None] * len(size)
         if any(f is not None and b * f != a for b, f, a in zip(before, factors, size, strict=True)):
-            return None
+            return resized(call)
         if mode == "nearest":
-            return None if any(a % b for b, a in zip(before, size, strict=True)) else Nearest(before, size)
+            return resized(call) if any(a % b for b, a in zip(before, size, strict=True)) else Nearest(before, size)
         return Bilinear(before, size, bool(call["align_corners"]))
 
     return rule
