@@ -280,6 +280,30 @@ def test_a_sum_beside_an_island_is_float_and_rounded_once_for_the_layer_that_rea
     }
 
 
+class Kept(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.first(x))
+        return self.last(y + self.second(y))  # type: ignore[no-any-return]
+
+
+def test_what_is_excluded_is_read_as_floats_by_what_is_excluded() -> None:
+    student, x = (
+        calibrated(lively(Kept(), 1), QuantConfig(8, 8, exclude=("relu", "add")), shape=SHAPE),
+        images(3, 8, SHAPE),
+    )
+    (addition,) = (node for node in student.network.graph.nodes if node.name == "add")
+    assert "relu" in [read.name for read in addition.all_input_nodes]
+    deployed = convert(student, "tensorrt")
+    assert (
+        verify_file(onnx_from_deployed(deployed, x, {}), x.numpy(), torch_digests(deployed, x), [False])["failures"]
+        == []
+    )
+
+
 # Faults ---------------------------------------------------------------------------------------------------------------
 
 

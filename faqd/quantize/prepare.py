@@ -75,7 +75,8 @@ def insert_quantizers(traced: fx.GraphModule, bits: QuantConfig, example: Tensor
         taps[node.name] = rounded.name
         if rectifies:
             rounded.args = (nodes.operand(node),)
-            network.graph.erase_node(node)
+            if not node.users:
+                network.graph.erase_node(node)
     for node, quant in placement.weights.items():
         quantize_weight(network.get_submodule(str(node.target)), quant)
     if bits.target == "onnxruntime":
