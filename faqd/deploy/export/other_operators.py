@@ -1,4 +1,4 @@
-"""Operators that no row writes, such as those that --exclude lets in: torch's exporter translates them."""
+"""Operators that no row writes, of float islands: torch's exporter translates them."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch import fx
 from faqd.deploy.export.onnx_file import OnnxFile
 from faqd.deploy.export.tensor_facts import TensorFacts
 from faqd.errors import UserError, first_line
+from faqd.quantize.capture.aten import word_of
 from faqd.quantize.operators.emit import OPSET
 
 
@@ -118,8 +119,8 @@ def _translated(
             )
         except torch.onnx.OnnxExporterError as error:
             raise UserError(
-                f"torch's exporter cannot write this network as ONNX: {first_line(_innermost(error))}. Where --exclude "
-                "keeps that operator float, write it in forward with others."
+                f"torch's exporter cannot write {', '.join(dict.fromkeys(map(word_of, inside)))} as ONNX: "
+                f"{first_line(_innermost(error))}. Write it in forward with other operators."
             ) from error
     assert program is not None
     _fold_constants(program.model)
