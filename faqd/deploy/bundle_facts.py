@@ -43,7 +43,7 @@ class Parts:
     """All that a bundle is made from.
 
     name, made_from: of the student's network, and the SHA-256 of its weights. evaluation: still without what the
-    teacher makes of it.
+    teacher makes of it. teacher_graph: the teacher as it was captured, where that was done already.
     """
 
     kind: Literal["distilled", "ptq"]
@@ -57,6 +57,7 @@ class Parts:
     preprocess: Preprocess
     evaluation: Evaluation
     classes: tuple[str, ...] | None
+    teacher_graph: torch.fx.GraphModule | None = None
 
 
 def manifest_facts(

@@ -117,6 +117,7 @@ def quantize_after_training(
         dataset.preprocess,
         _evaluation(dataset, options),
         dataset.classes,
+        student.float_network,
     )
     return _write_bundle(parts, out, options, say)
 
@@ -262,7 +263,8 @@ def _put_float_networks(parts: Parts, files: _Files, inputs: Tensor, options: Bu
     student = onnx_from_deployed(convert(parts.student, "float"), example, student_metadata(parts, options))
     files.put(names.FLOAT_STUDENT, student, parts.made_from)
     files.put(names.FLOAT_STUDENT_FP16, float16_from_float32(student), parts.made_from)
-    teacher = onnx_from_network(fused(capture(parts.teacher, example)), example, licence_metadata(options))
+    captured = parts.teacher_graph or capture(parts.teacher, example)
+    teacher = onnx_from_network(fused(captured), example, licence_metadata(options))
     files.put(names.TEACHER, teacher, parts.teacher_sha256)
     half, why_not = teacher_float16(teacher, inputs.numpy()[:TEACHER_IMAGES])
     if half is None:
