@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from faqd.deploy.export.torch_to_onnx import onnx_from_deployed
-from faqd.deploy.reference.evaluator import Value
+from faqd.deploy.reference.values import Value
 from faqd.deploy.verify.numbers import grids
 from faqd.deploy.verify.segments import Segment, Trace
 from faqd.deploy.verify.test_vectors import UNDRIVEN, Drive

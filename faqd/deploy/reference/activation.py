@@ -1,20 +1,15 @@
 """Activations of the referee: what each ONNX operator computes on float64 values.
 
-An operator takes (operands, attributes) and returns an array. Attributes are float32 numbers, widened.
+Attributes are float32 numbers, widened.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 
+from faqd.deploy.reference.values import Attributes, Operator, Value
 from faqd.exact_math import erf, exp, log1p, sigmoid, tanh
 from faqd.reference import Array, real
-
-Value = Any
-Attributes = dict[str, Any]
 
 
 def _leaky_relu(operands: list[Value], attributes: Attributes) -> Value:
@@ -55,7 +50,8 @@ def _hard(x: Array, alpha: float, beta: float) -> Array:
     return limited
 
 
-OPERATORS: dict[str, Callable[[list[Value], Attributes], Value]] = {
+OPERATORS: dict[str, Operator] = {
+    "Relu": lambda operands, _: np.maximum(real(operands[0]), 0),
     "LeakyRelu": _leaky_relu,
     "PRelu": _prelu,
     "Elu": _elu,

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from faqd.deploy.onnx_model.graph import Graph, attributes_of
 from faqd.deploy.onnx_model.integer_sums import integer_sums
-from faqd.deploy.reference.evaluator import Referee, Value, stored
+from faqd.deploy.reference.evaluator import Referee, stored
+from faqd.deploy.reference.values import Value
 from faqd.reference import Array, Grid, layer_sum, real, windowed
 from faqd.saturation import HIGHEST, LOWEST, in_kernel_order, neighbours
 

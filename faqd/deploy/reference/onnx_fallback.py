@@ -1,7 +1,8 @@
 """Operators that faqd never quantizes, for the referee: what float islands do, ONNX's own reference computes.
 
-The arithmetic of the quantized part is stated in referee.py and operators.py; of these nothing is rounded to codes, and
-what they mean is ONNX's to say. They run in float64, so that torch in float64 has the same value but for its last bits.
+The arithmetic of the quantized part is stated by the families beside this file; of these nothing is rounded to codes,
+and what they mean is ONNX's to say. They run in float64, so that torch in float64 has the same value but for its last
+bits.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import numpy as np
 import onnx
 from onnx.reference import ReferenceEvaluator
 
-from faqd.deploy.reference import activation
+from faqd.deploy.reference import registry
 from faqd.reference import real
 
 _NAMES = """
@@ -26,7 +27,7 @@ _NAMES = """
     ReduceSumSquare ReduceLogSum ReduceLogSumExp LpNormalization MeanVarianceNormalization LRN
     Tan Asin Acos Atan Sinh Cosh Asinh Acosh Atanh LSTM GRU RNN
 """
-FLOAT_OPERATORS = frozenset(_NAMES.split()) - activation.OPERATORS.keys()
+FLOAT_OPERATORS = frozenset(_NAMES.split()) - registry.OPERATORS.keys()
 """Without what has an arithmetic of its own."""
 
 

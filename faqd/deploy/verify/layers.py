@@ -13,8 +13,8 @@ import onnx
 from numpy.typing import NDArray
 
 from faqd.deploy.onnx_model.session import OnnxSession
-from faqd.deploy.reference.evaluator import Value
 from faqd.deploy.reference.int16_kernel import emulated
+from faqd.deploy.reference.values import Value
 from faqd.deploy.verify.numbers import WEIGHTED, grids, wrong_constants
 from faqd.deploy.verify.segments import Segment, Trace, place_of
 from faqd.deploy.verify.test_vectors import Drive

@@ -15,8 +15,9 @@ from onnx import numpy_helper
 
 from faqd.deploy.onnx_model.graph import attributes_of
 from faqd.deploy.onnx_model.inference import inferred
-from faqd.deploy.reference.evaluator import OPERATORS, Referee, Value, code_tensors, stored
+from faqd.deploy.reference.evaluator import OPERATORS, Referee, code_tensors, stored
 from faqd.deploy.reference.onnx_fallback import FLOAT_OPERATORS
+from faqd.deploy.reference.values import Value
 from faqd.deploy.verify.test_vectors import Drive
 from faqd.errors import UserError
 from faqd.reference import real
