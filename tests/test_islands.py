@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from onnx import numpy_helper
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from faqd.bundle import floats_in_words
 from faqd.deploy.export.torch_to_onnx import onnx_from_deployed
@@ -48,6 +49,7 @@ class Around(nn.Module):
         self.weight, self.bias = nn.Parameter(0.3 * torch.randn(8, 8)), nn.Parameter(0.1 * torch.randn(8))
         self.register_buffer("places", torch.randperm(64, generator=torch.Generator().manual_seed(0)))
         self.register_buffer("mask", torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))
+        self.lstm, self.gru = nn.LSTM(8, 6, batch_first=True), nn.GRU(8, 4, batch_first=True, bidirectional=True)
         self.table, self.last = nn.Linear(1, 8), nn.LazyLinear(4)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -75,6 +77,7 @@ def unfused(x: Tensor) -> Tensor:
     return ((q * 0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
 
 
+attended: Callable[..., Tensor] = F.scaled_dot_product_attention
 CASES: dict[str, Case] = {
     "softmax": lambda s, x: tokens(x).softmax(-1),
     "softmax, a module": lambda s, x: s.soft(tokens(x)),
@@ -87,6 +90,7 @@ CASES: dict[str, Case] = {
     "group norm without parameters": lambda s, x: s.instance(x),
     "RMS norm by hand": lambda s, x: rms(tokens(x), s.bias),
     "attention": lambda s, x: F.scaled_dot_product_attention(*heads(x)),
+    "attention of three": lambda s, x: attended(*(t[..., :3] for t in heads(x))),
     "attention with a mask": lambda s, x: F.scaled_dot_product_attention(*heads(x), attn_mask=s.mask),
     "causal attention": lambda s, x: F.scaled_dot_product_attention(*heads(x), is_causal=True, scale=0.3),
     "attention by hand": lambda s, x: unfused(x),
@@ -110,6 +114,12 @@ CASES: dict[str, Case] = {
     "cubic root of sums": lambda s, x: x.abs().sum(1, keepdim=True).pow(0.3) * x,
     "weights that are computed": lambda s, x: F.linear(tokens(x), s.weight.sin(), s.bias),
     "weights of the image": lambda s, x: tokens(x) @ x.flatten(2)[:, :, :8],
+    "an LSTM": lambda s, x: s.lstm(tokens(x))[0],
+    "a GRU of two directions": lambda s, x: s.gru(tokens(x))[0],
+    "a tensor made for each image": lambda s, x: torch.cat([tokens(x).softmax(2), torch.zeros(len(x), 2, 8)], 1),
+    "numbers made in forward": lambda s, x: (
+        tokens(x).softmax(2) * torch.linspace(0, 1, 8) + tokens(x)[:, torch.arange(64)]
+    ),
     "a layer on own tensors": lambda s, x: s.norm(tokens(x) + s.table(s.places.reshape(64, 1) / 64.0).sin()),
     "circular padding": lambda s, x: F.pad(x, (1, 1, 1, 1), mode="circular"),
     "another number in the padding": lambda s, x: F.pad(x, (1, 1), value=0.5),
@@ -302,6 +312,16 @@ def test_what_is_excluded_is_read_as_floats_by_what_is_excluded() -> None:
         verify_file(onnx_from_deployed(deployed, x, {}), x.numpy(), torch_digests(deployed, x), [False])["failures"]
         == []
     )
+
+
+@pytest.mark.parametrize("name", ["attention of three", "layer norm", "normalize", "cubic root of sums"])
+def test_the_numbers_of_an_island_are_float32_ones_in_torch_as_well(name: str) -> None:
+    """1 / sqrt(3) in float64 and in the file's float32 would round codes at ties to either side."""
+    network = convert(calibrated(around(CASES[name]), BITS, shape=SHAPE), "tensorrt").network
+    given = [(n.args, n.kwargs) for n in network.graph.nodes if nodes.role(network, n) == "other"]
+    numbers = [number for number in tree_leaves(given) if isinstance(number, float)]
+    numbers += [module.eps for module in network.modules() if isinstance(module, nn.LayerNorm)]
+    assert numbers and all(number == float(np.float32(number)) for number in numbers)
 
 
 # Faults ---------------------------------------------------------------------------------------------------------------

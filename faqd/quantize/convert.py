@@ -33,6 +33,7 @@ from faqd.quantize.lowering.insert_requantize import (
     summed_layers,
     unrounded_layers,
 )
+from faqd.quantize.lowering.number_types import retyped, settle_numbers
 from faqd.quantize.lowering.pad_channels import fill_up_channels, image_layers
 from faqd.quantize.lowering.rounding_shift import place_shifts
 from faqd.quantize.operators.clamp import Clamp
@@ -108,6 +109,8 @@ def convert(student: Student, flavour: Flavour, output_scales: dict[str, float] 
         fill_up_channels(network, of_the_image)
     network.delete_all_unused_submodules()
     network.graph.eliminate_dead_code()
+    settle_numbers(network)
+    retyped(network, torch.float32, torch.float64)
     network.graph.lint()
     network.recompile()
     return Deployed(network.double(), flavour, changes, integers_only and not changes.floats and not changes.unrounded)

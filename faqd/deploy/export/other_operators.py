@@ -18,6 +18,7 @@ from faqd.deploy.export.onnx_file import OnnxFile
 from faqd.deploy.export.tensor_facts import TensorFacts
 from faqd.errors import UserError, first_line
 from faqd.quantize.capture.aten import word_of
+from faqd.quantize.lowering.number_types import retyped
 from faqd.quantize.operators.emit import OPSET
 
 
@@ -101,6 +102,8 @@ def _translated(
         copied[node] = graph.node_copy(node, copied.__getitem__)
     graph.output(tuple(copied[node] for node in results))
     part = copy.deepcopy(fx.GraphModule(network, graph)).float().eval()
+    retyped(part, torch.float64, torch.float32)
+    part.recompile()
     examples = tuple(_example(facts[node]) for node in read)
     shapes = tuple(_moving(facts[node]) for node in read)
     with warnings.catch_warnings():
