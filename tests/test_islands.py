@@ -120,6 +120,7 @@ CASES: dict[str, Case] = {
     "numbers made in forward": lambda s, x: (
         tokens(x).softmax(2) * torch.linspace(0, 1, 8) + tokens(x)[:, torch.arange(64)]
     ),
+    "windows put together": lambda s, x: F.fold(F.unfold(x, 3, padding=1), (8, 8), 3, padding=1),
     "a layer on own tensors": lambda s, x: s.norm(tokens(x) + s.table(s.places.reshape(64, 1) / 64.0).sin()),
     "circular padding": lambda s, x: F.pad(x, (1, 1, 1, 1), mode="circular"),
     "another number in the padding": lambda s, x: F.pad(x, (1, 1), value=0.5),

@@ -25,7 +25,7 @@ _NAMES = """
     TopK ArgMax ArgMin Hardmax GatherElements GatherND ScatterElements ScatterND Trilu Einsum OneHot
     ConstantOfShape EyeLike Size SpaceToDepth ReverseSequence Sum Mean
     ReduceSumSquare ReduceLogSum ReduceLogSumExp LpNormalization MeanVarianceNormalization LRN
-    Tan Asin Acos Atan Sinh Cosh Asinh Acosh Atanh LSTM GRU RNN
+    Tan Asin Acos Atan Sinh Cosh Asinh Acosh Atanh LSTM GRU RNN Col2Im Shrink LpPool GlobalLpPool
 """
 FLOAT_OPERATORS = frozenset(_NAMES.split()) - registry.OPERATORS.keys()
 """Without what has an arithmetic of its own."""
