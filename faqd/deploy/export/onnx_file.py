@@ -43,6 +43,8 @@ class OnnxFile:
 
     def number(self, name: str, tensor: Tensor) -> ir.Value:
         if name not in self._numbers:
+            tensor = tensor.detach().cpu()
+            tensor = tensor.float() if tensor.is_floating_point() else tensor
             value = ir.Value(name=unused(name, self._taken))
             value.const_value = ir.tensor(tensor.contiguous().numpy(), name=value.name)
             value.type, value.shape = ir.TensorType(value.const_value.dtype), ir.Shape(tensor.shape)

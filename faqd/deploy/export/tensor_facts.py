@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from faqd.quantize.operators.emit import Size
 
-BATCH: Size = (2, 3)
+BATCH = (2, 3)
 """A size that is the number of images."""
 
 
@@ -29,7 +29,7 @@ def facts_of(network: fx.GraphModule, example: Tensor) -> dict[fx.Node, TensorFa
     own = itertools.chain(network.parameters(), network.buffers())
     dtype = next((tensor.dtype for tensor in own if tensor.is_floating_point()), torch.float32)
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
-        two, three = (_run(network, (count, *example.shape[1:]), dtype) for count in BATCH)  # type: ignore[union-attr]
+        two, three = (_run(network, (count, *example.shape[1:]), dtype) for count in BATCH)
     return {
         node: TensorFacts(tuple(a if a == b else (a, b) for a, b in zip(shape, three[node][0], strict=True)), dtype)
         for node, (shape, dtype) in two.items()

@@ -63,9 +63,7 @@ class _Writer:
     def model(self) -> ir.Model:
         for node in self._network.graph.nodes:
             if node.op == "get_attr" and node in self._facts:
-                tensor = nodes.held_tensor(self._network, node).detach().cpu()
-                tensor = tensor.float() if tensor.is_floating_point() else tensor
-                self._values[node] = self._file.number(str(node.target), tensor)
+                self._values[node] = self._file.number(str(node.target), nodes.held_tensor(self._network, node))
             elif node.op.startswith("call") and not self._write(node):
                 self._others.append(node)
         self._write_others()

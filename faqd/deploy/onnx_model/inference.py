@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import onnx
 from onnx import TensorProto, helper
 
@@ -32,7 +34,7 @@ def with_shapes(model: onnx.ModelProto, *, check: bool = False, values_too: bool
 
 def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     graph = model.graph
-    weights = [t for t in graph.initializer if t.data_type in _WEIGHTS and _elements(t) > _MANY]
+    weights = [t for t in graph.initializer if t.data_type in _WEIGHTS and math.prod(t.dims) > _MANY]
     left_out, given = {tensor.name for tensor in weights}, {value.name for value in graph.input}
     skeleton = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions)
     skeleton.graph.CopyFrom(
@@ -53,10 +55,3 @@ def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
         if tensor.name not in given
     )
     return skeleton
-
-
-def _elements(tensor: onnx.TensorProto) -> int:
-    count = 1
-    for size in tensor.dims:
-        count *= size
-    return count

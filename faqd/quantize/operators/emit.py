@@ -22,7 +22,7 @@ class File(Protocol):
     def operator(self, name: str, inputs: Sequence[Value | None], attributes: dict[str, Any], place: str) -> Value: ...
 
     def number(self, name: str, tensor: Tensor) -> Value:
-        """An initializer; of a name that is known, the one that there is."""
+        """An initializer, integers as they are, others in float32; of a name that is known, the one that there is."""
         ...
 
 
@@ -47,16 +47,21 @@ class Emission:
         """The tensor that an operator of one reads."""
         return self._values[self.node.all_input_nodes[0]]
 
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """What the call is given in order, tensors as nodes."""
+        return self.node.args
+
     def argument(self, index: int) -> Value:
         """A tensor of the arguments, or a number of them."""
-        given = self.node.args[index]
+        given = self.arguments[index]
         return self._values[given] if isinstance(given, fx.Node) else self.number(f"argument_{index}", given)
 
     @property
     def given(self) -> dict[str, Any]:
         """The arguments of a function of torch's, by the names that torch gives them."""
-        schema = self.node.target._schema.arguments  # type: ignore[union-attr]
-        usual = {argument.name: argument.default_value for argument in schema}
+        target: Any = self.node.target
+        usual = {argument.name: argument.default_value for argument in target._schema.arguments}
         return usual | dict(zip(usual, self.node.args, strict=False)) | self.node.kwargs
 
     def value(self, name: str) -> Value | None:
@@ -70,19 +75,15 @@ class Emission:
 
     def values(self, index: int) -> list[Value]:
         """The tensors of an argument that is a list of them."""
-        given: Any = self.node.args[index]
-        return [self._values[node] for node in given]
+        return [self._values[node] for node in self.arguments[index]]
 
     def op(self, operator: str, *inputs: Value | None, **attributes: Any) -> Value:
         """The result of one of ONNX's operators."""
         return self._file.operator(operator, inputs, attributes, self.path)
 
     def number(self, name: str, value: Any) -> Value:
-        """A tensor of numbers that the file holds: integers as they are, others in float32."""
-        tensor = torch.as_tensor(value).detach().cpu()
-        if tensor.is_floating_point():
-            tensor = tensor.float()
-        return self._file.number(f"{self.path}.{name}", tensor)
+        """A tensor of numbers that the file holds."""
+        return self._file.number(f"{self.path}.{name}", torch.as_tensor(value))
 
 
 Emit = Callable[[Emission], Value | None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
@@ -42,9 +43,7 @@ def _emit_variance(emission: Emission) -> Value | None:
     correction = 1 if correction is None else int(correction)
     if sizes is None:
         return None
-    count = 1
-    for size in sizes:
-        count *= size
+    count = math.prod(sizes)
     if count <= correction:
         return None
     over = emission.number("axes", axes)

@@ -199,12 +199,12 @@ def _reaches_beyond(before: tuple[Size, ...], windows: dict[str, Any]) -> bool:
 
 def _emit_mean(emission: Emission) -> Value | None:
     """Over all pixels as what backends compute on codes, over other axes with these as constants, as TensorRT wants."""
-    _, axes, kept = emission.node.args
+    _, axes, kept = emission.arguments
     rank = len(emission.before)
-    if rank in (3, 4) and sorted(axes) == list(range(2, rank)):  # type: ignore[arg-type]
+    if rank in (3, 4) and sorted(axes) == list(range(2, rank)):
         result = emission.op("GlobalAveragePool", emission.x)
         return result if kept else emission.op("Flatten", result, axis=1)
-    return emission.op("ReduceMean", emission.x, emission.number("axes", list(axes)), keepdims=int(bool(kept)))  # type: ignore[arg-type]
+    return emission.op("ReduceMean", emission.x, emission.number("axes", list(axes)), keepdims=int(bool(kept)))
 
 
 OPERATORS = (

@@ -92,7 +92,7 @@ def _size(call: Call) -> Any:
 
 
 def _emit_joined(emission: Emission) -> Value:
-    return emission.op("Concat", *emission.values(0), axis=int(emission.node.args[1]))  # type: ignore[arg-type]
+    return emission.op("Concat", *emission.values(0), axis=emission.arguments[1])
 
 
 def _emit_reshape(emission: Emission) -> Value:
@@ -109,7 +109,7 @@ def _emit_reshape(emission: Emission) -> Value:
 
 
 def _emit_permute(emission: Emission) -> Value:
-    return emission.op("Transpose", emission.x, perm=list(emission.node.args[1]))  # type: ignore[arg-type]
+    return emission.op("Transpose", emission.x, perm=list(emission.arguments[1]))
 
 
 def _emit_channel_shuffle(emission: Emission) -> Value | None:
