@@ -19,7 +19,7 @@ from faqd.train.data.datasets import load_dataset
 from faqd.train.distill import calibration_batches
 from faqd.train.loop.batches import splits_on
 from faqd.train.loop.select import Best, is_due
-from faqd.train.networks.source import read_tensors
+from faqd.train.networks.tensor_files import read_tensors
 from faqd.train.run.folder import data_options, load_teacher
 from tests.toy_runs import Outcome, faqd_train, succeeds
 

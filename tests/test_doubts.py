@@ -60,9 +60,10 @@ ONE = np.random.default_rng(1).integers(0, 256, (1, 8, 8, 3), np.uint8)
 IMAGES: dict[str, tuple[Dataset, str]] = {
     "many equal": (dataset(np.concatenate([ONE] * 20 + [ONE // 2, ONE // 3])), "only 3 of 22 training images"),
     "of one colour": (
-        dataset(np.broadcast_to(np.arange(24, dtype=np.uint8)[:, None, None, None], (24, 8, 8, 3))),
+        dataset(np.broadcast_to(10 * np.arange(24, dtype=np.uint8)[:, None, None, None], (24, 8, 8, 3))),
         "one",
     ),
+    "masks of 15 labels": (dataset(np.random.default_rng(2).integers(0, 15, (24, 8, 8, 3), np.uint8)), "nearly black"),
     "hardly more than zero": (dataset(mean=0.0, std=255.0), "reaches only ±0.00392"),
     "far from zero": (dataset(mean=0.0, std=1 / 255), "reaches up to ±255"),
 }

@@ -16,7 +16,7 @@ from faqd.quantize.quantizers.activation import ActivationQuantizer
 from faqd.train.data import augment
 from faqd.train.loop import batches
 from faqd.train.loop.distributed import CPU
-from faqd.train.networks.source import read_tensors
+from faqd.train.networks.tensor_files import read_tensors
 from tests.test_data import small_cifar10
 from tests.toy_runs import Outcome, outcome_of, succeeds
 

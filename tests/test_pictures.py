@@ -98,20 +98,25 @@ def _deep_colour(path: Path, values_HWC: NDArray[np.uint16]) -> None:
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + whole)
 
 
+@pytest.mark.parametrize("hot", [False, True])
 @pytest.mark.parametrize("colour", [False, True])
 @pytest.mark.parametrize(
     ("bits", "words"),
     [
-        (10, "no pixel of the 60 images of 16 bits passes 1023, as of 10-bit data"),
-        (12, "passes 4095, as of 12-bit data"),
+        (10, "no pixel of the 60 images of 16 bits passes 1023, but for one in a thousand, as of 10-bit"),
+        (12, "passes 4095, but for one in a thousand, as of 12-bit data"),
         (14, "14 bits, write them again with values shifted up by 2 bits"),
         (16, None),
     ],
 )
-def test_sixteen_bit_files_of_fewer_bits_are_told(bits: int, words: str | None, colour: bool, tmp_path: Path) -> None:
+def test_sixteen_bit_files_of_fewer_bits_are_told(
+    bits: int, words: str | None, colour: bool, hot: bool, tmp_path: Path
+) -> None:
     draw = np.random.default_rng(0)
     for index in range(60):
-        values = draw.integers(0, 2**bits, (8, 8, 3), np.uint16)
+        values = draw.integers(0, 2**bits, (32, 32, 3), np.uint16)
+        if hot:
+            values[3, 5] = 65535
         if colour:
             _deep_colour(tmp_path / f"{index}.png", values)
         else:

@@ -156,6 +156,15 @@ def test_a_compiled_library_beside_the_graph_is_refused(program: tuple[nn.Module
         read_program(file)
 
 
+def test_a_flipped_bit_is_found(program: tuple[nn.Module, Path], tmp_path: Path) -> None:
+    weights = next(value for value in program[0].state_dict().values() if value.dim() == 4)
+    content = bytearray(program[1].read_bytes())
+    content[content.index(weights.numpy().tobytes()) + 3] ^= 1
+    (tmp_path / "net.pt2").write_bytes(content)
+    with pytest.raises(UserError, match=r"damaged, net/data/weights/\w+ is not what was written"):
+        read_program(tmp_path / "net.pt2")
+
+
 def test_a_program_of_an_older_torch_is_said_to_be_one(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "net.pt2", "w") as archive:
         archive.writestr("serialized_exported_program.json", "{}")

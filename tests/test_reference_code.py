@@ -18,7 +18,7 @@ from faqd.quantize.student import student_table
 from faqd.train.loop.trainee import Job
 from faqd.train.losses.adaptors import Adapted
 from faqd.train.losses.objective import decay_groups
-from faqd.train.networks.source import read_tensors
+from faqd.train.networks.tensor_files import read_tensors
 from faqd.train.networks.zoo import reference_resnet
 from faqd.train.recipes import Training, distill_recipe
 from faqd.train.run.folder import WEIGHTS

@@ -17,7 +17,7 @@ from faqd.errors import UserError
 from faqd.train.data.datasets import Augmentation
 from faqd.train.loop.batches import Batches, Images
 from faqd.train.loop.distributed import World
-from faqd.train.networks.source import read_tensors
+from faqd.train.networks.tensor_files import read_tensors
 from tests.toy_runs import User, new_user, succeeds
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}

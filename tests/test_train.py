@@ -27,7 +27,7 @@ from faqd.train.loop.trainee import Job
 from faqd.train.losses.objective import distill_job
 from faqd.train.losses.taps import tap_pairs
 from faqd.train.networks.load_weights import load_weights
-from faqd.train.networks.source import read_tensors, write_tensors
+from faqd.train.networks.tensor_files import read_tensors, write_tensors
 from faqd.train.recipes import DistillRecipe, Training
 from faqd.train.run.folder import load_teacher
 from faqd.train.run.lesson import Lesson, lesson_from

@@ -96,6 +96,15 @@ LOADS: dict[str, tuple[Any, str]] = {
         "",
     ),
     "an averaged model": ({"n_averaged": torch.tensor(5), **under("module.")}, "w.pth: leaves out n_averaged."),
+    "a list of networks": (
+        {"models": [WANTED, WORSE]},
+        "takes the weights under 'models.0'; the file also holds 'models.1'",
+    ),
+    "a pair": ((WANTED, {"lr": 0.1}), ""),
+    "numbers beside the weights": (
+        {**WANTED, "epoch": torch.tensor(3), "logit_scale": torch.ones(1)},
+        "leaves out epoch, logit_scale",
+    ),
     "doubles": ({key: v.double() if v.is_floating_point() else v for key, v in WANTED.items()}, ""),
     "counters as floats": ({key: v.float() for key, v in WANTED.items()}, ""),
     "without counters": ({key: v for key, v in WANTED.items() if "num_batches" not in key}, ""),
@@ -223,6 +232,13 @@ def cut_short(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-600])
 
 
+def with_a_flipped_bit(path: Path) -> None:
+    torch.save(WANTED, path)
+    content = bytearray(path.read_bytes())
+    content[content.index(WANTED["head.weight"].numpy().tobytes()) + 3] ^= 1
+    path.write_bytes(content)
+
+
 OTHER_FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a program of torch.export": (a_program, "a program of torch.export"),
     "TorchScript": (lambda path: torch.jit.save(torch.jit.script(Net()), path), "a TorchScript archive"),
@@ -260,6 +276,7 @@ OTHER_FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "an npz file": (arrays, "an npz file"),
     "an ONNX file": (an_onnx_file, "an ONNX file"),
     "cut short": (cut_short, "damaged or cut short"),
+    "a flipped bit": (with_a_flipped_bit, "damaged, "),
     "noise": (lambda path: path.write_bytes(bytes(range(128, 256)) * 4), "damaged"),
 }
 
@@ -276,6 +293,12 @@ def test_another_file_is_called_what_it_is(kind: str, name: str, tmp_path: Path)
     assert str(refused.value).startswith(f"{path}: ") and words in str(refused.value), refused.value
 
 
+def without_checksums(path: Path) -> None:
+    torch.serialization.set_crc32_options(False)
+    torch.save(WANTED, path)
+    torch.serialization.set_crc32_options(True)
+
+
 @pytest.mark.parametrize("name", ["w.pth", "w.safetensors", "w.bin", "w.weights", "w"])
 @pytest.mark.parametrize(
     "write",
@@ -283,8 +306,9 @@ def test_another_file_is_called_what_it_is(kind: str, name: str, tmp_path: Path)
         lambda path: path.write_bytes(save(WANTED)),
         lambda path: torch.save(WANTED, path),
         lambda path: torch.save(WANTED, path, _use_new_zipfile_serialization=False),
+        without_checksums,
     ],
-    ids=["safetensors", "torch.save", "torch.save of before 1.6"],
+    ids=["safetensors", "torch.save", "torch.save of before 1.6", "torch.save without checksums"],
 )
 def test_weights_are_read_under_any_name(write: Callable[[Path], Any], name: str, tmp_path: Path) -> None:
     write(tmp_path / name)

@@ -39,7 +39,8 @@ from faqd.quantize.convert import collect_output_scales, convert
 from faqd.quantize.prepare import insert_quantizers
 from faqd.quantize.student import Student
 from faqd.train.data.datasets import Dataset, load_dataset
-from faqd.train.networks.source import NetworkSource, tensors_sha256
+from faqd.train.networks.source import NetworkSource
+from faqd.train.networks.tensor_files import tensors_sha256
 from faqd.train.run.folder import WEIGHTS, data_options, finished, load_teacher, network_input, run_preprocess
 from faqd.train.run.lesson import lesson_from
 from faqd.train.run.student import load_student

@@ -41,7 +41,7 @@ from faqd.train.loop.trainee import Job, select_losses
 from faqd.train.losses.heads import Heads, heads_from, heads_of
 from faqd.train.losses.objective import Pairs, distances_to, distill_job
 from faqd.train.losses.taps import tap_costs, tap_names, tap_pairs
-from faqd.train.networks.source import write_tensors
+from faqd.train.networks.tensor_files import write_tensors
 from faqd.train.recipes import DistillRecipe, TeacherDtype, recipe_json, relative_rate
 from faqd.train.run.folder import (
     RECORD,

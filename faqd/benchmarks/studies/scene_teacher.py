@@ -15,7 +15,8 @@ from faqd.train.loop.batches import Batch, Batches, images_on
 from faqd.train.loop.distributed import World
 from faqd.train.loop.fit import finish, fit
 from faqd.train.loop.trainee import Job, Losses
-from faqd.train.networks.source import user_source, write_tensors
+from faqd.train.networks.source import user_source
+from faqd.train.networks.tensor_files import write_tensors
 from faqd.train.recipes import Training
 from faqd.train.run.folder import WEIGHTS, held
 

@@ -19,6 +19,8 @@ IMAGES = 16
 """Training images that a teacher is looked at with."""
 COMPARED_IMAGES = 1024
 """Training images that are held against each other."""
+BLACK, BRIGHT_SHARE = 32, 1e-3
+"""Where fewer values than this share reach this one of 255, a viewer shows black."""
 SMALL, LARGE = 0.01, 10.0
 """Where network input as a rule does not lie: all of it nearer to 0, some of it farther."""
 LARGEST_OUTPUT = 1e18
@@ -40,6 +42,12 @@ def question_images(dataset: Dataset, say: Say) -> None:
     flat = pixels.reshape(len(pixels), -1, pixels.shape[-1])
     if bool((flat == flat[:, :1]).all()):
         say(f"{dataset.source}: every training image has one colour; nothing spatial can be learned from these.")
+    some = pixels[:: max(1, len(pixels) // IMAGES)]
+    if (some >= BLACK).mean() < BRIGHT_SHARE:
+        say(
+            f"{dataset.source}: the training images are nearly black, no value in a thousand reaches {BLACK} of 255 "
+            f"(the largest is {some.max()}). Are these masks of labels, or data of fewer bits than their files have?"
+        )
     reach = float(network_input(pixels[:IMAGES], dataset.preprocess).abs().max())
     if not SMALL < reach <= LARGE:
         size, setting = ("only", "large") if reach <= SMALL else ("up to", "small")

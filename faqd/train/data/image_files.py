@@ -36,6 +36,8 @@ ORIENTATION = 274
 """The EXIF tag of that."""
 BITS = 14
 """Cameras have up to so many; 16-bit files in which no pixel has more are theirs, and dark."""
+BRIGHT_SHARE = 1e-3
+"""So many of an image's values may be brighter than what it is said to reach: sensors have hot pixels."""
 REPORT_EVERY = 5000
 MOST_CLASSES = 2**20
 TINY_IMAGENET = "tiny-imagenet-200"
@@ -52,10 +54,12 @@ class Images:
 
 @dataclass(frozen=True)
 class Picture:
-    """pixels: (H, W, 3) uint8, RGB, upright. shows: whether some of it is not transparent."""
+    """pixels: (H, W, 3) uint8, RGB, upright. shows: whether some of it is not transparent. deep: of a file of 16 bits,
+    the upper 8 of the value that no pixel passes but hot ones."""
 
     pixels: NDArray[np.uint8]
     shows: bool
+    deep: int | None
 
 
 @dataclass(frozen=True)
@@ -118,26 +122,26 @@ def read_images(
     pixels: NDArray[np.uint8] | None = None
     kept: list[int] = []
     skipped: dict[str, str] = {}
-    brightest: dict[str, int] = {}
+    deep: list[int] = []
     transparent: list[str] = []
 
-    def read(file: str) -> tuple[NDArray[np.uint8] | str, int]:
+    def read(file: str) -> NDArray[np.uint8] | str:
         decoded = _decoded(folder / file)
         if isinstance(decoded, str):
-            return decoded, 0
+            return decoded
         if not decoded.shows:
             transparent.append(file)
-        highest = int(decoded.pixels.max())
-        return decoded.pixels if fit is None else fit(decoded.pixels), highest
+        if decoded.deep is not None:
+            deep.append(decoded.deep)
+        return decoded.pixels if fit is None else fit(decoded.pixels)
 
     with ThreadPoolExecutor() as pool:
-        for index, (image, highest) in enumerate(pool.map(read, files)):
+        for index, image in enumerate(pool.map(read, files)):
             if index and index % REPORT_EVERY == 0:
                 say(f"{folder}: {index} of {len(files)} images read.")
             if isinstance(image, str):
                 skipped[files[index]] = image
                 continue
-            brightest[files[index]] = highest
             if pixels is None:
                 # One block from the start: a list of images would need their memory twice when it is stacked.
                 pixels = np.empty((len(files), *image.shape), np.uint8)
@@ -151,7 +155,7 @@ def read_images(
     if skipped:
         _report(folder, skipped, len(files), say)
     assert pixels is not None
-    _tell_of_dark_files(folder, brightest, say)
+    _tell_of_dark_files(folder, deep, say)
     if transparent:
         say(
             f"{folder}: {len(transparent)} of {len(files)} images are transparent everywhere ({min(transparent)}), so "
@@ -163,17 +167,24 @@ def read_images(
 def read_picture(path: Path) -> Picture:
     """One image file, turned as its EXIF orientation says."""
     with Image.open(path, formats=FORMATS) as opened:
+        # Asked before it is decoded: of 16-bit colour Pillow keeps the high bytes and forgets that there were others.
+        is_deep = opened.mode.startswith("I") or any("16" in str(tile.args) for tile in opened.tile)
         image = _upright(opened)
         if image.mode.startswith("I"):
             # 16-bit grey: the high byte, as Pillow reads 16-bit colour; its own conversion clips at 255.
             high = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
-            return Picture(np.repeat(high[..., None], 3, axis=2), True)
+            return Picture(np.repeat(high[..., None], 3, axis=2), True, _reach(high))
         if image.mode in ("P", "PA"):
             image = image.convert("RGBA")
         shows = "A" not in image.getbands() or image.getchannel("A").getbbox() is not None
         # Drops transparency instead of choosing a background: that is what the common training loaders do, so it
         # is what the teacher saw.
-        return Picture(np.asarray(image.convert("RGB")), shows)
+        pixels = np.asarray(image.convert("RGB"))
+        return Picture(pixels, shows, _reach(pixels) if is_deep else None)
+
+
+def _reach(pixels: NDArray[np.uint8]) -> int:
+    return int(np.partition(pixels.ravel(), last := int((1 - BRIGHT_SHARE) * (pixels.size - 1)))[last])
 
 
 def _upright(opened: Image.Image) -> Image.Image:
@@ -281,26 +292,15 @@ def _decoded(path: Path) -> Picture | str:
         return "do not decode"
 
 
-def _tell_of_dark_files(folder: Path, brightest: dict[str, int], say: Callable[[str], None]) -> None:
-    """A sentence where no 16-bit file uses its 16 bits. brightest: the largest high byte of each file."""
-    dim = 2 ** (BITS - 8)
-    if not any(highest < dim and _has_16_bits(folder / file) for file, highest in brightest.items()):
-        return
-    deep = [highest for file, highest in brightest.items() if _has_16_bits(folder / file)]
-    if max(deep) < dim:
+def _tell_of_dark_files(folder: Path, deep: list[int], say: Callable[[str], None]) -> None:
+    """A sentence where no 16-bit file uses its 16 bits. deep: of each such file what Picture has."""
+    if deep and max(deep) < 2 ** (BITS - 8):
         bits = 8 + max(deep).bit_length()
         say(
-            f"{folder}: no pixel of the {len(deep)} images of 16 bits passes {2**bits - 1}, as of {bits}-bit data; the "
-            f"upper 8 of 16 bits are taken, so that they load dark. Where they hold {bits} bits, write them again with "
-            f"values shifted up by {16 - bits} bits."
+            f"{folder}: no pixel of the {len(deep)} images of 16 bits passes {2**bits - 1}, but for one in a thousand, "
+            f"as of {bits}-bit data; the upper 8 of 16 bits are taken, so that they load dark. Where they hold {bits} "
+            f"bits, write them again with values shifted up by {16 - bits} bits."
         )
-
-
-def _has_16_bits(path: Path) -> bool:
-    if path.suffix.lower() != ".png":  # the only format here that can
-        return False
-    with Image.open(path, formats=FORMATS) as opened:
-        return opened.mode.startswith("I") or any("16" in str(tile.args) for tile in opened.tile)
 
 
 def _size(image: NDArray[np.uint8]) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from faqd.errors import UserError
 from faqd.files import leftovers, read_json, remove, write_json, written_beside
-from faqd.train.networks.source import read_tensors, write_tensors
+from faqd.train.networks.tensor_files import read_tensors, write_tensors
 
 PREFIX = "checkpoint-"
 BEST = "best.safetensors"

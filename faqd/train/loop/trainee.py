@@ -20,7 +20,7 @@ from faqd.train.loop.checkpoint import BEST, Position, checkpoints, iteration_of
 from faqd.train.loop.distributed import World
 from faqd.train.loop.optimizer import RelativeAdam
 from faqd.train.loop.select import Best, Measure, answers, is_due, mean_losses
-from faqd.train.networks.source import read_tensors
+from faqd.train.networks.tensor_files import read_tensors
 from faqd.train.recipes import Training
 from faqd.train.run.folder import METRICS
 

@@ -29,6 +29,8 @@ COUNTERS = ("n_averaged", "steps", BATCHES)
 """Entries of averaged models and batch norms that are no weights."""
 DEPTH = 4
 """How far wrappings are looked through."""
+LISTED = 16
+"""Networks that one file lists at most; longer lists are of other things, an optimizer's for one."""
 
 
 def load_weights(network: nn.Module, path: Path, say: Callable[[str], None] = lambda _: None) -> None:
@@ -97,13 +99,18 @@ class _Fit:
         self.prefix = prefix = _prefix(bare, needed, _aliases(wanted))
         under = {key.removeprefix(prefix): full for key, full in bare.items() if key.startswith(prefix)}
         own = {prefix + key for key in needed}
-        self.left_out = [full for key, full in bare.items() if key not in own and not key.endswith(BATCHES)]
+        beside = {key: full for key, full in bare.items() if key not in own and not key.endswith(BATCHES)}
+        self.left_out = list(beside.values())
         self.state = {key: found[under[short]] for short, key in needed.items() if short in under}
         for one, same in _aliases(wanted).items():
             if one not in self.state and any(other in self.state for other in same):
                 self.state[one] = next(self.state[other] for other in same if other in self.state)
         missing = sorted(key for key in wanted if key not in self.state and not _counts(key, wanted[key]))
-        foreign = sorted(full for key, full in under.items() if key not in needed and not _is_counter(key))
+        # One number at the root is an epoch, a loss or a temperature that the training kept there.
+        noted = {full for key, full in beside.items() if "." not in key and found[full].numel() == 1}
+        foreign = sorted(
+            full for key, full in under.items() if key not in needed and not _is_counter(key) and full not in noted
+        )
         # A nested tensor has no shape.
         plain = {key: value for key, value in self.state.items() if not value.is_nested}
         reshaped = sorted(key for key, value in plain.items() if value.shape != wanted[key].shape)
@@ -115,6 +122,8 @@ class _Fit:
 
 def _state_dicts(loaded: Any, where: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Every mapping in the file that holds tensors, by the keys that lead to it, in the order in which to try them."""
+    if isinstance(loaded, (list, tuple)) and len(loaded) <= LISTED:
+        loaded = {place: value for place, value in enumerate(loaded) if isinstance(value, Mapping)}
     if not isinstance(loaded, Mapping) or depth > DEPTH:
         return
     tensors = {str(key): value for key, value in loaded.items() if isinstance(value, Tensor)}

@@ -20,6 +20,7 @@ from torch import nn
 
 from faqd.errors import UserError, first_line
 from faqd.quantize.capture.program import as_plain_modules, quiet
+from faqd.train.networks.tensor_files import damaged_member
 
 SUFFIX = ".pt2"
 _MEMBERS = re.compile(
@@ -59,6 +60,8 @@ def read_program(path: Path) -> nn.Module:
 
 
 def _refuse_all_but_tensors(path: Path, archive: zipfile.ZipFile) -> None:
+    if damaged := damaged_member(archive):
+        raise UserError(f"{path}: damaged, {damaged} is not what was written; copy it again.")
     if "serialized_exported_program.json" in archive.namelist():
         raise UserError(f"{path}: written by an older torch; export it again with torch {torch.__version__}.")
     names = {member: member.partition("/")[2] for member in archive.namelist()}

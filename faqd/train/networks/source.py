@@ -1,21 +1,17 @@
-"""Where a float network comes from: the zoo or the user's own file, and files of tensors."""
+"""Where a float network comes from: the zoo or the user's own file."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
-from faqd.errors import UserError, first_line
-from faqd.files import sha256, written_beside
+from faqd.errors import UserError
+from faqd.files import sha256
 from faqd.train.networks.program_file import SUFFIX, read_program
 from faqd.train.networks.user_code import users_function, users_network
 from faqd.train.networks.zoo import build_architecture, check_architecture
@@ -117,31 +113,3 @@ def user_function(spec: str, option: str) -> Callable[..., Any]:
         raise UserError(f"{option} {spec}: expected FILE.py:function.")
     source = user_source(spec, 0, (0, 0), option)
     return users_function(Path(str(source.file)), str(source.callable), str(source.sha256), f"{option} {spec}")
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; UserError if it is damaged."""
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file.") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: damaged or cut short ({first_line(error)}); copy or write it again.") from error
-
-
-def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """Of the safetensors file that `write_tensors` would write."""
-    return hashlib.sha256(_bytes_of(tensors)).hexdigest()
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file, whole or absent, and an OSError where it cannot be written."""
-    with written_beside(path) as temporary:
-        # safetensors' own writer turns a full disk into an error that does not say so.
-        temporary.write_bytes(_bytes_of(tensors))
-
-
-def _bytes_of(tensors: Mapping[str, Tensor]) -> bytes:
-    # Clones, because safetensors refuses tensors that share memory and a network may have one module in two places.
-    plain = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
-    return safetensors_bytes(plain)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from faqd.errors import UserError, first_line
-from faqd.train.networks.source import read_tensors
+from faqd.train.networks.tensor_files import damaged_member, read_tensors
 
 _HEAD = 512
 """So many bytes tell what a file is."""
@@ -58,6 +58,8 @@ def read_weights_file(path: Path) -> Mapping[Any, Any]:
     if kind is not None:
         raise UserError(f"{path}: {kind}.")
     loaded = read_tensors(path) if _is_safetensors(head) else _from_torch(path, head)
+    if isinstance(loaded, (list, tuple)) and any(isinstance(value, Mapping) for value in loaded):
+        loaded = dict(enumerate(loaded))
     if not isinstance(loaded, Mapping):
         raise UserError(f"{path}: holds a {type(loaded).__name__}, expected a state dict.")
     if not loaded:
@@ -75,6 +77,8 @@ def _kind(path: Path, head: bytes) -> str | None:
 def _kind_of_archive(path: Path) -> str | None:
     with zipfile.ZipFile(path) as archive:
         members = archive.namelist()
+        if damaged := damaged_member(archive):
+            return f"damaged, {damaged} is not what was written; copy it again"
     inside = {name.partition("/")[2] for name in members}
     if "constants.pkl" in inside:
         return (

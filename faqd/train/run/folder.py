@@ -23,7 +23,8 @@ from faqd.errors import UserError
 from faqd.files import leftovers, read_json, sha256, write_json
 from faqd.preprocess import Preprocess
 from faqd.train.data.datasets import DataOptions
-from faqd.train.networks.source import NetworkSource, read_tensors, write_tensors
+from faqd.train.networks.source import NetworkSource
+from faqd.train.networks.tensor_files import read_tensors, write_tensors
 from faqd.train.recipes import Recipe, recipe_json
 
 FORMAT = "faqd-run"

@@ -14,7 +14,8 @@ from faqd.quantize.capture.capture import capture
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.prepare import insert_quantizers
 from faqd.quantize.student import Student
-from faqd.train.networks.source import NetworkSource, architecture_source, read_tensors
+from faqd.train.networks.source import NetworkSource, architecture_source
+from faqd.train.networks.tensor_files import read_tensors
 from faqd.train.recipes import DistillRecipe
 from faqd.train.run.folder import WEIGHTS, fill, finished, load_exactly, read_record
 from faqd.train.run.lesson import Teacher, output_shapes
