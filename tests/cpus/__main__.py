@@ -17,7 +17,7 @@ from tests.cpus import runner
 from tests.cpus.emulated import A76, CPUS, Cpu, run_as
 from tests.cpus.judge import instruction_sets, objections, verdicts
 from tests.cpus.students import SATURATING, Case, cases, write_cases
-from tests.tiny_bundles import make_bundle
+from tests.fixtures.tiny_bundles import make_bundle
 
 ROW = "{:<14} {:<21} {:>8} {:>9} {:>7}  {:>4}  {}"
 SHORT_BENCH = ("--backend", "onnxruntime", "--duration", "0.1", "--warm-up", "10", "--rounds", "2")

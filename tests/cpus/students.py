@@ -21,8 +21,8 @@ from faqd.deploy.verify.test_vectors import UNDRIVEN, Drive
 from faqd.deploy.verify.torch_numbers import torch_constants
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.convert import collect_output_scales, convert
-from tests.networks import CLASSES, calibrated, conv, images, lively
-from tests.qdq_network import SHAPE, Graph
+from tests.fixtures.networks import CLASSES, calibrated, conv, images, lively
+from tests.fixtures.qdq_network import SHAPE, Graph
 
 PROBES = 8
 WIDE = 64

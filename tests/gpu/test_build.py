@@ -18,7 +18,7 @@ from faqd.errors import UserError
 
 onnx = pytest.importorskip("onnx", reason="the test network is made with onnx (pip install 'faqd[onnx]')")
 
-from tests.qdq_network import SHAPE, residual_network, written  # noqa: E402
+from tests.fixtures.qdq_network import SHAPE, residual_network, written  # noqa: E402
 
 DEVICE, WHY = cuda.device_or_none()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(DEVICE is None, reason=f"no GPU: {WHY}")]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.toy_runs import User, new_user, succeeds
+from tests.fixtures.toy_runs import User, new_user, succeeds
 
 pytestmark = [
     pytest.mark.gpu,

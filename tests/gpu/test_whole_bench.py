@@ -16,7 +16,7 @@ from faqd.deploy.cuda import cuda
 pytest.importorskip("torch", reason="the bundle is made with torch (pip install 'faqd[train]')")
 pytest.importorskip("onnx", reason="the bundle is made with onnx (pip install 'faqd[onnx]')")
 
-from tests.toy_runs import Outcome, faqd_deploy, new_user, outcome_of, succeeds
+from tests.fixtures.toy_runs import Outcome, faqd_deploy, new_user, outcome_of, succeeds
 
 DEVICE, WHY = cuda.device_or_none()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(DEVICE is None, reason=f"no GPU: {WHY}")]

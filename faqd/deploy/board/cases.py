@@ -1,6 +1,7 @@
 """The cases of the self-test as they travel with the package: tiny ONNX files, inputs, and what must come out.
 
-They are made where onnx is installed (tests/selftest_networks.py) and read here with numpy alone, without pickle.
+They are made where onnx is installed (tests/fixtures/selftest_networks.py) and read here with numpy alone, without
+pickle.
 """
 
 from __future__ import annotations

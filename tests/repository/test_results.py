@@ -1,0 +1,61 @@
+"""The figures in the README and the docs are those of the committed results."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from faqd.benchmarks.report.terminal import WIDTH, print_result
+from faqd.benchmarks.studies.ablation_table import markdown
+from faqd.files import read_json
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_readme_shows_the_committed_cifar10_result() -> None:
+    stream = io.StringIO()
+    print_result(read_json(ROOT / "results" / "cifar10-short.json"), Console(file=stream, width=WIDTH, no_color=True))
+    shown = [line.strip() for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()]
+    lines = [line.strip() for line in stream.getvalue().splitlines() if line.strip()]
+    accuracy_table = lines[: next(i for i, line in enumerate(lines) if line.startswith("latency in ms"))]
+    assert len(accuracy_table) > 10
+    assert [line for line in accuracy_table if line not in shown] == []
+
+
+@pytest.mark.parametrize("data", ["digits", "cifar10"])
+def test_docs_show_what_each_part_is_worth(data: str) -> None:
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    assert markdown(read_json(ROOT / "results" / f"worth-{data}.json")) in text
+
+
+def test_docs_show_what_the_defaults_do() -> None:
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    rows = [row for file in sorted((ROOT / "results" / "defaults").glob("*.json")) for row in rows_of(file)]
+    assert len(rows) > 5
+    assert [row for row in rows if row not in text] == []
+
+
+def rows_of(file: Path) -> list[str]:
+    """A row of the table for each network and bits: means over the seeds of the defaults."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name, cell in read_json(file).get("cells", {}).items():
+        if re.fullmatch(r"s\d+", name.rpartition("-")[2]):
+            found.setdefault(name.rpartition("-")[0], []).append(cell)
+    rows = []
+    for name, cells in found.items():
+        network, _, bits = name.rpartition("-w")
+        figures = [f"{flavour} {each}" for flavour in ("tensorrt", "onnxruntime") for each in ("ptq", "distilled")]
+        means = [fmean(percent(cell[each][flavour]) for cell in cells) for flavour, each in map(str.split, figures)]
+        shown = " | ".join(f"{mean:.2f}" for mean in [percent(cells[0]["teacher"]), *means])
+        rows.append(f"| {network} | {bits.replace('a', '/')} | {shown} | {len(cells)} |")
+    return rows
+
+
+def percent(figures: dict[str, float]) -> float:
+    return figures["metric"] if "metric" in figures else 100 * figures["top1"]

@@ -1,0 +1,130 @@
+"""Two processes under torchrun train what one would: gloo on the CPU, batch norm frozen."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from faqd.errors import UserError
+from faqd.train.data.datasets import Augmentation
+from faqd.train.loop.batches import Batches, Images
+from faqd.train.loop.distributed import World
+from faqd.train.networks.tensor_files import read_tensors
+from tests.fixtures.toy_runs import User, new_user, succeeds
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+TOLERANCE = 5e-3
+"""Relative, of every loss: sums are rounded in another order, and a value on the edge of a code may tip over."""
+LINE = ("--batch-size", 16, "--steps", 12, "--lr", 0.01, "--weight-bits", "2,4", "--act-bits", 4)
+KILLED = """
+import os, signal, sys
+from faqd.command import run
+from faqd.train.loop import fit as loop
+from faqd.train.cli import cli
+from faqd.train.loop.trainee import Trainee
+
+plain, loop.CHECKPOINT_EVERY_S, loop.CHECK_EVERY = Trainee.step, 0.0, 1
+
+def step(trainee, batch, total):
+    if trainee.iteration == 7 and trainee.world.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    plain(trainee, batch, total)
+
+Trainee.step = step
+run(cli, sys.argv[1:])
+"""
+ENDED = """
+import sys
+from pathlib import Path
+from faqd.train.cli import cli
+
+cli(sys.argv[1:], standalone_mode=False)
+threads = sorted(path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm"))
+print([name for name in threads if "gloo" in name])
+"""
+
+
+@pytest.fixture(scope="module")
+def user(tmp_path_factory: pytest.TempPathFactory) -> User:
+    return new_user(tmp_path_factory.mktemp("user"))
+
+
+def line(user: User, out: Path, *more: object) -> list[str]:
+    return [str(word) for word in ("distill", *user.teacher, *user.data, *LINE, "--out", out, *more)]
+
+
+def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+
+
+@pytest.fixture(scope="module")
+def together(user: User, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("together") / "all"
+    result = torchrun("-m", "faqd.train", *line(user, out, "--json", "-"))
+    assert result.returncode == 0, result.stderr
+    # One process speaks: a single JSON document, and each student's line once.
+    assert [record["recipe"]["weight_bits"] for record in json.loads(result.stdout)] == [2, 4]
+    assert result.stderr.count("w2a4-s0: student 2/4") == result.stderr.count("w4a4-s0: student 4/4") == 1
+    return out
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in entry.items() if key != "seconds"} for entry in lines]
+
+
+def test_two_processes_reproduce_the_losses_of_one(user: User, together: Path, tmp_path: Path) -> None:
+    succeeds(user.distill(tmp_path / "all", *LINE))
+    for name in ("w2a4-s0", "w4a4-s0"):
+        ours, wanted = metrics(together / name), metrics(tmp_path / "all" / name)
+        assert [entry["iteration"] for entry in ours] == [5, 10, 12]
+        for found, expected in zip(ours, wanted, strict=True):
+            assert found == pytest.approx(expected, rel=TOLERANCE, abs=0)
+        # More happened than the tolerance forgives.
+        first, last = wanted[0]["select_logit_loss"], wanted[-1]["select_logit_loss"]
+        assert abs(last - first) > 3 * TOLERANCE * first
+
+
+def test_processes_that_were_killed_resume_to_the_same_bits(user: User, together: Path, tmp_path: Path) -> None:
+    script, out = tmp_path / "killed.py", tmp_path / "all"
+    script.write_text(KILLED)
+    assert torchrun(str(script), *line(user, out)).returncode != 0
+    assert {path.name for path in out.glob("*/checkpoint-*")} == {"checkpoint-00000007"}
+    result = torchrun("-m", "faqd.train", *line(user, out, "--resume"))
+    assert result.returncode == 0, result.stderr
+    for name in ("w2a4-s0", "w4a4-s0"):
+        assert metrics(out / name) == metrics(together / name)
+        ours, wanted = (read_tensors(run / name / "weights.safetensors") for run in (out, together))
+        assert all(ours[key].equal(wanted[key]) for key in wanted)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the threads' names from /proc")
+def test_no_thread_of_the_group_outlives_the_run(user: User, tmp_path: Path) -> None:
+    """One that asks for Python while the interpreter ends kills the process after its work, now and then."""
+    script = tmp_path / "ended.py"
+    script.write_text(ENDED)
+    result = torchrun(str(script), *line(user, tmp_path / "run", "--steps", 2))
+    assert result.returncode == 0, result.stderr
+    # The lines of two processes may meet in one.
+    assert re.findall(r"\[.*?\]", result.stdout) == ["[]", "[]"], result.stdout
+
+
+def test_processes_share_the_batch_that_one_would_have() -> None:
+    pixels = torch.arange(24 * 16, dtype=torch.uint8).view(24, 1, 4, 4)
+    images = Images(pixels, torch.arange(24), torch.tensor(1.0), torch.tensor(0.0), Augmentation(pad=1, flip=True))
+    whole = Batches(images, images, 8, 3, None, World()).at(4)
+    parts = [Batches(images, images, 8, 3, None, World(rank, 2)).at(4) for rank in range(2)]
+    assert whole.labels is not None
+    for rank, part in enumerate(parts):
+        assert part.x.equal(whole.x[rank::2]) and part.labels is not None and part.labels.equal(whole.labels[rank::2])
+    with pytest.raises(UserError, match="--batch-size 9: not a multiple of the 2 processes"):
+        Batches(images, images, 9, 3, None, World(0, 2))
