@@ -158,6 +158,7 @@ def export(
     for quantizer in student.quantizers().values():
         quantizer.keep_scale(quantizer.step)
     taught = teacher or student.float_network
+    held = copy.deepcopy(taught).cpu().eval()
     try:
         parts = Parts(
             "distilled",
@@ -165,12 +166,13 @@ def export(
             name,
             tensors_sha256(student.network.state_dict()),
             collect_output_scales(student, x[:OUTPUT_SCALE_IMAGES].split(BATCH)),
-            copy.deepcopy(taught).cpu().eval(),
+            held,
             f"{name} in float",
             tensors_sha256(taught.state_dict()),
             preprocess,
             Evaluation(pixels[: asked.eval_samples], None, {}),
             tuple(classes) if classes else None,
+            held if isinstance(held, torch.fx.GraphModule) and teacher is None else None,
         )
         bundle = _write_bundle(parts, out, asked, say)
     finally:
