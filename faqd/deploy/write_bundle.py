@@ -39,6 +39,7 @@ from faqd.quantize.convert import collect_output_scales, convert
 from faqd.quantize.prepare import insert_quantizers
 from faqd.quantize.student import Student
 from faqd.train.data.datasets import Dataset, load_dataset
+from faqd.train.networks.own_tensors import own_tensors
 from faqd.train.networks.source import NetworkSource
 from faqd.train.networks.tensor_files import tensors_sha256
 from faqd.train.run.folder import WEIGHTS, data_options, finished, load_teacher, network_input, run_preprocess
@@ -164,11 +165,11 @@ def export(
             "distilled",
             student,
             name,
-            tensors_sha256(student.network.state_dict()),
+            tensors_sha256(own_tensors(student.network)),
             collect_output_scales(student, x[:OUTPUT_SCALE_IMAGES].split(BATCH)),
             held,
             f"{name} in float",
-            tensors_sha256(taught.state_dict()),
+            tensors_sha256(own_tensors(taught)),
             preprocess,
             Evaluation(pixels[: asked.eval_samples], None, {}),
             tuple(classes) if classes else None,

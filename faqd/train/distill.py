@@ -41,6 +41,7 @@ from faqd.train.loop.trainee import Job, select_losses
 from faqd.train.losses.heads import Heads, heads_from, heads_of
 from faqd.train.losses.objective import Pairs, distances_to, distill_job
 from faqd.train.losses.taps import tap_costs, tap_names, tap_pairs
+from faqd.train.networks.own_tensors import own_tensors
 from faqd.train.networks.tensor_files import write_tensors
 from faqd.train.recipes import DistillRecipe, TeacherDtype, recipe_json, relative_rate
 from faqd.train.run.folder import (
@@ -169,7 +170,7 @@ def _distill_together(
             for plan in plans:
                 begin(plan.out, {**plan.record, **effect, **outputs})
                 locks.enter_context(held(plan.out))
-                write_tensors(plan.out / TEACHER_WEIGHTS, teacher.network.state_dict())
+                write_tensors(plan.out / TEACHER_WEIGHTS, own_tensors(teacher.network))
         # As the run began: measured with another number of threads, the last bits differ.
         recorded = world.first(lambda: [read_record(plan.out) for plan in plans])
         jobs = [

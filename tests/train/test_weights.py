@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from safetensors.torch import save, save_model
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from faqd.errors import UserError
@@ -317,46 +317,9 @@ def test_weights_are_read_under_any_name(write: Callable[[Path], Any], name: str
     assert torch.equal(network.head.weight, WANTED["head.weight"])
 
 
-def test_a_state_that_is_no_tensor_is_told_of(tmp_path: Path) -> None:
-    class Knows(nn.Linear):
-        def get_extra_state(self) -> dict[str, int]:
-            return {"seen": 3}
-
-        def set_extra_state(self, state: dict[str, int]) -> None:
-            raise AssertionError
-
-    said: list[str] = []
-    torch.save(Knows(2, 2).state_dict(), tmp_path / "w.pth")
-    load_weights(Knows(2, 2), tmp_path / "w.pth", said.append)
-    assert len(said) == 1 and "_extra_state is a module's own state" in said[0]
-
-
 def test_a_parameter_with_the_name_of_a_counter_is_a_weight(tmp_path: Path) -> None:
     network = nn.Linear(2, 2)
     network.register_parameter("steps", nn.Parameter(torch.ones(3)))
     torch.save({key: value for key, value in network.state_dict().items() if key != "steps"}, tmp_path / "w.pth")
     with pytest.raises(UserError, match=r"1 missing \(first: steps\)"):
         load_weights(network, tmp_path / "w.pth")
-
-
-def test_parameters_that_share_their_memory_are_tied(tmp_path: Path) -> None:
-    network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    network[1].weight = nn.Parameter(network.get_parameter("0.weight").data)
-    torch.save({**network.state_dict(), "1.weight": torch.full((2, 2), 5.0)}, tmp_path / "w.pth")
-    with pytest.raises(UserError, match=r"1\.weight hold different values"):
-        load_weights(network, tmp_path / "w.pth")
-
-
-def test_a_tied_tensor_is_read_from_any_of_its_names_but_not_from_two_values(tmp_path: Path) -> None:
-    tied = Tied()
-    with torch.no_grad():
-        tied.first.weight.copy_(torch.eye(4))
-    save_model(tied, str(tmp_path / "one.safetensors"))  # keeps one name of each tensor
-    torch.save(tied.state_dict(), tmp_path / "both.pth")
-    torch.save({key: v + (key == "second.weight") for key, v in tied.state_dict().items()}, tmp_path / "differ.pth")
-    for name in ("one.safetensors", "both.pth"):
-        network = Tied()
-        load_weights(network, tmp_path / name)
-        assert torch.equal(network.second.weight, torch.eye(4))
-    with pytest.raises(UserError, match=r"first\.weight and second\.weight hold different values"):
-        load_weights(Tied(), tmp_path / "differ.pth")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from faqd.errors import UserError
 from faqd.files import leftovers, read_json, remove, write_json, written_beside
+from faqd.train.networks.own_tensors import own_tensors, put_tensors
 from faqd.train.networks.tensor_files import read_tensors, write_tensors
 
 PREFIX = "checkpoint-"
@@ -52,7 +53,7 @@ def save_checkpoint(
     folder = run / f"{PREFIX}{position.iteration:08d}"
     with written_beside(folder) as temporary:
         temporary.mkdir()
-        write_tensors(temporary / "network.safetensors", network.state_dict())
+        write_tensors(temporary / "network.safetensors", own_tensors(network))
         write_tensors(temporary / "optimizer.safetensors", _optimizer_tensors(optimizer))
         if best:
             write_tensors(temporary / BEST, best)
@@ -80,7 +81,7 @@ def load_checkpoint(folder: Path, network: nn.Module, optimizer: torch.optim.Opt
     """Restore network and optimizer. UserError if the files are damaged."""
     try:
         position = Position(**read_json(folder / "position.json"))
-        network.load_state_dict(read_tensors(folder / "network.safetensors"))
+        put_tensors(network, read_tensors(folder / "network.safetensors"))
         saved = read_tensors(folder / "optimizer.safetensors")
         for index, parameter in enumerate(_parameters(optimizer)):
             prefix = f"{index}."

@@ -17,6 +17,7 @@ from faqd.train.loop.checkpoint import checkpoints, drop_checkpoints, iteration_
 from faqd.train.loop.progress import reporting
 from faqd.train.loop.select import Best
 from faqd.train.loop.trainee import Job, Trainee, resolved, settle_norms
+from faqd.train.networks.own_tensors import put_tensors
 
 CHECKPOINT_EVERY_S = 60.0
 """Seconds between checkpoints: what a kill costs at most."""
@@ -56,7 +57,7 @@ def fit(jobs: Sequence[Job], batches: Batches, deadline: float = math.inf) -> Fi
                     trainee.judge(batches, trainee.iteration)
                 if job.measure is not None:
                     best[job.run] = trainee.best
-                    job.network.load_state_dict(trainee.best.weights)
+                    put_tensors(job.network, trainee.best.weights)
     except KeyboardInterrupt:
         raise UserError(_interrupted([job.run for job in jobs]), exit_code=INTERRUPTED) from None
     except torch.OutOfMemoryError as error:

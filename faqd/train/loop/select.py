@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from faqd.errors import UserError
 from faqd.quantize.outputs import named_outputs
 from faqd.train.loop.batches import SELECTION, Batch, Batches, stream
+from faqd.train.networks.own_tensors import own_tensors
 from faqd.train.networks.source import user_function
 
 Answers = Iterator[tuple[Any, Batch]]
@@ -49,7 +50,7 @@ class Best:
             self.first = self.last
         if not self.weights or self.last < self.measure:
             self.iteration, self.measure = iteration, self.last
-            self.weights = {name: value.detach().clone() for name, value in network.state_dict().items()}
+            self.weights = {name: value.detach().clone() for name, value in own_tensors(network).items()}
 
     def to_json(self) -> dict[str, Any]:
         """What a record or a checkpoint says of it; None stands for a measure that was no number."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from faqd.errors import UserError
 from faqd.files import sha256
+from faqd.train.networks.own_tensors import with_own_memory
 from faqd.train.networks.program_file import SUFFIX, read_program
 from faqd.train.networks.user_code import users_function, users_network
 from faqd.train.networks.zoo import build_architecture, check_architecture
@@ -54,7 +55,7 @@ class NetworkSource:
             )
         if self.callable is None:
             return read_program(path)
-        return users_network(path, str(self.callable), str(self.sha256), self.example())
+        return with_own_memory(users_network(path, str(self.callable), str(self.sha256), self.example()))
 
     def example(self, batch: int = 2) -> Tensor:
         """(batch, C, H, W) zeros: for tracing and shapes only."""

@@ -23,6 +23,7 @@ from faqd.errors import UserError
 from faqd.files import leftovers, read_json, sha256, write_json
 from faqd.preprocess import Preprocess
 from faqd.train.data.datasets import DataOptions
+from faqd.train.networks.own_tensors import own_tensors, put_tensors
 from faqd.train.networks.source import NetworkSource
 from faqd.train.networks.tensor_files import read_tensors, write_tensors
 from faqd.train.recipes import Recipe, recipe_json
@@ -88,7 +89,7 @@ def conclude(folder: Path, results: dict[str, Any], network: nn.Module) -> dict[
     """Add the results to the record, then write the final weights: a run that has them is finished."""
     record = {**read_record(folder), **results}
     write_json(folder / RECORD, record)
-    write_tensors(folder / WEIGHTS, network.state_dict())
+    write_tensors(folder / WEIGHTS, own_tensors(network))
     return record
 
 
@@ -137,13 +138,13 @@ def load_exactly(network: nn.Module, path: Path) -> None:
 
 def fill(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     """Put the tensors of `path` into `network`; UserError if they are not exactly its own."""
-    wanted = network.state_dict()
+    wanted = own_tensors(network)
     if state.keys() != wanted.keys() or any(state[k].shape != wanted[k].shape for k in wanted):
         raise UserError(
             f"{path}: weights of another network than {path.parent / RECORD} describes; the folder was changed after "
             "the run. Copy the whole folder again, or train again."
         )
-    network.load_state_dict(state)
+    put_tensors(network, state)
 
 
 def load_teacher(folder: Path) -> tuple[nn.Module, NetworkSource, str]:

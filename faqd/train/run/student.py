@@ -14,6 +14,7 @@ from faqd.quantize.capture.capture import capture
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.prepare import insert_quantizers
 from faqd.quantize.student import Student
+from faqd.train.networks.own_tensors import own_tensors, put_tensors
 from faqd.train.networks.source import NetworkSource, architecture_source
 from faqd.train.networks.tensor_files import read_tensors
 from faqd.train.recipes import DistillRecipe
@@ -67,7 +68,7 @@ def new_student(recipe: DistillRecipe, source: NetworkSource, teacher: Teacher, 
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
     if recipe.init == "teacher":
-        network.load_state_dict(teacher.network.state_dict())
+        put_tensors(network, own_tensors(teacher.network))
     elif recipe.init != "scratch":
         _load_float(network, source, Path(str(recipe.init)))
     return insert_quantizers(capture(network, example), recipe_bits(recipe), example)
@@ -81,7 +82,7 @@ def _load_float(network: nn.Module, source: NetworkSource, folder: Path) -> None
         raise UserError(f"--init {folder}: that run trained another network than {source.name}.")
     state = read_tensors(folder / WEIGHTS)
     latent = {key.replace(".parametrizations.weight.original", ".weight"): value for key, value in state.items()}
-    wanted = network.state_dict()
+    wanted = own_tensors(network)
     fill(network, {key: value for key, value in latent.items() if key in wanted}, folder / WEIGHTS)
 
 

@@ -1,0 +1,54 @@
+"""A network's tensors by key, past its own saving and loading.
+
+Hooks on a state dict, versions of it and extra state are for the user's file, which is read once. What a run keeps are
+the tensors that came of it: put back through hooks that rescale, they would be others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+
+def own_tensors(network: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers that a state dict has, by the keys that it has for them; those that are one come under all
+    their names."""
+    found: dict[str, Tensor] = {}
+    for place, module in network.named_modules(remove_duplicate=False):
+        for name, value in (*module._parameters.items(), *module._buffers.items()):
+            if value is not None and name not in module._non_persistent_buffers_set:
+                found[f"{place}.{name}" if place else name] = value
+    return found
+
+
+@torch.no_grad()
+def put_tensors(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Fill `network` with what `own_tensors` gave of one like it. RuntimeError where keys or shapes are others."""
+    own = own_tensors(network)
+    if own.keys() != tensors.keys():
+        raise RuntimeError(f"other keys: {', '.join(sorted(own.keys() ^ tensors.keys())[:3])}")
+    for key, value in own.items():
+        if value.shape != tensors[key].shape:
+            raise RuntimeError(f"{key}: {tuple(tensors[key].shape)} for {tuple(value.shape)}")
+        value.copy_(tensors[key])
+
+
+def with_own_memory(network: nn.Module) -> nn.Module:
+    """`network`, whose expanded buffers and parameters have memory for each value: what shares it cannot be filled."""
+    for module in network.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and _is_expanded(buffer):
+                module._buffers[name] = buffer.contiguous()
+        for parameter in module._parameters.values():
+            if parameter is not None and _is_expanded(parameter):
+                parameter.data = parameter.data.contiguous()
+    return network
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    if tensor.layout != torch.strided or is_lazy(tensor):
+        return False
+    return any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True))
