@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from faqd.quantize.operators.emit import Emission, Value, one
 from faqd.quantize.operators.exact_math import erf, exp, log1p, sigmoid, tanh
 from faqd.quantize.operators.row import Call, ExactForm, Operator, parameter
+from faqd.quantize.operators.treatment import CURVED, Treatment
 
 
 def float32(number: float) -> float:
@@ -170,18 +171,29 @@ def _prelu(call: Call) -> Any:
 
 
 OPERATORS = (
-    Operator("rectify", (nn.ReLU, torch.relu_), {"relu": lambda call: nn.ReLU()}, emit=one("Relu")),
+    Operator(
+        "rectify",
+        (nn.ReLU, torch.relu_),
+        {"relu": lambda call: nn.ReLU()},
+        emit=one("Relu"),
+        stands_for="ReLU, `clamp(min=0)`",
+        treatment=Treatment("unsigned, the chosen bits", "in the layer's kernel", "no operator is left of it"),
+    ),
     Operator(
         "curve",
         (nn.LeakyReLU,),
         {"leaky_relu": lambda call: nn.LeakyReLU(float(call["negative_slope"]))},
         formula=Formula(_rectified, lambda on, x, curve, _: on("LeakyRelu", x, alpha=curve.slope), _slope),
+        stands_for="LeakyReLU",
+        treatment=CURVED,
     ),
     Operator(
         "curve",
         (nn.PReLU,),
         {"prelu": _prelu},
         formula=Formula(_rectified, lambda on, x, curve, _: on("PRelu", x, curve.slope), _slopes),
+        stands_for="PReLU",
+        treatment=CURVED,
     ),
     Operator(
         "curve",
@@ -192,18 +204,24 @@ OPERATORS = (
             lambda on, x, curve, _: on("Elu", x, alpha=curve.alpha),
             lambda module, _: {"alpha": float32(module.alpha)},
         ),
+        stands_for="ELU",
+        treatment=CURVED,
     ),
     Operator(
         "curve",
         (nn.SiLU,),
         {"silu": lambda call: nn.SiLU()},
         formula=Formula(lambda x, _: x * sigmoid(x), lambda on, x, *_: on("Mul", x, on("Sigmoid", x))),
+        stands_for="SiLU, `x * sigmoid(x)`",
+        treatment=CURVED,
     ),
     Operator(
         "curve",
         (nn.Hardswish,),
         {"hardswish": lambda call: nn.Hardswish()},
         formula=Formula(lambda x, _: x * _hard_sigmoid(x), _one("HardSwish")),
+        stands_for="Hardswish, `x * relu6(x + 3) / 6`",
+        treatment=CURVED,
     ),
     Operator(
         "curve",
@@ -211,6 +229,8 @@ OPERATORS = (
         dict.fromkeys(("sigmoid", "special_expit"), lambda call: nn.Sigmoid()),
         never_negative=True,
         formula=Formula(lambda x, _: sigmoid(x), _one("Sigmoid")),
+        stands_for="Sigmoid",
+        treatment=CURVED,
     ),
     Operator(
         "curve",
@@ -218,6 +238,8 @@ OPERATORS = (
         {"hardsigmoid": lambda call: nn.Hardsigmoid()},
         never_negative=True,
         formula=Formula(lambda x, _: _hard_sigmoid(x), _one("HardSigmoid", alpha=SIXTH, beta=0.5)),
+        stands_for="Hardsigmoid",
+        treatment=CURVED,
     ),
     Operator(
         "curve",
@@ -225,13 +247,24 @@ OPERATORS = (
         {"softplus": _softplus},
         never_negative=True,
         formula=Formula(lambda x, _: x.clamp_min(0) + log1p(exp(-x.abs())), _one("Softplus")),
+        stands_for="Softplus",
+        treatment=CURVED,
     ),
-    Operator("curve", (nn.GELU,), {"gelu": lambda call: nn.GELU(call["approximate"])}, formula=_gelu),
+    Operator(
+        "curve",
+        (nn.GELU,),
+        {"gelu": lambda call: nn.GELU(call["approximate"])},
+        formula=_gelu,
+        stands_for="GELU, exact or by tanh",
+        treatment=CURVED,
+    ),
     Operator(
         "curve",
         (nn.Tanh,),
         {"tanh": lambda call: nn.Tanh()},
         formula=Formula(lambda x, _: tanh(x), _one("Tanh")),
+        stands_for="Tanh",
+        treatment=CURVED,
     ),
 )
 EXACT_FORMS = (ExactForm(Curve, emit_curve, lambda curve: dict(curve.named_buffers())),)

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from faqd.quantize.operators.emit import Emission, Value, two
 from faqd.quantize.operators.norm import ChannelAffine
 from faqd.quantize.operators.row import OWN, Call, Operator
+from faqd.quantize.operators.treatment import Treatment
 
 
 class Scaled(nn.Module):
@@ -164,6 +165,13 @@ OPERATORS = (
         },
         problem=_of_two,
         emit=_emit_sum,
+        stands_for="sum and difference of two tensors; also with `alpha=`, and in `torch.addcmul`, `addcdiv`, `lerp`, "
+        "`rsub`",
+        treatment=Treatment(
+            "its own, if a layer reads it",
+            "in the kernel of a layer before it: one operand may stay float",
+            "integer where it was measured to be",
+        ),
     ),
     Operator(
         "multiply",
@@ -176,6 +184,8 @@ OPERATORS = (
         },
         problem=_of_two,
         emit=two("Mul"),
+        stands_for="product of two tensors (squeeze-and-excite), `square`, `x ** 2`",
+        treatment=Treatment("its own; both sides are rounded", "float, between codes", "integer or float"),
     ),
     Operator(
         "curve",
@@ -183,5 +193,7 @@ OPERATORS = (
         dict.fromkeys(("neg", "negative"), lambda call: Scaled(-1.0, 0.0)),
         exact=_exact,
         emit=_emit_scaled,
+        stands_for="sum and product with a number, a parameter or a buffer",
+        treatment=Treatment("signed 8 bits", "float", "float"),
     ),
 )

@@ -10,6 +10,7 @@ from torch import nn
 
 from faqd.quantize.operators.emit import Emission, Size, Value, two
 from faqd.quantize.operators.row import Operator
+from faqd.quantize.operators.treatment import ISLAND
 
 aten = torch.ops.aten
 
@@ -56,7 +57,21 @@ OPERATORS = (
         "other",
         (nn.Softmax, nn.LogSoftmax, aten.softmax.int, aten._softmax.default, aten.log_softmax.int),
         emit=_emit_softmax,
+        stands_for="softmax, log softmax",
+        treatment=ISLAND,
     ),
-    Operator("other", (aten.matmul.default, aten.bmm.default), emit=two("MatMul")),
-    Operator("other", (aten.scaled_dot_product_attention.default,), emit=_emit_attention),
+    Operator(
+        "other",
+        (aten.matmul.default, aten.bmm.default),
+        emit=two("MatMul"),
+        stands_for="products of two activations",
+        treatment=ISLAND,
+    ),
+    Operator(
+        "other",
+        (aten.scaled_dot_product_attention.default,),
+        emit=_emit_attention,
+        stands_for="scaled dot-product attention",
+        treatment=ISLAND,
+    ),
 )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from faqd.quantize.operators.emit import Emission, Value
 from faqd.quantize.operators.row import Call, Operator
+from faqd.quantize.operators.treatment import Treatment
 
 
 class Clamp(nn.Module):
@@ -53,5 +54,11 @@ OPERATORS = (
         },
         exact=_exact,
         emit=_emit,
+        stands_for="ReLU6, hardtanh, `clamp(a, b)` with a ≤ 0 < b",
+        treatment=Treatment(
+            "unsigned, the chosen bits, or signed 8 bits where a < 0; limits become limits of the codes",
+            "a Clip before the rounding",
+            "an integer Clip",
+        ),
     ),
 )

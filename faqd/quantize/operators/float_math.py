@@ -10,6 +10,7 @@ import torch
 
 from faqd.quantize.operators.emit import Emission, Emit, Value, one, settled, two
 from faqd.quantize.operators.row import Operator
+from faqd.quantize.operators.treatment import ISLAND
 
 aten = torch.ops.aten
 
@@ -96,16 +97,41 @@ _FUNCTIONS = {
 }
 
 OPERATORS = (
-    *(Operator("other", (function,), emit=one(name)) for name, function in _FUNCTIONS.items()),
-    Operator("other", (aten.rsqrt.default,), emit=_emit_rsqrt),
-    Operator("other", (aten.pow.Tensor_Scalar,), emit=_emit_power),
-    Operator("other", (aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default), emit=_emit_limit),
-    Operator("other", (operator.truediv, aten.div.Tensor), emit=two("Div")),
-    Operator("other", (aten.maximum.default,), emit=two("Max")),
-    Operator("other", (aten.minimum.default,), emit=two("Min")),
-    Operator("other", (aten.amax.default,), emit=_reduced("ReduceMax")),
-    Operator("other", (aten.amin.default,), emit=_reduced("ReduceMin")),
-    Operator("other", (aten.linalg_vector_norm.default,), emit=_emit_length),
-    Operator("other", (aten.var.correction, aten.var.dim), emit=_emit_variance),
-    Operator("other", (torch.Tensor.expand, torch.Tensor.expand_as), emit=_emit_expanded),
+    *(
+        Operator("other", (function,), emit=one(name), stands_for=f"`{name.lower()}`", treatment=ISLAND)
+        for name, function in _FUNCTIONS.items()
+    ),
+    Operator("other", (aten.rsqrt.default,), emit=_emit_rsqrt, stands_for="`rsqrt`", treatment=ISLAND),
+    Operator("other", (aten.pow.Tensor_Scalar,), emit=_emit_power, stands_for="powers", treatment=ISLAND),
+    Operator(
+        "other",
+        (aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default),
+        emit=_emit_limit,
+        stands_for="limits on one side, or whose lower one is above 0",
+        treatment=ISLAND,
+    ),
+    Operator(
+        "other",
+        (operator.truediv, aten.div.Tensor),
+        emit=two("Div"),
+        stands_for="quotients of two tensors",
+        treatment=ISLAND,
+    ),
+    Operator("other", (aten.maximum.default,), emit=two("Max"), stands_for="`maximum`", treatment=ISLAND),
+    Operator("other", (aten.minimum.default,), emit=two("Min"), stands_for="`minimum`", treatment=ISLAND),
+    Operator("other", (aten.amax.default,), emit=_reduced("ReduceMax"), stands_for="`amax`", treatment=ISLAND),
+    Operator("other", (aten.amin.default,), emit=_reduced("ReduceMin"), stands_for="`amin`", treatment=ISLAND),
+    Operator(
+        "other", (aten.linalg_vector_norm.default,), emit=_emit_length, stands_for="vector norms", treatment=ISLAND
+    ),
+    Operator(
+        "other", (aten.var.correction, aten.var.dim), emit=_emit_variance, stands_for="variances", treatment=ISLAND
+    ),
+    Operator(
+        "other",
+        (torch.Tensor.expand, torch.Tensor.expand_as),
+        emit=_emit_expanded,
+        stands_for="expansion of an axis",
+        treatment=ISLAND,
+    ),
 )

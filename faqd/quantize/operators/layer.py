@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from faqd.quantize.operators.emit import Emission, Value
 from faqd.quantize.operators.filling import UNFILLED
 from faqd.quantize.operators.row import Call, ExactForm, Operator, Rule, parameter, sizes
+from faqd.quantize.operators.treatment import SUMS, Treatment
 from faqd.saturation import in_kernel_order, largest_pairs
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
@@ -236,15 +237,40 @@ def _grouped(layer: Any, node: fx.Node) -> str | None:
     return None
 
 
+_WORDS = (
+    "Conv1d and Conv2d, `F.conv1d` and `F.conv2d`: strided, dilated, grouped, depthwise, any padding but a circular one"
+)
+_TRANSPOSED_WORDS = (
+    "ConvTranspose1d and 2d, also as functions, told their `output_size` or not; with groups a float island"
+)
+_INTEGERS = Treatment(SUMS, "INT8", "integer where its result is rounded at once or behind moves and sums, else float")
+_FLOATS = Treatment(f"{SUMS}, on the second axis", "float", "float")
+
 OPERATORS = (
-    Operator("compute", (nn.Conv1d,), {"conv1d": _convolution(nn.Conv1d, F.conv1d)}, emit=_emit_float),
-    Operator("compute", (nn.Conv2d,), {"conv2d": _convolution(nn.Conv2d, F.conv2d)}, emit=_emit_float),
+    Operator(
+        "compute",
+        (nn.Conv1d,),
+        {"conv1d": _convolution(nn.Conv1d, F.conv1d)},
+        emit=_emit_float,
+        stands_for=_WORDS,
+        treatment=_INTEGERS,
+    ),
+    Operator(
+        "compute",
+        (nn.Conv2d,),
+        {"conv2d": _convolution(nn.Conv2d, F.conv2d)},
+        emit=_emit_float,
+        stands_for=_WORDS,
+        treatment=_INTEGERS,
+    ),
     Operator(
         "compute",
         (nn.ConvTranspose1d,),
         {"conv_transpose1d": _convolution(nn.ConvTranspose1d, F.conv_transpose1d)},
         problem=_grouped,
         emit=_emit_float,
+        stands_for=_TRANSPOSED_WORDS,
+        treatment=_FLOATS,
     ),
     Operator(
         "compute",
@@ -252,12 +278,16 @@ OPERATORS = (
         {"conv_transpose2d": _convolution(nn.ConvTranspose2d, F.conv_transpose2d)},
         problem=_grouped,
         emit=_emit_float,
+        stands_for=_TRANSPOSED_WORDS,
+        treatment=_FLOATS,
     ),
     Operator(
         "compute",
         (nn.Linear,),
         {"linear": _linear, "matmul": _product, "mm": _product, "addmm": _affine},
         emit=_emit_float,
+        stands_for="Linear and `F.linear`, on vectors or on the last axis of a map; `x @ weight`, `torch.addmm`",
+        treatment=Treatment(SUMS, "INT8", "integer"),
     ),
 )
 EXACT_FORMS = (ExactForm(IntegerLayer, _emit_integers),)

@@ -10,6 +10,7 @@ from torch import nn
 
 from faqd.quantize.operators.emit import Emission, Value, settled
 from faqd.quantize.operators.row import Operator
+from faqd.quantize.operators.treatment import ISLAND
 
 aten = torch.ops.aten
 
@@ -57,6 +58,18 @@ def _own(emission: Emission, name: str) -> Value | None:
 
 
 OPERATORS = (
-    Operator("other", (nn.LayerNorm, aten.layer_norm.default), emit=_emit_layer_norm),
-    Operator("other", (nn.GroupNorm, aten.group_norm.default), emit=_emit_group_norm),
+    Operator(
+        "other",
+        (nn.LayerNorm, aten.layer_norm.default),
+        emit=_emit_layer_norm,
+        stands_for="layer norm",
+        treatment=ISLAND,
+    ),
+    Operator(
+        "other",
+        (nn.GroupNorm, aten.group_norm.default),
+        emit=_emit_group_norm,
+        stands_for="group norm",
+        treatment=ISLAND,
+    ),
 )

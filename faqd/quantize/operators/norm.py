@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from faqd.quantize.operators.emit import Emission, Value
 from faqd.quantize.operators.row import Call, ExactForm, Operator, Pieces, parameter
+from faqd.quantize.operators.treatment import Treatment
 
 NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 
@@ -137,6 +138,13 @@ OPERATORS = (
         refusal=_has_none,
         exact=_exact,
         emit=_emit,
+        stands_for="batch norm as a module, as `F.batch_norm`, or frozen in buffers and written out (`x * scale + "
+        "shift`, `torch.addcmul`), with a parameter as last factor and as last offset or without",
+        treatment=Treatment(
+            "folded behind a layer: sign into the codes, size into the scale; elsewhere `x * factor + offset` in float",
+            "folded; elsewhere float, fused into a neighbour",
+            "folded; elsewhere float",
+        ),
     ),
 )
 EXACT_FORMS = (

@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 
 from faqd.quantize.operators.emit import Emission, Value
 from faqd.quantize.operators.row import Call, Operator, Rule
+from faqd.quantize.operators.treatment import PASSED_ON, Treatment
 
 
 class Pad(nn.Module):
@@ -72,5 +73,7 @@ OPERATORS = (
         },
         problem=_unlike_zeros,
         emit=_emit_pad,
+        stands_for="padding by zeros, reflection or replication; a negative one is a slice",
+        treatment=Treatment(PASSED_ON, "on INT8", "float, rounded again unchanged"),
     ),
 )

@@ -15,6 +15,7 @@ from faqd.quantize.operators.emit import Emission, Size, Value, settled
 from faqd.quantize.operators.resize import Nearest
 from faqd.quantize.operators.row import Call, ExactForm, Operator, Pieces, Rule, is_number
 from faqd.quantize.operators.separable import separable
+from faqd.quantize.operators.treatment import AVERAGED, PASSED
 
 
 class IntegerAverage(nn.Module):
@@ -220,6 +221,8 @@ OPERATORS = (
             "adaptive_max_pool2d": _first_of(_adaptive(nn.MaxPool2d, nn.AdaptiveMaxPool2d)),
         },
         emit=_emit_maximum,
+        stands_for="max pooling",
+        treatment=PASSED,
     ),
     Operator(
         "average",
@@ -232,7 +235,17 @@ OPERATORS = (
         },
         on_codes=IntegerAverage,
         emit=_emit_average,
+        stands_for="average, adaptive and global pooling",
+        treatment=AVERAGED,
     ),
-    Operator("average", (torch.mean,), {"mean": _mean, "sum": _sum}, on_codes=IntegerAverage, emit=_emit_mean),
+    Operator(
+        "average",
+        (torch.mean,),
+        {"mean": _mean, "sum": _sum},
+        on_codes=IntegerAverage,
+        emit=_emit_mean,
+        stands_for="`mean` and `sum` over axes",
+        treatment=AVERAGED,
+    ),
 )
 EXACT_FORMS = (ExactForm(IntegerAverage, _emit_integer_average),)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from faqd.quantize.operators.emit import Emission, Value
 from faqd.quantize.operators.row import Call, ExactForm, Operator, Rule
 from faqd.quantize.operators.separable import resized
+from faqd.quantize.operators.treatment import AVERAGED, PASSED_ON, Treatment
 
 
 class Nearest(nn.Module):
@@ -115,9 +116,19 @@ OPERATORS = (
             **dict.fromkeys(("_upsample_nearest_exact1d", "_upsample_nearest_exact2d"), _resize("nearest")),
         },
         emit=_emit_nearest,
+        stands_for="nearest resizing by whole factors",
+        treatment=Treatment(
+            PASSED_ON, "on INT8: the rounding is repeated behind it", "on codes, rounded again unchanged"
+        ),
     ),
     Operator(
-        "average", (Bilinear,), {"upsample_bilinear2d": _resize("bilinear")}, on_codes=Interpolate, emit=_emit_linear
+        "average",
+        (Bilinear,),
+        {"upsample_bilinear2d": _resize("bilinear")},
+        on_codes=Interpolate,
+        emit=_emit_linear,
+        stands_for="bilinear resizing",
+        treatment=AVERAGED,
     ),
 )
 EXACT_FORMS = (ExactForm(Interpolate, _emit_linear),)

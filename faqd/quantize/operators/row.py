@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from faqd.quantize.operators.emit import Emit
+from faqd.quantize.operators.treatment import Treatment
 
 Role = Literal[
     "input", "compute", "norm", "rectify", "clamp", "curve", "average", "add", "multiply", "concat", "reshape",
@@ -29,7 +30,7 @@ class Operator:
     module, its arithmetic (`activation.Formula`). exact: the module of a converted network, on float64 and with the
     numbers of the file, of (the user's module, dimensions of what it reads) and for a batch norm what to add; on_codes:
     the same of (what is called, scale of the codes that it reads). emit: writes it into an ONNX file; None where
-    torch's exporter has to.
+    torch's exporter has to. stands_for, treatment: what docs/operators.md says of it, the first in a user's words.
     """
 
     role: Role
@@ -42,6 +43,8 @@ class Operator:
     exact: Callable[..., nn.Module] | None = None
     on_codes: Callable[[Any, Tensor], nn.Module] | None = None
     emit: Emit | None = None
+    stands_for: str = field(kw_only=True)
+    treatment: Treatment = field(kw_only=True)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from faqd.quantize.operators.emit import Emission, Value
 from faqd.quantize.operators.row import Call, Operator, is_number
+from faqd.quantize.operators.treatment import ISLAND
 
 
 class Separable(nn.Module):
@@ -68,4 +69,14 @@ def _emit(emission: Emission) -> Value:
     return emission.op("MatMul", emission.op("MatMul", rows, emission.x), columns)
 
 
-OPERATORS = (Operator("other", (Separable,), {"upsample_bicubic2d": resized}, emit=_emit),)
+OPERATORS = (
+    Operator(
+        "other",
+        (Separable,),
+        {"upsample_bicubic2d": resized},
+        emit=_emit,
+        stands_for="cubic resizing, resizing by a fraction, averages over windows of several sizes (products with two "
+        "constant matrices)",
+        treatment=ISLAND,
+    ),
+)

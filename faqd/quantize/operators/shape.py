@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from faqd.quantize.operators.arithmetic import Stacked
 from faqd.quantize.operators.emit import Emission, Size, Value, settled
 from faqd.quantize.operators.row import Call, Operator, Rule, is_number, sizes
+from faqd.quantize.operators.treatment import PASSED, Treatment
 
 
 class Constant(nn.Module):
@@ -158,6 +159,14 @@ OPERATORS = (
             "stack": _stack,
         },
         emit=_emit_joined,
+        stands_for="concatenation, `stack`",
+        treatment=Treatment(
+            "one grid and one scale for all tensors that meet in it, through splits and shuffles too; its own where "
+            "the image is one of them, or a map meets its own multiple or mean (`x / 2`, `(x + y) / 2`, an average, a "
+            "LeakyReLU of it)",
+            "on INT8",
+            "on codes",
+        ),
     ),
     Operator(
         "reshape",
@@ -169,33 +178,56 @@ OPERATORS = (
             **dict.fromkeys(("squeeze", "unsqueeze"), _reshape),
         },
         emit=_emit_reshape,
+        stands_for="flatten, reshape, view, squeeze",
+        treatment=PASSED,
     ),
     Operator(
         "reshape",
         (torch.permute,),
         dict.fromkeys(("permute", "transpose", "t", "swapaxes", "swapdims", "numpy_T"), _permute),
         emit=_emit_permute,
+        stands_for="permute, transpose",
+        treatment=PASSED,
     ),
     Operator(
         "reshape",
         (nn.ChannelShuffle,),
         {"channel_shuffle": lambda call: nn.ChannelShuffle(call["groups"])},
         emit=_emit_channel_shuffle,
+        stands_for="channel shuffle",
+        treatment=PASSED,
     ),
     Operator(
         "reshape",
         (nn.PixelShuffle,),
         {"pixel_shuffle": lambda call: nn.PixelShuffle(call["upscale_factor"])},
         emit=_emit_pixel_shuffle,
+        stands_for="pixel shuffle",
+        treatment=PASSED,
     ),
     Operator(
         "reshape",
         (nn.PixelUnshuffle,),
         {"pixel_unshuffle": lambda call: nn.PixelUnshuffle(call["downscale_factor"])},
         emit=_emit_pixel_unshuffle,
+        stands_for="pixel unshuffle",
+        treatment=PASSED,
     ),
-    Operator("reshape", (nn.Identity,), emit=lambda emission: emission.x),
-    Operator("constant", (Constant,), emit=_emit_constant),
+    Operator(
+        "reshape",
+        (nn.Identity,),
+        emit=lambda emission: emission.x,
+        stands_for="identity, dropout",
+        treatment=Treatment("removed", "–", "–"),
+    ),
+    Operator(
+        "constant",
+        (Constant,),
+        emit=_emit_constant,
+        stands_for="a tensor of the network's own in a concatenation, expanded to the batch (coordinates, a buffer, "
+        "`torch.linspace`)",
+        treatment=Treatment("as the concatenation", "float, then codes", "float, then codes"),
+    ),
 )
 
 

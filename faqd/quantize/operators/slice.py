@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from faqd.quantize.operators.emit import Emission, Value
 from faqd.quantize.operators.row import Call, Operator, Pieces, is_number, sizes
+from faqd.quantize.operators.treatment import PASSED
 
 
 class Part(nn.Module):
@@ -132,11 +133,15 @@ OPERATORS = (
             ),
         },
         emit=_emit_part,
+        stands_for="chunk, split",
+        treatment=PASSED,
     ),
     Operator(
         "reshape",
         (operator.getitem,),
         {"unbind": _unbind, "slice": _slice, "select": _select, "narrow": _narrow, "slice_scatter": _slice_scatter},
         emit=_emit_index,
+        stands_for="slice, select, narrow, unbind, writing into a slice",
+        treatment=PASSED,
     ),
 )
