@@ -48,8 +48,46 @@ _OF_THE_SYSTEM = {
 }
 
 
-SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
 """Of every command line: what click calls its context settings."""
+OTHERS = "Options"
+"""The heading of options that are in no section; they come last."""
+
+
+class Command(click.Command):
+    """A command whose help has its options in sections; in a list of commands its first sentence stands whole."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for option in self.get_params(ctx):
+            record = option.get_help_record(ctx) if isinstance(option, click.Option) else None
+            if record is not None:
+                sections.setdefault(getattr(option, "section", OTHERS), []).append(record)
+        for heading in sorted(sections, key=lambda heading: heading == OTHERS):
+            with formatter.section(heading):
+                formatter.write_dl(sections[heading])
+
+    def get_short_help_str(self, limit: int = 45) -> str:
+        first = (self.help or "").strip().split("\n\n")[0].split(". ")[0]
+        return f"{' '.join(first.split()).removesuffix('.')}."
+
+
+class Group(click.Group):
+    """Several of them under one name."""
+
+    command_class = Command
+
+
+def section(heading: str, *options: Callable[..., Any]) -> Callable[[Any], Any]:
+    """Add options to a command, under a heading of its help."""
+
+    def add(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+            command.__click_params__[-1].section = heading
+        return command
+
+    return add
 
 
 def run(command: click.Command, arguments: Sequence[str] | None = None) -> None:
@@ -177,7 +215,8 @@ version_option = click.version_option(__version__, prog_name="faqd")
 
 # Options that say where images come from, the same in every command that reads data --------------------------------
 
-_DATA_FLAGS = (
+data_flags = section(
+    "Data",
     click.option(
         "--data",
         metavar="SOURCE",
@@ -187,7 +226,10 @@ _DATA_FLAGS = (
     click.option("--download", is_flag=True, help="Fetch a published data set that is not there yet."),
     click.option("--image-size", metavar="H[xW]", help="Bring images to this size in pixels."),
     click.option(
-        "--resize", type=click.Choice(["stretch", "crop", "letterbox"]), help="Bring images to that size in this way."
+        "--resize",
+        type=click.Choice(["stretch", "crop", "letterbox"]),
+        show_default="stretch",
+        help="Bring images to that size in this way.",
     ),
     click.option(
         "--channels", type=click.Choice(["rgb", "bgr", "grey"]), help="Feed the network channels in this order."
@@ -198,12 +240,7 @@ _DATA_FLAGS = (
     click.option("--limit", type=click.IntRange(1), help="Use only so many training images, for a quick try."),
 )
 
-
-def data_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the data options to a click command; `data_values` reads them back."""
-    for option in reversed(_DATA_FLAGS):
-        command = option(command)
-    return command
+"""Adds the data options to a click command; `data_values` reads them back."""
 
 
 def data_values(options: dict[str, Any]) -> dict[str, Any]:

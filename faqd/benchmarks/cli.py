@@ -12,7 +12,7 @@ import click
 
 from faqd.benchmarks.options import bench_flags
 from faqd.bundle import Bundle, load_bundle
-from faqd.command import SETTINGS, emit_json, json_option, run, version_option
+from faqd.command import SETTINGS, Command, emit_json, run, version_option
 from faqd.errors import UserError
 from faqd.files import write_json, written_beside
 
@@ -28,10 +28,9 @@ STUDENT_ENGINE = "student.tensorrt.engine"
 _GATES = ("min_accuracy_ratio", "min_agreement", "max_p99_ms", "max_energy_mj")
 
 
-@click.command(context_settings=SETTINGS)
+@click.command(cls=Command, context_settings=SETTINGS)
 @click.argument("bundles", metavar="BUNDLE...", nargs=-1, type=click.Path(path_type=Path))
 @bench_flags
-@json_option
 @version_option
 def bench_command(
     bundles: Sequence[Path], stored: Path | None, compare: tuple[Path, Path] | None, **options: Any

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from faqd.command import Finite, writable
+from faqd.command import Finite, json_option, section, writable
 
 
 class Numbers(click.ParamType):  # type: ignore[type-arg,unused-ignore] # Generic from click 8.4 on.
@@ -40,163 +40,192 @@ _FROM_ZERO = Finite(0)
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _TO_WRITE: dict[str, Any] = {"type": _FILE, "callback": writable}
 
-_OPTIONS = (
-    click.option(
-        "--batch",
-        type=Numbers("batch sizes", "1,32", _plain_int, lambda size: size > 0),
-        default="1,32",
-        show_default=True,
-        help="Batch sizes to time; tables, charts, energy and gates speak of the first.",
+_SECTIONS = (
+    section(
+        "Networks",
+        click.option(
+            "--batch",
+            type=Numbers("batch sizes", "1,32", _plain_int, lambda size: size > 0),
+            default="1,32",
+            help="Batch sizes to time; tables, charts, energy and gates speak of the first.",
+        ),
+        click.option(
+            "--threads",
+            type=click.IntRange(1),
+            default=1,
+            help="Threads of one query on the CPU.",
+        ),
+        click.option(
+            "--backend",
+            type=click.Choice(["auto", "onnxruntime", "engine"]),
+            default="auto",
+            help="What runs the networks: auto takes the engines where there are a GPU and engines.",
+        ),
+        click.option(
+            "--cuda",
+            type=click.Choice(["auto", "cuda-bindings", "pycuda"]),
+            default="auto",
+            help="The CUDA binding to use for engines; only cuda-bindings has CUDA graphs.",
+        ),
+        click.option("--trust", is_flag=True, help="Load engines that do not match their record, or have none."),
+        click.option("--metric", metavar="FILE.py:fn", help="Judge outputs by fn(outputs, eval) -> dict of numbers."),
     ),
-    click.option(
-        "--threads",
-        type=click.IntRange(1),
-        default=1,
-        show_default=True,
-        help="Threads of one query on the CPU.",
+    section(
+        "Timing",
+        click.option("--warm-up", type=_FROM_ZERO, default=200.0, help="Milliseconds before timing starts."),
+        click.option(
+            "--duration",
+            type=_ABOVE_ZERO,
+            default=3.0,
+            help="Seconds of timed queries per network and batch size.",
+        ),
+        click.option(
+            "--iterations",
+            type=click.IntRange(1),
+            default=10,
+            help="Time at least so many queries, however long they take.",
+        ),
+        click.option(
+            "--avg-runs",
+            type=click.IntRange(1),
+            default=10,
+            help="Average so many queries in turn; the least and the largest average are recorded.",
+        ),
+        click.option(
+            "--percentile",
+            type=Numbers("percentiles", "90,95,99", float, lambda p: 0 < p < 100),
+            default="90,95,99",
+            help="Report these percentiles where the queries are enough to carry them; 99 is always among them.",
+        ),
+        click.option(
+            "--rounds",
+            type=click.IntRange(1),
+            default=10,
+            help="Rounds in which all networks take turns; speed-ups are compared round by round.",
+        ),
+        click.option("--skip-latency", is_flag=True, help="Measure accuracy and sizes alone."),
+        click.option("--sweep", is_flag=True, help="Double the batch until throughput no longer grows."),
+        click.option(
+            "--sustained",
+            type=_FROM_ZERO,
+            default=0.0,
+            metavar="MINUTES",
+            help="Keep the first student under load for MINUTES, with clocks, temperature and power mode over time.",
+        ),
     ),
-    click.option(
-        "--backend",
-        type=click.Choice(["auto", "onnxruntime", "engine"]),
-        default="auto",
-        show_default=True,
-        help="What runs the networks: auto takes the engines where there are a GPU and engines.",
+    section(
+        "Submission to a GPU",
+        click.option(
+            "--preset",
+            type=click.Choice(["trtexec10", "trtexec11"]),
+            show_default="trtexec11",
+            help="Submit to a GPU as that trtexec does: 10 has no CUDA graph, sleeps while it waits and copies in and "
+            "out; 11 is the opposite in all three. Never compare across the two.",
+        ),
+        click.option(
+            "--use-cuda-graph/--no-cuda-graph",
+            "cuda_graph",
+            default=None,
+            show_default="the preset's",
+            help="Launch as one CUDA graph, or not.",
+        ),
+        click.option(
+            "--use-spin-wait/--no-spin-wait",
+            "spin_wait",
+            default=None,
+            show_default="the preset's",
+            help="Wait actively, or sleep.",
+        ),
+        click.option(
+            "--include-data-transfers/--no-data-transfers",
+            "transfers",
+            default=None,
+            show_default="the preset's",
+            help="Copy in and out with every query, or not.",
+        ),
+        click.option(
+            "--zero-copy",
+            is_flag=True,
+            help="Let the kernels work on the host's memory instead of copying, on a GPU that shares it (Jetson).",
+        ),
+        click.option(
+            "--inf-streams",
+            type=click.IntRange(1, 64),
+            show_default="1",
+            help="Compute so many queries side by side where they are submitted ahead: more throughput, and latencies "
+            "that mean little. The closed loop stays with one.",
+        ),
     ),
-    click.option(
-        "--cuda",
-        type=click.Choice(["auto", "cuda-bindings", "pycuda"]),
-        default="auto",
-        show_default=True,
-        help="The CUDA binding to use for engines; only cuda-bindings has CUDA graphs.",
+    section(
+        "Energy",
+        click.option(
+            "--energy-duration",
+            type=_FROM_ZERO,
+            default=5.0,
+            help="Seconds of load per network for its energy, where something measures power; 0 leaves it out.",
+        ),
+        click.option(
+            "--power-rail",
+            metavar="NAME",
+            show_default="the module's",
+            help="Take this rail of a Jetson instead of the module's.",
+        ),
     ),
-    click.option("--trust", is_flag=True, help="Load engines that do not match their record, or have none."),
-    click.option(
-        "--preset",
-        type=click.Choice(["trtexec10", "trtexec11"]),
-        help="Submit to a GPU as that trtexec does: 10 has no CUDA graph, sleeps while it waits and copies in and out; "
-        "11 is the opposite in all three, and the default. Never compare across the two.",
+    section(
+        "Gates",
+        click.option(
+            "--min-accuracy-ratio",
+            type=Finite(0, 2),
+            help="End with exit code 1 if a student's accuracy is below this share of the teacher's, such as 0.99.",
+        ),
+        click.option(
+            "--min-agreement",
+            type=Finite(0, 1),
+            help="End with exit code 1 if a student agrees with the teacher on a smaller share of the images.",
+        ),
+        click.option("--max-p99-ms", type=_ABOVE_ZERO, help="End with exit code 1 if a student's p99 is above this."),
+        click.option(
+            "--max-energy-mj",
+            type=_ABOVE_ZERO,
+            help="End with exit code 1 if a student takes more millijoules above idle per image.",
+        ),
     ),
-    click.option(
-        "--use-cuda-graph/--no-cuda-graph", "cuda_graph", default=None, help="Launch as one CUDA graph, or not."
+    section(
+        "Stored records",
+        click.option(
+            "--from",
+            "stored",
+            type=_FILE,
+            help="Measure nothing: print, report and judge the record in FILE, which --json wrote.",
+        ),
+        click.option(
+            "--compare",
+            nargs=2,
+            type=_FILE,
+            metavar="A B",
+            help="Measure nothing: print what changed beyond noise from record A to B; exit code 1 if something "
+            "got worse.",
+        ),
     ),
-    click.option("--use-spin-wait/--no-spin-wait", "spin_wait", default=None, help="Wait actively, or sleep."),
-    click.option(
-        "--include-data-transfers/--no-data-transfers",
-        "transfers",
-        default=None,
-        help="Copy in and out with every query, or not.",
-    ),
-    click.option(
-        "--zero-copy",
-        is_flag=True,
-        help="Let the kernels work on the host's memory instead of copying, on a GPU that shares it (Jetson).",
-    ),
-    click.option(
-        "--inf-streams",
-        type=click.IntRange(1, 64),
-        help="Compute so many queries side by side where they are submitted ahead: more throughput, and latencies that "
-        "mean little. The closed loop stays with one.",
-    ),
-    click.option(
-        "--warm-up", type=_FROM_ZERO, default=200.0, show_default=True, help="Milliseconds before timing starts."
-    ),
-    click.option(
-        "--duration",
-        type=_ABOVE_ZERO,
-        default=3.0,
-        show_default=True,
-        help="Seconds of timed queries per network and batch size.",
-    ),
-    click.option(
-        "--iterations",
-        type=click.IntRange(1),
-        default=10,
-        show_default=True,
-        help="Time at least so many queries, however long they take.",
-    ),
-    click.option(
-        "--avg-runs",
-        type=click.IntRange(1),
-        default=10,
-        show_default=True,
-        help="Average so many queries in turn; the least and the largest average are recorded.",
-    ),
-    click.option(
-        "--percentile",
-        type=Numbers("percentiles", "90,95,99", float, lambda p: 0 < p < 100),
-        default="90,95,99",
-        show_default=True,
-        help="Report these percentiles where the queries are enough to carry them; 99 is always among them.",
-    ),
-    click.option(
-        "--rounds",
-        type=click.IntRange(1),
-        default=10,
-        show_default=True,
-        help="Rounds in which all networks take turns; speed-ups are compared round by round.",
-    ),
-    click.option("--skip-latency", is_flag=True, help="Measure accuracy and sizes alone."),
-    click.option("--sweep", is_flag=True, help="Double the batch until throughput no longer grows."),
-    click.option(
-        "--sustained",
-        type=_FROM_ZERO,
-        default=0.0,
-        metavar="MINUTES",
-        help="Keep the first student under load for MINUTES, with clocks, temperature and power mode over time.",
-    ),
-    click.option(
-        "--energy-duration",
-        type=_FROM_ZERO,
-        default=5.0,
-        show_default=True,
-        help="Seconds of load per network for its energy, where something measures power; 0 leaves it out.",
-    ),
-    click.option("--power-rail", metavar="NAME", help="Take this rail of a Jetson instead of the module's."),
-    click.option("--dump-profile", is_flag=True, help="Measure the time of each layer, in a run of its own."),
-    click.option(
-        "--export-profile", **_TO_WRITE, help="Write it for the first student to FILE, in trtexec's JSON form."
-    ),
-    click.option(
-        "--export-times",
-        **_TO_WRITE,
-        help="Write every query of the first student at the first batch size to FILE, in trtexec's JSON form.",
-    ),
-    click.option("--metric", metavar="FILE.py:fn", help="Judge outputs by fn(outputs, eval) -> dict of numbers."),
-    click.option("--report", **_TO_WRITE, help="Write one HTML page to FILE."),
-    click.option(
-        "--min-accuracy-ratio",
-        type=Finite(0, 2),
-        help="End with exit code 1 if a student's accuracy is below this share of the teacher's, such as 0.99.",
-    ),
-    click.option(
-        "--min-agreement",
-        type=Finite(0, 1),
-        help="End with exit code 1 if a student agrees with the teacher on a smaller share of the images.",
-    ),
-    click.option("--max-p99-ms", type=_ABOVE_ZERO, help="End with exit code 1 if a student's p99 is above this."),
-    click.option(
-        "--max-energy-mj",
-        type=_ABOVE_ZERO,
-        help="End with exit code 1 if a student takes more millijoules above idle per image.",
-    ),
-    click.option(
-        "--from",
-        "stored",
-        type=_FILE,
-        help="Measure nothing: print, report and judge the record in FILE, which --json wrote.",
-    ),
-    click.option(
-        "--compare",
-        nargs=2,
-        type=_FILE,
-        metavar="A B",
-        help="Measure nothing: print what changed beyond noise from record A to B; exit code 1 if something got worse.",
+    section(
+        "Output",
+        click.option("--report", **_TO_WRITE, help="Write one HTML page to FILE."),
+        json_option,
+        click.option("--dump-profile", is_flag=True, help="Measure the time of each layer, in a run of its own."),
+        click.option(
+            "--export-profile", **_TO_WRITE, help="Write it for the first student to FILE, in trtexec's JSON form."
+        ),
+        click.option(
+            "--export-times",
+            **_TO_WRITE,
+            help="Write every query of the first student at the first batch size to FILE, in trtexec's JSON form.",
+        ),
     ),
 )
 
 
 def bench_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add all of them to a click command."""
-    for option in reversed(_OPTIONS):
-        command = option(command)
+    for section_of in reversed(_SECTIONS):
+        command = section_of(command)
     return command

@@ -9,21 +9,22 @@ import click
 
 from faqd.command import (
     SETTINGS,
+    Group,
     data_flags,
     data_values,
     emit_json,
     exclude_option,
     json_option,
     run,
+    section,
     strict_option,
     version_option,
 )
+from faqd.deploy.options import FOLDER, builder_flags, bundle_flags, engine_flags, shape_flags
 from faqd.errors import UserError
 
-_folder = click.Path(path_type=Path)
 
-
-@click.group(context_settings=SETTINGS)
+@click.group(cls=Group, context_settings=SETTINGS)
 @version_option
 def cli() -> None:
     """Lower a student to ONNX Q/DQ and a TensorRT INT8 engine, and prove that nothing was lost."""
@@ -33,50 +34,10 @@ def main() -> None:
     run(cli)
 
 
-def _bundle_flags(command: Any) -> Any:
-    for option in reversed(
-        (
-            click.option("--out", type=_folder, required=True, help="Write the bundle to this folder."),
-            click.option("--eval-samples", type=click.IntRange(1), help="Store only so many evaluation images."),
-            click.option(
-                "--float-type",
-                type=click.Choice(["fp16", "fp32"]),
-                default="fp16",
-                show_default=True,
-                help="Keep the unquantized rest of the TensorRT file in this type.",
-            ),
-            click.option(
-                "--input",
-                "input_form",
-                type=click.Choice(["float32-nchw", "uint8-nhwc"]),
-                default="float32-nchw",
-                show_default=True,
-                help="Take normalised float32 images, or uint8 pixels that the networks normalise themselves.",
-            ),
-            click.option(
-                "--for",
-                "servers",
-                type=click.Choice(["triton", "deepstream"]),
-                multiple=True,
-                help="Add the configuration of this server, marked untried; may be given twice.",
-            ),
-            click.option(
-                "--license",
-                "licence",
-                metavar="NAME",
-                help="Write into the ONNX files how the network may be used: an SPDX name, or a URL.",
-            ),
-        )
-    ):
-        command = option(command)
-    return command
-
-
 @cli.command()
-@click.argument("run_folder", metavar="RUN", type=_folder)
-@click.option("--data-root", type=_folder, help="Look for a published data set in this folder.")
-@_bundle_flags
-@json_option
+@click.argument("run_folder", metavar="RUN", type=FOLDER)
+@section("Data", click.option("--data-root", type=FOLDER, help="Look for a published data set in this folder."))
+@bundle_flags
 def export(
     run_folder: Path,
     data_root: Path | None,
@@ -98,36 +59,40 @@ def export(
 
 
 @cli.command()
-@click.option("--teacher", required=True, metavar="RUN|FILE.py:callable|FILE.pt2", help="Quantize this float network.")
-@click.option("--teacher-weights", type=_folder, help="Read its weights from a .safetensors, .pt or .pth file.")
-@click.option("--weight-bits", type=int, default=8, show_default=True, help="Give weights 1 to 8 bits.")
-@click.option("--act-bits", type=int, default=8, show_default=True, help="Give activations 1 to 8 bits.")
-@click.option(
-    "--target",
-    type=click.Choice(["tensorrt", "onnxruntime"]),
-    default="tensorrt",
-    show_default=True,
-    help="Use the 8-bit grid of this runtime.",
+@section(
+    "Teacher",
+    click.option(
+        "--teacher", required=True, metavar="RUN|FILE.py:callable|FILE.pt2", help="Quantize this float network."
+    ),
+    click.option("--teacher-weights", type=FOLDER, help="Read its weights from a .safetensors, .pt or .pth file."),
 )
-@click.option(
-    "--calibration",
-    type=click.Choice(["mse", "percentile", "max", "entropy"]),
-    default="mse",
-    show_default=True,
-    help="Choose activation scales in this way.",
-)
-@click.option(
-    "--calibration-images",
-    type=click.IntRange(1),
-    default=512,
-    show_default=True,
-    help="Choose them on so many training images.",
-)
-@exclude_option
-@strict_option
 @data_flags
-@_bundle_flags
-@json_option
+@section(
+    "Student",
+    click.option("--weight-bits", type=int, default=8, help="Give weights 1 to 8 bits."),
+    click.option("--act-bits", type=int, default=8, help="Give activations 1 to 8 bits."),
+    click.option(
+        "--target",
+        type=click.Choice(["tensorrt", "onnxruntime"]),
+        default="tensorrt",
+        help="Use the 8-bit grid of this runtime.",
+    ),
+    click.option(
+        "--calibration",
+        type=click.Choice(["mse", "percentile", "max", "entropy"]),
+        default="mse",
+        help="Choose activation scales in this way.",
+    ),
+    click.option(
+        "--calibration-images",
+        type=click.IntRange(1),
+        default=512,
+        help="Choose them on so many training images.",
+    ),
+    exclude_option,
+    strict_option,
+)
+@bundle_flags
 def ptq(
     teacher: str,
     teacher_weights: Path | None,
@@ -160,7 +125,7 @@ def ptq(
 
 
 @cli.command()
-@click.argument("bundle_folder", metavar="BUNDLE", type=_folder)
+@click.argument("bundle_folder", metavar="BUNDLE", type=FOLDER)
 @json_option
 def verify(bundle_folder: Path, json_target: str | None) -> None:
     """Prove a bundle again: torch, referee and onnxruntime, layer by layer. Exit code 1 if a bound does not hold."""
@@ -176,7 +141,7 @@ def verify(bundle_folder: Path, json_target: str | None) -> None:
 
 
 @cli.command()
-@click.argument("source", metavar="BUNDLE|FILE.onnx", type=_folder)
+@click.argument("source", metavar="BUNDLE|FILE.onnx", type=FOLDER)
 @click.option("--rules-only", is_flag=True, help="Judge by the rules alone, without building or reading an engine.")
 @json_option
 def explain(source: Path, rules_only: bool, json_target: str | None) -> None:
@@ -191,7 +156,7 @@ def explain(source: Path, rules_only: bool, json_target: str | None) -> None:
 
 
 @cli.command()
-@click.argument("folder", metavar="RUN|BUNDLE", type=_folder)
+@click.argument("folder", metavar="RUN|BUNDLE", type=FOLDER)
 @json_option
 def inspect(folder: Path, json_target: str | None) -> None:
     """Say what a run or a bundle is."""
@@ -204,34 +169,18 @@ def inspect(folder: Path, json_target: str | None) -> None:
 
 
 @cli.command("build-engine")
-@click.argument("bundle_folder", metavar="BUNDLE", type=_folder)
-@click.option("--all", "build_all", is_flag=True, help="Also build the float student and the teacher, both in FP16.")
-@click.option("--force", is_flag=True, help="Build although verify failed or is out of date.")
-@click.option("--min-shapes", metavar="SHAPES", help="Accept these and above, as in images:1x3x32x32,other:1x8.")
-@click.option("--opt-shapes", metavar="SHAPES", help="Tune for these.")
-@click.option("--max-shapes", metavar="SHAPES", help="Accept no larger; without shapes a free batch is 1 to 64.")
-@click.option(
-    "--workspace", "workspace_mib", type=click.IntRange(1, 1 << 24), metavar="MIB", help="Allow so much scratch memory."
+@click.argument("bundle_folder", metavar="BUNDLE", type=FOLDER)
+@section(
+    "What is built",
+    click.option(
+        "--all", "build_all", is_flag=True, help="Also build the float student and the teacher, both in FP16."
+    ),
+    click.option("--force", is_flag=True, help="Build although verify failed or is out of date."),
 )
-@click.option("--opt-level", type=click.IntRange(0, 5), help="Set the builder's effort; TensorRT's default is 3.")
-@click.option("--timing-cache", type=_folder, metavar="FILE", help="Read kernel timings from FILE, and keep new ones.")
-@click.option("--frozen-timing-cache", is_flag=True, help="Only read them, and fail on one that is missing.")
-@click.option("--version-compatible", is_flag=True, help="Build an engine that newer TensorRT runs too.")
-@click.option(
-    "--hardware-compatibility",
-    type=click.Choice(["none", "ampere+", "same-compute-capability"]),
-    default="none",
-    show_default=True,
-    help="Build an engine that more GPUs run than this one.",
-)
-@click.option(
-    "--profiling-verbosity",
-    type=click.Choice(["layer_names_only", "detailed", "none"]),
-    default="detailed",
-    show_default=True,
-    help="Keep so much about its layers in the engine; only detailed tells their types.",
-)
-@json_option
+@shape_flags
+@builder_flags
+@engine_flags
+@section("Output", json_option)
 def build_engine(
     bundle_folder: Path,
     build_all: bool,
@@ -258,7 +207,7 @@ def build_engine(
 
 
 @cli.command()
-@click.argument("engine", required=False, type=_folder)
+@click.argument("engine", required=False, type=FOLDER)
 @json_option
 def doctor(engine: Path | None, json_target: str | None) -> None:
     """Say whether this machine can run ENGINE and what to do if not; without ENGINE, what this machine has.
@@ -282,7 +231,6 @@ def doctor(engine: Path | None, json_target: str | None) -> None:
     "backend",
     type=click.Choice(["auto", "cuda-bindings", "pycuda"]),
     default="auto",
-    show_default=True,
     help="Run engines through this binding.",
 )
 @json_option

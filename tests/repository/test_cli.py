@@ -22,31 +22,32 @@ from faqd.train.cli import cli as train_cli
 from tests.fixtures.toy_runs import faqd_train, outcome_of
 
 DATA = "--data --data-root --download --image-size --resize --channels --mean --std --labels --limit"
-SCHEDULE = "--epochs --steps --batch-size --lr --seed --data-seed --device --out --resume --time-limit"
-BUNDLE = "--out --eval-samples --float-type --input --for --license"
+SCHEDULE = "--epochs --steps --batch-size --lr --seed --data-seed --device --time-limit"
+RUN = "--out --resume --json"
+BUNDLE = "--out --eval-samples --float-type --input --for --license --json"
 
 # Changing a line here changes what people have in their scripts: say so in the changelog.
 FLAGS = {
     "faqd-train": "--version",
-    "faqd-train teacher": f"--recipe --arch {DATA} {SCHEDULE} --json",
+    "faqd-train teacher": f"--recipe --arch {DATA} {SCHEDULE} {RUN}",
     "faqd-train distill": (
-        "--recipe --teacher --teacher-weights --arch --init --weight-bits --act-bits --seeds --target --scales "
-        "--rounding --scale-gradient --calibration --exclude --strict --logit --logit-weight --temperature --affinity "
-        "--adaptors --affinity-weight --affinity-floor --columns --teacher-dtype --autocast --label-weight --tap "
-        "--optimizer --select "
-        f"{DATA} {SCHEDULE} --json"
+        f"--recipe --teacher --teacher-weights --teacher-dtype {DATA} "
+        "--arch --init --weight-bits --act-bits --target --scales --rounding --scale-gradient --calibration --exclude "
+        "--strict --logit --logit-weight --temperature --affinity --affinity-weight --affinity-floor --columns "
+        "--adaptors --tap --label-weight "
+        f"{SCHEDULE} --optimizer --autocast --seeds --select {RUN}"
     ),
     "faqd-train eval": "--data-root --json",
     "faqd-train recipes": "--json",
     "faqd-train inspect": (
-        "--teacher --teacher-weights --arch --weight-bits --act-bits --target --scales --exclude --strict --image-size "
-        "--input-channels --json"
+        "--teacher --teacher-weights --arch --image-size --input-channels --weight-bits --act-bits --target --scales "
+        "--exclude --strict --json"
     ),
     "faqd-deploy": "--version",
-    "faqd-deploy export": f"--data-root {BUNDLE} --json",
+    "faqd-deploy export": f"--data-root {BUNDLE}",
     "faqd-deploy ptq": (
-        "--teacher --teacher-weights --weight-bits --act-bits --target --calibration --calibration-images --exclude "
-        f"--strict {DATA} {BUNDLE} --json"
+        f"--teacher --teacher-weights {DATA} --weight-bits --act-bits --target --calibration --calibration-images "
+        f"--exclude --strict {BUNDLE}"
     ),
     "faqd-deploy verify": "--json",
     "faqd-deploy explain": "--rules-only --json",
@@ -58,11 +59,11 @@ FLAGS = {
     "faqd-deploy doctor": "--json",
     "faqd-deploy selftest": "--cases --cuda --json",
     "faqd-bench": (
-        "--batch --threads --backend --cuda --trust --preset --use-cuda-graph --use-spin-wait --include-data-transfers "
-        "--zero-copy --inf-streams --warm-up --duration --iterations --avg-runs --percentile --rounds --skip-latency "
-        "--sweep --sustained --energy-duration --power-rail --dump-profile --export-profile --export-times "
-        "--metric --report --min-accuracy-ratio --min-agreement --max-p99-ms --max-energy-mj --from --compare "
-        "--json --version"
+        "--batch --threads --backend --cuda --trust --metric "
+        "--warm-up --duration --iterations --avg-runs --percentile --rounds --skip-latency --sweep --sustained "
+        "--preset --use-cuda-graph --use-spin-wait --include-data-transfers --zero-copy --inf-streams "
+        "--energy-duration --power-rail --min-accuracy-ratio --min-agreement --max-p99-ms --max-energy-mj "
+        "--from --compare --report --json --dump-profile --export-profile --export-times --version"
     ),
 }
 TOOLS: dict[str, click.Command] = {"faqd-train": train_cli, "faqd-deploy": deploy_cli, "faqd-bench": bench_command}

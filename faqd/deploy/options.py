@@ -1,0 +1,86 @@
+"""The options of faqd-deploy that several commands take, or that are many."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from faqd.command import json_option, section
+
+FOLDER = click.Path(path_type=Path)
+
+bundle_flags = section(
+    "Output",
+    click.option("--out", type=FOLDER, required=True, help="Write the bundle to this folder."),
+    click.option("--eval-samples", type=click.IntRange(1), help="Store only so many evaluation images."),
+    click.option(
+        "--float-type",
+        type=click.Choice(["fp16", "fp32"]),
+        default="fp16",
+        help="Keep the unquantized rest of the TensorRT file in this type.",
+    ),
+    click.option(
+        "--input",
+        "input_form",
+        type=click.Choice(["float32-nchw", "uint8-nhwc"]),
+        default="float32-nchw",
+        help="Take normalised float32 images, or uint8 pixels that the networks normalise themselves.",
+    ),
+    click.option(
+        "--for",
+        "servers",
+        type=click.Choice(["triton", "deepstream"]),
+        multiple=True,
+        help="Add the configuration of this server, marked untried; may be given twice.",
+    ),
+    click.option(
+        "--license",
+        "licence",
+        metavar="NAME",
+        help="Write into the ONNX files how the network may be used: an SPDX name, or a URL.",
+    ),
+    json_option,
+)
+"""What a bundle is to hold, and where it goes."""
+
+shape_flags = section(
+    "Shapes",
+    click.option("--min-shapes", metavar="SHAPES", help="Accept these and above, as in images:1x3x32x32,other:1x8."),
+    click.option("--opt-shapes", metavar="SHAPES", help="Tune for these."),
+    click.option("--max-shapes", metavar="SHAPES", show_default="a free batch is 1 to 64", help="Accept no larger."),
+)
+builder_flags = section(
+    "Builder",
+    click.option(
+        "--workspace",
+        "workspace_mib",
+        type=click.IntRange(1, 1 << 24),
+        metavar="MIB",
+        help="Allow so much scratch memory.",
+    ),
+    click.option(
+        "--opt-level", type=click.IntRange(0, 5), show_default="TensorRT's, 3", help="Set the builder's effort."
+    ),
+    click.option(
+        "--timing-cache", type=FOLDER, metavar="FILE", help="Read kernel timings from FILE, and keep new ones."
+    ),
+    click.option("--frozen-timing-cache", is_flag=True, help="Only read them, and fail on one that is missing."),
+)
+engine_flags = section(
+    "Engine",
+    click.option("--version-compatible", is_flag=True, help="Build an engine that newer TensorRT runs too."),
+    click.option(
+        "--hardware-compatibility",
+        type=click.Choice(["none", "ampere+", "same-compute-capability"]),
+        default="none",
+        help="Build an engine that more GPUs run than this one.",
+    ),
+    click.option(
+        "--profiling-verbosity",
+        type=click.Choice(["layer_names_only", "detailed", "none"]),
+        default="detailed",
+        help="Keep so much about its layers in the engine; only detailed tells their types.",
+    ),
+)
+"""With those above, what TensorRT's builder is told; fields of `engine.options.BuildOptions`."""

@@ -1,0 +1,243 @@
+"""The options of faqd-train that several commands take, or that are many, and what their values mean."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from faqd.command import Finite, exclude_option, json_option, section, strict_option
+from faqd.errors import UserError
+
+SEED = click.IntRange(0, 2**32 - 1)
+"""torch's generator on the CPU knows no more of them."""
+
+teacher_weights_option = click.option(
+    "--teacher-weights", type=click.Path(path_type=Path), help="Read its weights from a .safetensors, .pt or .pth file."
+)
+
+
+def _absolute(context: click.Context, option: click.Parameter, spec: str | None) -> str | None:
+    """FILE.py:callable with a path that holds from any folder, since a run remembers it."""
+    file, _, name = (spec or "").rpartition(":")
+    return f"{Path(file).expanduser().resolve()}:{name}" if file.endswith(".py") else spec
+
+
+def arch_option(help_text: str, default: str | None = None) -> Callable[[Any], Any]:
+    return click.option(
+        "--arch", metavar="NAME|FILE.py:callable", callback=_absolute, show_default=default, help=help_text
+    )
+
+
+def schedule_flags(epochs: str, batch_size: str, lr: str) -> Callable[[Any], Any]:
+    """How long a network is trained, and how fast; with the defaults of the command's default recipe."""
+    return section(
+        "Training",
+        click.option(
+            "--epochs", type=click.IntRange(1), show_default=epochs, help="Pass so many times over the training images."
+        ),
+        click.option("--steps", type=click.IntRange(1), help="Train so many iterations, whatever --epochs says."),
+        click.option(
+            "--batch-size", type=click.IntRange(2), show_default=batch_size, help="Take so many images per iteration."
+        ),
+        click.option(
+            "--lr", type=Finite(0, min_open=True), show_default=lr, help="Use this learning rate at its peak."
+        ),
+        click.option("--seed", type=SEED, show_default="0", help="Draw the initial weights with this seed."),
+        click.option("--data-seed", type=SEED, show_default="0", help="Draw order and augmentation with this seed."),
+        click.option(
+            "--device",
+            type=click.Choice(["auto", "cpu", "cuda"]),
+            default="auto",
+            help="Train here; auto takes a GPU if there is one.",
+        ),
+        click.option(
+            "--time-limit",
+            type=Finite(0, min_open=True),
+            help="Stop after so many seconds, with a checkpoint; --resume goes on.",
+        ),
+    )
+
+
+output_flags = section(
+    "Output",
+    click.option("--out", type=click.Path(path_type=Path), required=True, help="Write the run to this folder."),
+    click.option("--resume", is_flag=True, help="Go on with the run in --out; start it if there is none."),
+    json_option,
+)
+
+teacher_flags = section(
+    "Recipe and teacher",
+    click.option("--recipe", default="default", help="Set everything; `recipes` lists them."),
+    click.option(
+        "--teacher", required=True, metavar="RUN|FILE.py:callable|FILE.pt2", help="Learn from this float network."
+    ),
+    teacher_weights_option,
+    click.option(
+        "--teacher-dtype", type=click.Choice(["fp32", "bf16"]), show_default="fp32", help="Run the teacher in this."
+    ),
+)
+student_flags = section(
+    "Student",
+    arch_option("Train this network, of the zoo or your own, instead of the teacher's.", "the teacher's"),
+    click.option(
+        "--init",
+        metavar="teacher|scratch|RUN",
+        show_default="teacher where it is this network, else scratch",
+        help="Start the student from these weights.",
+    ),
+    click.option(
+        "--weight-bits",
+        metavar="BITS[,BITS]",
+        show_default="8",
+        help="Use 1 to 8 bits; a list trains all side by side.",
+    ),
+    click.option(
+        "--act-bits",
+        metavar="BITS[,BITS]",
+        show_default="8",
+        help="Use 1 to 8 bits, or 32 for float; a list as above. Weights are float with 32 for both.",
+    ),
+    click.option(
+        "--target",
+        type=click.Choice(["tensorrt", "onnxruntime"]),
+        show_default="tensorrt",
+        help="Train the 8-bit grid of this runtime.",
+    ),
+    click.option(
+        "--scales",
+        type=click.Choice(["channel", "tensor"]),
+        show_default="channel",
+        help="Give each of these a weight scale.",
+    ),
+    click.option(
+        "--rounding",
+        type=click.Choice(["nearest", "ceil"]),
+        show_default="nearest",
+        help="Round activations behind a ReLU like this.",
+    ),
+    click.option(
+        "--scale-gradient",
+        type=click.Choice(["lsq", "mean", "pact", "min"]),
+        show_default="lsq",
+        help="Learn their scales by this slope: lsq's, or a coarse one of the paper.",
+    ),
+    click.option(
+        "--calibration",
+        type=click.Choice(["mse", "percentile", "max", "entropy"]),
+        show_default="mse",
+        help="Choose the first activation scales in this way.",
+    ),
+    exclude_option,
+    strict_option,
+)
+loss_flags = section(
+    "Losses",
+    click.option(
+        "--logit",
+        type=click.Choice(["relative", "mse", "kl"]),
+        show_default="relative; mse with sgd",
+        help="Measure the distance of the outputs in this way.",
+    ),
+    click.option("--logit-weight", type=Finite(0), show_default="1.0", help="Weigh that distance with this."),
+    click.option(
+        "--temperature",
+        type=Finite(0, min_open=True),
+        show_default="4.0",
+        help="Soften the outputs of --logit kl by this.",
+    ),
+    click.option(
+        "--affinity",
+        type=click.Choice(["l1", "l2", "l2_batch", "l2_squared", "fast", "none"]),
+        show_default="l2",
+        help="Measure the distance of the feature affinities in this way.",
+    ),
+    click.option(
+        "--affinity-weight",
+        type=Finite(0),
+        show_default="1.0",
+        help="Weigh that distance, a mean over the batch, with this.",
+    ),
+    click.option(
+        "--affinity-floor",
+        type=Finite(0),
+        show_default="0.001",
+        help="Add this share of a map's typical length to the length of every pixel.",
+    ),
+    click.option(
+        "--columns",
+        type=click.IntRange(1),
+        show_default="15",
+        help="Use so many random projections for --affinity fast.",
+    ),
+    click.option(
+        "--adaptors/--no-adaptors",
+        default=None,
+        show_default="no-adaptors",
+        help="Compare the student's maps behind a 1x1 convolution of their own.",
+    ),
+    click.option(
+        "--tap",
+        "taps",
+        multiple=True,
+        metavar="PLACE[=PLACE]",
+        show_default="chosen from the graph",
+        help="Compare feature maps here (teacher=student).",
+    ),
+    click.option(
+        "--label-weight",
+        type=Finite(0),
+        show_default="0.0",
+        help="Weigh the cross-entropy to the labels with this; without it no label is read.",
+    ),
+)
+step_flags = section(
+    "Training",
+    click.option(
+        "--optimizer",
+        type=click.Choice(["relative", "sgd"]),
+        show_default="relative from trained weights, else sgd",
+        help="Step by shares of what is learned (then --lr is that share), or as SGD does.",
+    ),
+    click.option(
+        "--autocast",
+        type=click.Choice(["none", "bf16", "fp16"]),
+        show_default="none",
+        help="Train with convolutions and matrix products in this; quantizers and losses stay in float32.",
+    ),
+    click.option(
+        "--seeds",
+        type=click.IntRange(1),
+        default=1,
+        help="Train so many seeds, each into its own folder: of the initial weights, or of order and augmentation "
+        "where the student starts from trained ones.",
+    ),
+    click.option(
+        "--select",
+        metavar="FILE.py:function",
+        callback=_absolute,
+        help="Keep the weights for which this measure of yours is largest, instead of the least distance.",
+    ),
+)
+
+
+def place_values(options: dict[str, Any]) -> tuple[Path, str, bool, float]:
+    """Take out of the options of a command what says where and how long to train and not what.
+
+    The folder, the device, whether to resume, and the time.monotonic() at which to pause.
+    """
+    limit = options.pop("time_limit")
+    deadline = math.inf if limit is None else time.monotonic() + limit
+    return options.pop("out"), options.pop("device"), options.pop("resume"), deadline
+
+
+def bit_list(option: str, text: str | None) -> list[int | None]:
+    if text is None:
+        return [None]
+    if not all(part.strip().isdecimal() for part in text.split(",")):
+        raise UserError(f"{option} {text}: expected a number, or several with commas between.")
+    return list(dict.fromkeys(int(part) for part in text.split(",")))
