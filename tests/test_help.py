@@ -18,7 +18,17 @@ COMMANDS = {
 }
 LEFT_OPEN = {
     "teacher": {"--resize"},
-    "distill": set("--arch --init --logit --adaptors --tap --batch-size --lr --optimizer --resize".split()),
+    "distill": {
+        "--arch",
+        "--init",
+        "--logit",
+        "--adaptors",
+        "--tap",
+        "--batch-size",
+        "--lr",
+        "--optimizer",
+        "--resize",
+    },
 }
 """What the recipe leaves to the data, the network or the start, of which help has words."""
 
