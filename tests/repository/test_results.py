@@ -18,10 +18,10 @@ from faqd.files import read_json
 ROOT = Path(__file__).parents[2]
 
 
-def test_readme_shows_the_committed_cifar10_result() -> None:
+def test_docs_show_the_committed_cifar10_result() -> None:
     stream = io.StringIO()
     print_result(read_json(ROOT / "results" / "cifar10-short.json"), Console(file=stream, width=WIDTH, no_color=True))
-    shown = [line.strip() for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()]
+    shown = [line.strip() for line in (ROOT / "docs" / "training.md").read_text(encoding="utf-8").splitlines()]
     lines = [line.strip() for line in stream.getvalue().splitlines() if line.strip()]
     accuracy_table = lines[: next(i for i, line in enumerate(lines) if line.startswith("latency in ms"))]
     assert len(accuracy_table) > 10
