@@ -20,7 +20,10 @@ ROOT = Path(__file__).parents[2]
 
 def test_docs_show_the_committed_cifar10_result() -> None:
     stream = io.StringIO()
-    print_result(read_json(ROOT / "results" / "cifar10-short.json"), Console(file=stream, width=WIDTH, no_color=True))
+    print_result(
+        read_json(ROOT / "results" / "cifar10-short" / "resnet20.json"),
+        Console(file=stream, width=WIDTH, no_color=True),
+    )
     shown = [line.strip() for line in (ROOT / "docs" / "training.md").read_text(encoding="utf-8").splitlines()]
     lines = [line.strip() for line in stream.getvalue().splitlines() if line.strip()]
     accuracy_table = lines[: next(i for i, line in enumerate(lines) if line.startswith("latency in ms"))]
@@ -31,7 +34,7 @@ def test_docs_show_the_committed_cifar10_result() -> None:
 @pytest.mark.parametrize("data", ["digits", "cifar10"])
 def test_docs_show_what_each_part_is_worth(data: str) -> None:
     text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-    assert markdown(read_json(ROOT / "results" / f"worth-{data}.json")) in text
+    assert markdown(read_json(ROOT / "results" / "worth" / f"{data}.json")) in text
 
 
 def test_docs_show_what_the_defaults_do() -> None:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# A short CIFAR-10 run for two CPU cores, about an hour: results/cifar10-short.json is its last line's output.
+# A short CIFAR-10 run for two CPU cores, about an hour: results/cifar10-short/resnet20.json is its last line's output.
 #
-#   results/cifar10-short.sh DATA_ROOT WORK     DATA_ROOT holds cifar-10-batches-py, WORK is a new folder
+#   results/cifar10-short/run.sh DATA_ROOT WORK     DATA_ROOT holds cifar-10-batches-py, WORK is a new folder
 #
 # Twelve epochs for the teacher and ten for each student, where the recipes have 200: it shows the order of things, not
 # what the method can reach. Nothing is chosen on the test images; one seed. The students are those of before steps became
@@ -20,4 +20,4 @@ for bits in 8 4; do
   faqd-deploy ptq --teacher "$work/teacher" --data-root "$data" --weight-bits $bits --act-bits $bits --out "$work/ptq-w${bits}a$bits"
   faqd-deploy export "$work/run-w${bits}a$bits" --data-root "$data" --out "$work/w${bits}a$bits"
 done
-faqd-bench "$work/ptq-w8a8" "$work/w8a8" "$work/ptq-w4a4" "$work/w4a4" --batch 1,32 --json results/cifar10-short.json
+faqd-bench "$work/ptq-w8a8" "$work/w8a8" "$work/ptq-w4a4" "$work/w4a4" --batch 1,32 --json results/cifar10-short/resnet20.json
