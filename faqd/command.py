@@ -78,16 +78,29 @@ class Group(click.Group):
     command_class = Command
 
 
-def section(heading: str, *options: Callable[..., Any]) -> Callable[[Any], Any]:
-    """Add options to a command, under a heading of its help."""
+def flags(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Several options as one, in this order."""
 
-    def add(command: Any) -> Any:
+    def added(command: Any) -> Any:
         for option in reversed(options):
             command = option(command)
-            command.__click_params__[-1].section = heading
         return command
 
-    return add
+    return added
+
+
+def section(heading: str, *options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Several options as one, in this order, under a heading of the command's help."""
+
+    def under(option: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def added(command: Any) -> Any:
+            command = option(command)
+            command.__click_params__[-1].section = heading
+            return command
+
+        return added
+
+    return flags(*map(under, options))
 
 
 def run(command: click.Command, arguments: Sequence[str] | None = None) -> None:
@@ -240,7 +253,7 @@ data_flags = section(
     click.option("--limit", type=click.IntRange(1), help="Use only so many training images, for a quick try."),
 )
 
-"""Adds the data options to a click command; `data_values` reads them back."""
+"""`data_values` reads them back."""
 
 
 def data_values(options: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from faqd.command import Finite, json_option, section, writable
+from faqd.command import Finite, flags, json_option, section, writable
 
 
 class Numbers(click.ParamType):  # type: ignore[type-arg,unused-ignore] # Generic from click 8.4 on.
@@ -40,7 +40,7 @@ _FROM_ZERO = Finite(0)
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _TO_WRITE: dict[str, Any] = {"type": _FILE, "callback": writable}
 
-_SECTIONS = (
+bench_flags = flags(
     section(
         "Networks",
         click.option(
@@ -222,10 +222,3 @@ _SECTIONS = (
         ),
     ),
 )
-
-
-def bench_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add all of them to a click command."""
-    for section_of in reversed(_SECTIONS):
-        command = section_of(command)
-    return command
