@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -20,6 +20,7 @@ from torch._ops import OpOverload
 
 from faqd.errors import UserError
 from faqd.quantize.capture.aten import ASSERTIONS, COPIES, base_name, is_idle, word_of, writes_over_input
+from faqd.quantize.capture.places import Places, is_torchs
 from faqd.quantize.nodes import PART_OF, line_of_code, unused
 from faqd.quantize.operators.registry import RULES
 from faqd.quantize.operators.row import Call, Pieces
@@ -30,7 +31,7 @@ class Translation:
 
     def __init__(self, program: fx.GraphModule, prefix: str, network: nn.Module | None) -> None:
         self._program, self._prefix = program, prefix
-        self._users = dict(network.named_modules()) if network is not None else {}
+        self._places = Places(program, prefix, network)
         self.graph = fx.Graph()
         self.root = nn.Module()
         self.held: dict[fx.Node, Tensor] = {}
@@ -42,13 +43,10 @@ class Translation:
         self._reader: fx.Node | None = None
         self._other_word: str | None = None
         tensors = (name.removeprefix(prefix) for name in program.state_dict())
-        self._taken = {*tensors, *self._users, *(place for node in program.graph.nodes for place in self._stack(node))}
-        self._leaves = self._called_leaves()
+        places = (place for node in program.graph.nodes for place in self._places.around(node))
+        self._taken = {*tensors, *self._places.users, *places}
         for name in program.state_dict():  # in the user's order, which is that of the state dict
             self._container(name.removeprefix(prefix).rpartition(".")[0])
-        operators = (node for node in program.graph.nodes if isinstance(node.target, OpOverload))
-        calls = Counter(_innermost(node) for node in operators if not is_idle(node))
-        self._alone = {key for key, count in calls.items() if key is not None and count == 1}
 
     def run(self, returned: Callable[[list[Any]], Any]) -> fx.GraphModule:
         """The graph with its modules. returned: what the user's forward makes of the list of its outputs."""
@@ -139,12 +137,9 @@ class Translation:
         target: Any = node.target
         if writes_over_input(node):
             target = getattr(getattr(torch.ops.aten, base_name(target), None), target._overloadname, target)
-        user = self._users.get(self._place(node))
-        alone = (
-            _innermost(node) in self._alone
-            and len([a for a in args if isinstance(a, fx.Node) and a not in self.held]) == 1
-        )
-        if user is not None and alone and _is_torchs_own(user):
+        user = self._places.users.get(self._places.of(node))
+        reads_one = len([a for a in args if isinstance(a, fx.Node) and a not in self.held]) == 1
+        if user is not None and self._places.is_all_of_its_module(node) and reads_one and is_torchs(user):
             module = copy.copy(user)
             module._parameters, module._buffers = dict(user._parameters), dict(user._buffers)
             module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
@@ -157,8 +152,8 @@ class Translation:
         name = str(node.target)
         if not name.startswith("wrap_with"):
             raise UserError(
-                f"{self._place(node) or name}{line_of_code(node)}: {name} chooses what to compute by values; what is "
-                "deployed computes the same for every image."
+                f"{self._places.of(node) or name}{line_of_code(node)}: {name} chooses what to compute by values; what "
+                "is deployed computes the same for every image."
             )
         block = next(
             self._value[a] for a in node.args if isinstance(a, fx.Node) and isinstance(self._value[a], nn.Module)
@@ -178,27 +173,24 @@ class Translation:
     # Nodes and places -------------------------------------------------------------------------------------------
 
     def call_function(self, node: fx.Node, target: Callable[..., Any], args: Any, kwargs: Any) -> fx.Node:
-        place, word = self._place(node), self._word(node)
-        inside = self._stack(node)
-        if place in self._leaves:  # whose place is a module's: this function stands beside it
+        place, word = self._places.of(node), self._word(node)
+        inside = self._places.around(node)
+        if place in self._places.leaves:  # whose place is a module's: this function stands beside it
             word = f"{place.rpartition('.')[2]}_{word}"
             inside.pop(place)
         new = self.graph.create_node("call_function", target, tuple(args), dict(kwargs), name=word)
         return self._like(new, node, inside)
 
     def call_module(self, node: fx.Node, module: nn.Module, x: Any, tensors: list[fx.Node] | None = None) -> fx.Node:
-        place = self._place(node)
+        place = self._places.of(node)
         own = self._is_all_of(place, node, module, tensors or [])
         path = self._own_path(place, module, bool(tensors)) if own else self._put(self._beside(node), module)
         name = place.replace(".", "_") if own else self._word(node)
         new = self.graph.create_node("call_module", path, (x,), {}, name=name)
-        return self._like(new, node, self._stack(node) | {path: type(module)})
+        return self._like(new, node, self._places.around(node) | {path: type(module)})
 
     def _like(self, new: fx.Node, node: fx.Node, inside: dict[str, Any]) -> fx.Node:
-        stack = self._stack(node)
-        torchs = (place for place, kind in stack.items() if place and _is_torchs_kind(kind))
-        whole = next(torchs, next(reversed(stack), ""))
-        if whole in self._leaves or (whole in self._users and _is_torchs_own(self._users[whole])):
+        if (whole := self._places.whole(node)) is not None:
             new.meta[PART_OF] = whole
         node = self._reader or node
         new.meta["val"] = node.meta.get("val")
@@ -208,11 +200,11 @@ class Translation:
 
     def _is_all_of(self, place: str, node: fx.Node, module: nn.Module, tensors: list[fx.Node]) -> bool:
         """Whether `module` stands for all of the user's module at `place`."""
-        if place not in self._leaves:
+        if place not in self._places.leaves:
             return False
         if tensors:
             return self._are_all_of(place, module, tensors)
-        return _innermost(node) in self._alone and self._is_torchs(node)
+        return self._places.is_all_of_its_module(node) and self._places.is_torchs(node)
 
     def _own_path(self, place: str, module: nn.Module, shared: bool) -> str:
         """Where a module goes that is the user's at `place`. shared: whether other calls of it may be this one."""
@@ -225,13 +217,13 @@ class Translation:
 
     def _beside(self, node: fx.Node) -> str:
         """Where a module goes that is a piece of what the user's module does, which may be replaced as a whole."""
-        place, word = self._place(node), self._word(node)
-        wanted = f"{place}_{word}" if place in self._leaves else f"{place}.{word}" if place else word
+        place, word = self._places.of(node), self._word(node)
+        wanted = f"{place}_{word}" if place in self._places.leaves else f"{place}.{word}" if place else word
         return unused(wanted, self._taken)
 
     def _are_all_of(self, place: str, module: nn.Module, tensors: list[fx.Node]) -> bool:
         """Whether `module` holds tensors of the user's module at `place`, by the names that they have there."""
-        user = self._users.get(place)
+        user = self._places.users.get(place)
         if user is None:
             return all(self._paths[tensor].rpartition(".")[0] == place for tensor in tensors)
         held = {id(self.held[tensor]) for tensor in tensors}
@@ -248,16 +240,6 @@ class Translation:
                 module._buffers[key] = value
         self._put_at.add(path)
         return path
-
-    def _called_leaves(self) -> set[str]:
-        """The places of modules that call no others, and are torch's or have tensors: each may be one module here."""
-        stacks = [self._stack(node) for node in self._program.graph.nodes if isinstance(node.target, OpOverload)]
-        holders = {name.removeprefix(self._prefix).rpartition(".")[0] for name in self._program.state_dict()}
-        innermost = {next(reversed(stack)) for stack in stacks if stack}
-        outer = {place for stack in stacks for place in list(stack)[:-1]}
-        torchs = {place for stack in stacks for place, kind in stack.items() if _is_torchs_kind(kind)}
-        around = {".".join(parts[:count]) for parts in (h.split(".") for h in holders) for count in range(len(parts))}
-        return {place for place in innermost & (torchs | holders) - outer - around if place}
 
     def _container(self, place: str) -> nn.Module:
         found: Any = self.root
@@ -276,30 +258,8 @@ class Translation:
             if place not in self._put_at and (name in holder._parameters or name in holder._buffers):
                 delattr(holder, name)
 
-    def _stack(self, node: fx.Node) -> dict[str, Any]:
-        """The user's modules around a node, from outside: place -> class."""
-        entries = (node.meta.get("nn_module_stack") or {}).values()
-        found: dict[str, Any] = {}
-        for path, kind in entries:
-            inside = self._prefix[:-1]
-            if path == inside or path.startswith(self._prefix) or not self._prefix:
-                found[path.removeprefix(inside).removeprefix(".") if inside else path] = kind
-        return found
-
-    def _place(self, node: fx.Node) -> str:
-        return next(reversed(self._stack(node)), "")
-
-    def _is_torchs(self, node: fx.Node) -> bool:
-        return _is_torchs_kind(next(reversed(self._stack(node).values()), ""))
-
     def _word(self, node: fx.Node) -> str:
         return self._other_word or word_of(self._reader or node)
-
-
-def _is_torchs_kind(kind: Any) -> bool:
-    """kind: a class, or its full name."""
-    name = kind if isinstance(kind, str) else f"{kind.__module__}."
-    return name.startswith("torch.nn.") and "Sequential" not in name
 
 
 def _bring_into_order(network: nn.Module, like: nn.Module) -> None:
@@ -314,13 +274,3 @@ def _bring_into_order(network: nn.Module, like: nn.Module) -> None:
 
 def _itself(value: Any) -> Any:
     return value
-
-
-def _is_torchs_own(module: nn.Module) -> bool:
-    """Whether a module is one of torch's kinds, which is one operator and no container."""
-    return type(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.Sequential)
-
-
-def _innermost(node: fx.Node) -> str | None:
-    """The key of the call of the innermost module, which is another one for each call."""
-    return next(reversed(node.meta.get("nn_module_stack") or {}), None)
