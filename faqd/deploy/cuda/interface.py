@@ -1,7 +1,12 @@
-"""What this project asks of CUDA: one GPU, buffers, copies, a stream, events, a graph. cuda.py does it."""
+"""What this project asks of CUDA: one GPU, buffers, copies, a stream, events, a graph.
+
+cuda_bindings.py and pycuda.py do it, each over the binding of its name; cuda.py takes one of them. The bindings are
+imported when a `Cuda` is made, so these modules load on a machine without either.
+"""
 
 from __future__ import annotations
 
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from faqd.errors import UserError
+from faqd.errors import UserError, first_line
 
 INSTALL = "pip install 'faqd[device]' (cuda-bindings), or 'faqd[pycuda]' (compiled on this machine)"
 DRIVER = (
@@ -141,3 +146,14 @@ def driver_version() -> str | None:
 
 def cuda_version(number: int) -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
+
+
+class NotInstalled(Exception):
+    """A binding cannot be imported; the next one may."""
+
+
+def imported(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise NotInstalled(first_line(error)) from error
