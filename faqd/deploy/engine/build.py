@@ -18,6 +18,7 @@ from typing import Any
 from faqd import __version__
 from faqd.deploy.cuda import cuda
 from faqd.deploy.engine.kernels import Kernel, kernels_from_inspector, kernels_from_log, not_int8, products
+from faqd.deploy.engine.network import NotBuilt, float_type, input_shapes, is_quantized, layers_in, parsed, tensor_facts
 from faqd.deploy.engine.options import (
     BuildOptions,
     Profile,
@@ -32,12 +33,9 @@ from faqd.deploy.engine.trt import (
     INSTALL,
     Builder,
     IBuilderConfig,
-    ILayer,
     ILogger,
     INetworkDefinition,
-    ITensor,
     Messages,
-    ParserError,
     Plan,
     TensorRT,
     builder_here,
@@ -48,11 +46,6 @@ from faqd.errors import UserError
 from faqd.files import write_json, written_beside
 
 _PRODUCTS = ("CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY", "EINSUM")
-_FLOAT_TYPES = {"HALF": "fp16", "BF16": "bf16"}
-
-
-class NotBuilt(UserError):
-    """TensorRT runs here, and does not take this file."""
 
 
 def engine_from_onnx(
@@ -81,11 +74,10 @@ def engine_from_onnx(
     with heard(trt) as (log, messages):
         builder = new_builder(trt, log, messages)
         config = builder.create_builder_config()
-        network = builder.create_network(_network_flags(trt))
-        _parse(trt, onnx, content, network, log, messages)
-        shapes = profiles(_input_shapes(network), options, onnx)
+        network = parsed(trt, builder, onnx, content, log, messages)
+        shapes = profiles(input_shapes(network), options, onnx)
         _configure(trt, builder, network, config, options, shapes)
-        line = trtexec_line(trt, onnx, engine, options, shapes, _is_quantized(network))
+        line = trtexec_line(trt, onnx, engine, options, shapes, is_quantized(network))
         say(f"{engine.name}: the same with NVIDIA's tool: {line}")
         with _timing_cache(trt, config, options), watched(engine.name, say) as watch:
             plan = interruptible(trt, config, watch, lambda: builder.build_serialized_network(network, config))
@@ -102,14 +94,14 @@ def engine_from_onnx(
         "builder": {"name": trt.name, "version": trt.version},
         "platform": {"system": platform.system(), "architecture": platform.machine()},
         "typing": "strong" if trt.strongly_typed else "weak",
-        "float_type": _float_type(trt, network),
+        "float_type": float_type(trt, network),
         "options": options.to_json(),
         "shapes": {name: profile.to_json() for name, profile in shapes.items()},
         "trtexec": line,
         "gpu": None if device is None else asdict(device),
         "no_gpu_because": no_device or None,
-        "inputs": [_tensor(network.get_input(i)) for i in range(network.num_inputs)],
-        "outputs": [_tensor(network.get_output(i)) for i in range(network.num_outputs)],
+        "inputs": [tensor_facts(network.get_input(i)) for i in range(network.num_inputs)],
+        "outputs": [tensor_facts(network.get_output(i)) for i in range(network.num_outputs)],
         "int8": _int8(network, kernels, expected_int8),
         "layers": [kernel.to_json() for kernel in kernels],
         "layers_read_from": read_from,
@@ -146,42 +138,14 @@ def new_builder(trt: TensorRT, log: ILogger, messages: Messages) -> Builder:
         ) from error
 
 
-def _network_flags(trt: TensorRT) -> int:
-    return 1 << int(trt.module.NetworkDefinitionCreationFlag.STRONGLY_TYPED) if trt.strongly_typed else 0
-
-
 def _allow_small_types(trt: TensorRT, network: INetworkDefinition, config: IBuilderConfig) -> None:
     """Before 10.12 the types are the builder's choice: without these flags it ignores Q/DQ and FP16."""
     if trt.strongly_typed:
         return
     flags = trt.module.BuilderFlag
     config.set_flag(flags.FP16)
-    if _is_quantized(network):
+    if is_quantized(network):
         config.set_flag(flags.INT8)
-
-
-def _is_quantized(network: INetworkDefinition) -> bool:
-    return any(layer.type.name == "QUANTIZE" for layer in _layers(network))
-
-
-def _parse(
-    trt: TensorRT, onnx: Path, content: bytes, network: INetworkDefinition, log: ILogger, messages: Messages
-) -> None:
-    parser = trt.module.OnnxParser(network, log)
-    read = parser.parse(content)
-    if parser.num_errors:
-        raise NotBuilt(f"{onnx}: {trt} refuses it: {_parser_error(parser.get_error(0))}")
-    # Bytes that are no ONNX at all can count as a network without nodes.
-    if not read or network.num_outputs == 0:
-        why = f": {messages.why()}" if messages.errors else ""
-        raise NotBuilt(f"{onnx}: {trt} finds no network in it{why}. The file is damaged; export it again.")
-
-
-def _parser_error(error: ParserError) -> str:
-    text = " ".join(str(error.desc()).split())
-    if not error.node_operator():
-        return f"{text} The file is damaged or cut short; export it again."
-    return f"node {error.node_name() or '(without a name)'} ({error.node_operator()}): {text.rstrip('.')}."
 
 
 def _configure(
@@ -254,7 +218,7 @@ def _kernels(
 def _int8(network: INetworkDefinition, kernels: list[Kernel], expected: Sequence[str] | None) -> dict[str, Any]:
     """What became of each convolution and matrix product of the network. `expected` and `missing` are null where
     nobody said which should be INT8."""
-    nodes = [(layer.name, layer.type.name.lower()) for layer in _layers(network) if layer.type.name in _PRODUCTS]
+    nodes = [(layer.name, layer.type.name.lower()) for layer in layers_in(network) if layer.type.name in _PRODUCTS]
     found = products(nodes, kernels)
     built = [product["node"] for product in found if product["int8"]]
     return {
@@ -300,29 +264,3 @@ def _report(record: dict[str, Any], say: Say) -> None:
         f"{name}: {record['engine']['bytes'] / 1e6:.2f} MB, {int8['built']} of {len(int8['products'])} "
         f"convolutions and matrix products in INT8, the rest {record['float_type']}"
     )
-
-
-def _float_type(trt: TensorRT, network: INetworkDefinition) -> str:
-    """The type of what is not quantized: the smallest float type that any layer puts out."""
-    if not trt.strongly_typed:
-        return "fp16 or fp32"  # The builder chooses per layer.
-    types = {
-        layer.get_output(index).dtype.name
-        for layer in _layers(network)
-        for index in range(layer.num_outputs)
-        if layer.get_output(index) is not None
-    }
-    return next((word for name, word in _FLOAT_TYPES.items() if name in types), "fp32")
-
-
-def _layers(network: INetworkDefinition) -> list[ILayer]:
-    return [network.get_layer(index) for index in range(network.num_layers)]
-
-
-def _input_shapes(network: INetworkDefinition) -> dict[str, tuple[int, ...]]:
-    tensors = (network.get_input(index) for index in range(network.num_inputs))
-    return {tensor.name: tuple(tensor.shape) for tensor in tensors}
-
-
-def _tensor(tensor: ITensor) -> dict[str, Any]:
-    return {"name": tensor.name, "shape": list(tensor.shape), "dtype": tensor.dtype.name.lower()}

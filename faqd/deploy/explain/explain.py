@@ -17,7 +17,8 @@ from typing import Any
 import onnx
 
 from faqd.bundle import MANIFEST, STUDENT_TENSORRT, load_bundle
-from faqd.deploy.engine.build import NotBuilt, engine_from_onnx
+from faqd.deploy.engine.build import engine_from_onnx
+from faqd.deploy.engine.network import NotBuilt
 from faqd.deploy.engine.options import BuildOptions
 from faqd.deploy.engine.record import engine_name, read_record, record_path
 from faqd.deploy.engine.trt import installed

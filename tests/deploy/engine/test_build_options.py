@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from faqd.deploy.engine import build as engine
+from faqd.deploy.engine.network import network_flags
 from faqd.deploy.engine.options import (
     BuildOptions,
     Profile,
@@ -157,7 +158,7 @@ def test_the_weakly_typed_fallback_is_taken_below_10_12_only(version: str, quant
     engine._allow_small_types(trt, network, SimpleNamespace(set_flag=flags.append))
     weak = version in ("10.3", "10.7")
     assert flags == (["FP16", *(["INT8"] if quantized else [])] if weak else [])
-    assert engine._network_flags(trt) == (0 if weak else 1)
+    assert network_flags(trt) == (0 if weak else 1)
     line = trtexec_line(trt, ONNX, Path("net.engine"), BuildOptions(), {}, quantized)
     assert ("--fp16" in line, "--int8" in line) == (weak, weak and quantized)
     assert ("--stronglyTyped" in line) == (version in ("10.12", "10.13", "10.16"))  # 11 knows nothing else.
