@@ -98,6 +98,7 @@ def distill(recipe: str, teacher: str, teacher_weights: Path | None, json_target
     from faqd.train.loop.distributed import joined
     from faqd.train.recipes import distill_recipe, overridden
     from faqd.train.run.lesson import lesson_from
+    from faqd.train.run.plan import with_seeds
 
     data, out, device, resume, deadline = data_values(options), *place_values(options)
     taps, seeds = list(options.pop("taps")) or None, options.pop("seeds")
@@ -110,7 +111,7 @@ def distill(recipe: str, teacher: str, teacher_weights: Path | None, json_target
         say = _say if world.leads else _silent
         source = {**data, "source": base.data}
         lesson = lesson_from(teacher, teacher_weights, source, with_labels=base.label_weight > 0, say=say)
-        seeded = distillation.with_seeds(variants, seeds, lesson.teacher)
+        seeded = with_seeds(variants, seeds, lesson.teacher)
         names = [f"w{each.weight_bits}a{each.act_bits}-s{each.training.seed}" for each in seeded]
         runs = [out / name for name in names] if len(seeded) > 1 else [out]
         records = distillation.distill(

@@ -20,27 +20,25 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from faqd.bundle import floats_in_words
 from faqd.errors import UserError
 from faqd.quant import FLOAT_BITS
 from faqd.quantize import nodes
 from faqd.quantize.calibrate import calibrate
 from faqd.quantize.capture.capture import capture
 from faqd.quantize.convert import collect_output_scales
-from faqd.quantize.int8_share import floats_of
 from faqd.quantize.student import Student
 from faqd.train.data.datasets import Say
 from faqd.train.data.doubts import question_taps
 from faqd.train.loop.batches import Batches, Images, splits_on
+from faqd.train.loop.calibration_images import calibration_batches
 from faqd.train.loop.distributed import World
 from faqd.train.loop.fit import finish, fit
 from faqd.train.loop.progress import reporting
-from faqd.train.loop.select import Answers, Measure, kept_sentence, mean_losses, users_measure
+from faqd.train.loop.select import Answers, kept_sentence, mean_losses
 from faqd.train.loop.teacher_forward import dtype_effect, target_of
 from faqd.train.loop.trainee import Job, select_losses
 from faqd.train.losses.heads import Heads, heads_from, heads_of
-from faqd.train.losses.objective import Pairs, distances_to, distill_job
-from faqd.train.losses.taps import tap_costs, tap_names, tap_pairs
+from faqd.train.losses.objective import distances_to, distill_job
 from faqd.train.networks.own_tensors import own_tensors
 from faqd.train.networks.tensor_files import write_tensors
 from faqd.train.recipes import DistillRecipe, TeacherDtype, recipe_json, relative_rate
@@ -54,10 +52,9 @@ from faqd.train.run.folder import (
     read_record,
 )
 from faqd.train.run.lesson import Lesson, Teacher
-from faqd.train.run.plan import Plan, has_affinity, plan_of
-from faqd.train.run.student import new_student, start_of
+from faqd.train.run.plan import Plan, plan_of
+from faqd.train.run.pupil import Pupil, measure_of, pupils_of, say_taps
 
-CALIBRATION_IMAGES = 512
 FLOAT64_PIXELS = 2**19
 """What a batch of the deployed student holds: its values have eight bytes, and all of a layer's are there at once."""
 CONSTANT = 1.0
@@ -132,71 +129,62 @@ def _distill_together(
     deadline: float,
     rehearse: Rehearsal | None,
 ) -> dict[Path, UserError]:
-    users = [_users_measure(plan.recipe, select) for plan in plans]
+    measures = [measure_of(plan.recipe, select) for plan in plans]
     images = train.normalised(train.pixels[:REHEARSED_IMAGES]).cpu().contiguous()
-    example = images[:2]
-    teacher_graph = capture(teacher.network, example)
-    students = [new_student(plan.recipe, plan.source, teacher, example) for plan in plans]
-    for sentence in dict.fromkeys(text for student in students for text in floats_in_words(floats_of(student))):
-        say(sentence)
-    pairs = [
-        tap_pairs(teacher_graph, student, taps) if has_affinity(plan.recipe) else []
-        for plan, student in zip(plans, students, strict=True)
-    ]
-    for plan, of_one in zip(plans, pairs, strict=True):
-        if not (of_one or plan.recipe.logit_weight or plan.recipe.label_weight):
-            raise UserError("--logit-weight 0: no feature map has one size in both networks either; see --tap.")
-    names = [tap_names(teacher_graph, *of_one) for of_one in zip(students, pairs, strict=True)]
-    training = plans[0].recipe.training
-    theirs = [theirs for of_one in pairs for theirs, _ in of_one]
-    dtype = plans[0].recipe.teacher_dtype
+    teacher_graph = capture(teacher.network, images[:2])
+    pupils = pupils_of(plans, measures, teacher, teacher_graph, images[:2], taps, say)
+    theirs = [theirs for pupil in pupils for theirs, _ in pupil.pairs]
+    training, dtype = plans[0].recipe.training, plans[0].recipe.teacher_dtype
     effect = _dtype_effect(dtype, teacher_graph, theirs, train, say, world)
     shown = target_of(teacher_graph, theirs, world.device, dtype)
     batches = Batches(train, select, training.batch_size, training.data_seed, shown, world)
-    _say_taps(plans, students, pairs, names, say)
+    say_taps(pupils, say)
     question_taps(teacher_graph, theirs, images, say)
-    for plan, student in zip(plans, students, strict=True):
-        student.network.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        method, scratch = plan.recipe.calibration, plan.recipe.init == "scratch"
-        calibrate(student, calibration_batches(train), method, batch_statistics=scratch)
-        if rehearse is not None and not (plan.out / RECORD).is_file():
-            another = None if plan.source == teacher.source else teacher.network
-            world.first(partial(rehearse, student, another, images, say))
-    heads = heads_of(teacher_graph, lambda x: shown(x).outputs, _batches_of(train, training.batch_size))
+    for pupil in pupils:
+        _calibrate(pupil, train, world.device)
+        if rehearse is not None and not (pupil.plan.out / RECORD).is_file():
+            another = None if pupil.plan.source == teacher.source else teacher.network
+            world.first(partial(rehearse, pupil.student, another, images, say))
+    heads = heads_of(teacher_graph, lambda x: shown(x).outputs, calibration_batches(train, training.batch_size))
     outputs = {"outputs": {name: head.to_json() for name, head in heads.items()}}
-    plans = [_with_rate(plan, student, heads, batches) for plan, student in zip(plans, students, strict=True)]
+    pupils = [replace(pupil, plan=_with_rate(pupil, heads, batches)) for pupil in pupils]
     with ExitStack() as locks:
         if world.leads:
-            for plan in plans:
+            for plan in (pupil.plan for pupil in pupils):
                 begin(plan.out, {**plan.record, **effect, **outputs})
                 locks.enter_context(held(plan.out))
                 write_tensors(plan.out / TEACHER_WEIGHTS, own_tensors(teacher.network))
-        # As the run began: measured with another number of threads, the last bits differ.
-        recorded = world.first(lambda: [read_record(plan.out) for plan in plans])
-        jobs = [
-            distill_job(_as_begun(plan, record), student, tapped, heads_from(record["outputs"]), measure)
-            for plan, student, tapped, record, measure in zip(plans, students, pairs, recorded, users, strict=True)
-        ]
-        if len(plans) > 1:
-            jobs = [replace(job, title=job.run.name) for job in jobs]
-        # Every start calibrates anew, resumed or not, so that these are the losses without training.
-        untrained, _ = _selected(jobs, batches)
-        failed, best = fit(jobs, batches, deadline)
-        selected, broken = _selected([job for job in jobs if job.run not in failed], batches)
-        failed |= broken
-        for plan, student, tapped in zip(plans, students, names, strict=True):
-            if plan.out not in failed:
-                results = {
-                    "taps": tapped,
-                    "select": selected[plan.out],
-                    "select_untrained": untrained.get(plan.out),
-                }
-                if plan.out in best:
-                    results["kept"] = best[plan.out].to_json()
-                    say(kept_sentence(plan.out, best[plan.out], batches.iterations(training)))
-                    if _by_distance(plan.recipe) and best[plan.out].measure >= CONSTANT:
-                        say(f"{plan.out}: {NOTHING_LEARNED}")
-                world.first(partial(_conclude, plan, student, results, train))
+        return _teach(pupils, batches, deadline, say)
+
+
+def _calibrate(pupil: Pupil, train: Images, device: torch.device) -> None:
+    student, recipe = pupil.student, pupil.plan.recipe
+    student.network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    calibrate(student, calibration_batches(train), recipe.calibration, batch_statistics=recipe.init == "scratch")
+
+
+def _teach(pupils: list[Pupil], batches: Batches, deadline: float, say: Say) -> dict[Path, UserError]:
+    """Train all of them and conclude their runs, but for those that it returns."""
+    # As the run began: measured with another number of threads, the last bits differ.
+    recorded = batches.world.first(lambda: [read_record(pupil.plan.out) for pupil in pupils])
+    jobs = [_job(pupil, record) for pupil, record in zip(pupils, recorded, strict=True)]
+    if len(jobs) > 1:
+        jobs = [replace(job, title=job.run.name) for job in jobs]
+    # Every start calibrates anew, resumed or not, so that these are the losses without training.
+    untrained, _ = _selected(jobs, batches)
+    failed, best = fit(jobs, batches, deadline)
+    selected, broken = _selected([job for job in jobs if job.run not in failed], batches)
+    failed |= broken
+    for pupil in pupils:
+        run = pupil.plan.out
+        if run not in failed:
+            results = {"taps": pupil.taps, "select": selected[run], "select_untrained": untrained.get(run)}
+            if run in best:
+                results["kept"] = best[run].to_json()
+                say(kept_sentence(run, best[run], batches.iterations(pupil.plan.recipe.training)))
+                if _by_distance(pupil.plan.recipe) and best[run].measure >= CONSTANT:
+                    say(f"{run}: {NOTHING_LEARNED}")
+            batches.world.first(partial(_conclude, pupil, results, batches.train))
     return failed
 
 
@@ -205,8 +193,9 @@ def _by_distance(recipe: DistillRecipe) -> bool:
     return recipe.select is None and not recipe.label_weight and recipe.init != "scratch"
 
 
-def _with_rate(plan: Plan, student: Student, heads: Heads, batches: Batches) -> Plan:
-    """`plan` with the rate that suits how far the untrained student is from its teacher, where none was given."""
+def _with_rate(pupil: Pupil, heads: Heads, batches: Batches) -> Plan:
+    """Its plan with the rate that suits how far the untrained student is from its teacher, where none was given."""
+    plan, student = pupil.plan, pupil.student
     if plan.recipe.training.lr is not None:
         return plan
     student.network.eval()
@@ -218,17 +207,12 @@ def _with_rate(plan: Plan, student: Student, heads: Heads, batches: Batches) -> 
     return replace(plan, recipe=recipe, record={**plan.record, "recipe": recipe_json(recipe)})
 
 
-def _as_begun(plan: Plan, record: dict[str, Any]) -> Plan:
-    training = replace(plan.recipe.training, lr=record["recipe"]["training"]["lr"])
-    return replace(plan, recipe=replace(plan.recipe, training=training))
-
-
-def _users_measure(recipe: DistillRecipe, select: Images) -> Measure | None:
-    if recipe.select is None:
-        return None
-    if recipe.init == "scratch":
-        raise UserError(f"--select {recipe.select}: a student from scratch keeps its last weights; leave it out.")
-    return users_measure(recipe.select, select.pixels.permute(0, 2, 3, 1).cpu().numpy())
+def _job(pupil: Pupil, record: dict[str, Any]) -> Job:
+    """record: of its run, which was begun."""
+    recipe = pupil.plan.recipe
+    training = replace(recipe.training, lr=record["recipe"]["training"]["lr"])
+    plan = replace(pupil.plan, recipe=replace(recipe, training=training))
+    return distill_job(plan, pupil.student, pupil.pairs, heads_from(record["outputs"]), pupil.measure)
 
 
 def _selected(jobs: list[Job], batches: Batches) -> tuple[dict[Path, dict[str, float]], dict[Path, UserError]]:
@@ -256,21 +240,11 @@ def _dtype_effect(
     return {"teacher_dtype": effect.to_json()}
 
 
-def _say_taps(plans: list[Plan], students: list[Student], pairs: list[Pairs], names: list[list[str]], say: Say) -> None:
-    said: dict[str, str] = {}
-    for plan, student, of_one, tapped in zip(plans, students, pairs, names, strict=True):
-        if plan.recipe.affinity != "none":
-            said |= zip(tapped, tap_costs(student, of_one, plan.recipe.affinity, plan.recipe.columns), strict=True)
-    for name, cost in said.items():
-        say(f"affinity tap: {name} ({cost})")
-    if any(has_affinity(plan.recipe) and not tapped for plan, tapped in zip(plans, names, strict=True)):
-        say("no affinity: no feature map has one size in both networks; --tap TEACHER=STUDENT says what to compare.")
-
-
-def _conclude(plan: Plan, student: Student, results: dict[str, Any], train: Images) -> None:
+def _conclude(pupil: Pupil, results: dict[str, Any], train: Images) -> None:
+    plan, student = pupil.plan, pupil.student
     if plan.recipe.act_bits != FLOAT_BITS:
         size = max(1, FLOAT64_PIXELS // train.pixels[0, 0].numel())
-        results["output_scales"] = collect_output_scales(student, _reported(list(_batches_of(train, size))))
+        results["output_scales"] = collect_output_scales(student, _reported(list(calibration_batches(train, size))))
     conclude(plan.out, results, student.network)
     finish(plan.out)
 
@@ -280,29 +254,3 @@ def _reported(parts: list[Tensor]) -> Iterator[Tensor]:
         for number, part in enumerate(parts, 1):
             yield part.cpu()
             report(number, {})
-
-
-def with_seeds(recipes: Sequence[DistillRecipe], count: int, teacher: Teacher) -> list[DistillRecipe]:
-    """Every recipe with `count` seeds, counted on from its own.
-
-    From scratch the seeds are those of the initial weights, and all students share one stream of batches. A student
-    that starts from trained weights draws none, so that its data seed counts on as well.
-    """
-    made = []
-    for recipe in recipes:
-        training, fresh = recipe.training, start_of(recipe, teacher) == "scratch"
-        for number in range(count):
-            data_seed = training.data_seed if fresh else training.data_seed + number
-            seeded = replace(training, seed=training.seed + number, data_seed=data_seed)
-            made.append(replace(recipe, training=seeded))
-    return made
-
-
-def calibration_batches(images: Images) -> Iterator[Tensor]:
-    return _batches_of(images, 128)
-
-
-def _batches_of(images: Images, size: int) -> Iterator[Tensor]:
-    """The images that scales are chosen on, so many at a time."""
-    for pixels in images.pixels[:CALIBRATION_IMAGES].split(size):
-        yield images.normalised(pixels)

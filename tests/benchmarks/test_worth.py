@@ -23,7 +23,7 @@ METHODS = ["float", "ptq", "qat", "kd-mse", "kd-kl", "kd-fa", "kd-ffa"]
 def few_calibration_images() -> Iterator[None]:
     """Choosing scales is most of what fourteen students cost before they train."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("faqd.train.distill.CALIBRATION_IMAGES", 32)
+        patch.setattr("faqd.train.loop.calibration_images.CALIBRATION_IMAGES", 32)
         threads = torch.get_num_threads()
         yield
         torch.set_num_threads(threads)

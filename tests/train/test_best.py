@@ -16,8 +16,8 @@ from faqd.quantize.capture.capture import capture
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.prepare import insert_quantizers
 from faqd.train.data.datasets import load_dataset
-from faqd.train.distill import calibration_batches
 from faqd.train.loop.batches import splits_on
+from faqd.train.loop.calibration_images import calibration_batches
 from faqd.train.loop.select import Best, is_due
 from faqd.train.networks.tensor_files import read_tensors
 from faqd.train.run.folder import data_options, load_teacher

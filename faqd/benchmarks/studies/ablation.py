@@ -33,9 +33,10 @@ from faqd.quantize.calibrate import calibrate
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.outputs import SINGLE, run_batches
 from faqd.train.data.datasets import DataOptions
-from faqd.train.distill import calibration_batches, distill
+from faqd.train.distill import distill
 from faqd.train.evaluate import BATCH, deployable
 from faqd.train.loop.batches import splits_on
+from faqd.train.loop.calibration_images import calibration_batches
 from faqd.train.loop.distributed import World, joined
 from faqd.train.networks.zoo import check_architecture
 from faqd.train.recipes import (

@@ -45,8 +45,9 @@ from faqd.quantize.prepare import insert_quantizers
 from faqd.quantize.student import Student
 from faqd.train.data.datasets import Split, load_dataset
 from faqd.train.data.image_files import list_images, read_images
-from faqd.train.distill import calibration_batches, distill
+from faqd.train.distill import distill
 from faqd.train.loop.batches import splits_on
+from faqd.train.loop.calibration_images import calibration_batches
 from faqd.train.loop.distributed import World
 from faqd.train.losses.distillation import LogitForm
 from faqd.train.losses.heads import Heads, distance, heads_from

@@ -49,12 +49,14 @@ from faqd.quantize.outputs import SINGLE, run_batches
 from faqd.quantize.prepare import insert_quantizers
 from faqd.train.data.cifar import load_cifar
 from faqd.train.data.datasets import DataOptions
-from faqd.train.distill import CALIBRATION_IMAGES, distill, with_seeds
+from faqd.train.distill import distill
 from faqd.train.evaluate import deployable
+from faqd.train.loop.calibration_images import CALIBRATION_IMAGES
 from faqd.train.loop.distributed import World, joined
 from faqd.train.recipes import TeacherRecipe, Training, distill_default, open_training
 from faqd.train.run.folder import WEIGHTS, network_input
 from faqd.train.run.lesson import Lesson, lesson_from
+from faqd.train.run.plan import with_seeds
 from faqd.train.run.student import load_student
 from faqd.train.teacher import train_teacher
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from faqd.train.data.doubts import refuse_kl_of_one, refuse_one_class
 from faqd.train.networks.source import NetworkSource
 from faqd.train.recipes import DistillRecipe, recipe_json, usual_training
 from faqd.train.run.folder import asked_json, data_json
-from faqd.train.run.lesson import Lesson, output_shapes
+from faqd.train.run.lesson import Lesson, Teacher, output_shapes
 from faqd.train.run.student import start_of, student_source
 
 
@@ -53,6 +54,22 @@ def plan_of(recipe: DistillRecipe, out: Path, lesson: Lesson, taps: list[str] | 
         _refuse_without_labels(lesson)
         refuse_one_class(lesson.dataset, "--label-weight")
     return Plan(recipe, out, source, _record(recipe, lesson, source, taps))
+
+
+def with_seeds(recipes: Sequence[DistillRecipe], count: int, teacher: Teacher) -> list[DistillRecipe]:
+    """Every recipe with `count` seeds, counted on from its own.
+
+    From scratch the seeds are those of the initial weights, and all students share one stream of batches. A student
+    that starts from trained weights draws none, so that its data seed counts on as well.
+    """
+    made = []
+    for recipe in recipes:
+        training, fresh = recipe.training, start_of(recipe, teacher) == "scratch"
+        for number in range(count):
+            data_seed = training.data_seed if fresh else training.data_seed + number
+            seeded = replace(training, seed=training.seed + number, data_seed=data_seed)
+            made.append(replace(recipe, training=seeded))
+    return made
 
 
 def _refuse_without_labels(lesson: Lesson) -> None:
