@@ -257,7 +257,7 @@ data_flags = section(
 
 
 def data_values(options: dict[str, Any]) -> dict[str, Any]:
-    """Take the data options out of a command's keyword arguments, as fields of train.data.DataOptions."""
+    """Take the data options out of a command's keyword arguments, as fields of train.data.options.DataOptions."""
     taken = {name: options.pop(name) for name in _DATA_NAMES}
     taken["source"], taken["root"] = _absolute(taken.pop("data")), taken.pop("data_root")
     taken["image_size"] = parse_size(taken["image_size"])

@@ -64,7 +64,7 @@ def teacher(recipe: str, json_target: str | None, **options: Any) -> None:
 
     Defaults in parentheses are those of the recipe `digits-teacher`; another recipe has its own.
     """
-    from faqd.train.data.datasets import DataOptions
+    from faqd.train.data.options import DataOptions
     from faqd.train.loop.distributed import joined
     from faqd.train.recipes import overridden, teacher_recipe
     from faqd.train.teacher import train_teacher

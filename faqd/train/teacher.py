@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from faqd.errors import UserError
-from faqd.train.data.datasets import DataOptions, Dataset, Say, load_dataset
+from faqd.train.data.datasets import Dataset, Say, load_dataset
 from faqd.train.data.doubts import question_images, refuse_one_class
+from faqd.train.data.options import DataOptions
 from faqd.train.loop.batches import Batch, Batches, Images, splits_on
 from faqd.train.loop.distributed import World
 from faqd.train.loop.fit import finish, fit

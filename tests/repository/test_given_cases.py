@@ -19,7 +19,8 @@ from faqd.quantize.capture.capture import capture
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.outputs import named_outputs
 from faqd.quantize.placement import place
-from faqd.train.data.datasets import DataOptions, load_dataset
+from faqd.train.data.datasets import load_dataset
+from faqd.train.data.options import DataOptions
 from faqd.train.networks.load_weights import load_weights
 from faqd.train.networks.source import user_source
 

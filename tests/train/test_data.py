@@ -20,8 +20,9 @@ from PIL import Image
 
 from faqd.errors import UserError
 from faqd.train.data import cifar
-from faqd.train.data.datasets import DataOptions, Dataset, Split, load_dataset, split_by_content
+from faqd.train.data.datasets import Dataset, Split, load_dataset, split_by_content
 from faqd.train.data.image_files import list_images, read_picture
+from faqd.train.data.options import DataOptions
 
 Pixels = NDArray[np.uint8]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from faqd.errors import UserError
 from faqd.preprocess import Preprocess
 from faqd.quantize.capture.capture import capture
-from faqd.train.data.datasets import Augmentation, DataOptions, Dataset, Split, load_dataset
+from faqd.train.data.datasets import Augmentation, Dataset, Split, load_dataset
 from faqd.train.data.doubts import (
     question_images,
     question_taps,

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from faqd.errors import UserError
-from faqd.train.data.datasets import DataOptions, load_dataset
+from faqd.train.data.datasets import load_dataset
 from faqd.train.data.image_files import list_images, read_images, read_picture
+from faqd.train.data.options import DataOptions
 
 
 def save(folder: Path, count: int, darker: int = 1) -> None:

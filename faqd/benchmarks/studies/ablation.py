@@ -32,7 +32,7 @@ from faqd.quant import FLOAT_BITS
 from faqd.quantize.calibrate import calibrate
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.outputs import SINGLE, run_batches
-from faqd.train.data.datasets import DataOptions
+from faqd.train.data.options import DataOptions
 from faqd.train.distill import distill
 from faqd.train.evaluate import BATCH, deployable
 from faqd.train.loop.batches import splits_on

@@ -28,7 +28,7 @@ from faqd.benchmarks.studies import iteration
 from faqd.command import Finite, run
 from faqd.errors import Paused
 from faqd.files import read_json, write_json
-from faqd.train.data.datasets import DataOptions
+from faqd.train.data.options import DataOptions
 from faqd.train.distill import distill
 from faqd.train.evaluate import evaluate_run
 from faqd.train.loop.distributed import World, joined

@@ -48,7 +48,7 @@ from faqd.quantize.config import QuantConfig
 from faqd.quantize.outputs import SINGLE, run_batches
 from faqd.quantize.prepare import insert_quantizers
 from faqd.train.data.cifar import load_cifar
-from faqd.train.data.datasets import DataOptions
+from faqd.train.data.options import DataOptions
 from faqd.train.distill import distill
 from faqd.train.evaluate import deployable
 from faqd.train.loop.calibration_images import CALIBRATION_IMAGES

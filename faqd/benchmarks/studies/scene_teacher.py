@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from faqd.benchmarks.studies.scenes import targets_of
-from faqd.train.data.datasets import Augmentation, DataOptions, Say, load_dataset
+from faqd.train.data.datasets import Augmentation, Say, load_dataset
+from faqd.train.data.options import DataOptions
 from faqd.train.loop.batches import Batch, Batches, images_on
 from faqd.train.loop.distributed import World
 from faqd.train.loop.fit import finish, fit

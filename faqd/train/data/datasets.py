@@ -7,19 +7,20 @@ sees, the order of its images included, can depend on them.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from faqd.errors import UserError
-from faqd.preprocess import Channels, Preprocess, Resize
+from faqd.preprocess import Preprocess
 from faqd.train.data import cifar
 from faqd.train.data import image_files as images
+from faqd.train.data.options import DataOptions, preprocess_of
 
 Say = Callable[[str], None]
 
@@ -79,27 +80,6 @@ class Dataset:
     skipped: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class DataOptions:
-    """What the command line says about data; None stands for what is usual for the source.
-
-    source: digits, cifar10, cifar100, tiny-imagenet, folder:PATH or npz:PATH. root: where published sets lie.
-    mean, std: 'none' for mean 0 and std 1. labels: subfolder names are the classes (folder only).
-    limit: use that many training images only; they are a random choice, the same in every run.
-    """
-
-    source: str
-    root: Path | None = None
-    image_size: tuple[int, int] | None = None
-    resize: Resize | None = None
-    channels: Channels | None = None
-    mean: tuple[float, ...] | Literal["none"] | None = None
-    std: tuple[float, ...] | Literal["none"] | None = None
-    labels: bool = False
-    download: bool = False
-    limit: int | None = None
-
-
 def load_dataset(options: DataOptions, *, with_labels: bool, say: Say = lambda _: None) -> Dataset:
     """The data set that `options` names; UserError says what is missing or wrong with it.
 
@@ -142,7 +122,7 @@ def _digits(options: DataOptions, where: str, with_labels: bool, say: Say) -> Da
     bunch = load_digits()
     # The scanner's counts are 0..16.
     grey_NHW = np.rint(bunch.images * 255 / 16).astype(np.uint8)
-    preprocess = _preprocess(options, (8, 8), "grey", DIGITS_MEAN_STD)
+    preprocess = preprocess_of(options, (8, 8), "grey", DIGITS_MEAN_STD)
     labels = bunch.target.astype(np.int64) if with_labels else None
     pool = Split(_fitted(preprocess, grey_NHW[..., None]), labels)
     # Fixed, and by RandomState: its stream is frozen, while that of numpy's Generator may change.
@@ -163,7 +143,7 @@ def _digits(options: DataOptions, where: str, with_labels: bool, say: Say) -> Da
 def _cifar(options: DataOptions, where: str, with_labels: bool, say: Say) -> Dataset:
     root = options.root or DEFAULT_ROOT
     published = cifar.load_cifar(options.source, root, download=options.download, with_labels=with_labels, say=say)
-    preprocess = _preprocess(options, (32, 32), "rgb", CIFAR_MEAN_STD[options.source])
+    preprocess = preprocess_of(options, (32, 32), "rgb", CIFAR_MEAN_STD[options.source])
     pool, test = (Split(_fitted(preprocess, images), labels) for images, labels in published.batches)
     select, train = split_by_content(pool, SHARE)
     return Dataset(
@@ -181,7 +161,7 @@ def _cifar(options: DataOptions, where: str, with_labels: bool, say: Say) -> Dat
 
 def _tiny_imagenet(options: DataOptions, where: str, with_labels: bool, say: Say) -> Dataset:
     files = images.find_tiny_imagenet(options.root or DEFAULT_ROOT)
-    preprocess = _preprocess(options, (64, 64), "rgb", TINY_IMAGENET_MEAN_STD)
+    preprocess = preprocess_of(options, (64, 64), "rgb", TINY_IMAGENET_MEAN_STD)
     code_of = {wnid: code for code, wnid in enumerate(files.classes)}
     pools: list[Split] = []
     skipped: list[str] = []
@@ -209,7 +189,7 @@ def _folder(options: DataOptions, where: str, with_labels: bool, say: Say) -> Da
     files = images.list_images(folder)
     names = images.class_names(folder, files) if options.labels and with_labels else None
     # Without --image-size the size is that of the images; what is wrong with the rest is still said before reading.
-    preprocess = _preprocess(options, (1, 1), "rgb")
+    preprocess = preprocess_of(options, (1, 1), "rgb")
     read = images.read_images(folder, files, preprocess.fit if options.image_size else None, say)
     pixels = read.pixels
     if options.image_size is None:
@@ -224,7 +204,7 @@ def _folder(options: DataOptions, where: str, with_labels: bool, say: Say) -> Da
 
 def _npz(options: DataOptions, where: str, with_labels: bool, say: Say) -> Dataset:
     pixels, labels, classes = images.read_npz(Path(where).expanduser(), with_labels=with_labels)
-    preprocess = _preprocess(options, pixels.shape[1:3], "grey" if pixels.shape[3] == 1 else "rgb")
+    preprocess = preprocess_of(options, pixels.shape[1:3], "grey" if pixels.shape[3] == 1 else "rgb")
     return _unpublished(options, preprocess, classes, Split(_fitted(preprocess, pixels), labels), ())
 
 
@@ -250,49 +230,6 @@ def _unpublished(
     # organs are not) is known only to who knows the domain.
     augmentation = Augmentation(pad=preprocess.height // 16, flip=False)
     return Dataset(options.source, preprocess, classes, train, select, evaluation, augmentation, skipped)
-
-
-def _preprocess(
-    options: DataOptions,
-    size: Sequence[int],
-    native: Channels,
-    usual: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
-) -> Preprocess:
-    """The record for a source of this size and these channels; `usual` is its mean and std where they are known."""
-    if usual is None and (options.mean is None or options.std is None):
-        raise UserError(
-            f"--data {options.source} needs --mean and --std, in units of a pixel range 0..1, as the teacher was "
-            "trained with: a silent wrong normalisation is the likeliest mistake here. For a teacher trained on "
-            "ImageNet: --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225. For pixels 0..1 as they are: "
-            "--mean none --std none."
-        )
-    channels = options.channels or native
-    mean, std = (
-        _per_channel(given, neutral, channels, native, None if usual is None else usual[index])
-        for index, (given, neutral) in enumerate(((options.mean, 0.0), (options.std, 1.0)))
-    )
-    for name, values in (("mean", mean), ("std", std)):
-        if any(abs(value) > 1 for value in values):
-            raise UserError(f"--{name} {values}: expected units of a pixel range 0..1; divide --mean and --std by 255.")
-    height, width = options.image_size or size
-    return Preprocess(height, width, mean, std, options.resize or "stretch", channels)
-
-
-def _per_channel(
-    given: tuple[float, ...] | Literal["none"] | None,
-    neutral: float,
-    channels: Channels,
-    native: Channels,
-    usual: tuple[float, ...] | None,
-) -> tuple[float, ...]:
-    if given == "none":
-        return (neutral,) * (1 if channels == "grey" else 3)
-    if given is not None:
-        return given
-    assert usual is not None
-    if native == "grey" and channels != "grey":
-        return usual * 3
-    return usual[::-1] if channels == "bgr" else usual
 
 
 def _fitted(preprocess: Preprocess, images_NHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:

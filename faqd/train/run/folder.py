@@ -22,7 +22,7 @@ from faqd import __version__
 from faqd.errors import UserError
 from faqd.files import leftovers, read_json, sha256, write_json
 from faqd.preprocess import Preprocess
-from faqd.train.data.datasets import DataOptions
+from faqd.train.data.options import DataOptions
 from faqd.train.networks.own_tensors import own_tensors, put_tensors
 from faqd.train.networks.source import NetworkSource
 from faqd.train.networks.tensor_files import read_tensors, write_tensors

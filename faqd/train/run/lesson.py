@@ -13,8 +13,9 @@ from faqd.errors import UserError, first_line
 from faqd.files import sha256
 from faqd.preprocess import Preprocess
 from faqd.quantize.outputs import named_outputs
-from faqd.train.data.datasets import DataOptions, Dataset, Say, load_dataset
+from faqd.train.data.datasets import Dataset, Say, load_dataset
 from faqd.train.data.doubts import question_images, question_teacher
+from faqd.train.data.options import DataOptions
 from faqd.train.networks.load_weights import load_weights
 from faqd.train.networks.source import NetworkSource, is_program, is_users, user_source
 from faqd.train.run.folder import data_options, finished, load_teacher, run_preprocess

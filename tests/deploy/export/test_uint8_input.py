@@ -34,7 +34,7 @@ from faqd.errors import UserError
 from faqd.files import read_json
 from faqd.preprocess import Channels, Preprocess
 from faqd.quantize.config import QuantConfig
-from faqd.train.data.datasets import DataOptions
+from faqd.train.data.options import DataOptions
 from tests.fixtures.networks import lively
 from tests.fixtures.qdq_network import SHAPE, residual_network
 

@@ -55,7 +55,7 @@ from faqd.files import read_json
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.convert import convert
 from faqd.reference import real
-from faqd.train.data.datasets import DataOptions
+from faqd.train.data.options import DataOptions
 from tests.fixtures.networks import Functional, calibrated, float_file_db, images, lively
 from tests.fixtures.toy_runs import faqd_deploy
 
