@@ -5,72 +5,43 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
-
-import numpy as np
 
 from faqd import __version__
 from faqd.benchmarks.measure import energy
-from faqd.benchmarks.measure.accuracy import classification_output, judge
+from faqd.benchmarks.measure.accuracy import classification_output
 from faqd.benchmarks.measure.clocks import Clocks
 from faqd.benchmarks.measure.environment import environment
 from faqd.benchmarks.measure.latency import (
-    AVERAGE_RUNS,
     CLOSED_LOOP,
     ONE_AHEAD,
-    PERCENTILES,
     Clock,
-    Length,
     Times,
-    interleaved,
-    speed_up,
-    stability_warnings,
-    summary,
 )
 from faqd.benchmarks.measure.networks import (
-    Array,
     Backend,
-    Network,
     bundle_record,
     check_comparable,
     entries,
-    feeds_of,
-    timed_teacher,
 )
-from faqd.benchmarks.measure.sustained import sustained
-from faqd.benchmarks.measure.sweep import sweep
+from faqd.benchmarks.measure.steps import (
+    Bench,
+    measure_accuracy,
+    measure_energy,
+    measure_latency,
+    measure_profile,
+    measure_sustained,
+    measure_sweep,
+    open_networks,
+)
+from faqd.benchmarks.measure.switches import Options
 from faqd.benchmarks.measure.user_metric import Metric, images_judged
-from faqd.benchmarks.record.gates import Gates, judged
+from faqd.benchmarks.record.gates import judged
 from faqd.benchmarks.record.read import FORMAT, VERSION
 from faqd.benchmarks.report.notes import remarks
-from faqd.benchmarks.report.trtexec_json import profile_json
 from faqd.bundle import EVAL, Bundle, Evaluation, without_fp16_teacher
 from faqd.errors import UserError
-
-EVAL_BATCH = 64
-PROFILE_RUNS = 50
-SWEEP_ROUNDS = 3
-
-
-@dataclass(frozen=True)
-class Options:
-    """The switches of a run. batch: sizes; the first one is what tables, energy, profile and gates speak of.
-
-    sustained_minutes, energy_duration_s: 0 leaves it out. power_rail: of a Jetson, instead of the module's.
-    """
-
-    batch: tuple[int, ...] = (1, 32)
-    length: Length = field(default_factory=Length)
-    percentiles: tuple[float, ...] = PERCENTILES
-    average_runs: int = AVERAGE_RUNS
-    skip_latency: bool = False
-    sweep: bool = False
-    profile: bool = False
-    sustained_minutes: float = 0.0
-    energy_duration_s: float = energy.ENERGY_S
-    power_rail: str | None = None
-    gates: Gates = field(default_factory=Gates)
 
 
 @dataclass
@@ -80,48 +51,6 @@ class Run:
     result: dict[str, Any]
     times: Times | None = None
     profile: list[dict[str, Any]] | None = None
-
-
-@dataclass
-class _Bench:
-    """What the steps of a run share. opened: the networks that can be run here, by id."""
-
-    bundles: Sequence[Bundle]
-    backend: Backend
-    options: Options
-    data: Evaluation
-    networks: list[dict[str, Any]]
-    progress: Callable[[str], None]
-    clock: Clock
-    opened: dict[str, Network] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def batch(self) -> int:
-        return self.options.batch[0]
-
-    @property
-    def ahead(self) -> bool:
-        """Whether queries can be in flight at all: onnxruntime's call returns with the result."""
-        return self.backend.gpu is not None
-
-    def students(self) -> list[dict[str, Any]]:
-        return [entry for entry in self.networks if entry["role"] == "student"]
-
-    def judged(self) -> list[dict[str, Any]]:
-        """The students; on a GPU the FP16 networks too, which may have lost something as well."""
-        return [entry for entry in self.measured() if entry["role"] == "student" or entry["weight_bits"] == 16]
-
-    @property
-    def teacher(self) -> str:
-        """The id of the one that is run."""
-        return timed_teacher(self.networks)
-
-    def measured(self) -> list[dict[str, Any]]:
-        return [entry for entry in self.networks if entry["id"] in self.opened]
-
-    def feeds(self, batch: int) -> dict[str, Array]:
-        return feeds_of(self.bundles[0], self.data, batch)
 
 
 def bench(
@@ -142,27 +71,11 @@ def bench(
     data = bundles[0].evaluation()
     meter, no_meter = _meter(backend, options)
     _check_gates(data, options, no_meter)
-    run = _Bench(bundles, backend, options, data, entries(bundles, backend.files), progress, clock)
+    run = Bench(bundles, backend, options, data, entries(bundles, backend.files), progress, clock)
     if backend.gpu and run.teacher == "teacher":
         run.notes.append(without_fp16_teacher(bundles[0]))
     clocks = Clocks(backend.gpu)
-    times = profile = None
-    with ExitStack() as stack:
-        _open(run, stack)
-        _accuracy(run, metric)
-        before = clocks.read()
-        if not options.skip_latency:
-            times = _latency(run)
-        after = clocks.read()
-        if not options.skip_latency:
-            if options.sweep:
-                _sweep(run)
-            if meter is not None:
-                _energy(run, meter)
-            if options.profile:
-                profile = _profile(run)
-            if options.sustained_minutes:
-                _sustained(run, clocks)
+    times, profile, read = _measured(run, metric, meter, clocks)
     result = {
         "format": FORMAT,
         "version": VERSION,
@@ -171,7 +84,7 @@ def bench(
         "switches": _switches(options, backend, metric),
         "backend": {"name": backend.name, **backend.facts},
         "environment": environment(),
-        "clocks": {**clocks.to_json(), "before_latency": before, "after_latency": after},
+        "clocks": {**clocks.to_json(), **read},
         "evaluation": {
             "images": len(data.images),
             "labels": data.labels is not None,
@@ -188,6 +101,31 @@ def bench(
     result["gates"] = judged(result, options.gates)
     result["notes"] = [*run.notes, *remarks(result)]
     return Run(result, times, profile)
+
+
+def _measured(
+    run: Bench, metric: Metric | None, meter: energy.Meter | None, clocks: Clocks
+) -> tuple[Times | None, list[dict[str, Any]] | None, dict[str, Any]]:
+    """All steps that are asked for. Returns what `Run` has besides the record, and how fast the clocks ran."""
+    options = run.options
+    times = profile = None
+    with ExitStack() as stack:
+        open_networks(run, stack)
+        measure_accuracy(run, metric)
+        before = clocks.read()
+        if not options.skip_latency:
+            times = measure_latency(run)
+        after = clocks.read()
+        if not options.skip_latency:
+            if options.sweep:
+                measure_sweep(run)
+            if meter is not None:
+                measure_energy(run, meter)
+            if options.profile:
+                profile = measure_profile(run)
+            if options.sustained_minutes:
+                measure_sustained(run, clocks)
+    return times, profile, {"before_latency": before, "after_latency": after}
 
 
 def _switches(options: Options, backend: Backend, metric: Metric | None) -> dict[str, Any]:
@@ -225,147 +163,3 @@ def _check_gates(data: Evaluation, options: Options, no_meter: str) -> None:
         raise UserError("--max-p99-ms needs latencies, and --skip-latency leaves them out: drop one of the two.")
     if gates.max_energy_mj is not None and no_meter:
         raise UserError(f"--max-energy-mj: no energy data on this machine: {no_meter}.")
-
-
-def _open(run: _Bench, stack: ExitStack) -> None:
-    for entry in run.networks:
-        if entry["id"] == "teacher" != run.teacher:
-            continue
-        bundle = run.bundles[entry["bundle"]]
-        reason = run.backend.missing(bundle, entry["role"])
-        if reason and entry["role"] == "student":
-            raise UserError(reason)
-        if reason:
-            run.notes.append(reason)
-        elif entry["role"] == "student" or run.backend.gpu or not run.options.skip_latency:
-            network = stack.enter_context(run.backend.open(bundle, entry["role"]))
-            start = run.clock()
-            network.run(run.feeds(1 if entry["role"] == "student" else run.batch))
-            entry["loaded"] = {**network.facts, "first_inference_ms": (run.clock() - start) * 1e3}
-            run.opened[entry["id"]] = network
-
-
-def _accuracy(run: _Bench, metric: Metric | None) -> None:
-    data = run.data
-    for entry in run.judged():
-        run.progress(f"accuracy of {entry['name']} on {len(data.images)} images")
-        bundle = run.bundles[entry["bundle"]]
-        outputs = _outputs(bundle, run.opened[entry["id"]], data)
-        try:
-            entry["accuracy"] = judge(outputs, data.teacher, data.labels, entry["name"])
-        except UserError as error:
-            if entry["role"] == "student":
-                raise
-            run.notes.append(str(error))
-            continue
-        if metric:
-            entry["metric"] = metric.of(outputs, data, bundle, entry["name"])
-    teacher = run.networks[0]
-    record = judge(data.teacher, data.teacher, data.labels, teacher["name"])
-    teacher["accuracy"] = {key: record[key] if key in ("top1", "top5") else None for key in record}
-    if metric:
-        teacher["metric"] = metric.of(data.teacher, data, run.bundles[0], teacher["name"])
-
-
-def _outputs(bundle: Bundle, network: Network, data: Evaluation) -> dict[str, Array]:
-    parts: dict[str, list[Array]] = {}
-    count = max(len(values) for values in data.teacher.values())  # dense outputs are stored for some images only
-    for start in range(0, count, EVAL_BATCH):
-        images = data.images[start : min(start + EVAL_BATCH, count)]
-        outputs = network.run({bundle.manifest["input"]["name"]: bundle.network_input(images)})
-        for name, values in outputs.items():
-            parts.setdefault(name, []).append(values)
-    return {name: np.concatenate(values) for name, values in parts.items()}
-
-
-def _latency(run: _Bench) -> Times | None:
-    """Fills latency and speed-ups in; the times of the first student at the first batch size."""
-    first: Times | None = None
-    options, student = run.options, run.students()[0]["id"]
-    for batch in options.batch:
-        submissions = 2 if run.ahead else 1
-        seconds = submissions * len(run.opened) * (options.length.duration_s + options.length.warm_up_ms / 1e3)
-        run.progress(f"latency of {len(run.opened)} networks at batch {batch}, about {seconds:.0f} s")
-        closed, graphs = _timed(run, batch, slots=1)
-        ahead = _timed(run, batch, slots=2)[0] if run.ahead else {}
-        for entry in run.measured():
-            own = closed[entry["id"]]
-            record = _summary(run, own, batch)
-            record |= {
-                "submission": CLOSED_LOOP,
-                "cuda_graph": graphs[entry["id"]],
-                "warnings": stability_warnings(record),
-                ONE_AHEAD: _summary(run, ahead[entry["id"]], batch) if run.ahead else None,
-            }
-            entry["latency"].append(record)
-            for over, baseline in (("own_float", entry["own_float"]), ("teacher", run.teacher)):
-                if baseline in closed and entry["role"] == "student":
-                    ratio = speed_up(own, closed[baseline]).to_json()
-                    entry["speed_up"].append({"batch": batch, "over": over, "baseline": baseline, **ratio})
-        first = first or (ahead or closed)[student]
-    return first
-
-
-def _timed(run: _Bench, batch: int, slots: int) -> tuple[dict[str, Times], dict[str, bool | None]]:
-    """The times of every network, and whether its kernels were launched as a CUDA graph."""
-    feeds = run.feeds(batch)
-    with ExitStack() as stack:
-        opened = {name: stack.enter_context(network.submission(feeds, slots)) for name, network in run.opened.items()}
-        graphs = {name: getattr(submission, "cuda_graph", None) for name, submission in opened.items()}
-        return interleaved(opened, run.options.length, run.clock), graphs
-
-
-def _summary(run: _Bench, times: Times, batch: int) -> dict[str, Any]:
-    return summary(times, batch, run.options.percentiles, run.options.average_runs, parts=run.ahead)
-
-
-def _sweep(run: _Bench) -> None:
-    length = run.options.length
-    short = Length(length.duration_s, length.warm_up_ms, length.iterations, min(SWEEP_ROUNDS, length.rounds))
-    image_bytes = sum(values.nbytes for values in run.feeds(1).values())
-    slots = 2 if run.ahead else 1
-    found = sweep(run.opened, run.feeds, image_bytes, slots, short, run.clock, run.progress)
-    for entry in run.measured():
-        entry["sweep"] = {"submission": ONE_AHEAD if run.ahead else CLOSED_LOOP, **found[entry["id"]]}
-
-
-def _energy(run: _Bench, meter: energy.Meter) -> None:
-    for entry in run.measured():
-        run.progress(f"energy of {entry['name']}, {run.options.energy_duration_s:g} s")
-        with run.opened[entry["id"]].submission(run.feeds(run.batch)) as submission:
-            entry["energy"] = energy.measure(
-                submission, run.batch, meter, run.options.energy_duration_s, clock=run.clock
-            )
-
-
-def _profile(run: _Bench) -> list[dict[str, Any]]:
-    for entry in run.measured():
-        run.progress(f"time per layer of {entry['name']}")
-        layers = run.opened[entry["id"]].layer_times(run.feeds(run.batch), PROFILE_RUNS)
-        table = profile_json({name: times for name, _, times in layers})
-        kinds = {name: kind for name, kind, _ in layers}
-        entry["layers"] = {
-            "batch": run.batch,
-            "count": table[0]["count"],
-            "total_ms": sum(layer["averageMs"] for layer in table[1:]),
-            "layers": [
-                {
-                    "name": layer["name"],
-                    "kind": kinds[layer["name"]],
-                    "mean_ms": layer["averageMs"],
-                    "median_ms": layer["medianMs"],
-                    "share": layer["percentage"] / 100,
-                }
-                for layer in table[1:]
-            ],
-        }
-        if entry is run.students()[0]:
-            exported = table
-    return exported
-
-
-def _sustained(run: _Bench, clocks: Clocks) -> None:
-    entry = run.students()[0]
-    run.progress(f"{entry['name']} under load for {run.options.sustained_minutes:g} minutes")
-    with run.opened[entry["id"]].submission(run.feeds(run.batch)) as submission:
-        entry["sustained"] = sustained(submission, run.batch, run.options.sustained_minutes, clocks, run.clock)

@@ -19,9 +19,8 @@ from faqd.files import write_json, written_beside
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from faqd.benchmarks.bench import Options
     from faqd.benchmarks.measure.networks import Backend
-    from faqd.benchmarks.measure.switches import Asked
+    from faqd.benchmarks.measure.switches import Asked, Options
     from faqd.benchmarks.record.gates import Gates
 
 STUDENT_ENGINE = "student.tensorrt.engine"
@@ -122,8 +121,8 @@ def _compare(a: Path, b: Path, console: Console, json_target: str | None) -> Non
 
 
 def _options(options: dict[str, Any], gates: Gates) -> Options:
-    from faqd.benchmarks.bench import Options
     from faqd.benchmarks.measure.latency import Length
+    from faqd.benchmarks.measure.switches import Options
 
     return Options(
         batch=options["batch"],

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from faqd.benchmarks.backends.sessions import OnnxruntimeBackend
-from faqd.benchmarks.bench import Options, bench
+from faqd.benchmarks.bench import bench
 from faqd.benchmarks.cli import main
 from faqd.benchmarks.measure.latency import Length
+from faqd.benchmarks.measure.switches import Options
 from faqd.benchmarks.record.gates import Gates
 from faqd.bundle import STUDENT_ONNXRUNTIME, TEACHER, load_bundle
 from faqd.deploy.onnx_model.session import OnnxSession

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from faqd.benchmarks import bench
-from faqd.benchmarks.measure import accuracy, energy, hwmon
+from faqd.benchmarks.measure import accuracy, energy, hwmon, steps
 from faqd.benchmarks.measure.clocks import Clocks
 from faqd.benchmarks.report.html import page_from_result
 from faqd.deploy.runtime.runtime import Engine
@@ -243,7 +243,7 @@ def test_a_baseline_that_overflows_has_no_accuracy_and_the_students_go_on(
             outputs = {key: values * np.inf for key, values in outputs.items()}
         return accuracy.judge(outputs, teacher, labels, name)
 
-    monkeypatch.setattr(bench, "judge", judged)
+    monkeypatch.setattr(steps, "judge", judged)
     found = record(monkeypatch, folder, tmp_path / "r.json")
     assert found["networks"][TEACHER_FP16]["accuracy"] is None and found["networks"][STUDENT]["accuracy"]
     assert any("tiny teacher FP16" in note and "not finite" in note for note in found["notes"])

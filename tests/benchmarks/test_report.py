@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 from faqd.benchmarks.backends.sessions import OnnxruntimeBackend
-from faqd.benchmarks.bench import Options, bench
+from faqd.benchmarks.bench import bench
 from faqd.benchmarks.measure.latency import Length
+from faqd.benchmarks.measure.switches import Options
 from faqd.benchmarks.record.gates import Gates
 from faqd.benchmarks.report.accuracy_latency_chart import accuracy_against_latency, latency_distribution
 from faqd.benchmarks.report.html import page_from_result

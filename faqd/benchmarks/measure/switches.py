@@ -1,10 +1,13 @@
-"""How queries are submitted and for how long: trtexec's switches and its two sets of defaults."""
+"""What a bench run measures, how queries are submitted and for how long: trtexec's switches and defaults."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from faqd.benchmarks.measure.energy import ENERGY_S
+from faqd.benchmarks.measure.latency import AVERAGE_RUNS, PERCENTILES, Length
+from faqd.benchmarks.record.gates import Gates
 from faqd.errors import UserError
 
 Preset = Literal["trtexec10", "trtexec11"]
@@ -89,3 +92,23 @@ class Asked:
                 f"{', '.join(given)} (or its opposite): onnxruntime on the CPU has no CUDA graph, no copies, "
                 "no streams and nothing to wait for; leave it out, or bench engines on a GPU."
             )
+
+
+@dataclass(frozen=True)
+class Options:
+    """The switches of a run. batch: sizes; the first one is what tables, energy, profile and gates speak of.
+
+    sustained_minutes, energy_duration_s: 0 leaves it out. power_rail: of a Jetson, instead of the module's.
+    """
+
+    batch: tuple[int, ...] = (1, 32)
+    length: Length = field(default_factory=Length)
+    percentiles: tuple[float, ...] = PERCENTILES
+    average_runs: int = AVERAGE_RUNS
+    skip_latency: bool = False
+    sweep: bool = False
+    profile: bool = False
+    sustained_minutes: float = 0.0
+    energy_duration_s: float = ENERGY_S
+    power_rail: str | None = None
+    gates: Gates = field(default_factory=Gates)

@@ -27,8 +27,9 @@ from torch import Tensor
 
 from faqd import __version__
 from faqd.benchmarks.backends.sessions import OnnxruntimeBackend
-from faqd.benchmarks.bench import Options, bench
+from faqd.benchmarks.bench import bench
 from faqd.benchmarks.measure.environment import environment
+from faqd.benchmarks.measure.switches import Options
 from faqd.benchmarks.measure.user_metric import load_metric
 from faqd.benchmarks.studies import own_networks_models as foreign_networks
 from faqd.benchmarks.studies import scenes

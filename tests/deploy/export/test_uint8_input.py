@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from faqd.benchmarks.backends.sessions import OnnxruntimeBackend
-from faqd.benchmarks.bench import Options, bench
+from faqd.benchmarks.bench import bench
 from faqd.benchmarks.measure.latency import Length
+from faqd.benchmarks.measure.switches import Options
 from faqd.bundle import FLOAT_STUDENT_FP16, STUDENT_ONNXRUNTIME, STUDENT_TENSORRT, TEACHER, Bundle
 from faqd.deploy.bundle_facts import BundleOptions
 from faqd.deploy.engine.bundle_engines import build_bundle
