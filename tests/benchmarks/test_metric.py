@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from faqd.benchmarks.measure.user_metric import load_metric
+from faqd.train.networks.source import user_function
 from tests.benchmarks.test_bench import call
 from tests.fixtures.tiny_bundles import make_bundle
 
@@ -117,3 +119,17 @@ def test_what_goes_wrong_is_a_sentence_with_its_line(
     assert call(monkeypatch, bundle, "--skip-latency", "--metric", spec) == 2
     error = capsys.readouterr().err
     assert said in error and "Traceback" not in error and len(error.splitlines()) == 1
+
+
+def test_a_file_is_executed_once_and_may_import_what_lies_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "beside_the_metric.py").write_text("EXECUTED = []\n")
+    file = tmp_path / "counting.py"
+    file.write_text(
+        "from beside_the_metric import EXECUTED\n"
+        "EXECUTED.append(__name__)\n"
+        "def score(outputs, eval): return {'executed': len(EXECUTED)}\n"
+        "def other(outputs, eval): return {'executed': len(EXECUTED)}\n"
+    )
+    metric, other = load_metric(f"{file}:score"), load_metric(f"{file}:other")
+    select = user_function(f"{file}:score", "--select")
+    assert metric.function({}, {}) == other.function({}, {}) == select({}, {}) == {"executed": 1}

@@ -22,6 +22,7 @@ from faqd.train.data.doubts import (
     refuse_kl_of_one,
     refuse_one_class,
 )
+from faqd.train.data.options import DataOptions
 from tests.fixtures.toy_runs import User, faqd_train, new_user
 
 

@@ -7,9 +7,7 @@ names to numbers. The arrays are read-only: copy what you want to change.
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from numpy.typing import NDArray
 from faqd.bundle import Bundle, Evaluation
 from faqd.errors import UserError, first_line
 from faqd.files import sha256
+from faqd.user_file import executed, importable
 
 Array = NDArray[Any]
 
@@ -84,19 +83,21 @@ def load_metric(spec: str) -> Metric:
         raise UserError(f"--metric {spec}: expected FILE.py:function.")
     if not path.is_file():
         raise UserError(f"--metric {spec}: no such file {path}.")
-    module_spec = importlib.util.spec_from_file_location(f"_faqd_metric_{path.stem}", path)
-    assert module_spec is not None and module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_spec.name] = module  # Dataclasses of the file look their module up there.
-    try:
-        module_spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # whatever the user's file raises
-        raise UserError(f"--metric {spec}: importing it failed: {_where(error, path)}") from error
+    digest = sha256(path)
+
+    def importing(execute: Callable[[], None]) -> None:
+        try:
+            execute()
+        except (Exception, SystemExit) as error:  # whatever the user's file raises
+            raise UserError(f"--metric {spec}: importing it failed: {_where(error, path)}") from error
+
+    with importable(path.resolve()):
+        module = executed(path.resolve(), digest, importing)
     function = getattr(module, name, None)
     if not callable(function):
         there = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise UserError(f"--metric {spec}: no function {name} there; it has {', '.join(there) or 'none'}.")
-    return Metric(spec, path, sha256(path), function)
+    return Metric(spec, path, digest, function)
 
 
 def _read_only(values: Any) -> Any:

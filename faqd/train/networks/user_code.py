@@ -1,17 +1,16 @@
-"""The user's file, FILE.py:callable: executed once in a process, and the network that it builds."""
+"""What the user's file, FILE.py:callable, gives a training: the network that it builds, or a function."""
 
 from __future__ import annotations
 
 import copy
-import importlib.util
 import inspect
 import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,13 +21,10 @@ from torch.optim.swa_utils import AveragedModel
 
 from faqd.errors import UserError, first_line
 from faqd.quantize.capture.program import as_plain_modules, is_exported
+from faqd.user_file import executed, importable
 
-_executed: dict[tuple[Path, str], ModuleType] = {}
-"""By path and SHA-256: a file that registers an operator, or a model by its name, can be executed only once."""
 _left_in: dict[Path, Path] = {}
 """The working folder that a file chose when it was executed: what it does later may count on it."""
-_neighbours: dict[Path, dict[str, ModuleType]] = {}
-"""Modules that files of the user imported from beside themselves, by folder and name."""
 
 
 def users_network(path: Path, name: str, sha256: str, example: Tensor) -> nn.Module:
@@ -36,8 +32,8 @@ def users_network(path: Path, name: str, sha256: str, example: Tensor) -> nn.Mod
 
     Lazy modules get their sizes from `example` (N, C, H, W). UserError says what of the user's fails.
     """
-    with _importable(path):
-        build = getattr(_module(path, sha256), name, None)
+    with importable(path):
+        build = getattr(executed(path, sha256, _importing(path)), name, None)
         if not callable(build):
             raise UserError(f"{path}: has no callable named {name}.")
         needed = _needed_arguments(build)
@@ -63,24 +59,15 @@ def users_network(path: Path, name: str, sha256: str, example: Tensor) -> nn.Mod
 def users_function(path: Path, name: str, sha256: str, asked: str) -> Callable[..., Any]:
     """The function `name` of the file; what it raises comes as a UserError with its line. asked: the option and its
     value, for the sentence where there is no such function."""
-    with _importable(path):
-        function = getattr(_module(path, sha256), name, None)
+    with importable(path):
+        function = getattr(executed(path, sha256, _importing(path)), name, None)
     if not callable(function):
         raise UserError(f"{asked}: {path} has no function of that name; name one that it has.")
     return lambda *arguments: _run_of_the_user(path, f"{name}()", lambda: function(*arguments))
 
 
-def _module(path: Path, sha256: str) -> ModuleType:
-    if (path, sha256) not in _executed:
-        name = f"faqd_user_{path.stem}_{len(_executed)}"
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None and spec.loader is not None
-        # Dataclasses and pickle look their module up there.
-        module = sys.modules[name] = importlib.util.module_from_spec(spec)
-        loader = spec.loader
-        _run_of_the_user(path, "importing it", lambda: loader.exec_module(module))
-        _executed[path, sha256] = module
-    return _executed[path, sha256]
+def _importing(path: Path) -> Callable[[Callable[[], None]], None]:
+    return partial(_run_of_the_user, path, "importing it")
 
 
 def _unwrapped(built: Any) -> Any:
@@ -106,30 +93,6 @@ def _another(network: nn.Module) -> nn.Module:
         return copy.deepcopy(network)
     except Exception:  # of whatever the user's modules hold
         return network
-
-
-@contextmanager
-def _importable(path: Path) -> Iterator[None]:
-    """Lets what lies beside the file be imported in the block, whatever other files imported under those names."""
-    folder = path.parent
-    for other, modules in _neighbours.items():
-        for name in [name for name in modules if other != folder and _lies_in(folder, name)]:
-            sys.modules.pop(name, None)
-    sys.modules.update(_neighbours.get(folder, {}))
-    before = set(sys.modules)
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        if str(folder) in sys.path:
-            sys.path.remove(str(folder))
-        new = {name: sys.modules[name] for name in set(sys.modules) - before if _lies_in(folder, name)}
-        _neighbours.setdefault(folder, {}).update(new)
-
-
-def _lies_in(folder: Path, module: str) -> bool:
-    top = folder / module.partition(".")[0]
-    return top.is_dir() or top.with_suffix(".py").is_file()
 
 
 @contextmanager

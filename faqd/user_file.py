@@ -1,0 +1,54 @@
+"""The user's file, FILE.py:callable: executed once in a process, whoever asks for it."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+_executed: dict[tuple[Path, str], ModuleType] = {}
+"""By path and SHA-256: a file that registers an operator, or a model by its name, can be executed only once."""
+_neighbours: dict[Path, dict[str, ModuleType]] = {}
+"""Modules that files of the user imported from beside themselves, by folder and name."""
+
+
+def executed(path: Path, sha256: str, run: Callable[[Callable[[], None]], None]) -> ModuleType:
+    """The module that a file is, by its resolved path; within `importable`. sha256: of the file. run: calls what
+    executes it, and makes a UserError of what that raises."""
+    if (path, sha256) not in _executed:
+        name = f"faqd_user_{path.stem}_{len(_executed)}"
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        # Dataclasses and pickle look their module up there.
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        loader = spec.loader
+        run(lambda: loader.exec_module(module))
+        _executed[path, sha256] = module
+    return _executed[path, sha256]
+
+
+@contextmanager
+def importable(path: Path) -> Iterator[None]:
+    """Lets what lies beside the file be imported in the block, whatever other files imported under those names."""
+    folder = path.parent
+    for other, modules in _neighbours.items():
+        for name in [name for name in modules if other != folder and _lies_in(folder, name)]:
+            sys.modules.pop(name, None)
+    sys.modules.update(_neighbours.get(folder, {}))
+    before = set(sys.modules)
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        if str(folder) in sys.path:
+            sys.path.remove(str(folder))
+        new = {name: sys.modules[name] for name in set(sys.modules) - before if _lies_in(folder, name)}
+        _neighbours.setdefault(folder, {}).update(new)
+
+
+def _lies_in(folder: Path, module: str) -> bool:
+    top = folder / module.partition(".")[0]
+    return top.is_dir() or top.with_suffix(".py").is_file()
