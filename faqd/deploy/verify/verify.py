@@ -67,31 +67,10 @@ def verification(bundle: Bundle) -> dict[str, Any]:
     evaluation = bundle.evaluation()
     inputs, driven = probe_inputs(evaluation.images, bundle.preprocess.normalise)
     images = bundle.network_input(evaluation.images[: agreement_images(evaluation.teacher)])
-    results: dict[str, dict[str, Any]] = {}
-    outputs: dict[Target, Outputs] = {}
-    record: dict[str, Any] = {
-        "format": FORMAT,
-        "version": VERSION,
-        "manifest_sha256": sha256(bundle.folder / names.MANIFEST),
-        "onnx_sha256": {name: bundle.manifest["files"][name]["sha256"] for name in bundle.onnx_files()},
-        "cpu": {"model": cpu_model(), "instruction_sets": instruction_sets(), "kind": cpu_kind()},
-        "onnxruntime": onnxruntime_version,
-        "probe_images": len(inputs),
-        "driven_probes": driven,
-        "flavours": results,
-        "as_trained": bundle.manifest.get("as_trained"),
-        "rounding": bundle.manifest.get("rounding"),
-    }
+    record = _facts(bundle, len(inputs), driven)
     failures: list[str] = []
     own: dict[str, list[str]] = {}
-    for flavour in flavours_in(bundle):
-        trace, results[flavour], modes = _verify_flavour(bundle, flavour, inputs, driven)
-        own[flavour] = [f"{flavour}: {text}" for text in results[flavour]["failures"]]
-        outputs[flavour] = outputs_of(OnnxSession(bundle.path(FILES[flavour]), optimise=modes[-1]), images)
-        if flavour == "tensorrt":
-            half = record["float16"] = verify_float16(bundle, trace, images, outputs[flavour])
-            half["failures"] += float16_failures(outputs[flavour], evaluation.teacher, half["outputs"])
-            own[flavour] += half["failures"]
+    outputs = _verify_flavours(bundle, record, own, inputs, driven, images, evaluation.teacher)
     if bundle.takes_pixels:
         record["preprocessing"] = _verify_preprocessing(bundle, evaluation.images[:PIXEL_PROBES])
         for name, compared in record["preprocessing"].items():
@@ -111,11 +90,52 @@ def verification(bundle: Bundle) -> dict[str, Any]:
         own[flavour] += [f"{flavour}: {text}" for text in texts]
     failures += _verify_float_networks(bundle, record, inputs, driven, images)
     failures += _evaluation_failures(bundle, images, evaluation.teacher)
-    for name, result in results.items():
+    for name, result in record["flavours"].items():
         result["passed"] = not failures and not own[name]
     record["failures"] = [text for texts in own.values() for text in texts] + failures
     record["passed"] = not record["failures"]
     return record
+
+
+def _facts(bundle: Bundle, probes: int, driven: int) -> dict[str, Any]:
+    """What the record says of the bundle, the probes and this machine; of the flavours nothing yet."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "manifest_sha256": sha256(bundle.folder / names.MANIFEST),
+        "onnx_sha256": {name: bundle.manifest["files"][name]["sha256"] for name in bundle.onnx_files()},
+        "cpu": {"model": cpu_model(), "instruction_sets": instruction_sets(), "kind": cpu_kind()},
+        "onnxruntime": onnxruntime_version,
+        "probe_images": probes,
+        "driven_probes": driven,
+        "flavours": {},
+        "as_trained": bundle.manifest.get("as_trained"),
+        "rounding": bundle.manifest.get("rounding"),
+    }
+
+
+def _verify_flavours(
+    bundle: Bundle,
+    record: dict[str, Any],
+    own: dict[str, list[str]],
+    inputs: NDArray[np.float32],
+    driven: int,
+    images: NDArray[Any],
+    teacher: Outputs,
+) -> dict[Target, Outputs]:
+    """Adds what was found of the student's files to the record, and what failed of each to `own`; returns their
+    outputs for `images`."""
+    outputs: dict[Target, Outputs] = {}
+    for flavour in flavours_in(bundle):
+        trace, result, modes = _verify_flavour(bundle, flavour, inputs, driven)
+        record["flavours"][flavour] = result
+        own[flavour] = [f"{flavour}: {text}" for text in result["failures"]]
+        outputs[flavour] = outputs_of(OnnxSession(bundle.path(FILES[flavour]), optimise=modes[-1]), images)
+        if flavour == "tensorrt":
+            half = record["float16"] = verify_float16(bundle, trace, images, outputs[flavour])
+            half["failures"] += float16_failures(outputs[flavour], teacher, half["outputs"])
+            own[flavour] += half["failures"]
+    return outputs
 
 
 def _verify_flavour(

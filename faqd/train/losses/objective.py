@@ -39,35 +39,8 @@ def distill_job(
     of --select, instead of the distance of the outputs, or of the whole loss where labels count.
     """
     recipe = plan.recipe
-
-    def losses(answer: Any, batch: Batch, generator: torch.Generator) -> Losses:
-        outputs, maps = answer
-        target = batch.target
-        assert target is not None
-        terms: Losses = {}
-        if recipe.logit_weight:
-            found = _logit_distances(recipe, named_outputs(outputs), target, heads)
-            for name, value in found.items():
-                terms["logit" if len(found) == 1 else f"logit {name}"] = recipe.logit_weight * value
-        if recipe.affinity != "none" and pairs:
-            terms["affinity"] = recipe.affinity_weight * _affinity(recipe, maps, target, pairs, generator)
-        if recipe.label_weight:
-            assert batch.labels is not None
-            # Autocast leaves the outputs in half precision.
-            terms["label"] = recipe.label_weight * functional.cross_entropy(outputs.float(), batch.labels)
-        return terms
-
-    def measure(answers: Answers) -> float:
-        if recipe.label_weight:
-            return sum(mean_losses(answers, losses, recipe.training.data_seed).values())
-        values = mean_losses(answers, distances_to(heads), recipe.training.data_seed).values()
-        return sum(values) / len(values)
-
-    network: nn.Module = nodes.with_taps(student.network, [ours for _, ours in pairs])
-    if recipe.adaptors and pairs:
-        shapes = {node.name: nodes.shape(node) for node in student.network.graph.nodes if nodes.is_tensor(node)}
-        device = next(student.network.parameters()).device
-        network = Adapted(network, [shapes[ours][1] for _, ours in pairs], device)
+    network = _answering(student, recipe, pairs)
+    losses = _losses_of(recipe, pairs, heads)
     quantizers = student.quantizers().values()
     decayed, free = decay_groups(network)
     relative = recipe.training.optimizer == "relative"
@@ -88,8 +61,55 @@ def distill_job(
         all_used=bool(recipe.logit_weight or recipe.label_weight),
         autocast=AUTOCAST[recipe.autocast],
         balanced={"logit": recipe.logit_weight, "affinity": recipe.affinity_weight} if relative else {},
-        measure=None if heads is None or recipe.init == "scratch" else users or measure,
+        measure=None if heads is None or recipe.init == "scratch" else users or _measure_of(recipe, losses, heads),
     )
+
+
+def _answering(student: Student, recipe: DistillRecipe, pairs: Pairs) -> nn.Module:
+    """The student, which gives its outputs and the maps of the pairs."""
+    network: nn.Module = nodes.with_taps(student.network, [ours for _, ours in pairs])
+    if recipe.adaptors and pairs:
+        shapes = {node.name: nodes.shape(node) for node in student.network.graph.nodes if nodes.is_tensor(node)}
+        device = next(student.network.parameters()).device
+        network = Adapted(network, [shapes[ours][1] for _, ours in pairs], device)
+    return network
+
+
+def _losses_of(
+    recipe: DistillRecipe, pairs: Pairs, heads: Heads | None
+) -> Callable[[Any, Batch, torch.Generator], Losses]:
+    def losses(answer: Any, batch: Batch, generator: torch.Generator) -> Losses:
+        outputs, maps = answer
+        target = batch.target
+        assert target is not None
+        terms: Losses = {}
+        if recipe.logit_weight:
+            found = _logit_distances(recipe, named_outputs(outputs), target, heads)
+            for name, value in found.items():
+                terms["logit" if len(found) == 1 else f"logit {name}"] = recipe.logit_weight * value
+        if recipe.affinity != "none" and pairs:
+            terms["affinity"] = recipe.affinity_weight * _affinity(recipe, maps, target, pairs, generator)
+        if recipe.label_weight:
+            assert batch.labels is not None
+            # Autocast leaves the outputs in half precision.
+            terms["label"] = recipe.label_weight * functional.cross_entropy(outputs.float(), batch.labels)
+        return terms
+
+    return losses
+
+
+def _measure_of(
+    recipe: DistillRecipe, losses: Callable[[Any, Batch, torch.Generator], Losses], heads: Heads | None
+) -> Measure:
+    """The distance of the outputs, or the whole loss where labels count."""
+
+    def measure(answers: Answers) -> float:
+        if recipe.label_weight:
+            return sum(mean_losses(answers, losses, recipe.training.data_seed).values())
+        values = mean_losses(answers, distances_to(heads), recipe.training.data_seed).values()
+        return sum(values) / len(values)
+
+    return measure
 
 
 def _logit_distances(
