@@ -54,7 +54,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         small_cifar10(folder / "cifar-10-batches-py", patch, each=100)
-        patch.setattr(foreign, "NETWORKS", folder / "tiny.py")
+        patch.setattr("faqd.benchmarks.studies.own_networks_work.NETWORKS", folder / "tiny.py")
         for module in ("faqd.train.loop.calibration_images", "faqd.benchmarks.studies.own_networks"):
             patch.setattr(f"{module}.CALIBRATION_IMAGES", 32)
         yield folder

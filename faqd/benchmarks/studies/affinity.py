@@ -9,7 +9,6 @@ says.
 from __future__ import annotations
 
 import itertools
-import math
 import multiprocessing
 import platform
 import random
@@ -17,7 +16,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +31,8 @@ from torch import Tensor
 
 from faqd import __version__
 from faqd.benchmarks.measure.environment import environment
+from faqd.benchmarks.studies.affinity_baseline import direct_affinity
+from faqd.benchmarks.studies.speed_up import speed_up
 from faqd.command import emit_json, json_option, run
 from faqd.train.losses.distillation import AffinityForm, affinity_loss
 
@@ -56,26 +57,6 @@ MAPS: dict[str, tuple[int, int, int]] = {
     "side-128": (1, 64, 128),
     "side-256": (1, 64, 256),
 }
-
-
-def direct_affinity(student: Tensor, teacher: Tensor, form: str) -> Tensor:
-    """The straightforward loss: both (N, N) similarities, their difference, autograd. Frozen: the baseline.
-
-    Equal to affinity_loss but for rounding; maps (B, C, H, W) of one size.
-    """
-    similarities: list[Tensor] = []
-    for features in (student.flatten(2), teacher.flatten(2)):
-        unit = features / (features.norm(dim=1, keepdim=True) + 1e-5)
-        similarities.append(unit.transpose(1, 2) @ unit)
-    difference: Tensor = similarities[0] - similarities[1]
-    pixels = difference.shape[1]
-    if form == "l1":
-        values = difference.abs().sum((1, 2)) / pixels**2
-    elif form == "l2":
-        values = difference.square().sum((1, 2)).sqrt() / pixels
-    else:
-        values = difference.square().sum((1, 2)) / pixels**2
-    return values.mean()
 
 
 @dataclass
@@ -194,13 +175,6 @@ def record(name: str, found: dict[str, Variant]) -> dict[str, Any]:
             f"direct: its matrices take {direct_gb(MAPS[name]):.3g} GB, more than half of the free memory"
         )
     return result
-
-
-def speed_up(seconds: Sequence[float], baseline: Sequence[float]) -> dict[str, Any]:
-    """noisy: the two measures disagree by more than 10 %, so the machine was not quiet."""
-    minima = min(baseline) / min(seconds)
-    paired = statistics.median(slow / fast for slow, fast in zip(baseline, seconds, strict=False))
-    return {"ratio_of_minima": minima, "paired_median": paired, "noisy": abs(math.log(minima / paired)) > math.log(1.1)}
 
 
 def targets(found: dict[str, dict[str, Variant]]) -> list[dict[str, Any]]:

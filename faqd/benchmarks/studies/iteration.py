@@ -7,7 +7,6 @@ L2 and L1 with L1; the teacher of the straightforward iteration is always FP32.
 
 from __future__ import annotations
 
-import copy
 import platform
 import shlex
 import statistics
@@ -15,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,34 +27,15 @@ from torch import Tensor
 
 from faqd import __version__
 from faqd.benchmarks.measure.environment import environment
-from faqd.benchmarks.studies.affinity import speed_up
-from faqd.benchmarks.studies.iteration_baseline import Mark, Straightforward
+from faqd.benchmarks.studies.iteration_baseline import Mark
+from faqd.benchmarks.studies.iteration_pair import BITS, PIXELS, Pair, pair_of
+from faqd.benchmarks.studies.speed_up import speed_up
 from faqd.command import emit_json, json_option, run
 from faqd.errors import UserError
-from faqd.quantize.calibrate import calibrate
-from faqd.quantize.capture.capture import capture
-from faqd.quantize.config import QuantConfig
-from faqd.quantize.prepare import insert_quantizers
-from faqd.quantize.student import Student
-from faqd.train.data.datasets import Augmentation
-from faqd.train.loop.batches import Batch, Batches, Images, Target
-from faqd.train.loop.distributed import World
-from faqd.train.loop.teacher_forward import target_of
-from faqd.train.loop.trainee import Losses, Trainee, settle_norms
-from faqd.train.losses.objective import distill_job
-from faqd.train.losses.taps import tap_pairs
-from faqd.train.networks.source import NetworkSource
 from faqd.train.networks.zoo import check_architecture
-from faqd.train.recipes import DistillRecipe, TeacherDtype, Training
-from faqd.train.run.plan import Plan
+from faqd.train.recipes import TeacherDtype
 
 VERSION = 1
-BITS = 4
-CLASSES = 10
-PIXELS = 32
-IMAGES = 1000
-TOTAL = 100_000
-"""Iterations of the schedule that is pretended: the rate stays where it is."""
 SAME = 1e-4
 """Largest relative difference of losses and gradients, in float64, for both to count as the same computation.
 
@@ -79,98 +59,7 @@ class Variant:
     parts: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass
-class Pupil:
-    """The product's own iteration on one student, and the straightforward one on a copy of it."""
-
-    ours: dict[TeacherDtype, Callable[[Mark], Trainee]]
-    straightforward: Callable[[Mark], Straightforward]
-
-
-def pupil(
-    form: str, teacher: str, student: str, batch_size: int, device: torch.device, folder: Path, dtype: torch.dtype
-) -> Pupil:
-    """Random networks with settled batch norm on random images; `dtype` is that of all weights and inputs."""
-    torch.manual_seed(0)
-    source = NetworkSource(3, (PIXELS, PIXELS), CLASSES, architecture=student)
-    big = replace(source, architecture=teacher).build().to(device)
-    pixels = torch.randint(0, 256, (IMAGES, 3, PIXELS, PIXELS), dtype=torch.uint8).to(device)
-    # Pixels of mean 0 and deviation 1, as after the usual normalisation.
-    scale, offset = (torch.full((1, 3, 1, 1), v, dtype=dtype, device=device) for v in (1 / 73.9, -127.5 / 73.9))
-    images = Images(pixels, None, scale, offset, Augmentation(pad=4, flip=True))
-    training = Training(1, batch_size, 0.01, clip_norm=20.0, frozen_norm=0.0)
-    settle_norms(big, replace(images, scale=scale.float(), offset=offset.float(), pixels=pixels[:200]), training)
-    example = torch.zeros(2, 3, PIXELS, PIXELS)
-    traced = capture(big.cpu(), example)
-    learner = insert_quantizers(capture(source.build(), example), QuantConfig(BITS, BITS), example)
-    calibrate(learner, [images.normalised(pixels[:128]).cpu().float()], "mse", batch_statistics=True)
-    traced.to(device, dtype)
-    learner.network.to(device, dtype)
-    pairs = tap_pairs(traced, learner, None)
-    recipe = DistillRecipe("", training, weight_bits=BITS, act_bits=BITS, affinity=form)  # type: ignore[arg-type]
-    names = [theirs for theirs, _ in pairs]
-
-    def ours(teacher_dtype: TeacherDtype) -> Callable[[Mark], Trainee]:
-        copied = Student(
-            copy.deepcopy(learner.network), learner.config, learner.taps, learner.float_network, learner.islands
-        )
-        copied.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        job = distill_job(Plan(recipe, folder, source, {}), copied, pairs)
-        target, mark = target_of(traced, names, device, teacher_dtype), Marks()
-        batches = Batches(images, images, batch_size, 0, mark.teacher(target), World(device=device))
-        trainee = Trainee(replace(job, losses=mark.losses(job.losses)), World(device=device))
-        trainee.optimizer.register_step_pre_hook(lambda *_: mark("backward"))
-
-        def step(part_ends: Mark) -> Trainee:
-            mark.report = part_ends
-            trainee.step(batches.at(trainee.iteration), TOTAL)
-            mark("update")
-            return trainee
-
-        return step
-
-    job = distill_job(Plan(recipe, folder, source, {}), learner, pairs)
-    plain = Straightforward(learner, traced, pairs, images, job, form, recipe.affinity_weight)
-    numbers = iter(range(TOTAL))
-
-    def straightforward(part_ends: Mark) -> Straightforward:
-        plain.step(next(numbers), training.lr or 0.0, part_ends)
-        return plain
-
-    return Pupil({kind: ours(kind) for kind in LABELS}, straightforward)
-
-
-class Marks:
-    """Tells where the parts of the product's own iteration end, without a line for it in the product."""
-
-    def __init__(self) -> None:
-        self.report: Mark = lambda part: None
-
-    def __call__(self, part: str) -> None:
-        self.report(part)
-
-    def teacher(self, target: Callable[[Tensor], Target]) -> Callable[[Tensor], Target]:
-        def marked(x: Tensor) -> Target:
-            self("augmentation")
-            made = target(x)
-            self("teacher forward")
-            return made
-
-        return marked
-
-    def losses(
-        self, losses: Callable[[Any, Batch, torch.Generator], Losses]
-    ) -> Callable[[Any, Batch, torch.Generator], Losses]:
-        def marked(answer: Any, batch: Batch, generator: torch.Generator) -> Losses:
-            self("student forward")
-            terms = losses(answer, batch, generator)
-            self("losses")
-            return terms
-
-        return marked
-
-
-def difference(pair: Pupil) -> dict[str, float]:
+def difference(pair: Pair) -> dict[str, float]:
     """Relative differences of losses and gradients after one iteration each, from the same weights and images."""
     ours, plain = pair.ours["fp32"](lambda part: None), pair.straightforward(lambda part: None)
     wanted = torch.stack([plain.last[name] for name in ours.sums])
@@ -195,7 +84,7 @@ def _relative(found: Tensor, wanted: Tensor) -> float:
 
 def checked(form: str, teacher: str, student: str, device: torch.device, folder: Path) -> dict[str, float]:
     """The differences in float64; UserError where both do not compute the same."""
-    found = difference(pupil(form, teacher, student, CHECKED_IMAGES, device, folder, torch.float64))
+    found = difference(pair_of(form, teacher, student, CHECKED_IMAGES, device, folder, torch.float64))
     if max(found.values()) > SAME:
         raise UserError(f"{form}: the two iterations differ, {found}: their times cannot be compared.", exit_code=1)
     return found
@@ -210,7 +99,7 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         for form in forms:
             same[form] = checked(form, teacher, student, device, Path(folder))
-            pair = pupil(form, teacher, student, batch_size, device, Path(folder), torch.float32)
+            pair = pair_of(form, teacher, student, batch_size, device, Path(folder), torch.float32)
             baseline = f"{form}, straightforward"
             variants.append(Variant(baseline, None, pair.straightforward))
             variants += [Variant(f"{form}, {LABELS[kind]} teacher", baseline, step) for kind, step in pair.ours.items()]

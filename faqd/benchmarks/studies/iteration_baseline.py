@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
 
-from faqd.benchmarks.studies.affinity import direct_affinity
+from faqd.benchmarks.studies.affinity_baseline import direct_affinity
 from faqd.quant import Quant
 from faqd.quantize import nodes
 from faqd.quantize.quantizers.activation import ActivationQuantizer

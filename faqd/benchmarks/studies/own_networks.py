@@ -14,8 +14,8 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ import click
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from faqd import __version__
 from faqd.benchmarks.backends.sessions import OnnxruntimeBackend
@@ -31,9 +30,9 @@ from faqd.benchmarks.bench import bench
 from faqd.benchmarks.measure.environment import environment
 from faqd.benchmarks.measure.switches import Options
 from faqd.benchmarks.measure.user_metric import load_metric
-from faqd.benchmarks.studies import own_networks_models as foreign_networks
 from faqd.benchmarks.studies import scenes
 from faqd.benchmarks.studies.own_networks_table import DISTILLED, FLOAT, PTQ, Figure, Judged, markdown, rows
+from faqd.benchmarks.studies.own_networks_work import Study, Work
 from faqd.benchmarks.studies.resumable import STUDY, claim, going_on, say, training_seconds
 from faqd.benchmarks.studies.scene_teacher import train_on_scenes
 from faqd.bundle import MANIFEST, load_bundle
@@ -46,17 +45,15 @@ from faqd.quant import FLOAT_BITS
 from faqd.quantize.calibrate import calibrate
 from faqd.quantize.capture.capture import capture
 from faqd.quantize.config import QuantConfig
-from faqd.quantize.outputs import SINGLE, run_batches
 from faqd.quantize.prepare import insert_quantizers
 from faqd.train.data.cifar import load_cifar
 from faqd.train.data.options import DataOptions
 from faqd.train.distill import distill
 from faqd.train.evaluate import deployable
 from faqd.train.loop.calibration_images import CALIBRATION_IMAGES
-from faqd.train.loop.distributed import World, joined
+from faqd.train.loop.distributed import joined
 from faqd.train.recipes import TeacherRecipe, Training, distill_default, open_training
-from faqd.train.run.folder import WEIGHTS, network_input
-from faqd.train.run.lesson import Lesson, lesson_from
+from faqd.train.run.folder import network_input
 from faqd.train.run.plan import with_seeds
 from faqd.train.run.student import load_student
 from faqd.train.teacher import train_teacher
@@ -64,24 +61,9 @@ from faqd.train.teacher import train_teacher
 VERSION = 1
 BITS = (8, 4)
 """Of weights and activations."""
-BATCH = 16
-"""Deployed students compute in float64: more 64-pixel images at once leave the caches and take three times as long."""
 BUNDLED = 2000
 """Evaluation images of a bundle at most: verify and the bench go through all of them several times."""
-NETWORKS = Path(str(foreign_networks.__file__))
 METRIC = f"{scenes.__file__}:segmentation"
-MEAN_STD: dict[str, Any] = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
-"""Of the photographs that scenes are made of."""
-
-
-@dataclass(frozen=True)
-class Study:
-    """How a network is trained: the teacher, and all students alike."""
-
-    teacher: Training
-    student: Training
-
-
 STUDIES = {
     "mobilenet": Study(
         Training(epochs=8, batch_size=100, lr=0.1, warmup=0.05, clip_norm=5.0),
@@ -92,76 +74,6 @@ STUDIES = {
         open_training(1, 50, 400),
     ),
 }
-
-
-@dataclass(frozen=True)
-class Work:
-    """The folder of a network under way. limit: training images or scenes, None for all."""
-
-    network: str
-    study: Study
-    folder: Path
-    data_root: Path
-    limit: int | None
-    seeds: int
-    world: World
-
-    @property
-    def spec(self) -> str:
-        return f"{NETWORKS}:{self.network}"
-
-    @property
-    def dense(self) -> bool:
-        return self.network == "segmenter"
-
-    @property
-    def scenes(self) -> Path:
-        return self.folder / "scenes.npz"
-
-    @property
-    def data(self) -> dict[str, Any]:
-        """Fields of DataOptions: 64-pixel photographs by preprocessing, or the file of scenes."""
-        if self.dense:
-            return {"source": f"npz:{self.scenes.resolve()}", "limit": self.limit, **MEAN_STD}
-        return {"source": "cifar10", "root": self.data_root, "image_size": (64, 64), "limit": self.limit}
-
-    @property
-    def teacher(self) -> Path:
-        return self.folder / "teacher"
-
-    @property
-    def weights(self) -> Path | None:
-        """For --teacher-weights: a user's own network; None where the teacher is a run of faqd-train."""
-        return self.teacher / WEIGHTS if self.dense else None
-
-    @cached_property
-    def lesson(self) -> Lesson:
-        teacher = self.spec if self.dense else str(self.teacher)
-        return lesson_from(teacher, self.weights, self.data, with_labels=True, say=say)
-
-    @cached_property
-    def inputs(self) -> Tensor:
-        return network_input(self.lesson.dataset.eval.images, self.lesson.dataset.preprocess)
-
-    @cached_property
-    def targets(self) -> NDArray[Any]:
-        """The class of every evaluation image (N,), or of its pixels (N, 32, 32)."""
-        split = self.lesson.dataset.eval
-        return scenes.targets_of(split.images, self.scenes) if self.dense else np.asarray(split.labels)
-
-    @cached_property
-    def taught(self) -> NDArray[Any]:
-        """What the float teacher sees, in the shape of the targets."""
-        return self.seen_by(self.lesson.teacher.network)
-
-    def seen_by(self, network: Any) -> NDArray[Any]:
-        return run_batches(network, self.inputs, BATCH)[SINGLE].argmax(1).numpy()
-
-    def run(self, bits: int, seed: int) -> Path:
-        return self.folder / "students" / f"w{bits}a{bits}-s{seed}"
-
-    def bundle(self, method: str, bits: int) -> Path:
-        return self.folder / "bundles" / f"{method}-w{bits}a{bits}"
 
 
 def train(work: Work) -> None:
