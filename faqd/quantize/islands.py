@@ -46,19 +46,9 @@ def with_shores(traced: fx.GraphModule, floats: set[fx.Node]) -> set[fx.Node]:
 def readers(traced: fx.GraphModule, node: fx.Node, floats: set[fx.Node]) -> Iterator[bool]:
     """Whether each operator that reads the result of a node is float, behind those that pass values on; nothing for an
     output of the network."""
-    seen: set[fx.Node] = set()
-    stack = list(node.users)
-    while stack:
-        reader = stack.pop()
-        if reader in seen or reader.op == "output":
-            continue
-        seen.add(reader)
-        if reader in floats:
-            yield True
-        elif nodes.role(traced, reader) in _PASSING:
-            stack.extend(reader.users)
-        else:
-            yield False
+    for reader in nodes.reached(node.users, lambda n: n.users if _passes(traced, n, floats) else ()):
+        if not (reader.op == "output" or _passes(traced, reader, floats)):
+            yield reader in floats
 
 
 def reads_floats(traced: fx.GraphModule, reader: fx.Node, floats: set[fx.Node]) -> bool:
@@ -98,16 +88,12 @@ def islands_of(traced: fx.GraphModule, floats: set[fx.Node]) -> list[Island]:
 
 def _near(traced: fx.GraphModule, node: fx.Node, floats: set[fx.Node]) -> Iterator[fx.Node]:
     """The island's nodes that a node reads, behind those that pass values on."""
-    stack, seen = list(node.all_input_nodes), set()
-    while stack:
-        read = stack.pop()
-        if read in seen:
-            continue
-        seen.add(read)
-        if read in floats:
-            yield read
-        elif nodes.role(traced, read) in _PASSING:
-            stack.extend(read.all_input_nodes)
+    walk = nodes.reached(node.all_input_nodes, lambda n: n.all_input_nodes if _passes(traced, n, floats) else ())
+    return (read for read in walk if read in floats)
+
+
+def _passes(traced: fx.GraphModule, node: fx.Node, floats: set[fx.Node]) -> bool:
+    return node not in floats and nodes.role(traced, node) in _PASSING
 
 
 def _without_folders(line: str) -> str:

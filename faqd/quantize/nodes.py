@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +122,22 @@ def values_of(traced: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
 def operand(node: fx.Node) -> fx.Node:
     """The tensor that an operator of one input reads, however the user passed it."""
     return node.all_input_nodes[0]
+
+
+def reached(start: Iterable[fx.Node], onward: Callable[[fx.Node], Iterable[fx.Node]]) -> Iterator[fx.Node]:
+    """Each node once to which a walk comes. onward: where it goes on from a node."""
+    ahead, seen = list(start), set[fx.Node]()
+    while ahead:
+        node = ahead.pop()
+        if node not in seen:
+            seen.add(node)
+            yield node
+            ahead.extend(onward(node))
+
+
+def depending_on(node: fx.Node) -> Iterator[fx.Node]:
+    """What reads a node, and what reads that."""
+    return reached(node.users, lambda reader: reader.users)
 
 
 def read_instead(node: fx.Node, new: fx.Node) -> None:

@@ -240,13 +240,4 @@ class _Reader:
         return self._depth[node]
 
     def layer_follows(self, node: fx.Node) -> bool:
-        stack, seen = list(node.users), set()
-        while stack:
-            current = stack.pop()
-            if current in seen:
-                continue
-            seen.add(current)
-            if self.role(current) == "compute":
-                return True
-            stack.extend(current.users)
-        return False
+        return any(self.role(reader) == "compute" for reader in nodes.depending_on(node))

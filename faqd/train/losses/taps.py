@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
 
 from torch import fx
 
@@ -98,7 +97,7 @@ def _is_feature_map(network: fx.GraphModule, node: fx.Node) -> bool:
     made_by = nodes.operand(node) if isinstance(nodes.module_of(network, node), ActivationQuantizer) else node
     if _size(node) == (1, 1) or nodes.shape(node)[1] < FEW or is_probability(network, made_by):
         return False
-    return any(nodes.role(network, reader) == "compute" for reader in _behind(node))
+    return any(nodes.role(network, reader) == "compute" for reader in nodes.depending_on(node))
 
 
 def _is_activated(network: fx.GraphModule, node: fx.Node) -> bool:
@@ -123,28 +122,10 @@ def _ends(network: fx.GraphModule) -> list[fx.Node]:
     return list(found)
 
 
-def _behind(node: fx.Node) -> set[fx.Node]:
-    """All that depends on `node`."""
-    found: set[fx.Node] = set()
-    ahead: list[fx.Node] = [node]
-    while ahead:
-        new = set(ahead.pop().users) - found
-        found |= new
-        ahead += new
-    return found
-
-
 def _reaches(network: fx.GraphModule, end: fx.Node, without: fx.Node) -> bool:
     """Whether `end` depends on the network's input on any way around `without`."""
-    ahead, seen = [end], {without, end}
-    while ahead:
-        node = ahead.pop()
-        if node.op == "placeholder":
-            return True
-        new: Iterable[fx.Node] = [source for source in node.all_input_nodes if source not in seen]
-        seen.update(new)
-        ahead += new
-    return False
+    walk = nodes.reached([end], lambda node: (source for source in node.all_input_nodes if source is not without))
+    return any(node.op == "placeholder" for node in walk)
 
 
 def _size(node: fx.Node) -> Size:
