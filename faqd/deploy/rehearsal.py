@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from faqd.deploy.export.torch_to_onnx import onnx_from_network
+from faqd import bundle as names
+from faqd.deploy.export.float16 import float16_from_float32
+from faqd.deploy.export.torch_to_onnx import onnx_from_deployed, onnx_from_network
 from faqd.deploy.lower import lower
+from faqd.deploy.onnx_model.session import OnnxSession
 from faqd.deploy.verify.bundle_networks import flavours
 from faqd.deploy.verify.layers import verify_file
+from faqd.deploy.verify.outputs import outputs_of, snr_db
+from faqd.deploy.verify.torch_values import float_outputs_in_torch, stored_outputs
+from faqd.deploy.verify.verify import FLOAT_SNR_DB
 from faqd.errors import UserError
 from faqd.quant import FLOAT_BITS
 from faqd.quantize.capture.capture import capture
 from faqd.quantize.capture.fuse_batch_norm import fused
-from faqd.quantize.convert import collect_output_scales
+from faqd.quantize.convert import collect_output_scales, convert
 from faqd.quantize.student import Student
 
 _rehearsed: set[str] = set()
@@ -23,7 +30,7 @@ _rehearsed: set[str] = set()
 
 
 def rehearse(student: Student, teacher: nn.Module | None, x: Tensor, say: Callable[[str], None]) -> None:
-    """Lower a calibrated student as `faqd-deploy export` will, and prove both flavours on two images.
+    """Make all files of a calibrated student that `faqd-deploy export` will, and prove them on two images.
 
     teacher: of another network, which is lowered as well. x: (N >= 2, C, H, W) float32 on the CPU, network input.
     UserError says what cannot be lowered, or could not be verified. A student with float activations is never exported.
@@ -43,7 +50,27 @@ def rehearse(student: Student, teacher: nn.Module | None, x: Tensor, say: Callab
                 "that place float with --exclude, or write it in another way.",
                 exit_code=1,
             )
-    if teacher is not None:
-        onnx_from_network(fused(capture(teacher, x)), x, {})
+    _rehearse_float_networks(student, teacher, x)
     _rehearsed.add(kind)
     say(f"export rehearsed on the untrained student {student.config.label}: {time.monotonic() - start:.1f} s.")
+
+
+def _rehearse_float_networks(student: Student, teacher: nn.Module | None, x: Tensor) -> None:
+    """The student unquantized, and the teacher: their files, which say in ONNX what torch computes."""
+    here = copy.deepcopy(student).cpu().eval()
+    taught = here.float_network if teacher is None else capture(teacher, x)
+    files = {
+        names.FLOAT_STUDENT: (onnx_from_deployed(convert(here, "float"), x, {}), float_outputs_in_torch(here, x)),
+        names.TEACHER: (onnx_from_network(fused(taught), x, {}), stored_outputs(taught, x)),
+    }
+    float16_from_float32(files[names.FLOAT_STUDENT][0])
+    for name, (model, wanted) in files.items():
+        found = outputs_of(OnnxSession(model.SerializeToString()), x.numpy())
+        for output, values in wanted.items():
+            ratio = snr_db(found[output], values)
+            if ratio is not None and ratio < FLOAT_SNR_DB:
+                raise UserError(
+                    f"{name} of this student would be {ratio:.0f} dB from torch's {output}, and at least "
+                    f"{FLOAT_SNR_DB} are needed. Nothing was trained; some operator means something else in ONNX.",
+                    exit_code=1,
+                )

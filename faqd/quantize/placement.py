@@ -19,6 +19,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from faqd.errors import UserError
@@ -35,8 +36,10 @@ from faqd.quantize.capture.validate import float_by_themselves
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.islands import with_shores
 from faqd.quantize.operators.arithmetic import SUBTRACT, Scaled
+from faqd.quantize.operators.layer import CONVOLUTIONS, TRANSPOSED
 from faqd.quantize.operators.registry import NEVER_NEGATIVE
 from faqd.quantize.operators.row import Role
+from faqd.quantize.quantizers.layers import latent_weight
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,19 @@ def _weight_grids(reader: _Reader, bits: QuantConfig) -> dict[fx.Node, Quant]:
     return {node: weight_quant(8 if node.target in outer else bits.weights, axis) for node in layers}
 
 
+def _has_plain_kernel(layer: nn.Module | None) -> bool:
+    """Whether a depthwise layer gives multiples or means of the values that it reads, as a blur does: in each channel
+    all weights are small whole multiples of one."""
+    if not isinstance(layer, CONVOLUTIONS) or isinstance(layer, TRANSPOSED) or layer.groups < layer.in_channels:
+        return False
+    weights = latent_weight(layer).detach().flatten(1).double().abs()
+    least = weights.where(weights > 0, torch.inf).amin(1, keepdim=True)
+    ratios = weights / least
+    return bool((ratios - ratios.round()).abs().max() < 1e-5 and ratios.max() <= MOST_MULTIPLE)
+
+
+MOST_MULTIPLE = 36
+"""Of the least weight of a kernel, as in one of five binomial numbers by five."""
 _MULTIPLES = (Scaled, nn.LeakyReLU, nn.PReLU)
 """What gives multiples of the values that it reads."""
 
@@ -191,7 +207,7 @@ class _Reader:
     def _find_multiplied(self, node: fx.Node) -> set[fx.Node]:
         """The nodes of whose codes `node` gives multiples or means, however they are written."""
         kind, module = self.role(node), nodes.module_of(self.traced, node)
-        if kind in ("average", "norm") or self._is_multiple(node):
+        if kind in ("average", "norm") or self._is_multiple(node) or (kind == "compute" and _has_plain_kernel(module)):
             return self._combined[nodes.operand(node)]
         if kind in ("rectify", "clamp", "reshape", "concat") or isinstance(module, Scaled):
             return set().union(*(self._multiplied[operand] for operand in nodes.tensor_inputs(node)))

@@ -146,7 +146,7 @@ loss_flags = section(
     click.option("--logit-weight", type=Finite(0), show_default="1.0", help="Weigh that distance with this."),
     click.option(
         "--temperature",
-        type=Finite(0, min_open=True),
+        type=Finite(0.01, 1000),  # beyond, float32 has nothing left of what a softmax makes of the outputs
         show_default="4.0",
         help="Soften the outputs of --logit kl by this.",
     ),

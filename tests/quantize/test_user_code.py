@@ -311,6 +311,15 @@ TAKEN: dict[str, Callable[[], nn.Module]] = {
     "len of a list of chunks": form(lambda x: torch.cat([p * len(x.chunk(2, 1)) for p in x.chunk(2, 1)], 1)),
     "a test on sizes": form(lambda x: x.relu() if x.shape[2] == 16 else x),
     "an average by a divisor": form(lambda x: F.avg_pool2d(x.relu(), 3, 2, 1, False, False, 4)),
+    "half by a kernel meets whole": joined(lambda x: F.conv2d(x, torch.full((8, 1, 1, 1), 0.5), groups=8)),
+    "a blur meets whole": joined(
+        lambda x: F.conv2d(
+            x, torch.tensor([1.0, 2.0, 1.0]).outer(torch.ones(3)).expand(8, 1, 3, 3) / 12, None, 1, 1, 1, 8
+        )
+    ),
+    "integers of its own": form(lambda x: (x * 255 - torch.arange(8).view(8, 1, 1)) / torch.tensor([[[58]]])),
+    "a mask of its own": form(lambda x: x.relu() * (torch.arange(8) % 3 > 0).view(1, 8, 1, 1)),
+    "a mask over images": form(lambda x: x.relu() * (torch.arange(16) % 3 > 0).expand(len(x), 8, 16, 16)),
     "half meets whole": joined(lambda x: x * 0.5),
     "mean of two meets one": joined(lambda x: (x + F.max_pool2d(x, 3, 1, 1)) / 2),
 }

@@ -21,7 +21,8 @@ from PIL import Image
 from faqd.errors import UserError
 from faqd.train.data import cifar
 from faqd.train.data.datasets import Dataset, Split, load_dataset, split_by_content
-from faqd.train.data.image_files import list_images, read_picture
+from faqd.train.data.decode import read_picture
+from faqd.train.data.image_files import list_images
 from faqd.train.data.options import DataOptions
 
 Pixels = NDArray[np.uint8]
@@ -357,6 +358,24 @@ def test_sizes_must_be_said_where_they_differ(tmp_path: Path) -> None:
     assert dataset.train.images.shape[1:] == (8, 8, 3)
 
 
+def test_parts_of_a_data_set_are_no_classes(tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        for label in ("cat", "dog"):
+            save_folder(tmp_path / part / label, random_images(60), f"{part}{label}{{}}.png")
+    options = DataOptions(f"folder:{tmp_path}", mean="none", std="none", labels=True)
+    with pytest.raises(UserError, match="these, train, val, are parts of a data set that have all classes each"):
+        load_dataset(options, with_labels=True)
+    inside = load_dataset(replace(options, source=f"folder:{tmp_path / 'train'}"), with_labels=True)
+    assert inside.classes == ("cat", "dog")
+
+
+def test_arrays_in_any_order_are_taken(tmp_path: Path) -> None:
+    images = random_images(60)
+    plain = load_dataset(save_npz(tmp_path / "a.npz", images=images), with_labels=False)
+    fortran = load_dataset(save_npz(tmp_path / "b.npz", images=np.asfortranarray(images)), with_labels=False)
+    assert pixels_of(plain) == pixels_of(fortran)
+
+
 def test_one_percent_may_be_broken_and_no_more(tmp_path: Path) -> None:
     options = save_folder(tmp_path, random_images(198))
     whole = (tmp_path / "0.png").read_bytes()
@@ -366,9 +385,10 @@ def test_one_percent_may_be_broken_and_no_more(tmp_path: Path) -> None:
     dataset = load_dataset(options, with_labels=False, say=said.append)
     assert dataset.skipped == ("broken1.png", "broken2.jpg")
     assert len(dataset.train) + len(dataset.select) + len(dataset.eval) == 198
-    assert len(said) == 1 and "2 of 200" in said[0] and "broken1.png, broken2.jpg" in said[0]
+    (text,) = said
+    assert "1 of 200 images do not decode (broken1.png), 1 of 200 images are empty files (broken2.jpg); skipped" in text
     (tmp_path / "197.png").unlink()
-    with pytest.raises(UserError, match=r"2 of 199 .*broken1.png, broken2.jpg.*more than 1 %"):
+    with pytest.raises(UserError, match=r"1 of 199 .*broken1.png.*1 of 199 .*broken2.jpg.*more than 1 %"):
         load_dataset(options, with_labels=False)
 
 

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 
-from faqd.train.data import image_files as images
+from faqd.train.data import npz_files
 from tests.fixtures.toy_runs import PLAIN, everything_in, faqd_train, succeeds
 
 
@@ -52,15 +52,15 @@ def test_the_array_of_labels_is_not_even_opened(teacher: Path, tmp_path: Path, m
     with zipfile.ZipFile(tmp_path / "data.npz", "a") as archive:
         archive.writestr("labels.npy", b"\x93NUMPY, and then nothing of the kind")
     read: list[tuple[str, ...]] = []
-    plain = images._npz_arrays
+    plain = npz_files._npz_arrays
 
     def listed(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
         read.append(tuple(names))
         return plain(path, names)
 
-    monkeypatch.setattr(images, "_npz_arrays", listed)
+    monkeypatch.setattr(npz_files, "_npz_arrays", listed)
     distilled(teacher, tmp_path / "data.npz", tmp_path / "run")
     assert read == [("images",)]
     # The file is as damaged as it looks: who asks for labels is told.
     with pytest.raises(ValueError, match="not a readable npz file"):
-        images.read_npz(tmp_path / "data.npz", with_labels=True)
+        npz_files.read_npz(tmp_path / "data.npz", with_labels=True)

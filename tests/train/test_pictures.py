@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import warnings
 import zlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from faqd.errors import UserError
 from faqd.train.data.datasets import load_dataset
-from faqd.train.data.image_files import list_images, read_images, read_picture
+from faqd.train.data.decode import read_picture
+from faqd.train.data.image_files import list_images, read_images
 from faqd.train.data.options import DataOptions
 
 
@@ -62,6 +66,49 @@ def test_an_image_is_turned_whatever_else_its_metadata_hold(also: bytes, tmp_pat
     assert read.shape == (32, 16, 3) and read[:8, 8:].mean() > 200 and read[16:].mean() < 20
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_an_orientation_outside_of_exif_turns_nothing(suffix: str, tmp_path: Path) -> None:
+    about = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    words = PngInfo()
+    words.add_itxt("XML:com.adobe.xmp", about.decode())
+    more: dict[str, Any] = {"pnginfo": words} if suffix == "png" else {"xmp": about}
+    Image.new("RGB", (32, 16)).save(tmp_path / f"a.{suffix}", **more)
+    assert read_picture(tmp_path / f"a.{suffix}").pixels.shape == (16, 32, 3)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_every_format_is_turned_by_its_exif(suffix: str, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.new("RGB", (32, 16)).save(tmp_path / f"a.{suffix}", exif=exif)
+    assert read_picture(tmp_path / f"a.{suffix}").pixels.shape == (32, 16, 3)
+
+
+OTHER_KINDS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "GIF": (lambda path: Image.new("P", (8, 8)).save(path, "GIF"), "are GIF files by their content"),
+    "TIFF": (lambda path: Image.new("RGB", (8, 8)).save(path, "TIFF"), "are TIFF files"),
+    "AVIF": (lambda path: path.write_bytes(b"\0\0\0\x20ftypavif" + bytes(40)), "are AVIF files"),
+    "a web page": (lambda path: path.write_text("<!DOCTYPE html>"), "are web pages"),
+    "a pointer": (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1"), "git lfs pull"),
+    "nothing": (lambda path: path.write_bytes(b""), "are empty files"),
+    "a broken link": (lambda path: path.symlink_to("nowhere.png"), "are no files, or links that lead nowhere"),
+    "a pipe": (lambda path: os.mkfifo(path), "are no files, or links that lead nowhere"),
+    "noise": (lambda path: path.write_bytes(bytes(range(100))), "do not decode"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_a_file_that_is_no_image_is_called_what_it_is(kind: str, tmp_path: Path) -> None:
+    make, words = OTHER_KINDS[kind]
+    save(tmp_path, 10)
+    make(tmp_path / "other.png")
+    with pytest.raises(
+        UserError, match=r"1 of 11 images .*\(other\.png\).*Repair, shrink, convert or remove"
+    ) as refused:
+        load_dataset(options_of(tmp_path), with_labels=False)
+    assert words in str(refused.value)
+
+
 @pytest.mark.parametrize("orientation", [0, 9, 60000])
 def test_an_orientation_that_is_none_turns_nothing(orientation: int, tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(_photographed(orientation))
@@ -82,7 +129,9 @@ def test_what_is_too_large_is_said_as_such(tmp_path: Path, monkeypatch: pytest.M
     )
     for index in range(3):
         Image.new("1", (40 + index, 40)).save(tmp_path / f"map{index}.png")
-    with pytest.raises(UserError, match=r"4 of 225 images have more than 1,000 pixels.*Repair, shrink or remove them"):
+    with pytest.raises(
+        UserError, match=r"4 of 225 images have more than 1,000 pixels.*Repair, shrink, convert or remove them"
+    ):
         load_dataset(options, with_labels=False)
 
 

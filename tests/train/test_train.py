@@ -18,7 +18,7 @@ from faqd.quantize.capture.capture import capture
 from faqd.quantize.capture.fuse_batch_norm import fused
 from faqd.train.data.augment import augment
 from faqd.train.data.datasets import Augmentation
-from faqd.train.data.image_files import read_picture
+from faqd.train.data.decode import read_picture
 from faqd.train.loop.batches import NORMS, Batch, Batches, Images, splits_on, stream
 from faqd.train.loop.distributed import World
 from faqd.train.loop.fit import fit
@@ -201,7 +201,7 @@ def test_a_users_images_are_read_once(user: User, tmp_path: Path, monkeypatch: p
         read.append(path)
         return read_picture(path)
 
-    monkeypatch.setattr("faqd.train.data.image_files.read_picture", counted)
+    monkeypatch.setattr("faqd.train.data.decode.read_picture", counted)
     succeeds(user.distill(tmp_path / "all", "--weight-bits", "4,8", "--steps", 1))
     assert set(Counter(read).values()) == {1}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import pickle
 import tarfile
 import warnings
 import zipfile
@@ -49,6 +50,7 @@ def state_of(network: nn.Module, seed: int = 0) -> State:
     }
 
 
+PARTS = ("backbone", "head")
 WANTED, WORSE = state_of(Net(), 1), state_of(Net(), 2)
 
 
@@ -105,6 +107,15 @@ LOADS: dict[str, tuple[Any, str]] = {
         {**WANTED, "epoch": torch.tensor(3), "logit_scale": torch.ones(1)},
         "leaves out epoch, logit_scale",
     ),
+    "in parts": (
+        {part: {k.partition(".")[2]: v for k, v in WANTED.items() if k.startswith(part)} for part in PARTS},
+        "",
+    ),
+    "averaged beside the last, by prefix": (
+        {**under("model.", WORSE), **under("ema_model.")},
+        "takes the weights under 'ema_model.' and leaves out model.backbone.0.weight",
+    ),
+    "averaged without names": ({"model": WANTED, "ema": {"shadow_params": [torch.ones(2)]}}, "is no state dict"),
     "doubles": ({key: v.double() if v.is_floating_point() else v for key, v in WANTED.items()}, ""),
     "counters as floats": ({key: v.float() for key, v in WANTED.items()}, ""),
     "without counters": ({key: v for key, v in WANTED.items() if "num_batches" not in key}, ""),
@@ -232,6 +243,11 @@ def cut_short(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-600])
 
 
+def a_distributed_checkpoint(path: Path) -> None:
+    path.mkdir()
+    (path / "__0_0.distcp").write_bytes(b"PK")
+
+
 def with_a_flipped_bit(path: Path) -> None:
     torch.save(WANTED, path)
     content = bytearray(path.read_bytes())
@@ -275,6 +291,15 @@ OTHER_FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "one array": (lambda path: path.write_bytes(b"\x93NUMPY\x01\x00" + bytes(200)), "a numpy array"),
     "an npz file": (arrays, "an npz file"),
     "an ONNX file": (an_onnx_file, "an ONNX file"),
+    "a distributed checkpoint": (
+        a_distributed_checkpoint,
+        "dcp_to_torch_save",
+    ),
+    "a plain pickle": (lambda path: path.write_bytes(pickle.dumps({"a": Path("b")}, 4)), "(pathlib"),
+    "an old pickle": (
+        lambda path: path.write_bytes(pickle.dumps({"a": argparse.Namespace()}, 2)),
+        "argparse.Namespace",
+    ),
     "cut short": (cut_short, "damaged or cut short"),
     "a flipped bit": (with_a_flipped_bit, "damaged, "),
     "noise": (lambda path: path.write_bytes(bytes(range(128, 256)) * 4), "damaged"),

@@ -187,6 +187,8 @@ class Trace:
 
     def _note(self, values: dict[str, Value]) -> None:
         for name, value in values.items():
+            if isinstance(value, np.ndarray) and value.dtype.kind in "iub":
+                continue  # sizes and places, which no float type holds
             found = real(value)
             own = found[: self.undriven] if found.ndim and len(found) == self.probes else found
             self.reached[name] = float(np.abs(own).max(initial=0.0))

@@ -24,6 +24,7 @@ def capture(network: nn.Module, example: Tensor) -> fx.GraphModule:
     """
     _refuse_scripts(network)
     network = network.eval()
+    _refuse_training_mode(network)
     noise = torch.randn(example[:2].shape, generator=torch.Generator().manual_seed(0)).to(example)
     if not _equal(_outputs(network, noise), _outputs(network, noise)):
         raise UserError(
@@ -51,6 +52,16 @@ def _refuse_another(network: nn.Module, traced: fx.GraphModule, images: Tensor) 
         else "the usual cause is a way through it that depends on values or on the number of images."
     )
     raise UserError(f"{type(network).__name__}: the captured graph computes something else than its forward: {cause}")
+
+
+def _refuse_training_mode(network: nn.Module) -> None:
+    kinds = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
+    still = [name for name, module in network.named_modules() if module.training and isinstance(module, kinds)]
+    if still:
+        raise UserError(
+            f"{still[0]}: stays in training mode behind network.eval(), so that it computes something else there than "
+            "deployed. A train() or eval() of yours that does not call that of nn.Module is the usual cause."
+        )
 
 
 def _refuse_scripts(network: nn.Module) -> None:

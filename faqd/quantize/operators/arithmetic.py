@@ -27,7 +27,8 @@ class Scaled(nn.Module):
         super().__init__()
         for name, value in (("factor", factor), ("offset", offset)):
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-                self.register_buffer(name, value)
+                # Integers and truth values meet floats as floats.
+                self.register_buffer(name, value if value.is_floating_point() else value.float())
             else:
                 setattr(self, name, value)
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, fx
 
 OPSET = 19
+FLOAT = 1
+"""ONNX's number for float32."""
 
 Value = Any
 """A tensor of the file."""
@@ -57,6 +59,13 @@ class Emission:
         given = self.arguments[index]
         return self._values[given] if isinstance(given, fx.Node) else self.number(f"argument_{index}", given)
 
+    def promoted(self, index: int) -> Value:
+        """The same as floats where the result is floats: torch mixes them with integers, ONNX does not."""
+        given, value = self.arguments[index], self.argument(index)
+        if not isinstance(given, fx.Node) or not _is_float(self.node) or _is_float(given):
+            return value
+        return self.op("Cast", value, to=FLOAT)
+
     @property
     def given(self) -> dict[str, Any]:
         """The arguments of a function of torch's, by the names that torch gives them."""
@@ -86,6 +95,11 @@ class Emission:
         return self._file.number(f"{self.path}.{name}", torch.as_tensor(value))
 
 
+def _is_float(node: fx.Node) -> bool:
+    meta = node.meta.get("tensor_meta")
+    return meta is not None and meta.dtype.is_floating_point
+
+
 Emit = Callable[[Emission], Value | None]
 """Writes a call, and gives its result; None where ONNX has no operator for a call like this one."""
 
@@ -97,7 +111,7 @@ def one(operator: str, **attributes: Any) -> Emit:
 
 def two(operator: str) -> Emit:
     """An operator of two tensors that is one of ONNX's."""
-    return lambda emission: emission.op(operator, emission.argument(0), emission.argument(1))
+    return lambda emission: emission.op(operator, emission.promoted(0), emission.promoted(1))
 
 
 def settled(sizes: Sequence[Size]) -> list[int] | None:

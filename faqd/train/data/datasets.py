@@ -20,6 +20,7 @@ from faqd.errors import UserError
 from faqd.preprocess import Preprocess
 from faqd.train.data import cifar
 from faqd.train.data import image_files as images
+from faqd.train.data.npz_files import read_npz
 from faqd.train.data.options import DataOptions, preprocess_of
 
 Say = Callable[[str], None]
@@ -203,7 +204,7 @@ def _folder(options: DataOptions, where: str, with_labels: bool, say: Say) -> Da
 
 
 def _npz(options: DataOptions, where: str, with_labels: bool, say: Say) -> Dataset:
-    pixels, labels, classes = images.read_npz(Path(where).expanduser(), with_labels=with_labels)
+    pixels, labels, classes = read_npz(Path(where).expanduser(), with_labels=with_labels)
     preprocess = preprocess_of(options, pixels.shape[1:3], "grey" if pixels.shape[3] == 1 else "rgb")
     return _unpublished(options, preprocess, classes, Split(_fitted(preprocess, pixels), labels), ())
 

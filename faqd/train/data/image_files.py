@@ -1,45 +1,27 @@
-"""What a user brings: image files, found, decoded, upright, RGB; npz files; the tree of Tiny ImageNet."""
+"""What a user brings: folders of image files, found and read; the tree of Tiny ImageNet."""
 
 from __future__ import annotations
 
 import os
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from faqd.errors import UserError
+from faqd.train.data.decode import decoded
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
-"""Pillow's other decoders stay closed: they are many, old and seldom what a user means."""
 BROKEN_PERCENT = 1
 """More files than this that cannot be read say that something else is wrong."""
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""What brings an image upright, by its EXIF orientation."""
-ORIENTATION = 274
-"""The EXIF tag of that."""
 BITS = 14
 """Cameras have up to so many; 16-bit files in which no pixel has more are theirs, and dark."""
-BRIGHT_SHARE = 1e-3
-"""So many of an image's values may be brighter than what it is said to reach: sensors have hot pixels."""
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"}
+"""What no class is called, where all subfolders are called so."""
 REPORT_EVERY = 5000
-MOST_CLASSES = 2**20
 TINY_IMAGENET = "tiny-imagenet-200"
 
 
@@ -50,16 +32,6 @@ class Images:
     pixels: NDArray[np.uint8]
     kept: list[int]
     skipped: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Picture:
-    """pixels: (H, W, 3) uint8, RGB, upright. shows: whether some of it is not transparent. deep: of a file of 16 bits,
-    the upper 8 of the value that no pixel passes but hot ones."""
-
-    pixels: NDArray[np.uint8]
-    shows: bool
-    deep: int | None
 
 
 @dataclass(frozen=True)
@@ -105,6 +77,13 @@ def class_names(folder: Path, files: Iterable[str]) -> list[str]:
             f"{folder}: --labels takes the names of its subfolders as classes, but images lie in the folder itself. "
             "Move them into one subfolder per class, or leave --labels out."
         )
+    classes = sorted({name[0] for name in names})
+    if len(classes) > 1 and SPLITS.issuperset(classes):
+        raise UserError(
+            f"{folder}: --labels takes the names of its subfolders as classes, and these, {', '.join(classes)}, are "
+            f"parts of a data set that have all classes each. Give one of them, as folder:{folder}/{classes[-1]}, or "
+            "leave --labels out."
+        )
     return [name[0] for name in names]
 
 
@@ -126,14 +105,14 @@ def read_images(
     transparent: list[str] = []
 
     def read(file: str) -> NDArray[np.uint8] | str:
-        decoded = _decoded(folder / file)
-        if isinstance(decoded, str):
-            return decoded
-        if not decoded.shows:
+        picture = decoded(folder / file)
+        if isinstance(picture, str):
+            return picture
+        if not picture.shows:
             transparent.append(file)
-        if decoded.deep is not None:
-            deep.append(decoded.deep)
-        return decoded.pixels if fit is None else fit(decoded.pixels)
+        if picture.deep is not None:
+            deep.append(picture.deep)
+        return picture.pixels if fit is None else fit(picture.pixels)
 
     with ThreadPoolExecutor() as pool:
         for index, image in enumerate(pool.map(read, files)):
@@ -164,54 +143,6 @@ def read_images(
     return Images(pixels[: len(kept)], kept, tuple(skipped))
 
 
-def read_picture(path: Path) -> Picture:
-    """One image file, turned as its EXIF orientation says."""
-    with Image.open(path, formats=FORMATS) as opened:
-        # Asked before it is decoded: of 16-bit colour Pillow keeps the high bytes and forgets that there were others.
-        is_deep = opened.mode.startswith("I") or any("16" in str(tile.args) for tile in opened.tile)
-        image = _upright(opened)
-        if image.mode.startswith("I"):
-            # 16-bit grey: the high byte, as Pillow reads 16-bit colour; its own conversion clips at 255.
-            high = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
-            return Picture(np.repeat(high[..., None], 3, axis=2), True, _reach(high))
-        if image.mode in ("P", "PA"):
-            image = image.convert("RGBA")
-        shows = "A" not in image.getbands() or image.getchannel("A").getbbox() is not None
-        # Drops transparency instead of choosing a background: that is what the common training loaders do, so it
-        # is what the teacher saw.
-        pixels = np.asarray(image.convert("RGB"))
-        return Picture(pixels, shows, _reach(pixels) if is_deep else None)
-
-
-def _reach(pixels: NDArray[np.uint8]) -> int:
-    return int(np.partition(pixels.ravel(), last := int((1 - BRIGHT_SHARE) * (pixels.size - 1)))[last])
-
-
-def _upright(opened: Image.Image) -> Image.Image:
-    """`opened` turned by the one tag that says how, whatever else its metadata hold: nothing of them is kept."""
-    try:
-        turn = TURNS.get(opened.getexif().get(ORIENTATION, 1))
-    except Exception:  # of metadata that are damaged, nearly anything
-        turn = None
-    return opened.transpose(turn) if turn is not None else opened
-
-
-def read_npz(
-    path: Path, *, with_labels: bool
-) -> tuple[NDArray[np.uint8], NDArray[np.int64] | None, tuple[str, ...] | None]:
-    """Images (N, H, W, 1 or 3), labels and class names of an npz file; without `with_labels` only the images."""
-    arrays = _npz_arrays(path, ("images", "labels", "classes") if with_labels else ("images",))
-    pixels = arrays.get("images")
-    if pixels is None:
-        raise UserError(f"{path}: no array named 'images'; write it with numpy.savez(path, images=...).")
-    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] not in (1, 3) or not pixels.size:
-        raise UserError(
-            f"{path}: 'images' is {pixels.dtype} of shape {pixels.shape}; "
-            "expected uint8 of shape (N, height, width, 1 or 3), N above 0, RGB or grey pixels 0..255."
-        )
-    return pixels, *_npz_labels(path, arrays, len(pixels))
-
-
 def find_tiny_imagenet(root: Path) -> TinyImageNet:
     """The published tree below `root`, or `root` itself; validation images in the order of their list."""
     candidates = [root / TINY_IMAGENET, root]
@@ -236,62 +167,6 @@ def find_tiny_imagenet(root: Path) -> TinyImageNet:
     return TinyImageNet(folder, classes, train, train_wnids, val, [row[1] for row in rows])
 
 
-def _npz_arrays(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
-    """Those of the named arrays that are in the file; the others are not even decompressed."""
-    try:
-        # Opened here: numpy leaves a damaged file open.
-        with path.open("rb") as stream:
-            archive = np.load(stream, allow_pickle=False)
-            if isinstance(archive, np.lib.npyio.NpzFile):
-                found = {name: archive[name] for name in names if name in archive.files}
-                # numpy hands out a member that is no array as its bytes.
-                if all(isinstance(array, np.ndarray) for array in found.values()):
-                    return found
-                raise ValueError("a member is no array")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file.") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(
-            f"{path}: not a readable npz file ({error}); it is damaged, or holds Python objects. "
-            "Write it again with numpy.savez and arrays of numbers or strings."
-        ) from None
-    raise UserError(f"{path}: a single array; expected an npz file, written with numpy.savez(path, images=...).")
-
-
-def _npz_labels(
-    path: Path, arrays: dict[str, NDArray[Any]], count: int
-) -> tuple[NDArray[np.int64] | None, tuple[str, ...] | None]:
-    labels, names = arrays.get("labels"), arrays.get("classes")
-    if names is not None and (names.dtype.kind != "U" or names.ndim != 1):
-        raise UserError(f"{path}: 'classes' is {names.dtype} of shape {names.shape}; expected a list of strings.")
-    if labels is None:
-        return None, None if names is None else tuple(names.tolist())
-    if labels.dtype.kind not in "iu" or labels.shape != (count,):
-        raise UserError(
-            f"{path}: 'labels' is {labels.dtype} of shape {labels.shape}; expected integers of shape ({count},)."
-        )
-    if names is None and labels.max() >= MOST_CLASSES:
-        raise UserError(
-            f"{path}: 'labels' go up to {labels.max()}; expected the numbers of classes, 0, 1, 2 and so on."
-        )
-    classes = tuple(names.tolist()) if names is not None else tuple(map(str, range(int(labels.max()) + 1)))
-    if labels.min() < 0 or labels.max() >= len(classes):
-        raise UserError(f"{path}: 'labels' go from {labels.min()} to {labels.max()}; expected 0..{len(classes) - 1}.")
-    return labels.astype(np.int64), classes
-
-
-def _decoded(path: Path) -> Picture | str:
-    """The picture, or what is wrong with its file."""
-    try:
-        return read_picture(path)
-    except Image.DecompressionBombError:
-        assert Image.MAX_IMAGE_PIXELS is not None
-        return f"have more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels, which is too large"
-    # Pillow's decoders raise almost anything on a damaged file: SyntaxError, struct.error, EOFError, IndexError.
-    except Exception:
-        return "do not decode"
-
-
 def _tell_of_dark_files(folder: Path, deep: list[int], say: Callable[[str], None]) -> None:
     """A sentence where no 16-bit file uses its 16 bits. deep: of each such file what Picture has."""
     if deep and max(deep) < 2 ** (BITS - 8):
@@ -310,7 +185,9 @@ def _size(image: NDArray[np.uint8]) -> str:
 def _report(folder: Path, skipped: dict[str, str], count: int, say: Callable[[str], None]) -> None:
     found = f"{folder}: " + ", ".join(_named(skipped, reason, count) for reason in dict.fromkeys(skipped.values()))
     if 100 * len(skipped) > BROKEN_PERCENT * count:
-        raise UserError(f"{found}; more than {BROKEN_PERCENT} % are too many to skip. Repair, shrink or remove them.")
+        raise UserError(
+            f"{found}; more than {BROKEN_PERCENT} % are too many to skip. Repair, shrink, convert or remove them."
+        )
     say(f"{found}; skipped.")
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pickle
+import pickletools
 import re
 import warnings
 import zipfile
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 from faqd.errors import UserError, first_line
 from faqd.train.networks.tensor_files import damaged_member, read_tensors
 
+_OPERATIONS = 10_000
 _HEAD = 512
 """So many bytes tell what a file is."""
 _KINDS: tuple[tuple[bytes, str], ...] = (
@@ -38,6 +41,10 @@ _KINDS: tuple[tuple[bytes, str], ...] = (
     (rb"\x08[\x01-\x20][\x12\x1a\x22\x2a\x32\x3a]", "an ONNX file by its first bytes; give the weights that torch has"),
 )
 """What begins so, in words."""
+_PARTS = (
+    "a checkpoint of torch.distributed, in parts; make it one file: "
+    "torch.distributed.checkpoint.format_utils.dcp_to_torch_save(FOLDER, 'weights.pth')"
+)
 _PLAIN = "torch.save(network.state_dict(), 'weights.pth')"
 
 
@@ -46,8 +53,12 @@ def read_weights_file(path: Path) -> Mapping[Any, Any]:
 
     UserError for everything else that gets such names, and where there is nothing in it.
     """
-    if path.is_dir():
-        raise UserError(f"{path}: a folder; name the file in it that has the weights.")
+    if path.is_dir() or path.suffix == ".distcp":
+        raise UserError(
+            f"{path}: {_PARTS if _is_distributed(path) else 'a folder; name the file in it that has the weights'}."
+        )
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: neither a file nor a folder; give a file of weights.")
     if not path.is_file():
         raise UserError(f"{path}: no such weights file.")
     with path.open("rb") as stream:
@@ -65,6 +76,11 @@ def read_weights_file(path: Path) -> Mapping[Any, Any]:
     if not loaded:
         raise UserError(f"{path}: holds no tensor, an empty state dict; save the trained weights: {_PLAIN}.")
     return loaded
+
+
+def _is_distributed(path: Path) -> bool:
+    """Whether a path is of a checkpoint that several processes wrote."""
+    return path.suffix == ".distcp" or any(path.glob("*.distcp"))
 
 
 def _kind(path: Path, head: bytes) -> str | None:
@@ -109,7 +125,7 @@ def _from_torch(path: Path, head: bytes) -> Any:
             warnings.simplefilter("ignore")  # on damaged files; they end below
             return torch.load(stream, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path}: {_of_classes(str(error), head)}.") from error
+        raise UserError(f"{path}: {_of_classes(str(error), path, head)}.") from error
     # A damaged file makes torch's readers raise almost anything: RuntimeError, EOFError, KeyError, struct.error.
     except Exception as error:
         if text := _text(head):
@@ -119,10 +135,10 @@ def _from_torch(path: Path, head: bytes) -> Any:
         ) from error
 
 
-def _of_classes(message: str, head: bytes) -> str:
+def _of_classes(message: str, path: Path, head: bytes) -> str:
     """Why torch's reader of plain tensors stopped, by what it says, and what to do."""
     wants = re.search(r"GLOBAL ([\w.]+)", message)
-    name = wants[1] if wants else ""
+    name = wants[1] if wants else _first_class(path)
     if "Uninitialized" in message:
         return (
             "weights of a lazy module that never ran, which have no size yet; save them after the network has run once "
@@ -135,6 +151,22 @@ def _of_classes(message: str, head: bytes) -> str:
         f"cannot be read as plain tensors; {what}, which could run code. Where the network was trained, save only its "
         f"tensors: {_PLAIN}"
     )
+
+
+def _first_class(path: Path) -> str:
+    """The first class that a plain pickle wants; nothing of it is run."""
+    words: list[str] = []
+    try:
+        with path.open("rb") as stream:
+            for operation, argument, _ in islice(pickletools.genops(stream), _OPERATIONS):
+                if operation.name == "GLOBAL":
+                    return str(argument).replace(" ", ".")
+                if operation.name == "STACK_GLOBAL":
+                    return ".".join(words[-2:])
+                words += [argument] if isinstance(argument, str) else []
+    except Exception:  # of what is no pickle, anything
+        pass
+    return ""
 
 
 def _text(head: bytes) -> str:

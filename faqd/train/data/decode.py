@@ -1,0 +1,111 @@
+"""One picture file: decoded, upright, RGB, or what it is instead."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+"""Pillow's other decoders stay closed: they are many, old and seldom what a user means."""
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What brings an image upright, by its EXIF orientation."""
+ORIENTATION = 274
+"""The EXIF tag of that."""
+BRIGHT_SHARE = 1e-3
+"""So many of an image's values may be brighter than what it is said to reach: sensors have hot pixels."""
+_KINDS = (
+    (rb"GIF8", "GIF files"),
+    (rb"II\*\0|MM\0\*|II\+\0|MM\0\+", "TIFF files"),
+    (rb".{4}ftyp(avif|avis)", "AVIF files"),
+    (rb".{4}ftyp(heic|heix|mif1|msf1)", "HEIC files"),
+    (rb".{4}ftyp", "films"),
+    (rb"\0\0\0\x0cJXL |\xff\x0a", "JPEG XL files"),
+    (rb"\0\0\0\x0cjP  ", "JPEG 2000 files"),
+    (rb"%PDF", "PDF documents"),
+    (rb"\s*<svg|\s*<\?xml", "drawings in SVG or XML"),
+    (rb"\s*<", "web pages"),
+    (rb"version https://git-lfs", "pointers of Git LFS (run `git lfs pull`)"),
+)
+"""What begins so, among what is found under the names of images."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """pixels: (H, W, 3) uint8, RGB, upright. shows: whether some of it is not transparent. deep: of a file of 16 bits,
+    the upper 8 of the value that no pixel passes but hot ones."""
+
+    pixels: NDArray[np.uint8]
+    shows: bool
+    deep: int | None
+
+
+def read_picture(path: Path) -> Picture:
+    """One image file, turned as its EXIF orientation says."""
+    with Image.open(path, formats=FORMATS) as opened:
+        # Asked before it is decoded: of 16-bit colour Pillow keeps the high bytes and forgets that there were others.
+        is_deep = opened.mode.startswith("I") or any("16" in str(tile.args) for tile in opened.tile)
+        image = _upright(opened)
+        if image.mode.startswith("I"):
+            # 16-bit grey: the high byte, as Pillow reads 16-bit colour; its own conversion clips at 255.
+            high = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
+            return Picture(np.repeat(high[..., None], 3, axis=2), True, _reach(high))
+        if image.mode in ("P", "PA"):
+            image = image.convert("RGBA")
+        shows = "A" not in image.getbands() or image.getchannel("A").getbbox() is not None
+        # Drops transparency instead of choosing a background: that is what the common training loaders do, so it
+        # is what the teacher saw.
+        pixels = np.asarray(image.convert("RGB"))
+        return Picture(pixels, shows, _reach(pixels) if is_deep else None)
+
+
+def _reach(pixels: NDArray[np.uint8]) -> int:
+    return int(np.partition(pixels.ravel(), last := int((1 - BRIGHT_SHARE) * (pixels.size - 1)))[last])
+
+
+def _upright(opened: Image.Image) -> Image.Image:
+    """`opened` turned by the one tag that says how, whatever else its metadata hold: nothing of them is kept."""
+    try:
+        opened.load()  # behind the pixels a PNG may have more metadata
+        exif = Image.Exif()  # Pillow's own getexif() looks into XMP too, which tools leave behind when they turn pixels
+        exif.load(opened.info.get("exif", b""))
+        turn = TURNS.get(exif.get(ORIENTATION, 1))
+    except Exception:  # of metadata that are damaged, nearly anything
+        turn = None
+    return opened.transpose(turn) if turn is not None else opened
+
+
+def decoded(path: Path) -> Picture | str:
+    """The picture, or what is wrong with its file."""
+    if not path.is_file():
+        return "are no files, or links that lead nowhere"
+    try:
+        return read_picture(path)
+    except Image.DecompressionBombError:
+        assert Image.MAX_IMAGE_PIXELS is not None
+        return f"have more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels, which is too large"
+    # Pillow's decoders raise almost anything on a damaged file: SyntaxError, struct.error, EOFError, IndexError.
+    except Exception:
+        return _other_kind(path) or "do not decode"
+
+
+def _other_kind(path: Path) -> str | None:
+    """What a file is that only has the name of an image of FORMATS."""
+    with path.open("rb") as stream:
+        head = stream.read(32)
+    if not head:
+        return "are empty files"
+    kind = next((kind for begin, kind in _KINDS if re.match(begin, head, re.DOTALL)), None)
+    return f"are {kind} by their content, whatever their names end in" if kind else None
