@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from faqd.errors import UserError
 from faqd.train.networks.load_weights import load_weights
-from faqd.train.networks.own_tensors import own_tensors, put_tensors, with_own_memory
+from faqd.train.networks.own_tensors import copy_of, own_tensors, put_tensors, with_own_memory
 
 
 class Tied(nn.Module):
@@ -113,11 +113,11 @@ def test_views_of_one_memory_are_tied(kind: type[nn.Module], tmp_path: Path) -> 
     torch.save(dict([next(iter(state.items()))]), tmp_path / "one.pth")
     torch.save({key: value.clone() + place for place, (key, value) in enumerate(state.items())}, tmp_path / "two.pth")
     for name in ("both.pth", "one.pth"):
-        network = kind()
+        network = copy_of(kind())
         load_weights(network, tmp_path / name)
         assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
     with pytest.raises(UserError, match="hold different values, and share their memory"):
-        load_weights(kind(), tmp_path / "two.pth")
+        load_weights(copy_of(kind()), tmp_path / "two.pth")
 
 
 def test_hooks_act_when_a_file_is_read_and_never_again(tmp_path: Path) -> None:

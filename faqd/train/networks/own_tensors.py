@@ -6,6 +6,8 @@ the tensors that came of it: put back through hooks that rescale, they would be 
 
 from __future__ import annotations
 
+import copy
+from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -34,6 +36,22 @@ def put_tensors(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         if value.shape != tensors[key].shape:
             raise RuntimeError(f"{key}: {tuple(tensors[key].shape)} for {tuple(value.shape)}")
         value.copy_(tensors[key])
+
+
+def copy_of(network: nn.Module) -> nn.Module:
+    """A copy in which tensors share their memory as they do in `network`; copied alone, each parameter gets its own."""
+    copied = copy.deepcopy(network)
+    old, new = own_tensors(network), own_tensors(copied)
+    plain = {key: value for key, value in old.items() if not is_lazy(value) and value.layout == torch.strided}
+    shared = Counter(value.untyped_storage().data_ptr() for value in plain.values() if value.numel())
+    memory: dict[int, torch.UntypedStorage] = {}
+    for key, value in plain.items():
+        storage = value.untyped_storage()
+        if shared[storage.data_ptr()] > 1:
+            own = memory.setdefault(storage.data_ptr(), storage.clone())
+            view = torch.empty(0, dtype=value.dtype, device=value.device)
+            new[key].data = view.set_(own, value.storage_offset(), value.shape, value.stride())
+    return copied
 
 
 def with_own_memory(network: nn.Module) -> nn.Module:

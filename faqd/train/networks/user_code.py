@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import os
 import sys
@@ -21,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from faqd.errors import UserError, first_line
 from faqd.quantize.capture.program import as_plain_modules, is_exported
+from faqd.train.networks.own_tensors import copy_of
 from faqd.user_file import executed, importable
 
 _left_in: dict[Path, Path] = {}
@@ -90,7 +90,7 @@ def _run(network: nn.Module, example: Tensor) -> None:
 def _another(network: nn.Module) -> nn.Module:
     """A copy, since a function may return one network of its file again and again; what cannot be copied, itself."""
     try:
-        return copy.deepcopy(network)
+        return copy_of(network)
     except Exception:  # of whatever the user's modules hold
         return network
 
