@@ -78,7 +78,6 @@ def refuses(outcome: Outcome, *words: str, code: int = 2) -> None:
         (["--tap", "head"], ["--tap head", "no feature map"]),
         (["--tap", "features.2", "--affinity", "none"], ["--tap features.2", "--affinity none"]),
         (["--columns", "4"], ["--columns", "--affinity fast"]),
-        (["--logit", "kl", "--temperature", "1e-30"], ["--temperature", "0.01<=x<=1000"]),
         (["--adaptors", "--affinity", "none"], ["--adaptors", "--no-adaptors"]),
         (["--autocast", "fp16", "--scale-gradient", "mean"], ["--scale-gradient mean", "--autocast bf16"]),
         (["--image-size", "8x8x8"], ["--image-size 8x8x8", "HEIGHTxWIDTH"]),
