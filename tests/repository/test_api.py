@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -193,21 +192,3 @@ def test_the_page_of_the_names_is_what_their_docstrings_say() -> None:
 def test_importing_the_package_imports_no_library() -> None:
     code = "import faqd, sys; sys.exit(', '.join({'torch', 'numpy', 'onnx', 'click'} & set(sys.modules)) or None)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
-
-
-def test_the_example_of_a_loop_of_ones_own(tmp_path: Path) -> None:
-    line = [sys.executable, "-W", "error", str(ROOT / "examples/01_own_loop.py"), str(tmp_path / "bundle")]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    *_, accuracies, proved = done.stdout.splitlines()
-    teacher, untrained, distilled = (float(word.strip(",")) for word in accuracies.split() if word.startswith("0."))
-    assert untrained < distilled - 0.05 and distilled > teacher - 0.02
-    assert "proved; onnxruntime 0.9" in proved
-
-
-def test_the_example_of_several_processes(tmp_path: Path) -> None:
-    runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    line = [*runner, str(ROOT / "examples/02_data_parallel.py"), str(tmp_path / "bundle")]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    assert "one student: True" in done.stdout and "proved" in done.stdout

@@ -38,7 +38,6 @@ from faqd.quantize.capture.fuse_batch_norm import fused
 from faqd.quantize.int8_share import int8_share
 from faqd.quantize.outputs import run_batches
 from faqd.quantize.prepare import insert_quantizers
-from faqd.quantize.quantizers.layers import latent_weight
 from faqd.quantize.student import Student
 
 STAGES = ("capture", "prepare", "calibrate", "bundle", "engine")
@@ -151,7 +150,7 @@ class _PlainRounding(fx.Interpreter):
         self._measures = False
 
     def run_node(self, n: fx.Node) -> Any:
-        layer = nodes.module_of(self.network, n) if nodes.role(self.network, n) == "compute" else None
+        layer: Any = nodes.module_of(self.network, n) if nodes.role(self.network, n) == "compute" else None
         if layer is None:
             return super().run_node(n)
         read = nodes.operand(n)
@@ -159,7 +158,7 @@ class _PlainRounding(fx.Interpreter):
         if self._measures:
             self.largest[n.name] = max(float(x.abs().max()), self.largest.get(n.name, 0.0))
             return super().run_node(n)
-        weight = latent_weight(layer)
+        weight: Tensor = layer.weight
         kept = weight.data
         axes = [axis for axis in range(weight.dim()) if axis != getattr(layer, "transposed", False)]
         try:

@@ -49,9 +49,9 @@ def verify_float16(bundle: Bundle, trace: Trace, images: NDArray[Any], wanted: O
         if narrow and (too_large := _too_large(segment, trace.reached)):
             failures.append(f"{segment.layer}: {too_large}")
             continue
-        feeds = {name: _undriven(trace, array) for name, array in feeds.items()}
+        feeds = {name: trace.without_driven(array) for name, array in feeds.items()}
         found = OnnxSession(segment.model.SerializeToString(), optimise=False).run(feeds)[segment.output]
-        expected = _undriven(trace, trace.computed[segment.output])
+        expected = trace.without_driven(trace.computed[segment.output])
         if expected.dtype.kind == "f":
             snr = snr_db(found, expected)
             layers.append({"layer": segment.layer, "snr_db": snr})
@@ -91,10 +91,6 @@ def _multiplies_floats(segment: Segment) -> bool:
 
     products = [node for node in segment.model.graph.node if node.op_type in (*WEIGHTED, "MatMul")]
     return not all(dequantized(node.input[1]) for node in products)
-
-
-def _undriven(trace: Trace, array: NDArray[Any]) -> NDArray[Any]:
-    return array[: trace.undriven] if len(array) == trace.probes else array
 
 
 _WAY_OUT = "write the bundle again with --float-type fp32"

@@ -75,7 +75,7 @@ def verify_trace(
     for segment, feeds, values in trace:
         for place in dict.fromkeys(map(place_of, segment.model.graph.node)):
             failures += [f"{place}: {text}" for text in wrong.pop(place, [])]
-        failures += [f"{place}: {text}" for place, text in _beyond_int32(segment, values, trace.undriven)]
+        failures += [f"{place}: {text}" for place, text in _beyond_int32(segment, values, trace)]
         wanted = values[segment.output]
         row: dict[str, Any] = {"layer": segment.layer, "tensor": segment.output}
         if real(wanted).dtype.kind == "f":
@@ -102,9 +102,9 @@ def verify_trace(
     return {"layers": layers, "failures": failures}
 
 
-def _beyond_int32(segment: Segment, values: dict[str, Value], undriven: int) -> Iterator[tuple[str, str]]:
+def _beyond_int32(segment: Segment, values: dict[str, Value], trace: Trace) -> Iterator[tuple[str, str]]:
     """(place, what is wrong) of the layers whose integer sums int32 does not hold, with the bias where that is an
-    integer as well. undriven: how many probes may show it, the first."""
+    integer as well. Driven probes do not count: no image makes them."""
     for node in segment.model.graph.node:
         operands = [values[name] for name in node.input] if node.op_type in WEIGHTED else []
         if len(operands) < 2 or not all(isinstance(operand, Grid) for operand in operands[:2]):
@@ -112,7 +112,7 @@ def _beyond_int32(segment: Segment, values: dict[str, Value], undriven: int) -> 
         x, weight = operands[:2]
         if x.scale.size != 1 or weight.scale.size not in (1, max(weight.scale.shape, default=1)):
             continue
-        found = real(values[node.output[0]])[:undriven]
+        found = trace.without_driven(real(values[node.output[0]]))
         bias = np.zeros(1) if len(operands) < 3 or isinstance(operands[2], Grid) else real(operands[2])
         per_channel = (-1, *[1] * (found.ndim - 2))
         sums = (found - bias.reshape(per_channel)) / (x.scale * weight.scale.reshape(-1)).reshape(per_channel)

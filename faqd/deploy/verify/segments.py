@@ -190,8 +190,13 @@ class Trace:
             if isinstance(value, np.ndarray) and value.dtype.kind in "iub":
                 continue  # sizes and places, which no float type holds
             found = real(value)
-            own = found[: self.undriven] if found.ndim and len(found) == self.probes else found
-            self.reached[name] = float(np.abs(own).max(initial=0.0))
+            self.reached[name] = float(np.abs(self.without_driven(found)).max(initial=0.0))
+
+    def without_driven(self, array: NDArray[Any]) -> NDArray[Any]:
+        """What images and noise make of a tensor, without the probes whose codes were replaced. Tokens and windows of
+        all images may stand on its first axis, one image after the other."""
+        rows, rest = divmod(len(array), self.probes) if array.ndim else (0, 1)
+        return array if rest else array[: rows * self.undriven]
 
     def feeds(self, segment: Segment) -> dict[str, NDArray[Any]] | None:
         """What a segment is fed, by name; None where it reads what this file does not compute."""

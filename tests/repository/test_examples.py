@@ -1,0 +1,88 @@
+"""The numbered examples run as they stand, and show what they say."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from faqd.benchmarks.measure.user_metric import load_metric
+from faqd.train.networks.source import user_function
+from tests.repository.test_walls import ROOT
+
+EXAMPLES = ROOT / "examples"
+
+
+def printed(example: str, *arguments: Path) -> list[str]:
+    line = [sys.executable, "-W", "error", str(EXAMPLES / example), *map(str, arguments)]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def numbers(line: str) -> list[float]:
+    return [float(word.strip(",")) for word in line.split() if word.startswith("0.")]
+
+
+@pytest.fixture(scope="module")
+def loop(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
+    """What the first example prints, and its bundle."""
+    bundle = tmp_path_factory.mktemp("example") / "bundle"
+    return printed("01_own_loop.py", bundle), bundle
+
+
+def test_a_loop_of_ones_own(loop: tuple[list[str], Path]) -> None:
+    *_, accuracies, proved = loop[0]
+    teacher, untrained, distilled = numbers(accuracies)
+    assert untrained < distilled - 0.05 and distilled > teacher - 0.02
+    assert "proved; onnxruntime 0.9" in proved
+
+
+def test_several_processes(tmp_path: Path) -> None:
+    runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    line = [*runner, str(EXAMPLES / "02_data_parallel.py"), str(tmp_path / "bundle")]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert "one student: True" in done.stdout and "proved" in done.stdout
+
+
+def test_a_detector(tmp_path: Path) -> None:
+    *_, taps, figures, proved = printed("03_detector.py", tmp_path / "bundle")
+    teacher, untrained, distilled = numbers(figures)
+    assert "body" in taps and teacher > 0.9 and untrained < distilled and distilled > teacher - 0.05
+    assert "proved; onnxruntime 0." in proved
+
+
+def test_a_measure_of_ones_own() -> None:
+    spec = f"{EXAMPLES / '04_own_metric.py'}:"
+    scores = np.array([[3.0, 2.0, 1.0], [3.0, 1.0, 2.0], [1.0, 2.0, 3.0]])
+    found = {"teacher": {"logits": np.eye(3)}, "labels": np.array([1, 1, 1])}
+    metric = load_metric(f"{spec}metric").function
+    assert metric({"logits": scores}, found)["among the first two"] == pytest.approx(2 / 3)
+    del found["labels"]
+    assert user_function(f"{spec}select", "--select")({"logits": scores}, found) == pytest.approx(2 / 3)
+
+
+def test_a_bundle_without_faqd(loop: tuple[list[str], Path], tmp_path: Path) -> None:
+    (line,) = printed("05_bundle_without_faqd.py", loop[1])
+    assert "397 images, 9" in line and line.endswith("% as the float network answers")
+    picture = np.load(loop[1] / "eval.npz")["images"][0, ..., 0]
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    (answer,) = printed("05_bundle_without_faqd.py", loop[1], tmp_path / "a.png")
+    assert answer.startswith(f"{tmp_path / 'a.png'}: ") and answer[-1].isdigit()
+    code = (EXAMPLES / "05_bundle_without_faqd.py").read_text("utf-8")
+    assert not re.search(r"^(import|from) faqd", code, re.MULTILINE)
+
+
+def test_pictures(tmp_path: Path) -> None:
+    *_, apart, names = printed("06_pictures.py", tmp_path / "pictures")
+    untrained, distilled = numbers(apart)
+    assert distilled < untrained and names == "pictures: affinity.png, loss.png, maps.png"
+    for name in ("affinity.png", "loss.png", "maps.png"):
+        assert np.asarray(Image.open(tmp_path / "pictures" / name)).std() > 10
