@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,23 +56,29 @@ _FACTS = {
 }
 """What every manifest holds; `verify` asks for more."""
 _COMPARED = {"images": COUNT, "snr_db": Each(Maybe(float))}
-_ISLAND = {"operators": Each(str), "line": str}
-_OPTIONAL = {"as_trained": Maybe(_COMPARED), "rounding": Maybe(str), "islands": Many(_ISLAND), "int8_share": float}
+FLOATS = {"islands": Many({"operators": Each(str), "line": str}), "int8_share": float}
+"""What a manifest, and the record of a bench, says of what stays float; older ones say nothing of it."""
+_OPTIONAL = {"as_trained": Maybe(_COMPARED), "rounding": Maybe(str), **FLOATS}
 WORTH_INT8 = 0.5
 """Below this share of multiply-accumulates on integers, what is left float decides how long a network takes."""
 
 
-def floats_in_words(facts: dict[str, Any]) -> Iterator[str]:
+def floats_in_words(facts: Mapping[str, Any]) -> Iterator[str]:
     """What a manifest, or `inspect`, says of what stays float: nothing where all is integer."""
     share, islands = facts.get("int8_share", 1.0), facts.get("islands", [])
     if islands:
-        kinds = Counter(kind for island in islands for kind in island["operators"].values())
-        places = ", ".join(f"{kind}{f' ({count} times)' if count > 1 else ''}" for kind, count in kinds.most_common())
-        first = f"{next(iter(islands[0]['operators']))}{islands[0]['line']}"
-        yield f"{len(islands)} float {'island' if len(islands) == 1 else 'islands'}, the first at {first}: {places}"
+        first = f"{next(iter(islands[0]['operators']), '')}{islands[0]['line']}"
+        count = f"{len(islands)} float {'island' if len(islands) == 1 else 'islands'}"
+        yield f"{count}, the first at {first}: {float_operators(islands)}"
     if islands or share < 1:
         verdict = "" if share >= WORTH_INT8 else ": INT8 is not worth it here"
-        yield f"{100 * share:.1f} % of the multiply-accumulates are of integers{verdict}."
+        yield f"{100 * share:.1f} % of the multiply-accumulates run in INT8{verdict}."
+
+
+def float_operators(islands: list[dict[str, Any]]) -> str:
+    """What is in them, the most frequent first: `LayerNorm (5 times), softmax`."""
+    operators = Counter(operator for island in islands for operator in island["operators"].values())
+    return ", ".join(f"{name}{f' ({count} times)' if count > 1 else ''}" for name, count in operators.most_common())
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -19,10 +20,12 @@ from faqd.benchmarks.cli import main
 from faqd.benchmarks.measure.latency import Length
 from faqd.benchmarks.measure.switches import Options
 from faqd.benchmarks.record.gates import Gates
+from faqd.benchmarks.record.schema import complaint
+from faqd.benchmarks.report.terminal import console_for, print_result
 from faqd.bundle import STUDENT_ONNXRUNTIME, TEACHER, load_bundle
 from faqd.deploy.onnx_model.session import OnnxSession
 from faqd.errors import UserError
-from tests.fixtures.tiny_bundles import PREPROCESS, make_bundle, network, write_verify
+from tests.fixtures.tiny_bundles import ISLANDS, PREPROCESS, make_bundle, network, write_verify
 
 QUICK = Options(batch=(1, 4), length=Length(duration_s=0.02, rounds=2, warm_up_ms=0.0))
 
@@ -179,6 +182,52 @@ def test_the_command_prints_a_table_of_at_most_100_columns(
     assert found["command"][:2] == ["faqd-bench", str(bundles[0])]
     assert found["switches"]["batch"] == [1, 2]
     assert (tmp_path / "r.html").read_text().startswith("<!doctype html>")
+
+
+def printed(result: dict[str, Any]) -> str:
+    """What the terminal shows of it, in one line."""
+    console = console_for(io.StringIO())
+    print_result(result, console)
+    assert isinstance(console.file, io.StringIO)
+    return " ".join(console.file.getvalue().split())
+
+
+def test_what_stays_float_is_told_and_whether_int8_is_worth_it(tmp_path: Path) -> None:
+    make_bundle(tmp_path / "most", "most", islands=ISLANDS, int8_share=0.8123)
+    make_bundle(tmp_path / "few", "few", kind="ptq", islands=ISLANDS, int8_share=0.4)
+    make_bundle(tmp_path / "all", "all", islands=[], int8_share=1.0)
+    make_bundle(tmp_path / "old", "old")
+    folders = [tmp_path / name for name in ("most", "few", "all", "old")]
+    found = record(*folders, options=Options(skip_latency=True))
+    most, few, whole, old = found["bundles"]
+    assert (most["islands"], most["int8_share"], most["worth_int8"]) == (ISLANDS, 0.8123, True)
+    assert (few["islands"], few["int8_share"], few["worth_int8"]) == (ISLANDS, 0.4, False)
+    assert (whole["islands"], whole["int8_share"], whole["worth_int8"]) == ([], 1.0, True)
+    assert old.keys().isdisjoint({"islands", "int8_share", "worth_int8"})
+    assert complaint(found) is None
+    text = printed(found)
+    kinds = "2 float islands, the first at norm (net.py:12): matmul (2 times), LayerNorm, softmax"
+    assert f"most: {kinds}; 81.2 % of the multiply-accumulates run in INT8. few, PTQ: {kinds}; 40.0 %" in text
+    assert text.count("INT8 is not worth it here") == 1
+    assert "operators in float of most, few, PTQ" in text, "two that are equal in this share a table"
+    assert "1 norm (LayerNorm) net.py:12 2 attend (matmul), weigh (softmax), attend_1 (matmul)" in text
+    assert "All multiply-accumulates in INT8: all." in text
+    assert "old:" not in text
+
+
+def test_of_many_islands_the_terminal_shows_the_first(tmp_path: Path) -> None:
+    islands = [{"operators": {f"norm{index}": "LayerNorm"}, "line": f" (net.py:{index})"} for index in range(25)]
+    make_bundle(tmp_path / "b", islands=islands, int8_share=0.9)
+    text = printed(record(tmp_path / "b", options=Options(skip_latency=True)))
+    assert "norm9 (LayerNorm) net.py:9" in text and "norm10" not in text
+    assert "… 15 more" in text
+
+
+def test_layers_that_were_kept_float_are_no_islands(tmp_path: Path) -> None:
+    make_bundle(tmp_path / "b", islands=[], int8_share=0.3)
+    text = printed(record(tmp_path / "b", options=Options(skip_latency=True)))
+    assert "tiny 8/8: 30.0 % of the multiply-accumulates run in INT8: INT8 is not worth it here." in text
+    assert "float island" not in text and "All multiply-accumulates" not in text
 
 
 def test_json_on_standard_output_is_alone_there(

@@ -24,6 +24,7 @@ from faqd.errors import UserError
 from tests.benchmarks.test_bench import call
 from tests.fixtures.boards import ORIN_NANO, board
 from tests.fixtures.fake_bundle_engines import gpu, make_engines
+from tests.fixtures.tiny_bundles import ISLANDS
 
 GATES = Gates(0.5, 0.5, 1e9, 1e9)
 DAMAGES: tuple[Any, ...] = ("delete", None, "x", [], {}, [[]], -1, 0, True, 1e400)
@@ -33,7 +34,9 @@ DAMAGES: tuple[Any, ...] = ("delete", None, "x", [], {}, [[]], -1, 0, True, 1e40
 def full(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A record with every part that there is."""
     root = tmp_path_factory.mktemp("full")
-    folder = make_engines(root / "bundle", "student.tensorrt", "student.float.fp16", "teacher.fp16")
+    folder = make_engines(
+        root / "bundle", "student.tensorrt", "student.float.fp16", "teacher.fp16", islands=ISLANDS, int8_share=0.4
+    )
     (root / "m.py").write_text("def half(outputs, eval):\n    return {'half': 0.5}\n")
     rails = board(root / "board", ORIN_NANO) / "sys/class/hwmon"
     more = ("--sweep", "--dump-profile", "--sustained", "0.02", "--energy-duration", "0.1", "--batch", "1,2")
@@ -83,6 +86,14 @@ def test_a_whole_record_has_nothing_wrong(full: dict[str, Any], tmp_path: Path) 
     use(tmp_path / "r.json", full)
 
 
+def test_a_record_of_before_says_nothing_of_what_stays_float(full: dict[str, Any], tmp_path: Path) -> None:
+    older = copy.deepcopy(full)
+    for key in ("islands", "int8_share", "worth_int8"):
+        del older["bundles"][0][key]
+    (tmp_path / "r.json").write_text(json.dumps(older))
+    use(tmp_path / "r.json", full)
+
+
 def test_no_damage_is_a_traceback(full: dict[str, Any], tmp_path: Path) -> None:
     every = [(path, damage) for path in places(full) for damage in DAMAGES if path[0] not in ("format", "version")]
     refused = 0
@@ -106,6 +117,12 @@ def test_no_damage_is_a_traceback(full: dict[str, Any], tmp_path: Path) -> None:
         (("networks", 2, "accuracy"), None, "networks/2/accuracy is null, not an object"),
         (("environment", "cpu"), "delete", "environment/cpu is missing"),
         (("networks", 2, "layers", "layers", 0, "kind"), "int3", "layers/0/kind is 'int3', not one of int8"),
+        (("bundles", 0, "int8_share"), "delete", "bundles/0/int8_share is missing"),
+        (
+            ("bundles", 0, "islands", 0, "operators", "norm"),
+            3,
+            "bundles/0/islands/0/operators/norm is a int, not a str",
+        ),
         (("networks", 0, "role"), "float", "networks/0 is not the teacher"),
     ],
 )

@@ -24,7 +24,7 @@ from faqd.benchmarks.report.accuracy_latency_chart import accuracy_against_laten
 from faqd.benchmarks.report.html import page_from_result
 from faqd.benchmarks.report.label_layout import Box, place
 from faqd.bundle import load_bundle
-from tests.fixtures.tiny_bundles import make_bundle
+from tests.fixtures.tiny_bundles import ISLANDS, make_bundle
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium")
@@ -63,8 +63,13 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         HOSTILE: ("distilled", 0.05, True),
         "control, not trained": ("ptq", 2.0, True),
     }
+    floats: dict[str, dict[str, Any]] = {
+        "resnet20 8/8": {"islands": [], "int8_share": 1.0},
+        "resnet20 4W4A": {"islands": ISLANDS, "int8_share": 0.8123},
+        HOSTILE: {"islands": [{"operators": {HOSTILE: HOSTILE}, "line": f" ({HOSTILE})"}] * 9, "int8_share": 0.4},
+    }
     for index, (name, (kind, noise, verify)) in enumerate(students.items()):
-        make_bundle(root / str(index), name, kind=kind, noise=noise, verify=verify)
+        make_bundle(root / str(index), name, kind=kind, noise=noise, verify=verify, **floats.get(name, {}))
     bundles = [load_bundle(root / str(index)) for index in range(len(students))]
     options = Options(batch=(1, 4), length=Length(0.2, 0.0, rounds=2), gates=Gates(min_agreement=0.5))
     # A clock of its own makes the page the same every time, with all points in one column: the worst case.
@@ -180,6 +185,34 @@ def test_the_page_is_whole_and_escaped(result: dict[str, Any]) -> None:
     assert [dict(attrs).get("type") for tag, attrs in reader.tags if tag == "script"] == ["application/json"]
     assert json.loads(reader.record) == result
     assert_figures_equal(html, result, least=200)
+
+
+def test_the_page_tells_what_stays_float(result: dict[str, Any], tmp_path: Path) -> None:
+    html = page_from_result(result)
+    assert "All multiply-accumulates in INT8: resnet20 8/8." in html
+    section = html.partition("<h2>What stays float</h2>")[2].partition("</section>")[0]
+    assert section.count('class="name"') == 2, "nothing of a student that is all integers, nor of bundles of before"
+    assert [path for path, *_ in read(section).figures] == ["bundles/2/int8_share", "bundles/4/int8_share"]
+    assert section.count("INT8 is not worth it here") == 1
+    assert "<summary>matmul (2 times), LayerNorm, softmax</summary>" in section
+    assert '<code>norm</code> LayerNorm <span class="soft">net.py:12</span>' in section
+    assert "<code>attend</code> matmul, <code>weigh</code> softmax, <code>attend_1</code> matmul</li>" in section
+
+
+def test_the_page_of_a_student_without_islands_has_no_section_on_them(tmp_path: Path) -> None:
+    options = Options(skip_latency=True)
+    variants: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("whole", {"islands": [], "int8_share": 1.0}),
+        ("of before", {}),
+    )
+    for name, floats in variants:
+        bundle = make_bundle(tmp_path / name, **floats)
+        html = page_from_result(bench([bundle], OnnxruntimeBackend(1, "test"), options).result)
+        assert "What stays float" not in html
+        assert ("All multiply-accumulates in INT8: tiny 8/8." in html) == (name == "whole")
+    bundle = make_bundle(tmp_path / "kept", islands=[], int8_share=0.7)
+    html = page_from_result(bench([bundle], OnnxruntimeBackend(1, "test"), options).result)
+    assert "none: layers that were kept float" in html and "not worth it" not in html
 
 
 def test_the_page_without_latency_labels_or_classes(tmp_path: Path) -> None:

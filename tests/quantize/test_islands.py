@@ -260,10 +260,10 @@ def test_islands_are_said_in_two_lines_and_nothing_of_a_network_of_integers() ->
     assert re.match(
         r"7 float islands, the first at blocks\.0\.norm1 \(test_islands\.py:\d+\): LayerNorm \(5 times\), ", first
     )
-    assert re.fullmatch(r"8\d\.\d % of the multiply-accumulates are of integers\.", share)
+    assert re.fullmatch(r"8\d\.\d % of the multiply-accumulates run in INT8\.", share)
     assert not list(floats_in_words({"islands": [], "int8_share": 1.0})) and not list(floats_in_words({}))
     (half,) = floats_in_words({"islands": [], "int8_share": 0.4})
-    assert half == "40.0 % of the multiply-accumulates are of integers: INT8 is not worth it here."
+    assert half == "40.0 % of the multiply-accumulates run in INT8: INT8 is not worth it here."
 
 
 class GroupNormed(nn.Module):

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from faqd.benchmarks.measure.latency import Submission
-from faqd.bundle import EVAL, FLOAT_STUDENT_FP16, MANIFEST, TEACHER_FP16, Bundle, Evaluation
+from faqd.bundle import EVAL, FLOAT_STUDENT_FP16, FLOATS, MANIFEST, TEACHER_FP16, WORTH_INT8, Bundle, Evaluation
 from faqd.errors import UserError
 from faqd.files import sha256
 from faqd.proof import STUDENTS, proof_of
@@ -136,7 +136,7 @@ def feeds_of(bundle: Bundle, data: Evaluation, batch: int) -> dict[str, Array]:
 
 
 def bundle_record(bundle: Bundle, files: Mapping[Role, str]) -> dict[str, Any]:
-    """`verify` speaks of the flavour that is run."""
+    """`verify` speaks of the flavour that is run. What stays float is there where the manifest says it."""
     flavour = next(flavour for flavour, file in STUDENTS.items() if file == files["student"])
     keys = ("name", "kind", "architecture", "weight_bits", "act_bits", "target", "teacher")
     return {
@@ -144,4 +144,11 @@ def bundle_record(bundle: Bundle, files: Mapping[Role, str]) -> dict[str, Any]:
         **{key: bundle.manifest[key] for key in keys},
         "manifest_sha256": sha256(bundle.folder / MANIFEST),
         "verify": proof_of(bundle, flavour).status,
+        **_floats(bundle.manifest),
     }
+
+
+def _floats(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    if not FLOATS.keys() <= manifest.keys():
+        return {}
+    return {**{key: manifest[key] for key in FLOATS}, "worth_int8": manifest["int8_share"] >= WORTH_INT8}

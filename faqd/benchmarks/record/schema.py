@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from faqd.benchmarks.report.layer_time_chart import KINDS
+from faqd.bundle import FLOATS
 from faqd.schema import COUNT, POSITIVE, Each, Many, Maybe, wrong
 
 _SHARE = {"value": float, "low": float, "high": float, "n": COUNT}
@@ -84,6 +85,8 @@ _STUDENT = {
     "accuracy": _ACCURACY,
     "size": Maybe(dict.fromkeys(("float32_bytes", "int8_bytes", "packed_bytes"), POSITIVE)),
 }
+_FLOATS = {**FLOATS, "worth_int8": bool}
+"""What a bundle's manifest said of what stays float; all three or none, as in older records."""
 _ON_CPU = {"backend": {"threads": COUNT}}
 _TEXTS = ("time_utc", "cpu", "os", "kernel", "machine", "python", "numpy")
 RECORD = {
@@ -120,6 +123,9 @@ def complaint(record: Mapping[str, Any]) -> str | None:
 
 def _complaints(record: Mapping[str, Any]) -> Iterator[str]:
     yield from wrong(record, RECORD, "")
+    for i, bundle in enumerate(record["bundles"]):
+        if not bundle.keys().isdisjoint(_FLOATS):
+            yield from wrong(bundle, _FLOATS, f"bundles/{i}")
     networks = record["networks"]
     if networks[0]["role"] != "teacher":
         yield "networks/0 is not the teacher"

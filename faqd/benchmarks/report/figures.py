@@ -102,6 +102,32 @@ def complaint(result: Record, network: Record) -> str | None:
     return _VERDICTS.get(str(result["bundles"][network["bundle"]]["verify"]))
 
 
+def partly_float(result: Record) -> list[tuple[Record, Record]]:
+    """The students that compute something in float, each with its bundle's record, which says what."""
+    return [(network, bundle) for network, bundle in _known(result) if not _all_int8(bundle)]
+
+
+def all_int8(result: Record) -> str:
+    """The students that compute nothing in float, in words; empty where there is none, or where the record is older."""
+    names = ", ".join(label(network) for network, bundle in _known(result) if _all_int8(bundle))
+    return f"All multiply-accumulates in INT8: {names}." if names else ""
+
+
+def _known(result: Record) -> list[tuple[Record, Record]]:
+    students = [network for network in result["networks"] if network["role"] == "student"]
+    paired = [(network, result["bundles"][network["bundle"]]) for network in students]
+    return [(network, bundle) for network, bundle in paired if "int8_share" in bundle]
+
+
+def _all_int8(bundle: Record) -> bool:
+    return not bundle["islands"] and bundle["int8_share"] >= 1
+
+
+def line_of(island: Record) -> str:
+    """The user's line, such as `net.py:12`; empty where it is not known."""
+    return str(island["line"]).strip(" ()")
+
+
 def device(result: Record) -> str:
     """Where latencies were measured, in words."""
     backend = result["backend"]

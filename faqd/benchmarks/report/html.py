@@ -15,6 +15,7 @@ from faqd.benchmarks.report import layer_time_chart as bars
 from faqd.benchmarks.report import throughput_charts as curves
 from faqd.benchmarks.report.figures import Record, compared, complaint, first_batch, latency_at, speed_up_at
 from faqd.benchmarks.report.svg import colour_class
+from faqd.bundle import float_operators
 
 WIDE, NARROW = 900, 340
 """Widths of the pictures in CSS pixels: for a desk and for a phone."""
@@ -41,6 +42,10 @@ def page_from_result(result: Record) -> str:
         index_of=lambda items, item: items.index(item),
         scatter=_both(lambda width: charts.accuracy_against_latency(result, width)),
         distributions=[(size, _both(_distribution(result, size))) for size in result["switches"]["batch"]],
+        all_int8=figures.all_int8(result),
+        partly_float=figures.partly_float(result),
+        line_of=figures.line_of,
+        float_operators=float_operators,
         below=charts.BELOW,
         throughput=_both(lambda width: curves.throughput_against_batch(result, width)),
         under_load=_both(lambda width: curves.sustained_throughput(result, width)),

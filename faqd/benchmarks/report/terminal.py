@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import IO, Any
 
 from rich import box
@@ -12,6 +13,7 @@ from rich.text import Text
 from faqd.benchmarks.report.figures import (
     NONE,
     Record,
+    all_int8,
     bits,
     compared,
     complaint,
@@ -21,13 +23,16 @@ from faqd.benchmarks.report.figures import (
     kind,
     label,
     latency_at,
+    line_of,
     milliseconds,
+    partly_float,
     percent,
     points,
     significant,
     speed_up_at,
     times,
 )
+from faqd.bundle import floats_in_words
 
 WIDTH = 100
 
@@ -42,10 +47,11 @@ def print_result(result: Record, console: Console) -> None:
     console.print(_main_table(result))
     if any(network["latency"] for network in result["networks"]):
         console.print(_latency_table(result))
-    for more in (_device_table(result), _energy_table(result), _sweep_table(result), _layer_table(result)):
-        if more is not None:
-            console.print(more)
-    for line in _metrics(result):
+    more = (_device_table(result), _energy_table(result), _sweep_table(result), _layer_table(result))
+    for table in (*more, *_island_tables(result)):
+        if table is not None:
+            console.print(table)
+    for line in (*_metrics(result), *_floats(result)):
         console.print(Text(line))
     for note in (_legend(result), *result["notes"]):
         console.print(Text(note), style="dim", soft_wrap=False)
@@ -243,6 +249,35 @@ def _layer_table(result: Record) -> Table | None:
         cells = [layer["name"], layer["kind"], milliseconds(layer["mean_ms"]), f"{100 * layer['share']:.1f}"]
         table.add_row(*map(Text, cells))
     return table
+
+
+SHOWN_ISLANDS = 10
+
+
+def _island_tables(result: Record) -> Iterator[Table]:
+    """What students compute in float; one table for those that are equal in this, as of one network in several bits."""
+    students = [(network, bundle["islands"]) for network, bundle in partly_float(result) if bundle["islands"]]
+    for i, (_, islands) in enumerate(students):
+        if islands in [others for _, others in students[:i]]:
+            continue
+        table = _new_table()
+        table.add_column("float island", justify="right", no_wrap=True)
+        names = ", ".join(label(network) for network, others in students if others == islands)
+        table.add_column(f"operators in float of {names}", overflow="fold")
+        table.add_column("line", overflow="fold")
+        for number, island in enumerate(islands[:SHOWN_ISLANDS], 1):
+            operators = ", ".join(f"{place} ({operator})" for place, operator in island["operators"].items())
+            table.add_row(str(number), Text(operators), Text(line_of(island)))
+        if len(islands) > SHOWN_ISLANDS:
+            table.add_row(
+                "…", f"{len(islands) - SHOWN_ISLANDS} more, in the record (--json) and the page (--report)", ""
+            )
+        yield table
+
+
+def _floats(result: Record) -> list[str]:
+    lines = [f"{label(network)}: {'; '.join(floats_in_words(bundle))}" for network, bundle in partly_float(result)]
+    return [*lines, *filter(None, [all_int8(result)])]
 
 
 def _metrics(result: Record) -> list[str]:
