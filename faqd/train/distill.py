@@ -36,7 +36,7 @@ from faqd.train.loop.fit import finish, fit
 from faqd.train.loop.progress import reporting
 from faqd.train.loop.select import Answers, kept_sentence, mean_losses
 from faqd.train.loop.teacher_forward import dtype_effect, target_of
-from faqd.train.loop.trainee import Job, select_losses
+from faqd.train.loop.trainer import Job, select_losses
 from faqd.train.losses.heads import Heads, heads_from, heads_of
 from faqd.train.losses.objective import distances_to, distill_job
 from faqd.train.networks.own_tensors import own_tensors

@@ -18,7 +18,7 @@ from faqd.train.data.options import DataOptions
 from faqd.train.loop.batches import Batch, Batches, Images, splits_on
 from faqd.train.loop.distributed import World
 from faqd.train.loop.fit import finish, fit
-from faqd.train.loop.trainee import Job, Losses, select_losses
+from faqd.train.loop.trainer import Job, Losses, select_losses
 from faqd.train.networks.source import NetworkSource, architecture_source
 from faqd.train.recipes import TeacherRecipe, recipe_json
 from faqd.train.run.folder import asked_json, begin, conclude, data_json, held, is_done, read_record

@@ -17,9 +17,9 @@ import torch
 
 from faqd.train import distill as distillation
 from faqd.train.loop import fit as loop
-from faqd.train.loop import trainee as job
+from faqd.train.loop import trainer as job
 from faqd.train.loop.batches import Batches
-from faqd.train.loop.trainee import Job
+from faqd.train.loop.trainer import Job
 from faqd.train.losses import objective
 from tests.fixtures.toy_runs import NET, Outcome, User, everything_in, new_user, succeeds, write_net
 

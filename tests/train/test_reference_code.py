@@ -15,7 +15,7 @@ from faqd.quantize.capture.capture import capture
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.prepare import insert_quantizers
 from faqd.quantize.student import student_table
-from faqd.train.loop.trainee import Job
+from faqd.train.loop.trainer import Job
 from faqd.train.losses.adaptors import Adapted
 from faqd.train.losses.objective import decay_groups
 from faqd.train.networks.tensor_files import read_tensors

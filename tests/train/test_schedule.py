@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from faqd.train.loop.distributed import World
-from faqd.train.loop.trainee import _objective, _rate
+from faqd.train.loop.trainer import _objective, _rate
 from faqd.train.recipes import Training, open_training, relative_rate, usual_training
 
 

@@ -25,7 +25,7 @@ from faqd.train.data.datasets import Augmentation
 from faqd.train.loop.batches import Batches, Images
 from faqd.train.loop.distributed import CPU, World
 from faqd.train.loop.teacher_forward import dtype_effect, target_of
-from faqd.train.loop.trainee import Trainee
+from faqd.train.loop.trainer import Trainer
 from faqd.train.losses.objective import AUTOCAST, distill_job
 from faqd.train.losses.taps import tap_pairs
 from faqd.train.networks.source import NetworkSource
@@ -43,7 +43,7 @@ def user(tmp_path_factory: pytest.TempPathFactory) -> User:
     return new_user(tmp_path_factory.mktemp("user"))
 
 
-def trainee_of(run: Path, autocast: Autocast = "none", teacher: TeacherDtype = "fp32") -> tuple[Trainee, Batches]:
+def trainer_of(run: Path, autocast: Autocast = "none", teacher: TeacherDtype = "fp32") -> tuple[Trainer, Batches]:
     """A ResNet-8 student of a ResNet-8 teacher at 4W4A on random 8-pixel images, with exact L1 affinity."""
     torch.manual_seed(0)
     source = NetworkSource(3, (8, 8), 10, architecture="resnet8")
@@ -57,7 +57,7 @@ def trainee_of(run: Path, autocast: Autocast = "none", teacher: TeacherDtype = "
     pairs = tap_pairs(traced, student, None)
     target = target_of(traced, [theirs for theirs, _ in pairs], CPU, teacher)
     job = distill_job(Plan(recipe, run, source, {}), student, pairs)
-    return Trainee(job, World()), Batches(seen, seen, 16, 0, target, World())
+    return Trainer(job, World()), Batches(seen, seen, 16, 0, target, World())
 
 
 # The teacher ---------------------------------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ def test_a_bf16_teacher_is_reported_and_recorded(user: User, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("autocast", ["none", "bf16", "fp16"])
 def test_quantizers_and_losses_stay_float32_under_autocast(autocast: Autocast, tmp_path: Path) -> None:
-    trainee, batches = trainee_of(tmp_path, autocast, "bf16")
+    trainer, batches = trainer_of(tmp_path, autocast, "bf16")
     convolved: set[torch.dtype] = set()
     quantized: set[torch.dtype] = set()
     inner: set[torch.dtype] = set()
@@ -141,14 +141,14 @@ def test_quantizers_and_losses_stay_float32_under_autocast(autocast: Autocast, t
         if isinstance(module, ActivationQuantizer) and node is not None:
             inner.update(saved.dtype for saved in node.saved_tensors)
 
-    for module in trainee.job.network.modules():
+    for module in trainer.job.network.modules():
         if isinstance(module, ActivationQuantizer | WeightQuantizer | nn.Conv2d):
             module.register_forward_hook(watch)
-    trainee.step(batches.at(0), 10)
+    trainer.step(batches.at(0), 10)
     assert quantized == inner == {torch.float32}
     assert convolved == {AUTOCAST[autocast] or torch.float32}
-    assert {value.dtype for value in trainee.sums.values()} == {torch.float32}
-    parameters = [*trainee.job.decayed, *trainee.job.free]
+    assert {value.dtype for value in trainer.sums.values()} == {torch.float32}
+    parameters = [*trainer.job.decayed, *trainer.job.free]
     assert {p.dtype for p in parameters} == {torch.float32}
     gradients = [p.grad for p in parameters if p.grad is not None]
     assert {g.dtype for g in gradients} == {torch.float32} and all(bool(g.isfinite().all()) for g in gradients)
@@ -156,8 +156,8 @@ def test_quantizers_and_losses_stay_float32_under_autocast(autocast: Autocast, t
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_term_is_float32_for_outputs_in_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
-    trainee, batches = trainee_of(tmp_path)
-    recipe = DistillRecipe("", trainee.job.training, affinity="none", label_weight=1.0)
+    trainer, batches = trainer_of(tmp_path)
+    recipe = DistillRecipe("", trainer.job.training, affinity="none", label_weight=1.0)
     source = NetworkSource(3, (8, 8), 10, architecture="resnet8")
     student = insert_quantizers(capture(source.build(), EXAMPLE), QuantConfig(8, 8), EXAMPLE)
     labels = torch.arange(16) % 10
@@ -172,9 +172,9 @@ def test_every_term_is_float32_for_outputs_in_half_precision(dtype: torch.dtype,
 def test_autocast_changes_a_gradient_by_its_rounding_only(autocast: Autocast, tmp_path: Path) -> None:
     gradients = []
     for how in ("none", autocast):
-        trainee, batches = trainee_of(tmp_path, how)
-        trainee.step(batches.at(0), 10)
-        gradients.append(torch.cat([p.grad.flatten() for p in trainee.job.decayed if p.grad is not None]))
+        trainer, batches = trainer_of(tmp_path, how)
+        trainer.step(batches.at(0), 10)
+        gradients.append(torch.cat([p.grad.flatten() for p in trainer.job.decayed if p.grad is not None]))
     cosine = nn.functional.cosine_similarity(gradients[0], gradients[1], dim=0)
     assert not torch.equal(*gradients) and cosine > 0.9
 
@@ -183,30 +183,30 @@ def test_a_float16_run_resumes_exactly(user: User, tmp_path: Path, monkeypatch: 
     line = ("--autocast", "fp16", "--teacher-dtype", "bf16", "--lr", 0.02, "--weight-bits", 4, "--act-bits", 4)
     succeeds(user.distill(tmp_path / "whole", *line))
     monkeypatch.setattr("faqd.train.loop.fit.CHECKPOINT_EVERY_S", 0.0)
-    plain = Trainee.step
+    plain = Trainer.step
 
-    def stops(trainee: Trainee, *arguments: Any) -> None:
-        if trainee.iteration == 5:
+    def stops(trainer: Trainer, *arguments: Any) -> None:
+        if trainer.iteration == 5:
             raise KeyboardInterrupt
-        plain(trainee, *arguments)
+        plain(trainer, *arguments)
 
-    monkeypatch.setattr(Trainee, "step", stops)
+    monkeypatch.setattr(Trainer, "step", stops)
     assert user.distill(tmp_path / "run", *line).code == 130
     position = json.loads((tmp_path / "run" / "checkpoint-00000005" / "position.json").read_text())
     assert position["loss_scale"]["scale"] > 1
-    monkeypatch.setattr(Trainee, "step", plain)
+    monkeypatch.setattr(Trainer, "step", plain)
     succeeds(user.distill(tmp_path / "run", *line, "--resume"))
     name = "weights.safetensors"
     assert everything_in(tmp_path / "run")[name] == everything_in(tmp_path / "whole")[name]
 
 
 def test_a_violent_iteration_moves_no_scale_far(tmp_path: Path) -> None:
-    trainee, batches = trainee_of(tmp_path)
-    scales = [q.scale for q in trainee.job.network.modules() if isinstance(q, ActivationQuantizer)]
+    trainer, batches = trainer_of(tmp_path)
+    scales = [q.scale for q in trainer.job.network.modules() if isinstance(q, ActivationQuantizer)]
     before = [scale.item() for scale in scales]
-    for parameter in trainee.job.free:
+    for parameter in trainer.job.free:
         parameter.register_hook(lambda gradient: 1e6 * gradient.sign())
-    trainee.step(batches.at(0), 10)
+    trainer.step(batches.at(0), 10)
     for scale, was in zip(scales, before, strict=True):
         assert abs(scale.item() / was - 1) == pytest.approx(0.02, rel=1e-3)
 
@@ -230,18 +230,18 @@ class Reads(TorchDispatchMode):
 
 
 def test_an_iteration_reads_nothing_back_to_the_host(tmp_path: Path) -> None:
-    trainee, batches = trainee_of(tmp_path)
+    trainer, batches = trainer_of(tmp_path)
     with Reads() as reads:
         for iteration in range(2):
-            trainee.step(batches.at(iteration), 10)
+            trainer.step(batches.at(iteration), 10)
     assert reads.found == []
     with reads:
-        trainee.look()
+        trainer.look()
     assert reads.found  # the losses are read here, so they would have been noticed above
 
 
 def test_the_order_is_drawn_once_per_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, batches = trainee_of(tmp_path)
+    _, batches = trainer_of(tmp_path)
     plain, drawn = torch.randperm, []
 
     def counted(count: int, **options: Any) -> Tensor:

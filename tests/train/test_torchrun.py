@@ -29,16 +29,16 @@ import os, signal, sys
 from faqd.command import run
 from faqd.train.loop import fit as loop
 from faqd.train.cli import cli
-from faqd.train.loop.trainee import Trainee
+from faqd.train.loop.trainer import Trainer
 
-plain, loop.CHECKPOINT_EVERY_S, loop.CHECK_EVERY = Trainee.step, 0.0, 1
+plain, loop.CHECKPOINT_EVERY_S, loop.CHECK_EVERY = Trainer.step, 0.0, 1
 
-def step(trainee, batch, total):
-    if trainee.iteration == 7 and trainee.world.rank == 1:
+def step(trainer, batch, total):
+    if trainer.iteration == 7 and trainer.world.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    plain(trainee, batch, total)
+    plain(trainer, batch, total)
 
-Trainee.step = step
+Trainer.step = step
 run(cli, sys.argv[1:])
 """
 ENDED = """

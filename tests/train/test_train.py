@@ -23,7 +23,7 @@ from faqd.train.loop.batches import NORMS, Batch, Batches, Images, splits_on, st
 from faqd.train.loop.distributed import World
 from faqd.train.loop.fit import fit
 from faqd.train.loop.teacher_forward import target_of
-from faqd.train.loop.trainee import Job
+from faqd.train.loop.trainer import Job
 from faqd.train.losses.objective import distill_job
 from faqd.train.losses.taps import tap_pairs
 from faqd.train.networks.load_weights import load_weights

@@ -442,7 +442,7 @@ def test_a_gpu_that_is_too_small(user: User, tmp_path: Path, monkeypatch: pytest
     def too_much(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("faqd.train.loop.trainee.Trainee.step", too_much)
+    monkeypatch.setattr("faqd.train.loop.trainer.Trainer.step", too_much)
     refuses(user.distill(tmp_path / "out"), "too little memory for --batch-size 16", code=1)
 
 

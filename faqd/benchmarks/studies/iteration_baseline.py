@@ -29,7 +29,7 @@ from faqd.quantize.quantizers.activation import ActivationQuantizer
 from faqd.quantize.quantizers.weight import WeightQuantizer
 from faqd.quantize.student import Student
 from faqd.train.loop.batches import AUGMENTATION, ORDER, Images, stream
-from faqd.train.loop.trainee import Job
+from faqd.train.loop.trainer import Job
 
 Mark = Callable[[str], None]
 """Called after each part of an iteration with its name."""

@@ -21,7 +21,7 @@ from faqd.train.data.datasets import Augmentation
 from faqd.train.loop.batches import Batch, Batches, Images, Target
 from faqd.train.loop.distributed import World
 from faqd.train.loop.teacher_forward import target_of
-from faqd.train.loop.trainee import Losses, Trainee, settle_norms
+from faqd.train.loop.trainer import Losses, Trainer, settle_norms
 from faqd.train.losses.objective import distill_job
 from faqd.train.losses.taps import tap_pairs
 from faqd.train.networks.source import NetworkSource
@@ -41,7 +41,7 @@ TEACHER_DTYPES: tuple[TeacherDtype, ...] = ("fp32", "bf16")
 class Pair:
     """The product's own iteration on one student, and the straightforward one on a copy of it."""
 
-    ours: dict[TeacherDtype, Callable[[Mark], Trainee]]
+    ours: dict[TeacherDtype, Callable[[Mark], Trainer]]
     straightforward: Callable[[Mark], Straightforward]
 
 
@@ -68,7 +68,7 @@ def pair_of(
     recipe = DistillRecipe("", training, weight_bits=BITS, act_bits=BITS, affinity=form)  # type: ignore[arg-type]
     names = [theirs for theirs, _ in pairs]
 
-    def ours(teacher_dtype: TeacherDtype) -> Callable[[Mark], Trainee]:
+    def ours(teacher_dtype: TeacherDtype) -> Callable[[Mark], Trainer]:
         copied = Student(
             copy.deepcopy(learner.network), learner.config, learner.taps, learner.float_network, learner.islands
         )
@@ -76,14 +76,14 @@ def pair_of(
         job = distill_job(Plan(recipe, folder, source, {}), copied, pairs)
         target, mark = target_of(traced, names, device, teacher_dtype), Marks()
         batches = Batches(images, images, batch_size, 0, mark.teacher(target), World(device=device))
-        trainee = Trainee(replace(job, losses=mark.losses(job.losses)), World(device=device))
-        trainee.optimizer.register_step_pre_hook(lambda *_: mark("backward"))
+        trainer = Trainer(replace(job, losses=mark.losses(job.losses)), World(device=device))
+        trainer.optimizer.register_step_pre_hook(lambda *_: mark("backward"))
 
-        def step(part_ends: Mark) -> Trainee:
+        def step(part_ends: Mark) -> Trainer:
             mark.report = part_ends
-            trainee.step(batches.at(trainee.iteration), TOTAL)
+            trainer.step(batches.at(trainer.iteration), TOTAL)
             mark("update")
-            return trainee
+            return trainer
 
         return step
 

@@ -15,7 +15,7 @@ from faqd.train.data.options import DataOptions
 from faqd.train.loop.batches import Batch, Batches, images_on
 from faqd.train.loop.distributed import World
 from faqd.train.loop.fit import finish, fit
-from faqd.train.loop.trainee import Job, Losses
+from faqd.train.loop.trainer import Job, Losses
 from faqd.train.networks.source import user_source
 from faqd.train.networks.tensor_files import write_tensors
 from faqd.train.recipes import Training

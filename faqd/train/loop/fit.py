@@ -16,7 +16,7 @@ from faqd.train.loop.batches import Batches
 from faqd.train.loop.checkpoint import checkpoints, drop_checkpoints, iteration_of
 from faqd.train.loop.progress import reporting
 from faqd.train.loop.select import Best
-from faqd.train.loop.trainee import Job, Trainee, resolved, settle_norms
+from faqd.train.loop.trainer import Job, Trainer, resolved, settle_norms
 from faqd.train.networks.own_tensors import put_tensors
 
 CHECKPOINT_EVERY_S = 60.0
@@ -44,20 +44,20 @@ def fit(jobs: Sequence[Job], batches: Batches, deadline: float = math.inf) -> Fi
     failed: dict[Path, UserError] = {}
     best: dict[Path, Best] = {}
     try:
-        trainees = [Trainee(job, batches.world) for job in jobs]
+        trainers = [Trainer(job, batches.world) for job in jobs]
         # Sums of floats depend on the number of threads: each goes on with its own.
-        for threads in sorted({trainee.start.threads for trainee in trainees}):
+        for threads in sorted({trainer.start.threads for trainer in trainers}):
             torch.set_num_threads(threads)
-            together = [trainee for trainee in trainees if trainee.start.threads == threads]
+            together = [trainer for trainer in trainers if trainer.start.threads == threads]
             _iterate(together, batches, failed, deadline)
-            for trainee in (trainee for trainee in together if trainee.job.run not in failed):
-                job = trainee.job
+            for trainer in (trainer for trainer in together if trainer.job.run not in failed):
+                job = trainer.job
                 if resolved(job.training.frozen_norm) < 1:
                     settle_norms(job.network, batches.train, job.training)
-                    trainee.judge(batches, trainee.iteration)
+                    trainer.judge(batches, trainer.iteration)
                 if job.measure is not None:
-                    best[job.run] = trainee.best
-                    put_tensors(job.network, trainee.best.weights)
+                    best[job.run] = trainer.best
+                    put_tensors(job.network, trainer.best.weights)
     except KeyboardInterrupt:
         raise UserError(_interrupted([job.run for job in jobs]), exit_code=INTERRUPTED) from None
     except torch.OutOfMemoryError as error:
@@ -69,24 +69,24 @@ def fit(jobs: Sequence[Job], batches: Batches, deadline: float = math.inf) -> Fi
     return Fitted(failed, best)
 
 
-def _iterate(trainees: list[Trainee], batches: Batches, failed: dict[Path, UserError], deadline: float) -> None:
-    total = batches.iterations(trainees[0].job.training)
-    first = min(trainee.iteration for trainee in trainees)
+def _iterate(trainers: list[Trainer], batches: Batches, failed: dict[Path, UserError], deadline: float) -> None:
+    total = batches.iterations(trainers[0].job.training)
+    first = min(trainer.iteration for trainer in trainers)
     began_at = saved_at = time.monotonic()
-    titles = [trainee.job.title for trainee in trainees] if batches.world.leads else []
-    for trainee in trainees:
-        if trainee.iteration == 0:
-            trainee.judge(batches, total)
+    titles = [trainer.job.title for trainer in trainers] if batches.world.leads else []
+    for trainer in trainers:
+        if trainer.iteration == 0:
+            trainer.judge(batches, total)
     with reporting(titles, total, first) as report:
         for iteration in range(first, total):
             # A kill can leave some one checkpoint ahead of the others, and lists may grow.
-            due = [t for t in trainees if t.iteration == iteration and not t.broken]
+            due = [t for t in trainers if t.iteration == iteration and not t.broken]
             if not due:
                 continue
             batch = batches.at(iteration)
-            for trainee in due:
-                trainee.step(batch, total)
-                trainee.judge(batches, total)
+            for trainer in due:
+                trainer.step(batch, total)
+                trainer.judge(batches, total)
             done = iteration + 1
             seconds = time.monotonic() - began_at
             ends_epoch = done % batches.per_epoch == 0 or done == total
@@ -97,25 +97,25 @@ def _iterate(trainees: list[Trainee], batches: Batches, failed: dict[Path, UserE
             saves = may_save and batches.world.leads and time.monotonic() - saved_at >= CHECKPOINT_EVERY_S
             saves |= pauses and batches.world.leads
             news = {}
-            for trainee in due:
+            for trainer in due:
                 try:
                     if looks or saves:
-                        news[trainee.job.title] = trainee.look()
+                        news[trainer.job.title] = trainer.look()
                     if ends_epoch:
-                        trainee.end_epoch(batches, seconds)
+                        trainer.end_epoch(batches, seconds)
                 except UserError as error:
-                    trainee.broken = True
-                    if trainee.job.measure is None:
-                        failed[trainee.job.run] = error
-                    trainee.best.last = math.inf
+                    trainer.broken = True
+                    if trainer.job.measure is None:
+                        failed[trainer.job.run] = error
+                    trainer.best.last = math.inf
             if saves:
-                for trainee in due:
-                    if not trainee.broken:
-                        trainee.save(seconds)
+                for trainer in due:
+                    if not trainer.broken:
+                        trainer.save(seconds)
                 saved_at = time.monotonic()
             report(done, news)
             if pauses:
-                runs = _place([trainee.job.run for trainee in trainees])
+                runs = _place([trainer.job.run for trainer in trainers])
                 raise Paused(
                     f"{runs}: paused by --time-limit after iteration {done} of {total}; the same command with --resume "
                     "goes on."

@@ -14,7 +14,7 @@ from faqd.quantize.outputs import named_outputs
 from faqd.quantize.student import Student
 from faqd.train.loop.batches import Batch, Target
 from faqd.train.loop.select import Answers, Measure, mean_losses
-from faqd.train.loop.trainee import Job, Losses
+from faqd.train.loop.trainer import Job, Losses
 from faqd.train.losses.adaptors import Adapted
 from faqd.train.losses.distillation import affinity_loss, logit_loss
 from faqd.train.losses.heads import Heads, distance

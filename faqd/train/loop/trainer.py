@@ -63,7 +63,7 @@ class Job:
         assert grouped == sorted(id(p) for p in self.network.parameters() if p.requires_grad), "not in one group each"
 
 
-class Trainee:
+class Trainer:
     """A job at an iteration: its optimizer, its best weights, and the losses that were not reported yet.
 
     broken: a loss was no longer finite, so that nothing more can be learned.
