@@ -65,19 +65,19 @@ def teacher(recipe: str, json_target: str | None, **options: Any) -> None:
     Defaults in parentheses are those of the recipe `digits-teacher`; another recipe has its own.
     """
     from faqd.train.data.options import DataOptions
-    from faqd.train.loop.distributed import joined
+    from faqd.train.loop.distributed import process_group
     from faqd.train.recipes import overridden, teacher_recipe
     from faqd.train.teacher import train_teacher
 
     data, out, device, resume, deadline = data_values(options), *place_values(options)
     chosen = overridden(teacher_recipe(recipe), {"data": data["source"], **options})
-    with joined(device) as world:
-        say = _say if world.leads else _silent
+    with process_group(device) as processes:
+        say = _say if processes.is_rank_0 else _silent
         record = train_teacher(
-            chosen, DataOptions(**{**data, "source": chosen.data}), out, resume, say, world, deadline
+            chosen, DataOptions(**{**data, "source": chosen.data}), out, resume, say, processes, deadline
         )
         say(f"{out}: {Path(chosen.arch).name}, {100 * record['select']['accuracy']:.2f} % on the select split.")
-        if world.leads:
+        if processes.is_rank_0:
             emit_json(json_target, record)
 
 
@@ -95,7 +95,7 @@ def distill(recipe: str, teacher: str, teacher_weights: Path | None, json_target
     Defaults in parentheses are those of the recipe `default`; another recipe has its own.
     """
     from faqd.train import distill as distillation
-    from faqd.train.loop.distributed import joined
+    from faqd.train.loop.distributed import process_group
     from faqd.train.recipes import distill_recipe, overridden
     from faqd.train.run.lesson import lesson_from
     from faqd.train.run.plan import with_seeds
@@ -107,15 +107,15 @@ def distill(recipe: str, teacher: str, teacher_weights: Path | None, json_target
     act_bits = bit_list("--act-bits", options.pop("act_bits"))
     base = overridden(distill_recipe(recipe), {"data": data["source"], **options})
     variants = _variants(base, weight_bits, act_bits)
-    with joined(device) as world:
-        say = _say if world.leads else _silent
+    with process_group(device) as processes:
+        say = _say if processes.is_rank_0 else _silent
         source = {**data, "source": base.data}
         lesson = lesson_from(teacher, teacher_weights, source, with_labels=base.label_weight > 0, say=say)
         seeded = with_seeds(variants, seeds, lesson.teacher)
         names = [f"w{each.weight_bits}a{each.act_bits}-s{each.training.seed}" for each in seeded]
         runs = [out / name for name in names] if len(seeded) > 1 else [out]
         records = distillation.distill(
-            list(zip(seeded, runs, strict=True)), lesson, taps, resume, say, world, deadline, _rehearsal(say)
+            list(zip(seeded, runs, strict=True)), lesson, taps, resume, say, processes, deadline, _rehearsal(say)
         )
         for each, run_folder, record in zip(seeded, runs, records, strict=True):
             before = record.get("select_untrained") or {}
@@ -124,7 +124,7 @@ def distill(recipe: str, teacher: str, teacher_weights: Path | None, json_target
                 for name, value in record["select"].items()
             )
             say(f"{run_folder}: student {each.weight_bits}/{each.act_bits}; select losses: {losses}.")
-        if world.leads:
+        if processes.is_rank_0:
             emit_json(json_target, records[0] if len(records) == 1 else records)
 
 

@@ -31,7 +31,7 @@ from faqd.train.data.datasets import Say
 from faqd.train.data.doubts import question_taps
 from faqd.train.loop.batches import Batches, Images, splits_on
 from faqd.train.loop.calibration_images import calibration_batches
-from faqd.train.loop.distributed import World
+from faqd.train.loop.distributed import ProcessGroup
 from faqd.train.loop.fit import finish, fit
 from faqd.train.loop.progress import reporting
 from faqd.train.loop.select import Answers, kept_sentence, mean_losses
@@ -76,7 +76,7 @@ def distill(
     taps: list[str] | None,
     resume: bool,
     say: Say,
-    world: World,
+    processes: ProcessGroup,
     deadline: float = math.inf,
     rehearse: Rehearsal | None = None,
 ) -> list[dict[str, Any]]:
@@ -89,20 +89,20 @@ def distill(
     own run; the error comes once the others are done. Paused at the deadline: see `fit`.
     """
     plans = [plan_of(recipe, out, lesson, taps) for recipe, out in members]
-    done = world.first(lambda: [is_done(plan.out, plan.record, resume) for plan in plans])
+    done = processes.from_rank_0(lambda: [is_done(plan.out, plan.record, resume) for plan in plans])
     for plan in (plan for plan, is_finished in zip(plans, done, strict=True) if is_finished):
         say(f"{plan.out}: this run is finished.")
     waiting = [plan for plan, is_finished in zip(plans, done, strict=True) if not is_finished]
     failed: dict[Path, UserError] = {}
     if waiting:
-        train, select = splits_on(world.device, lesson.dataset)
+        train, select = splits_on(processes.device, lesson.dataset)
         for _, together in groupby(sorted(waiting, key=_course), key=_course):
             failed |= _distill_together(
-                list(together), lesson.teacher, train, select, taps, say, world, deadline, rehearse
+                list(together), lesson.teacher, train, select, taps, say, processes, deadline, rehearse
             )
     if failed:
         raise _all_of(failed, len(plans))
-    return world.first(lambda: [read_record(plan.out) for plan in plans])
+    return processes.from_rank_0(lambda: [read_record(plan.out) for plan in plans])
 
 
 def _all_of(failed: dict[Path, UserError], asked: int) -> UserError:
@@ -125,7 +125,7 @@ def _distill_together(
     select: Images,
     taps: list[str] | None,
     say: Say,
-    world: World,
+    processes: ProcessGroup,
     deadline: float,
     rehearse: Rehearsal | None,
 ) -> dict[Path, UserError]:
@@ -135,21 +135,21 @@ def _distill_together(
     pupils = pupils_of(plans, measures, teacher, teacher_graph, images[:2], taps, say)
     theirs = [theirs for pupil in pupils for theirs, _ in pupil.pairs]
     training, dtype = plans[0].recipe.training, plans[0].recipe.teacher_dtype
-    effect = _dtype_effect(dtype, teacher_graph, theirs, train, say, world)
-    shown = target_of(teacher_graph, theirs, world.device, dtype)
-    batches = Batches(train, select, training.batch_size, training.data_seed, shown, world)
+    effect = _dtype_effect(dtype, teacher_graph, theirs, train, say, processes)
+    shown = target_of(teacher_graph, theirs, processes.device, dtype)
+    batches = Batches(train, select, training.batch_size, training.data_seed, shown, processes)
     say_taps(pupils, say)
     question_taps(teacher_graph, theirs, images, say)
     for pupil in pupils:
-        _calibrate(pupil, train, world.device)
+        _calibrate(pupil, train, processes.device)
         if rehearse is not None and not (pupil.plan.out / RECORD).is_file():
             another = None if pupil.plan.source == teacher.source else teacher.network
-            world.first(partial(rehearse, pupil.student, another, images, say))
+            processes.from_rank_0(partial(rehearse, pupil.student, another, images, say))
     heads = heads_of(teacher_graph, lambda x: shown(x).outputs, calibration_batches(train, training.batch_size))
     outputs = {"outputs": {name: head.to_json() for name, head in heads.items()}}
     pupils = [replace(pupil, plan=_with_rate(pupil, heads, batches)) for pupil in pupils]
     with ExitStack() as locks:
-        if world.leads:
+        if processes.is_rank_0:
             for plan in (pupil.plan for pupil in pupils):
                 begin(plan.out, {**plan.record, **effect, **outputs})
                 locks.enter_context(held(plan.out))
@@ -166,7 +166,7 @@ def _calibrate(pupil: Pupil, train: Images, device: torch.device) -> None:
 def _teach(pupils: list[Pupil], batches: Batches, deadline: float, say: Say) -> dict[Path, UserError]:
     """Train all of them and conclude their runs, but for those that it returns."""
     # As the run began: measured with another number of threads, the last bits differ.
-    recorded = batches.world.first(lambda: [read_record(pupil.plan.out) for pupil in pupils])
+    recorded = batches.processes.from_rank_0(lambda: [read_record(pupil.plan.out) for pupil in pupils])
     jobs = [_job(pupil, record) for pupil, record in zip(pupils, recorded, strict=True)]
     if len(jobs) > 1:
         jobs = [replace(job, title=job.run.name) for job in jobs]
@@ -184,7 +184,7 @@ def _teach(pupils: list[Pupil], batches: Batches, deadline: float, say: Say) -> 
                 say(kept_sentence(run, best[run], batches.iterations(pupil.plan.recipe.training)))
                 if _by_distance(pupil.plan.recipe) and best[run].measure >= CONSTANT:
                     say(f"{run}: {NOTHING_LEARNED}")
-            batches.world.first(partial(_conclude, pupil, results, batches.train))
+            batches.processes.from_rank_0(partial(_conclude, pupil, results, batches.train))
     return failed
 
 
@@ -227,14 +227,14 @@ def _selected(jobs: list[Job], batches: Batches) -> tuple[dict[Path, dict[str, f
 
 
 def _dtype_effect(
-    dtype: TeacherDtype, teacher: fx.GraphModule, taps: list[str], train: Images, say: Say, world: World
+    dtype: TeacherDtype, teacher: fx.GraphModule, taps: list[str], train: Images, say: Say, processes: ProcessGroup
 ) -> dict[str, Any]:
     """What the teacher loses in its dtype, as the record of a run has it; nothing for float32."""
     if dtype == "fp32":
         return {}
     places = {node.name: place for node, place in nodes.places(teacher).items()}
     effect = dtype_effect(
-        teacher, {name: places[name] for name in taps}, list(calibration_batches(train)), world.device, dtype
+        teacher, {name: places[name] for name in taps}, list(calibration_batches(train)), processes.device, dtype
     )
     say(effect.sentence())
     return {"teacher_dtype": effect.to_json()}

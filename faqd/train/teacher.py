@@ -16,7 +16,7 @@ from faqd.train.data.datasets import Dataset, Say, load_dataset
 from faqd.train.data.doubts import question_images, refuse_one_class
 from faqd.train.data.options import DataOptions
 from faqd.train.loop.batches import Batch, Batches, Images, splits_on
-from faqd.train.loop.distributed import World
+from faqd.train.loop.distributed import ProcessGroup
 from faqd.train.loop.fit import finish, fit
 from faqd.train.loop.trainer import Job, Losses, select_losses
 from faqd.train.networks.source import NetworkSource, architecture_source
@@ -31,7 +31,7 @@ def train_teacher(
     out: Path,
     resume: bool,
     say: Say,
-    world: World,
+    processes: ProcessGroup,
     deadline: float = math.inf,
 ) -> dict[str, Any]:
     """Train with cross-entropy and write the run. Returns its record with the accuracy on the select split.
@@ -44,24 +44,24 @@ def train_teacher(
     refuse_one_class(dataset, "faqd-train teacher")
     question_images(dataset, say)
     record = _record(recipe, data, dataset, source)
-    if world.first(lambda: is_done(out, record, resume)):
+    if processes.from_rank_0(lambda: is_done(out, record, resume)):
         say(f"{out}: this run is finished.")
         return read_record(out)
     training = recipe.training
     torch.manual_seed(training.seed)
     network = source.build()
-    network.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    train, select = splits_on(world.device, dataset)
-    batches = Batches(train, select, training.batch_size, training.data_seed, None, world)
+    network.to(processes.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    train, select = splits_on(processes.device, dataset)
+    batches = Batches(train, select, training.batch_size, training.data_seed, None, processes)
     job = Job("teacher", out, network, list(network.parameters()), [], _cross_entropy, lambda: None, training)
     with ExitStack() as locks:
-        if world.leads:
+        if processes.is_rank_0:
             begin(out, record)
             locks.enter_context(held(out))
         for error in fit([job], batches, deadline).failed.values():
             raise error
         selected = {**select_losses(job, batches), "accuracy": _accuracy(network, select)}
-        return world.first(lambda: _conclude(out, selected, network))
+        return processes.from_rank_0(lambda: _conclude(out, selected, network))
 
 
 def _conclude(out: Path, selected: dict[str, float], network: nn.Module) -> dict[str, Any]:

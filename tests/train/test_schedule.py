@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from faqd.train.loop.distributed import World
+from faqd.train.loop.distributed import ProcessGroup
 from faqd.train.loop.trainer import _objective, _rate
 from faqd.train.recipes import Training, open_training, relative_rate, usual_training
 
@@ -51,7 +51,7 @@ def test_balanced_terms_count_alike_whatever_their_units() -> None:
     def gradient(units: float, balanced: dict[str, float]) -> list[float]:
         x = torch.tensor([0.5, 2.0, 3.0, 4.0], requires_grad=True)
         losses = {"logit a": units * x[0] ** 2, "logit b": units * x[1] ** 2, "affinity": x[2], "label": x[3] ** 2}
-        _objective(losses, balanced, World()).backward()
+        _objective(losses, balanced, ProcessGroup()).backward()
         assert x.grad is not None
         found: list[float] = x.grad.tolist()
         return found
@@ -62,5 +62,5 @@ def test_balanced_terms_count_alike_whatever_their_units() -> None:
     assert [gradient(units, balanced) for units in (1, 1000)] == [pytest.approx(wanted)] * 2
     assert gradient(2, {}) == pytest.approx([2, 8, 1, 8])
     zero = torch.zeros((), requires_grad=True)
-    _objective({"logit": zero**2}, {"logit": 1.0}, World()).backward()
+    _objective({"logit": zero**2}, {"logit": 1.0}, ProcessGroup()).backward()
     assert zero.grad is not None and zero.grad.item() == 0

@@ -23,7 +23,7 @@ from faqd.quantize.quantizers.activation import ActivationQuantizer
 from faqd.quantize.quantizers.weight import WeightQuantizer
 from faqd.train.data.datasets import Augmentation
 from faqd.train.loop.batches import Batches, Images
-from faqd.train.loop.distributed import CPU, World
+from faqd.train.loop.distributed import CPU, ProcessGroup
 from faqd.train.loop.teacher_forward import dtype_effect, target_of
 from faqd.train.loop.trainer import Trainer
 from faqd.train.losses.objective import AUTOCAST, distill_job
@@ -57,7 +57,7 @@ def trainer_of(run: Path, autocast: Autocast = "none", teacher: TeacherDtype = "
     pairs = tap_pairs(traced, student, None)
     target = target_of(traced, [theirs for theirs, _ in pairs], CPU, teacher)
     job = distill_job(Plan(recipe, run, source, {}), student, pairs)
-    return Trainer(job, World()), Batches(seen, seen, 16, 0, target, World())
+    return Trainer(job, ProcessGroup()), Batches(seen, seen, 16, 0, target, ProcessGroup())
 
 
 # The teacher ---------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import torch
 from faqd.errors import UserError
 from faqd.train.data.datasets import Augmentation
 from faqd.train.loop.batches import Batches, Images
-from faqd.train.loop.distributed import World
+from faqd.train.loop.distributed import ProcessGroup
 from faqd.train.networks.tensor_files import read_tensors
 from tests.fixtures.toy_runs import User, new_user, succeeds
 
@@ -34,7 +34,7 @@ from faqd.train.loop.trainer import Trainer
 plain, loop.CHECKPOINT_EVERY_S, loop.CHECK_EVERY = Trainer.step, 0.0, 1
 
 def step(trainer, batch, total):
-    if trainer.iteration == 7 and trainer.world.rank == 1:
+    if trainer.iteration == 7 and trainer.processes.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     plain(trainer, batch, total)
 
@@ -121,10 +121,10 @@ def test_no_thread_of_the_group_outlives_the_run(user: User, tmp_path: Path) -> 
 def test_processes_share_the_batch_that_one_would_have() -> None:
     pixels = torch.arange(24 * 16, dtype=torch.uint8).view(24, 1, 4, 4)
     images = Images(pixels, torch.arange(24), torch.tensor(1.0), torch.tensor(0.0), Augmentation(pad=1, flip=True))
-    whole = Batches(images, images, 8, 3, None, World()).at(4)
-    parts = [Batches(images, images, 8, 3, None, World(rank, 2)).at(4) for rank in range(2)]
+    whole = Batches(images, images, 8, 3, None, ProcessGroup()).at(4)
+    parts = [Batches(images, images, 8, 3, None, ProcessGroup(rank, 2)).at(4) for rank in range(2)]
     assert whole.labels is not None
     for rank, part in enumerate(parts):
         assert part.x.equal(whole.x[rank::2]) and part.labels is not None and part.labels.equal(whole.labels[rank::2])
     with pytest.raises(UserError, match="--batch-size 9: not a multiple of the 2 processes"):
-        Batches(images, images, 9, 3, None, World(0, 2))
+        Batches(images, images, 9, 3, None, ProcessGroup(0, 2))

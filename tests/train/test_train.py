@@ -20,7 +20,7 @@ from faqd.train.data.augment import augment
 from faqd.train.data.datasets import Augmentation
 from faqd.train.data.decode import read_picture
 from faqd.train.loop.batches import NORMS, Batch, Batches, Images, splits_on, stream
-from faqd.train.loop.distributed import World
+from faqd.train.loop.distributed import ProcessGroup
 from faqd.train.loop.fit import fit
 from faqd.train.loop.teacher_forward import target_of
 from faqd.train.loop.trainer import Job
@@ -334,7 +334,7 @@ def job_of(user: User, run: Path) -> tuple[Job, Any, Batches]:
     traced = capture(lesson.teacher.network, example)
     pairs = tap_pairs(traced, student, None)
     target = target_of(traced, [theirs for theirs, _ in pairs], torch.device("cpu"))
-    return distill_job(plan, student, pairs), student, Batches(train, select, 16, 0, target, World())
+    return distill_job(plan, student, pairs), student, Batches(train, select, 16, 0, target, ProcessGroup())
 
 
 def test_every_parameter_is_in_exactly_one_group(user: User, tmp_path: Path) -> None:
@@ -371,7 +371,7 @@ def test_batch_norm_stands_still_at_the_end_and_is_estimated_again(tmp_path: Pat
     images = Images(pixels, None, torch.tensor(1 / 255.0), torch.tensor(0.0), Augmentation(pad=1, flip=True))
     training = Training(1, 10, 0.1, steps=20)
     job = Job("toy", tmp_path, network, list(network.parameters()), [], losses, lambda: None, training)
-    fit([job], Batches(images, images, 10, 0, None, World()))
+    fit([job], Batches(images, images, 10, 0, None, ProcessGroup()))
     moves = [not torch.equal(a, b) for a, b in itertools.pairwise(means)]
     assert len(means) == 20 and all(moves[:17]) and not any(moves[17:])
     generator = stream(0, NORMS, 0)

@@ -37,7 +37,7 @@ from faqd.train.distill import distill
 from faqd.train.evaluate import BATCH, deployable
 from faqd.train.loop.batches import splits_on
 from faqd.train.loop.calibration_images import calibration_batches
-from faqd.train.loop.distributed import World, joined
+from faqd.train.loop.distributed import ProcessGroup, process_group
 from faqd.train.networks.zoo import check_architecture
 from faqd.train.recipes import (
     DistillRecipe,
@@ -160,7 +160,7 @@ def recipe_of(cell: Cell, study: Study) -> DistillRecipe:
     return replace(base, weight_bits=weights, act_bits=activations, **LOSSES.get(cell.method, {}))
 
 
-def fill(work: Work, seed: int, world: World) -> None:
+def fill(work: Work, seed: int, processes: ProcessGroup) -> None:
     """Train and measure what is missing of the cells of one seed."""
     cells = work.cells(seed)
     if all(work.file(cell).is_file() for cell in cells):
@@ -168,7 +168,7 @@ def fill(work: Work, seed: int, world: World) -> None:
     trained = [cell for cell in cells if cell.method != PTQ]
     members = [(recipe_of(cell, work.study), work.run(cell)) for cell in trained]
     with going_on(work.folder):
-        distill(members, work.lesson, None, resume=True, say=say, world=world)
+        distill(members, work.lesson, None, resume=True, say=say, processes=processes)
     for cell in cells:
         if not work.file(cell).is_file():
             write_json(work.file(cell), measured(work, cell, work.run(cells[0])))
@@ -236,12 +236,12 @@ def command(
     study = replace(study, arch=arch or study.arch, training=training, seeds=seeds or study.seeds)
     check_architecture(study.arch)
     torch.set_num_threads(study.threads)
-    with joined(device) as world:
-        if world.size > 1:
+    with process_group(device) as processes:
+        if processes.size > 1:
             raise UserError("torchrun: this command trains in one process; start it by itself.")
-        work = begun(out, study, bits or BITS, data, data_root, teacher, world)
+        work = begun(out, study, bits or BITS, data, data_root, teacher, processes)
         for seed in range(study.seeds):
-            fill(work, seed, world)
+            fill(work, seed, processes)
     cells = [read_json(work.file(cell)) for seed in range(study.seeds) for cell in work.cells(seed)]
     result = {
         "version": VERSION,
@@ -250,7 +250,7 @@ def command(
         "environment": environment(),
         "versions": {"faqd": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if world.device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name() if processes.device.type == "cuda" else "cpu",
         "study": read_json(out / STUDY),
         "images": len(work.inputs),
         "teacher_accuracy": work.accuracy(work.teacher_outputs),
@@ -270,7 +270,7 @@ def begun(
     data: str,
     data_root: Path | None,
     teacher: Path | None,
-    world: World,
+    processes: ProcessGroup,
 ) -> Work:
     """The study's folder with its teacher. UserError where the folder holds another study."""
     for pair in bits:
@@ -278,7 +278,7 @@ def begun(
     options = DataOptions(data, root=data_root)
     if teacher is None:
         teacher = out / "teacher"
-        train_teacher(study.teacher, options, teacher, resume=True, say=say, world=world)
+        train_teacher(study.teacher, options, teacher, resume=True, say=say, processes=processes)
     lesson = lesson_from(str(teacher), None, asdict(options), with_labels=True, say=say)
     asked = {
         "data": data,

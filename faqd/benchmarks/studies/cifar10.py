@@ -31,7 +31,7 @@ from faqd.files import read_json, write_json
 from faqd.train.data.options import DataOptions
 from faqd.train.distill import distill
 from faqd.train.evaluate import evaluate_run
-from faqd.train.loop.distributed import World, joined
+from faqd.train.loop.distributed import ProcessGroup, process_group
 from faqd.train.networks.zoo import check_architecture
 from faqd.train.recipes import cifar10_teacher, distill_cifar10
 from faqd.train.run.folder import METRICS, WEIGHTS, read_record
@@ -59,13 +59,13 @@ class Course:
     batch_size: int
 
 
-def produce(course: Course, world: World, deadline: float, say: Callable[[str], None]) -> dict[str, Any]:
+def produce(course: Course, processes: ProcessGroup, deadline: float, say: Callable[[str], None]) -> dict[str, Any]:
     """Everything that is not done yet, and the record. Paused, with all that was done kept, at the deadline."""
     schedule: dict[str, Any] = {"epochs": course.epochs, "steps": course.steps, "batch_size": course.batch_size}
     lecture = cifar10_teacher()
     lecture = replace(lecture, arch=course.teacher, training=replace(lecture.training, **schedule))
     teacher = course.work / "teacher"
-    train_teacher(lecture, DataOptions("cifar10", root=course.data_root), teacher, True, say, world, deadline)
+    train_teacher(lecture, DataOptions("cifar10", root=course.data_root), teacher, True, say, processes, deadline)
     recipe = distill_cifar10()
     recipe = replace(recipe, arch=course.student, training=replace(recipe.training, **schedule))
     members = [
@@ -73,20 +73,20 @@ def produce(course: Course, world: World, deadline: float, say: Callable[[str], 
         for weights, activations in STUDENTS
     ]
     lesson = lesson_from(str(teacher), None, {"root": course.data_root}, say=say)
-    distill(members, lesson, None, True, say, world, deadline)
+    distill(members, lesson, None, True, say, processes, deadline)
     runs = [teacher, *(out for _, out in members)]
     measured = {out: _kept(out / "eval.json", deadline, partial(evaluate_run, out, None)) for out in runs}
 
     def timing() -> dict[str, Any]:
         forms = tuple(iteration.TARGETS)
-        return iteration.measure(forms, course.teacher, course.student, course.batch_size, ROUNDS, world.device)
+        return iteration.measure(forms, course.teacher, course.student, course.batch_size, ROUNDS, processes.device)
 
     return {
         "version": VERSION,
         "what": f"CIFAR-10: {course.teacher} with labels, then {course.student} students without, on one pass of it",
         "environment": environment(),
         "versions": {"faqd": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU",
+        "device": torch.cuda.get_device_name(processes.device) if processes.device.type == "cuda" else "CPU",
         "teacher": _entry(teacher, measured[teacher]),
         "students": [_entry(out, measured[out]) for _, out in members],
         "iteration": _kept(course.work / "iteration.json", deadline, timing),
@@ -137,8 +137,8 @@ def command(results: Path, time_limit: float, device: str, **options: Any) -> No
     course = Course(**options)
     for name in (course.teacher, course.student):
         check_architecture(name)
-    with joined(device) as world:
-        made = produce(course, world, deadline, lambda text: click.echo(text, err=True))
+    with process_group(device) as processes:
+        made = produce(course, processes, deadline, lambda text: click.echo(text, err=True))
     words = shlex.join(["python", "-m", "faqd.benchmarks.studies.cifar10", *sys.argv[1:]])
     results.mkdir(parents=True, exist_ok=True)
     weights = course.work / "teacher" / WEIGHTS

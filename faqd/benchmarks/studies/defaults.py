@@ -48,7 +48,7 @@ from faqd.train.data.image_files import list_images, read_images
 from faqd.train.distill import distill
 from faqd.train.loop.batches import splits_on
 from faqd.train.loop.calibration_images import calibration_batches
-from faqd.train.loop.distributed import World
+from faqd.train.loop.distributed import ProcessGroup
 from faqd.train.losses.distillation import LogitForm
 from faqd.train.losses.heads import Heads, distance, heads_from
 from faqd.train.networks.source import user_function
@@ -147,10 +147,15 @@ def judged(student: Student, output_scales: dict[str, float], exam: Exam, heads:
 
 
 def cell(
-    lesson: Lesson, recipe: DistillRecipe, out: Path, exam: Exam, ptq: dict[str, Figures] | None, world: World
+    lesson: Lesson,
+    recipe: DistillRecipe,
+    out: Path,
+    exam: Exam,
+    ptq: dict[str, Figures] | None,
+    processes: ProcessGroup,
 ) -> dict[str, Any]:
     """Distil one student and judge it, beside the same student untrained. ptq: the figures of that, where known."""
-    (record,) = distill([(recipe, out)], lesson, None, resume=True, say=say, world=world)
+    (record,) = distill([(recipe, out)], lesson, None, resume=True, say=say, processes=processes)
     heads = heads_from(record["outputs"])
     if ptq is None:
         student = untrained(lesson, recipe)
@@ -255,7 +260,7 @@ def command(
                 # Without training, nothing depends on the seed or the loss.
                 ptq = next((made["ptq"] for other, made in cells.items() if other.startswith(start)), None)
                 with going_on(out):
-                    write_json(file, cell(lesson, recipe, out / key, exam, ptq, World()))
+                    write_json(file, cell(lesson, recipe, out / key, exam, ptq, ProcessGroup()))
             cells[key] = read_json(file)
             say(f"{key}: ptq {cells[key]['ptq']}, distilled {cells[key]['distilled']}")
     result = {

@@ -19,7 +19,7 @@ from faqd.quantize.prepare import insert_quantizers
 from faqd.quantize.student import Student
 from faqd.train.data.datasets import Augmentation
 from faqd.train.loop.batches import Batch, Batches, Images, Target
-from faqd.train.loop.distributed import World
+from faqd.train.loop.distributed import ProcessGroup
 from faqd.train.loop.teacher_forward import target_of
 from faqd.train.loop.trainer import Losses, Trainer, settle_norms
 from faqd.train.losses.objective import distill_job
@@ -75,8 +75,8 @@ def pair_of(
         copied.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         job = distill_job(Plan(recipe, folder, source, {}), copied, pairs)
         target, mark = target_of(traced, names, device, teacher_dtype), Marks()
-        batches = Batches(images, images, batch_size, 0, mark.teacher(target), World(device=device))
-        trainer = Trainer(replace(job, losses=mark.losses(job.losses)), World(device=device))
+        batches = Batches(images, images, batch_size, 0, mark.teacher(target), ProcessGroup(device=device))
+        trainer = Trainer(replace(job, losses=mark.losses(job.losses)), ProcessGroup(device=device))
         trainer.optimizer.register_step_pre_hook(lambda *_: mark("backward"))
 
         def step(part_ends: Mark) -> Trainer:

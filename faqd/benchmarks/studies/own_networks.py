@@ -51,7 +51,7 @@ from faqd.train.data.options import DataOptions
 from faqd.train.distill import distill
 from faqd.train.evaluate import deployable
 from faqd.train.loop.calibration_images import CALIBRATION_IMAGES
-from faqd.train.loop.distributed import joined
+from faqd.train.loop.distributed import process_group
 from faqd.train.recipes import TeacherRecipe, Training, distill_default, open_training
 from faqd.train.run.folder import network_input
 from faqd.train.run.plan import with_seeds
@@ -84,15 +84,15 @@ def train(work: Work) -> None:
             photos, labels = published.batches[0]
             scenes.write_scenes(photos, np.asarray(labels), work.scenes)
         data = DataOptions(**work.data)
-        train_on_scenes(work.spec, data, work.scenes, work.study.teacher, work.teacher, say, work.world)
+        train_on_scenes(work.spec, data, work.scenes, work.study.teacher, work.teacher, say, work.processes)
     else:
         recipe = TeacherRecipe(f"float {work.network}", "cifar10", work.spec, work.study.teacher)
-        train_teacher(recipe, DataOptions(**work.data), work.teacher, True, say, work.world)
+        train_teacher(recipe, DataOptions(**work.data), work.teacher, True, say, work.processes)
     base = replace(distill_default(), about=f"{work.network}, label-free", training=work.study.student)
     variants = [replace(base, weight_bits=bits, act_bits=bits) for bits in BITS]
     recipes = with_seeds(variants, work.seeds, work.lesson.teacher)
     members = [(each, work.run(each.weight_bits, each.training.data_seed)) for each in recipes]
-    distill(members, work.lesson, None, True, say, work.world)
+    distill(members, work.lesson, None, True, say, work.processes)
 
 
 def judged(work: Work) -> list[Judged]:
@@ -243,10 +243,10 @@ def command(
         replace(study.student, steps=steps or study.student.steps),
     )
     claim(out, {"network": network, "seeds": seeds, "limit": limit, **asdict(study)})
-    with joined("cpu") as world:
-        if world.size > 1:
+    with process_group("cpu") as processes:
+        if processes.size > 1:
             raise UserError("torchrun: this command trains in one process; start it by itself.")
-        work = Work(network, study, out, data_root, limit, seeds, world)
+        work = Work(network, study, out, data_root, limit, seeds, processes)
         with going_on(out):
             train(work)
     found = judged(work)

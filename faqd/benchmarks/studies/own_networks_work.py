@@ -14,7 +14,7 @@ from torch import Tensor
 from faqd.benchmarks.studies import own_networks_models, scenes
 from faqd.benchmarks.studies.resumable import say
 from faqd.quantize.outputs import SINGLE, run_batches
-from faqd.train.loop.distributed import World
+from faqd.train.loop.distributed import ProcessGroup
 from faqd.train.recipes import Training
 from faqd.train.run.folder import WEIGHTS, network_input
 from faqd.train.run.lesson import Lesson, lesson_from
@@ -44,7 +44,7 @@ class Work:
     data_root: Path
     limit: int | None
     seeds: int
-    world: World
+    processes: ProcessGroup
 
     @property
     def spec(self) -> str:

@@ -13,7 +13,7 @@ from faqd.benchmarks.studies.scenes import targets_of
 from faqd.train.data.datasets import Augmentation, Say, load_dataset
 from faqd.train.data.options import DataOptions
 from faqd.train.loop.batches import Batch, Batches, images_on
-from faqd.train.loop.distributed import World
+from faqd.train.loop.distributed import ProcessGroup
 from faqd.train.loop.fit import finish, fit
 from faqd.train.loop.trainer import Job, Losses
 from faqd.train.networks.source import user_source
@@ -23,7 +23,7 @@ from faqd.train.run.folder import WEIGHTS, held
 
 
 def train_on_scenes(
-    spec: str, data: DataOptions, scenes: Path, training: Training, out: Path, say: Say, world: World
+    spec: str, data: DataOptions, scenes: Path, training: Training, out: Path, say: Say, processes: ProcessGroup
 ) -> None:
     """Train the network that `spec` names with cross-entropy per pixel; its weights into `out`.
 
@@ -35,10 +35,10 @@ def train_on_scenes(
     dataset = load_dataset(data, with_labels=False, say=say)
     torch.manual_seed(training.seed)
     network = user_source(spec, 3, dataset.train.images.shape[1:3]).build()
-    network.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network.to(processes.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     train, select = (
         images_on(
-            world.device,
+            processes.device,
             split.images,
             targets_of(split.images, scenes).astype(np.int64),
             dataset.preprocess,
@@ -46,7 +46,7 @@ def train_on_scenes(
         )
         for split in (dataset.train, dataset.select)
     )
-    batches = Batches(train, select, training.batch_size, training.data_seed, None, world)
+    batches = Batches(train, select, training.batch_size, training.data_seed, None, processes)
     weights = [p for p in network.parameters() if p.dim() > 1]
     others = [p for p in network.parameters() if p.dim() <= 1]
     job = Job("teacher", out, network, weights, others, _cross_entropy, lambda: None, training)

@@ -13,7 +13,7 @@ from faqd.errors import UserError
 from faqd.preprocess import Preprocess
 from faqd.train.data.augment import augment
 from faqd.train.data.datasets import Augmentation, Dataset
-from faqd.train.loop.distributed import World
+from faqd.train.loop.distributed import ProcessGroup
 from faqd.train.recipes import Training
 
 SELECT_IMAGES = 512
@@ -96,14 +96,14 @@ class Batches:
     size: int
     data_seed: int
     teacher: Callable[[Tensor], Target] | None
-    world: World
+    processes: ProcessGroup
     _orders: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     """The order of the current epoch, drawn once."""
 
     def __post_init__(self) -> None:
-        if self.size % self.world.size:
+        if self.size % self.processes.size:
             raise UserError(
-                f"--batch-size {self.size}: not a multiple of the {self.world.size} processes that share a batch."
+                f"--batch-size {self.size}: not a multiple of the {self.processes.size} processes that share a batch."
             )
 
     @property
@@ -122,8 +122,8 @@ class Batches:
         generator = stream(self.data_seed, AUGMENTATION, iteration)
         pixels = self.train.pixels[index].to(self.train.scale.device, non_blocking=True)
         pixels = augment(pixels, self.train.augmentation, generator)
-        labels = None if self.train.labels is None else self.world.share(self.train.labels[index])
-        return self._batch(self.train.normalised(self.world.share(pixels)), labels)
+        labels = None if self.train.labels is None else self.processes.shard(self.train.labels[index])
+        return self._batch(self.train.normalised(self.processes.shard(pixels)), labels)
 
     def _order(self, epoch: int) -> Tensor:
         if epoch not in self._orders:

@@ -25,38 +25,38 @@ CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class World:
+class ProcessGroup:
     """This process among all: its number, how many there are, and where it trains. Rank 0 alone writes and speaks.
 
-    together: whether torch's process group is there, which a single process has under torchrun only.
+    is_distributed: whether torch's process group is there, which a single process has under torchrun only.
     """
 
     rank: int = 0
     size: int = 1
     device: torch.device = CPU
-    together: bool = False
+    is_distributed: bool = False
 
     @property
-    def leads(self) -> bool:
+    def is_rank_0(self) -> bool:
         return self.rank == 0
 
-    def share(self, values: Tensor) -> Tensor:
+    def shard(self, values: Tensor) -> Tensor:
         """The rows of a whole batch that are this process's: every size-th from its rank on."""
         return values[self.rank :: self.size]
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean over all processes, the same to the last bit in each."""
-        if not self.together:
+        if not self.is_distributed:
             return values
         distributed.all_reduce(values)
         return values / self.size
 
-    def first(self, function: Callable[[], T]) -> T:
+    def from_rank_0(self, function: Callable[[], T]) -> T:
         """What `function` returns in rank 0, which alone calls it. Its UserError is raised in every process."""
-        if not self.together:
+        if not self.is_distributed:
             return function()
         box: list[Any] = [None, None]
-        if self.leads:
+        if self.is_rank_0:
             try:
                 box[0] = function()
             except UserError as error:
@@ -67,13 +67,13 @@ class World:
         result: T = box[0]
         return result
 
-    def parallel(self, network: nn.Module, all_used: bool) -> nn.Module:
+    def data_parallel(self, network: nn.Module, all_used: bool) -> nn.Module:
         """`network` as its forward pass is to be called, so that gradients are the mean over all processes.
 
         On GPUs its batch norms are replaced, in place, by those that see the whole batch; parameters and statistics
         stay the tensors they were. all_used: whether every parameter gets a gradient.
         """
-        if not self.together:
+        if not self.is_distributed:
             return network
         on_gpu = self.device.type == "cuda"
         if on_gpu:
@@ -84,8 +84,8 @@ class World:
 
 
 @contextmanager
-def joined(device: str) -> Iterator[World]:
-    """The world of this process; under torchrun that of all the processes it started.
+def process_group(device: str) -> Iterator[ProcessGroup]:
+    """This process alone; under torchrun among all the processes that it started.
 
     device: auto, cpu or cuda. UserError for cuda where there is none, or fewer than processes on this machine.
     """
@@ -93,7 +93,7 @@ def joined(device: str) -> Iterator[World]:
     if device == "cuda" and not gpus:
         raise UserError("--device cuda: torch sees no CUDA GPU here; use --device cpu.")
     if not distributed.is_torchelastic_launched():
-        yield World(device=torch.device("cuda" if gpus else "cpu"))
+        yield ProcessGroup(device=torch.device("cuda" if gpus else "cpu"))
         return
     number = int(os.environ["LOCAL_RANK"])
     if gpus and number >= gpus:
@@ -102,7 +102,7 @@ def joined(device: str) -> Iterator[World]:
     if gpus:
         torch.cuda.set_device(here)
     distributed.init_process_group("nccl" if gpus else "gloo")
-    yield World(distributed.get_rank(), distributed.get_world_size(), here, together=True)
+    yield ProcessGroup(distributed.get_rank(), distributed.get_world_size(), here, is_distributed=True)
     # Not after an error: the others may be waiting, and torchrun ends them. Its threads end with the last network that
     # was trained in parallel, some of which only the collector finds.
     gc.collect()

@@ -44,7 +44,7 @@ def fit(jobs: Sequence[Job], batches: Batches, deadline: float = math.inf) -> Fi
     failed: dict[Path, UserError] = {}
     best: dict[Path, Best] = {}
     try:
-        trainers = [Trainer(job, batches.world) for job in jobs]
+        trainers = [Trainer(job, batches.processes) for job in jobs]
         # Sums of floats depend on the number of threads: each goes on with its own.
         for threads in sorted({trainer.start.threads for trainer in trainers}):
             torch.set_num_threads(threads)
@@ -73,7 +73,7 @@ def _iterate(trainers: list[Trainer], batches: Batches, failed: dict[Path, UserE
     total = batches.iterations(trainers[0].job.training)
     first = min(trainer.iteration for trainer in trainers)
     began_at = saved_at = time.monotonic()
-    titles = [trainer.job.title for trainer in trainers] if batches.world.leads else []
+    titles = [trainer.job.title for trainer in trainers] if batches.processes.is_rank_0 else []
     for trainer in trainers:
         if trainer.iteration == 0:
             trainer.judge(batches, total)
@@ -92,10 +92,10 @@ def _iterate(trainers: list[Trainer], batches: Batches, failed: dict[Path, UserE
             ends_epoch = done % batches.per_epoch == 0 or done == total
             looks = ends_epoch or done % CHECK_EVERY == 0
             # Several processes look at the same iterations, so that they give a run up at the same one.
-            may_save = done < total and (looks or not batches.world.together)
-            pauses = may_save and batches.world.first(lambda: time.monotonic() >= deadline)
-            saves = may_save and batches.world.leads and time.monotonic() - saved_at >= CHECKPOINT_EVERY_S
-            saves |= pauses and batches.world.leads
+            may_save = done < total and (looks or not batches.processes.is_distributed)
+            pauses = may_save and batches.processes.from_rank_0(lambda: time.monotonic() >= deadline)
+            saves = may_save and batches.processes.is_rank_0 and time.monotonic() - saved_at >= CHECKPOINT_EVERY_S
+            saves |= pauses and batches.processes.is_rank_0
             news = {}
             for trainer in due:
                 try:

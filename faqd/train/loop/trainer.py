@@ -17,7 +17,7 @@ from faqd.files import leftovers, remove, written_beside
 from faqd.train.data.augment import augment
 from faqd.train.loop.batches import FORWARD, NORMS, PROJECTION, Batch, Batches, Images, stream
 from faqd.train.loop.checkpoint import BEST, Position, checkpoints, iteration_of, load_checkpoint, save_checkpoint
-from faqd.train.loop.distributed import World
+from faqd.train.loop.distributed import ProcessGroup
 from faqd.train.loop.optimizer import RelativeAdam
 from faqd.train.loop.select import Best, Measure, answers, is_due, mean_losses
 from faqd.train.networks.tensor_files import read_tensors
@@ -72,11 +72,11 @@ class Trainer:
     the batch and of (seed, i) alone.
     """
 
-    def __init__(self, job: Job, world: World) -> None:
+    def __init__(self, job: Job, processes: ProcessGroup) -> None:
         self.job = job
-        self.world = world
+        self.processes = processes
         self.optimizer = _optimizer(job)
-        self.start, self.best = _resume(job, self.optimizer, world)
+        self.start, self.best = _resume(job, self.optimizer, processes)
         self.iteration = self.start.iteration
         device = job.decayed[0].device
         # Float16 has few exponents: a scaled loss keeps small gradients from vanishing. Passes through if disabled.
@@ -86,7 +86,7 @@ class Trainer:
         self.sums = {name: torch.tensor(value, device=device) for name, value in self.start.sums.items()}
         self.broken = False
         self._unseen: dict[int, Losses] = {}
-        self._forward = world.parallel(job.network, job.all_used)
+        self._forward = processes.data_parallel(job.network, job.all_used)
 
     def step(self, batch: Batch, total: int) -> None:
         """One iteration of `total`."""
@@ -95,21 +95,21 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = _rate(training, self.iteration, total)
         # What the network itself may draw, as for dropout, is then the same for a run that was resumed or had company.
-        torch.manual_seed(stream(training.seed, FORWARD, self.iteration, self.world.rank).initial_seed())
-        generator = stream(training.seed, PROJECTION, self.iteration, self.world.rank)
+        torch.manual_seed(stream(training.seed, FORWARD, self.iteration, self.processes.rank).initial_seed())
+        generator = stream(training.seed, PROJECTION, self.iteration, self.processes.rank)
         with torch.autocast(batch.x.device.type, job.autocast, enabled=job.autocast is not None):
             answer = self._forward(batch.x)
         losses = job.losses(answer, batch, generator)
         self.optimizer.zero_grad(set_to_none=True)
         values = torch.stack(list(losses.values()))
-        self.scaler.scale(_objective(losses, job.balanced, self.world)).backward()
+        self.scaler.scale(_objective(losses, job.balanced, self.processes)).backward()
         if training.clip_norm is not None and training.optimizer == "sgd":
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_([*job.decayed, *job.free], training.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         job.after_step()
-        losses = dict(zip(losses, self.world.mean(values.detach()).unbind(), strict=True))
+        losses = dict(zip(losses, self.processes.mean(values.detach()).unbind(), strict=True))
         self.sums = {name: value + self.sums[name] if self.sums else value for name, value in losses.items()}
         self.iteration += 1
         self._unseen[self.iteration] = losses
@@ -118,7 +118,7 @@ class Trainer:
         """Look at the select split where that is due, and remember the best weights."""
         job = self.job
         if job.measure is not None and is_due(self.iteration, total):
-            self.best.see(self.iteration, self.world.first(lambda: measured(job, batches)), job.network)
+            self.best.see(self.iteration, self.processes.from_rank_0(lambda: measured(job, batches)), job.network)
 
     def look(self) -> str:
         """The latest losses in words. UserError where one since the last look is not finite."""
@@ -138,7 +138,7 @@ class Trainer:
             "seconds": round(self.start.seconds + seconds, 3),
         }
         self.sums = {}
-        if self.world.leads:
+        if self.processes.is_rank_0:
             with (self.job.run / METRICS).open("a", encoding="utf-8") as metrics:
                 metrics.write(json.dumps(line, allow_nan=False) + "\n")
 
@@ -150,14 +150,14 @@ class Trainer:
         save_checkpoint(self.job.run, self.job.network, self.optimizer, position, self.best.weights)
 
 
-def _objective(losses: Losses, balanced: Mapping[str, float], world: World) -> Tensor:
+def _objective(losses: Losses, balanced: Mapping[str, float], processes: ProcessGroup) -> Tensor:
     """What is minimised: the sum of the terms, where those of one balanced word count as its weight times their share
     of what they are now, in all processes together."""
     whole: dict[str, Tensor] = {}
     for name, value in losses.items():
         word = name.partition(" ")[0]
         whole[word] = whole[word] + value if word in whole else value
-    sizes = world.mean(torch.stack([value.detach() for value in whole.values()]).clone())
+    sizes = processes.mean(torch.stack([value.detach() for value in whole.values()]).clone())
     tiny = torch.finfo(sizes.dtype).tiny
     terms = [
         balanced[word] * value / size.clamp_min(tiny) if word in balanced else value
@@ -182,8 +182,8 @@ def _optimizer(job: Job) -> torch.optim.Optimizer:
     )
 
 
-def _resume(job: Job, optimizer: torch.optim.Optimizer, world: World) -> tuple[Position, Best]:
-    world.first(lambda: _clear(job.run))
+def _resume(job: Job, optimizer: torch.optim.Optimizer, processes: ProcessGroup) -> tuple[Position, Best]:
+    processes.from_rank_0(lambda: _clear(job.run))
     found = checkpoints(job.run)
     if not found:
         return Position(), Best()
