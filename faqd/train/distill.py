@@ -53,7 +53,7 @@ from faqd.train.run.folder import (
 )
 from faqd.train.run.lesson import Lesson, Teacher
 from faqd.train.run.plan import Plan, plan_of
-from faqd.train.run.pupil import Pupil, measure_of, pupils_of, say_taps
+from faqd.train.run.prepared_student import PreparedStudent, measure_of, prepared_students, say_taps
 
 FLOAT64_PIXELS = 2**19
 """What a batch of the deployed student holds: its values have eight bytes, and all of a layer's are there at once."""
@@ -132,42 +132,42 @@ def _distill_together(
     measures = [measure_of(plan.recipe, select) for plan in plans]
     images = train.normalised(train.pixels[:REHEARSED_IMAGES]).cpu().contiguous()
     teacher_graph = capture(teacher.network, images[:2])
-    pupils = pupils_of(plans, measures, teacher, teacher_graph, images[:2], taps, say)
-    theirs = [theirs for pupil in pupils for theirs, _ in pupil.pairs]
+    prepared = prepared_students(plans, measures, teacher, teacher_graph, images[:2], taps, say)
+    theirs = [theirs for one in prepared for theirs, _ in one.pairs]
     training, dtype = plans[0].recipe.training, plans[0].recipe.teacher_dtype
     effect = _dtype_effect(dtype, teacher_graph, theirs, train, say, processes)
     shown = target_of(teacher_graph, theirs, processes.device, dtype)
     batches = Batches(train, select, training.batch_size, training.data_seed, shown, processes)
-    say_taps(pupils, say)
+    say_taps(prepared, say)
     question_taps(teacher_graph, theirs, images, say)
-    for pupil in pupils:
-        _calibrate(pupil, train, processes.device)
-        if rehearse is not None and not (pupil.plan.out / RECORD).is_file():
-            another = None if pupil.plan.source == teacher.source else teacher.network
-            processes.from_rank_0(partial(rehearse, pupil.student, another, images, say))
+    for one in prepared:
+        _calibrate(one, train, processes.device)
+        if rehearse is not None and not (one.plan.out / RECORD).is_file():
+            another = None if one.plan.source == teacher.source else teacher.network
+            processes.from_rank_0(partial(rehearse, one.student, another, images, say))
     heads = heads_of(teacher_graph, lambda x: shown(x).outputs, calibration_batches(train, training.batch_size))
     outputs = {"outputs": {name: head.to_json() for name, head in heads.items()}}
-    pupils = [replace(pupil, plan=_with_rate(pupil, heads, batches)) for pupil in pupils]
+    prepared = [replace(one, plan=_with_rate(one, heads, batches)) for one in prepared]
     with ExitStack() as locks:
         if processes.is_rank_0:
-            for plan in (pupil.plan for pupil in pupils):
+            for plan in (one.plan for one in prepared):
                 begin(plan.out, {**plan.record, **effect, **outputs})
                 locks.enter_context(held(plan.out))
                 write_tensors(plan.out / TEACHER_WEIGHTS, own_tensors(teacher.network))
-        return _teach(pupils, batches, deadline, say)
+        return _teach(prepared, batches, deadline, say)
 
 
-def _calibrate(pupil: Pupil, train: Images, device: torch.device) -> None:
-    student, recipe = pupil.student, pupil.plan.recipe
+def _calibrate(one: PreparedStudent, train: Images, device: torch.device) -> None:
+    student, recipe = one.student, one.plan.recipe
     student.network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     calibrate(student, calibration_batches(train), recipe.calibration, batch_statistics=recipe.init == "scratch")
 
 
-def _teach(pupils: list[Pupil], batches: Batches, deadline: float, say: Say) -> dict[Path, UserError]:
+def _teach(prepared: list[PreparedStudent], batches: Batches, deadline: float, say: Say) -> dict[Path, UserError]:
     """Train all of them and conclude their runs, but for those that it returns."""
     # As the run began: measured with another number of threads, the last bits differ.
-    recorded = batches.processes.from_rank_0(lambda: [read_record(pupil.plan.out) for pupil in pupils])
-    jobs = [_job(pupil, record) for pupil, record in zip(pupils, recorded, strict=True)]
+    recorded = batches.processes.from_rank_0(lambda: [read_record(one.plan.out) for one in prepared])
+    jobs = [_job(one, record) for one, record in zip(prepared, recorded, strict=True)]
     if len(jobs) > 1:
         jobs = [replace(job, title=job.run.name) for job in jobs]
     # Every start calibrates anew, resumed or not, so that these are the losses without training.
@@ -175,16 +175,16 @@ def _teach(pupils: list[Pupil], batches: Batches, deadline: float, say: Say) -> 
     failed, best = fit(jobs, batches, deadline)
     selected, broken = _selected([job for job in jobs if job.run not in failed], batches)
     failed |= broken
-    for pupil in pupils:
-        run = pupil.plan.out
+    for one in prepared:
+        run = one.plan.out
         if run not in failed:
-            results = {"taps": pupil.taps, "select": selected[run], "select_untrained": untrained.get(run)}
+            results = {"taps": one.taps, "select": selected[run], "select_untrained": untrained.get(run)}
             if run in best:
                 results["kept"] = best[run].to_json()
-                say(kept_sentence(run, best[run], batches.iterations(pupil.plan.recipe.training)))
-                if _by_distance(pupil.plan.recipe) and best[run].measure >= CONSTANT:
+                say(kept_sentence(run, best[run], batches.iterations(one.plan.recipe.training)))
+                if _by_distance(one.plan.recipe) and best[run].measure >= CONSTANT:
                     say(f"{run}: {NOTHING_LEARNED}")
-            batches.processes.from_rank_0(partial(_conclude, pupil, results, batches.train))
+            batches.processes.from_rank_0(partial(_conclude, one, results, batches.train))
     return failed
 
 
@@ -193,9 +193,9 @@ def _by_distance(recipe: DistillRecipe) -> bool:
     return recipe.select is None and not recipe.label_weight and recipe.init != "scratch"
 
 
-def _with_rate(pupil: Pupil, heads: Heads, batches: Batches) -> Plan:
+def _with_rate(one: PreparedStudent, heads: Heads, batches: Batches) -> Plan:
     """Its plan with the rate that suits how far the untrained student is from its teacher, where none was given."""
-    plan, student = pupil.plan, pupil.student
+    plan, student = one.plan, one.student
     if plan.recipe.training.lr is not None:
         return plan
     student.network.eval()
@@ -207,12 +207,12 @@ def _with_rate(pupil: Pupil, heads: Heads, batches: Batches) -> Plan:
     return replace(plan, recipe=recipe, record={**plan.record, "recipe": recipe_json(recipe)})
 
 
-def _job(pupil: Pupil, record: dict[str, Any]) -> Job:
+def _job(one: PreparedStudent, record: dict[str, Any]) -> Job:
     """record: of its run, which was begun."""
-    recipe = pupil.plan.recipe
+    recipe = one.plan.recipe
     training = replace(recipe.training, lr=record["recipe"]["training"]["lr"])
-    plan = replace(pupil.plan, recipe=replace(recipe, training=training))
-    return distill_job(plan, pupil.student, pupil.pairs, heads_from(record["outputs"]), pupil.measure)
+    plan = replace(one.plan, recipe=replace(recipe, training=training))
+    return distill_job(plan, one.student, one.pairs, heads_from(record["outputs"]), one.measure)
 
 
 def _selected(jobs: list[Job], batches: Batches) -> tuple[dict[Path, dict[str, float]], dict[Path, UserError]]:
@@ -240,8 +240,8 @@ def _dtype_effect(
     return {"teacher_dtype": effect.to_json()}
 
 
-def _conclude(pupil: Pupil, results: dict[str, Any], train: Images) -> None:
-    plan, student = pupil.plan, pupil.student
+def _conclude(one: PreparedStudent, results: dict[str, Any], train: Images) -> None:
+    plan, student = one.plan, one.student
     if plan.recipe.act_bits != FLOAT_BITS:
         size = max(1, FLOAT64_PIXELS // train.pixels[0, 0].numel())
         results["output_scales"] = collect_output_scales(student, _reported(list(calibration_batches(train, size))))

@@ -23,7 +23,7 @@ from faqd.train.run.student import new_student
 
 
 @dataclass(frozen=True)
-class Pupil:
+class PreparedStudent:
     """taps: the names of `pairs`, as --tap takes them. measure: of --select."""
 
     plan: Plan
@@ -33,7 +33,7 @@ class Pupil:
     measure: Measure | None
 
 
-def pupils_of(
+def prepared_students(
     plans: Sequence[Plan],
     measures: Sequence[Measure | None],
     teacher: Teacher,
@@ -41,7 +41,7 @@ def pupils_of(
     example: Tensor,
     taps: list[str] | None,
     say: Say,
-) -> list[Pupil]:
+) -> list[PreparedStudent]:
     """A new student for each plan. UserError where nothing is left for one to learn from."""
     students = [new_student(plan.recipe, plan.source, teacher, example) for plan in plans]
     for sentence in dict.fromkeys(text for student in students for text in floats_in_words(floats_of(student))):
@@ -54,7 +54,7 @@ def pupils_of(
         if not (of_one or plan.recipe.logit_weight or plan.recipe.label_weight):
             raise UserError("--logit-weight 0: no feature map has one size in both networks either; see --tap.")
     return [
-        Pupil(plan, student, of_one, tap_names(teacher_graph, student, of_one), measure)
+        PreparedStudent(plan, student, of_one, tap_names(teacher_graph, student, of_one), measure)
         for plan, student, of_one, measure in zip(plans, students, pairs, measures, strict=True)
     ]
 
@@ -68,13 +68,13 @@ def measure_of(recipe: DistillRecipe, select: Images) -> Measure | None:
     return users_measure(recipe.select, select.pixels.permute(0, 2, 3, 1).cpu().numpy())
 
 
-def say_taps(pupils: Sequence[Pupil], say: Say) -> None:
+def say_taps(prepared: Sequence[PreparedStudent], say: Say) -> None:
     said: dict[str, str] = {}
-    for pupil in pupils:
-        recipe = pupil.plan.recipe
+    for one in prepared:
+        recipe = one.plan.recipe
         if recipe.affinity != "none":
-            said |= zip(pupil.taps, tap_costs(pupil.student, pupil.pairs, recipe.affinity, recipe.columns), strict=True)
+            said |= zip(one.taps, tap_costs(one.student, one.pairs, recipe.affinity, recipe.columns), strict=True)
     for name, cost in said.items():
         say(f"affinity tap: {name} ({cost})")
-    if any(has_affinity(pupil.plan.recipe) and not pupil.taps for pupil in pupils):
+    if any(has_affinity(one.plan.recipe) and not one.taps for one in prepared):
         say("no affinity: no feature map has one size in both networks; --tap TEACHER=STUDENT says what to compare.")
