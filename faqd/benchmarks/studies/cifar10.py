@@ -47,7 +47,7 @@ LARGEST_KEPT = 8_000_000
 
 
 @dataclass(frozen=True)
-class Course:
+class Experiment:
     """What is trained: networks of the zoo, the schedule (epochs, or a few steps to rehearse it), where it lies."""
 
     data_root: Path
@@ -59,37 +59,50 @@ class Course:
     batch_size: int
 
 
-def produce(course: Course, processes: ProcessGroup, deadline: float, say: Callable[[str], None]) -> dict[str, Any]:
+def produce(
+    experiment: Experiment, processes: ProcessGroup, deadline: float, say: Callable[[str], None]
+) -> dict[str, Any]:
     """Everything that is not done yet, and the record. Paused, with all that was done kept, at the deadline."""
-    schedule: dict[str, Any] = {"epochs": course.epochs, "steps": course.steps, "batch_size": course.batch_size}
-    lecture = cifar10_teacher()
-    lecture = replace(lecture, arch=course.teacher, training=replace(lecture.training, **schedule))
-    teacher = course.work / "teacher"
-    train_teacher(lecture, DataOptions("cifar10", root=course.data_root), teacher, True, say, processes, deadline)
+    schedule: dict[str, Any] = {
+        "epochs": experiment.epochs,
+        "steps": experiment.steps,
+        "batch_size": experiment.batch_size,
+    }
+    teacher_recipe = cifar10_teacher()
+    teacher_recipe = replace(
+        teacher_recipe, arch=experiment.teacher, training=replace(teacher_recipe.training, **schedule)
+    )
+    teacher = experiment.work / "teacher"
+    train_teacher(
+        teacher_recipe, DataOptions("cifar10", root=experiment.data_root), teacher, True, say, processes, deadline
+    )
     recipe = distill_cifar10()
-    recipe = replace(recipe, arch=course.student, training=replace(recipe.training, **schedule))
+    recipe = replace(recipe, arch=experiment.student, training=replace(recipe.training, **schedule))
     members = [
-        (replace(recipe, weight_bits=weights, act_bits=activations), course.work / f"w{weights}a{activations}-s0")
+        (replace(recipe, weight_bits=weights, act_bits=activations), experiment.work / f"w{weights}a{activations}-s0")
         for weights, activations in STUDENTS
     ]
-    lesson = lesson_from(str(teacher), None, {"root": course.data_root}, say=say)
+    lesson = lesson_from(str(teacher), None, {"root": experiment.data_root}, say=say)
     distill(members, lesson, None, True, say, processes, deadline)
     runs = [teacher, *(out for _, out in members)]
     measured = {out: _kept(out / "eval.json", deadline, partial(evaluate_run, out, None)) for out in runs}
 
     def timing() -> dict[str, Any]:
         forms = tuple(iteration.TARGETS)
-        return iteration.measure(forms, course.teacher, course.student, course.batch_size, ROUNDS, processes.device)
+        return iteration.measure(
+            forms, experiment.teacher, experiment.student, experiment.batch_size, ROUNDS, processes.device
+        )
 
     return {
         "version": VERSION,
-        "what": f"CIFAR-10: {course.teacher} with labels, then {course.student} students without, on one pass of it",
+        "what": f"CIFAR-10: {experiment.teacher} with labels, then {experiment.student} students without, "
+        "on one pass of it",
         "environment": environment(),
         "versions": {"faqd": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "device": torch.cuda.get_device_name(processes.device) if processes.device.type == "cuda" else "CPU",
         "teacher": _entry(teacher, measured[teacher]),
         "students": [_entry(out, measured[out]) for _, out in members],
-        "iteration": _kept(course.work / "iteration.json", deadline, timing),
+        "iteration": _kept(experiment.work / "iteration.json", deadline, timing),
     }
 
 
@@ -134,18 +147,18 @@ def _entry(out: Path, measured: dict[str, Any]) -> dict[str, Any]:
 @click.option("--batch-size", default=100, show_default=True, type=click.IntRange(2), help="Images per iteration.")
 def command(results: Path, time_limit: float, device: str, **options: Any) -> None:
     deadline = time.monotonic() + time_limit
-    course = Course(**options)
-    for name in (course.teacher, course.student):
+    experiment = Experiment(**options)
+    for name in (experiment.teacher, experiment.student):
         check_architecture(name)
     with process_group(device) as processes:
-        made = produce(course, processes, deadline, lambda text: click.echo(text, err=True))
+        made = produce(experiment, processes, deadline, lambda text: click.echo(text, err=True))
     words = shlex.join(["python", "-m", "faqd.benchmarks.studies.cifar10", *sys.argv[1:]])
     results.mkdir(parents=True, exist_ok=True)
-    weights = course.work / "teacher" / WEIGHTS
+    weights = experiment.work / "teacher" / WEIGHTS
     if weights.stat().st_size < LARGEST_KEPT:
-        shutil.copyfile(weights, results / f"cifar10-{course.teacher}.safetensors")
-    write_json(results / f"cifar10-{course.student}.json", {"command": words, **made})
-    click.echo(f"{results / f'cifar10-{course.student}.json'}: written.", err=True)
+        shutil.copyfile(weights, results / f"cifar10-{experiment.teacher}.safetensors")
+    write_json(results / f"cifar10-{experiment.student}.json", {"command": words, **made})
+    click.echo(f"{results / f'cifar10-{experiment.student}.json'}: written.", err=True)
 
 
 def main() -> None:

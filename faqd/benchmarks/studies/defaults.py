@@ -66,7 +66,7 @@ Outputs = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Exam:
+class HeldOut:
     """Images on which nothing was chosen, and what the teacher makes of them. files: theirs, where they have some."""
 
     split: Split
@@ -106,7 +106,7 @@ def lesson_of(entry: dict[str, Any], folder: Path) -> Lesson:
     return lesson_from(spec, weights, _data_of(entry, folder), with_labels=True, say=say)
 
 
-def exam_of(entry: dict[str, Any], folder: Path, lesson: Lesson) -> Exam:
+def held_out_of(entry: dict[str, Any], folder: Path, lesson: Lesson) -> HeldOut:
     """What the students of an entry are judged by."""
     split, options, preprocess = lesson.dataset.eval, lesson.data, lesson.dataset.preprocess
     if "judged_on" in entry:
@@ -116,7 +116,7 @@ def exam_of(entry: dict[str, Any], folder: Path, lesson: Lesson) -> Exam:
         split = _joined([all_of_it.train, all_of_it.select, all_of_it.eval])
     spec, (kind, _, where) = entry.get("metric"), options.source.partition(":")
     inputs = network_input(split.images, preprocess)
-    return Exam(
+    return HeldOut(
         split,
         _files(Path(where), split.images, preprocess.fit) if kind == "folder" else None,
         inputs,
@@ -135,14 +135,16 @@ def untrained(lesson: Lesson, recipe: DistillRecipe) -> Student:
     return student
 
 
-def judged(student: Student, output_scales: dict[str, float], exam: Exam, heads: Heads) -> dict[str, Figures]:
+def judged(student: Student, output_scales: dict[str, float], held_out: HeldOut, heads: Heads) -> dict[str, Figures]:
     """The figures of a student's files by flavour: TensorRT's as it is written, onnxruntime's as it is run."""
     found: dict[str, Figures] = {}
     for flavour in flavours(student.config.target, student.config.activations):
-        model = onnx_from_deployed(convert(student, flavour, output_scales), exam.inputs[:2], {})
+        model = onnx_from_deployed(convert(student, flavour, output_scales), held_out.inputs[:2], {})
         threads = torch.get_num_threads()
         session = OnnxSession(model.SerializeToString(), threads=threads, optimise=flavour == "onnxruntime")
-        found[flavour] = exam.figures(run_batches(_runner(session), exam.inputs, _batch(exam.inputs)), heads)
+        found[flavour] = held_out.figures(
+            run_batches(_runner(session), held_out.inputs, _batch(held_out.inputs)), heads
+        )
     return found
 
 
@@ -150,7 +152,7 @@ def cell(
     lesson: Lesson,
     recipe: DistillRecipe,
     out: Path,
-    exam: Exam,
+    held_out: HeldOut,
     ptq: dict[str, Figures] | None,
     processes: ProcessGroup,
 ) -> dict[str, Any]:
@@ -161,12 +163,12 @@ def cell(
         student = untrained(lesson, recipe)
         train, _ = splits_on(torch.device("cpu"), lesson.dataset)
         batches = (part for some in calibration_batches(train) for part in some.split(_batch(some)))
-        ptq = judged(student, collect_output_scales(student, batches), exam, heads)
+        ptq = judged(student, collect_output_scales(student, batches), held_out, heads)
     return {
-        "images": len(exam.inputs),
-        "teacher": exam.figures(exam.wanted, None),
+        "images": len(held_out.inputs),
+        "teacher": held_out.figures(held_out.wanted, None),
         "ptq": ptq,
-        "distilled": judged(load_student(out), record["output_scales"], exam, heads),
+        "distilled": judged(load_student(out), record["output_scales"], held_out, heads),
         "kept": record["kept"],
         "taps": record["taps"],
         # Where images of a folder lie is of no interest elsewhere.
@@ -246,7 +248,7 @@ def command(
     claim(out, {"steps": steps})
     cells: dict[str, dict[str, Any]] = {}
     for name, entry in entries.items():
-        prepared: tuple[Lesson, Exam] | None = None
+        prepared: tuple[Lesson, HeldOut] | None = None
         for pair, seed, form in product(bits, range(seeds), logit):
             start = f"{name}-w{pair.replace('/', 'a')}-"
             key = f"{start}s{seed}" + f"-{form}" * (form != "default")
@@ -254,13 +256,13 @@ def command(
             if not file.is_file():
                 if prepared is None:
                     lesson = lesson_of(entry, networks.parent)
-                    prepared = lesson, exam_of(entry, networks.parent, lesson)
-                lesson, exam = prepared
+                    prepared = lesson, held_out_of(entry, networks.parent, lesson)
+                lesson, held_out = prepared
                 recipe = recipe_of(pair, seed, steps, None if form == "default" else cast(LogitForm, form))
                 # Without training, nothing depends on the seed or the loss.
                 ptq = next((made["ptq"] for other, made in cells.items() if other.startswith(start)), None)
                 with going_on(out):
-                    write_json(file, cell(lesson, recipe, out / key, exam, ptq, ProcessGroup()))
+                    write_json(file, cell(lesson, recipe, out / key, held_out, ptq, ProcessGroup()))
             cells[key] = read_json(file)
             say(f"{key}: ptq {cells[key]['ptq']}, distilled {cells[key]['distilled']}")
     result = {
