@@ -4,7 +4,7 @@
 # PIP_FLAGS  goes to pip install. On Linux x86-64 pip takes the CUDA build of torch unless told otherwise, several GB;
 #            the CPU build (0.2 GB) is enough for all but `make test-gpu`. PyTorch's installation page gives the pip
 #            option that selects it.
-# ARGS       goes to pytest:  make test ARGS='-k referee -x'
+# ARGS       goes to pytest:  make test ARGS='-k reference -x'
 # JOBS       how many processes `make test` takes, of one thread each; one for each core unless told otherwise.
 # DATA, WORK of results-cifar10: the folder that holds cifar-10-batches-py, and one for runs and checkpoints. It wants
 #            a CUDA GPU, and goes on where the piece before it stopped.
@@ -40,7 +40,7 @@ test-gpu: $(DEVICE) ## Run the tests that need an NVIDIA GPU; without one they f
 	FAQD_REQUIRE=gpu $(PYTHON) -m pytest -rs -m gpu $(ARGS)
 
 .PHONY: test-cpus
-test-cpus: wheel ## Hold onnxruntime on emulated x86 and ARM CPUs against the referee; needs Debian on x86-64
+test-cpus: wheel ## Hold onnxruntime on emulated x86 and ARM CPUs against the reference; needs Debian on x86-64
 	.ci/test_cpus $(PYTHON) dist/*.whl build/cpus
 
 .PHONY: results-cifar10

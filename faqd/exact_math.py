@@ -1,7 +1,7 @@
 """exp, log(1 + y), the logistic function, tanh and erf in float64 from additions, products and roundings alone.
 
 Libraries differ in the last bit of these functions, and one bit can move a code. Built from IEEE operations in a stated
-order they are the same bits on every machine: here in numpy, for the referee, and in torch in
+order they are the same bits on every machine: here in numpy, for the reference, and in torch in
 faqd/quantize/operators/activation.py.
 """
 

@@ -128,7 +128,7 @@ def ptq(
 @click.argument("bundle_folder", metavar="BUNDLE", type=FOLDER)
 @json_option
 def verify(bundle_folder: Path, json_target: str | None) -> None:
-    """Prove a bundle again: torch, referee and onnxruntime, layer by layer. Exit code 1 if a bound does not hold."""
+    """Prove a bundle again: torch, reference and onnxruntime, layer by layer. Exit code 1 if a bound does not hold."""
     from faqd.bundle import load_bundle
     from faqd.deploy.verify.table import print_verification
     from faqd.deploy.verify.verify import verify_bundle

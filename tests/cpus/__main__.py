@@ -1,4 +1,4 @@
-"""Holds onnxruntime on other CPUs against the referee, as .ci/test_cpus calls it: python -m tests.cpus WORK
+"""Holds onnxruntime on other CPUs against the reference, as .ci/test_cpus calls it: python -m tests.cpus WORK
 
 Exit code 1 if a code differs somewhere, if a process ends badly, or if a CPU was not emulated.
 """
@@ -36,7 +36,7 @@ def main(work: Path) -> list[str]:
     click.echo(ROW.format("CPU", "student", "codes", "differing", "largest", "s", "instruction sets"))
     wrong = [text for cpu in CPUS for text in judged_on(cpu, work, found)]
     if not wrong:
-        click.echo(f"The students have the referee's codes on every CPU; the {SATURATING} shows which ones saturate.")
+        click.echo(f"The students have the reference's codes on every CPU; the {SATURATING} shows which ones saturate.")
     return wrong + wheel_on_arm(work)
 
 

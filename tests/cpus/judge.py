@@ -1,4 +1,4 @@
-"""Whether onnxruntime computed the referee's codes on a CPU, by the rule of `faqd-deploy verify`."""
+"""Whether onnxruntime computed the reference's codes on a CPU, by the rule of `faqd-deploy verify`."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class Signed(nn.Module):
 
 @dataclass(frozen=True)
 class Case:
-    """A segment of a student with what it is fed, and the values of all its tensors in the referee."""
+    """A segment of a student with what it is fed, and the values of all its tensors in the reference."""
 
     student: str
     segment: Segment

@@ -1,4 +1,4 @@
-"""What holds onnxruntime on other CPUs against the referee: each fault ends in a sentence, a missing emulation too."""
+"""What holds onnxruntime on other CPUs against the reference: each fault, a missing emulation too, is a sentence."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def found() -> list[Case]:
 def write_results(
     found: list[Case], folder: Path, student: str, change: Callable[[Case, NDArray[Any]], NDArray[Any]]
 ) -> None:
-    """What the runner writes where onnxruntime computes the referee's values, but for one optimised layer of a
+    """What the runner writes where onnxruntime computes the reference's values, but for one optimised layer of a
     student: the second of the first, the saturating layer of the other."""
     for index, case in enumerate(found):
         values = stored(case.values[case.segment.output])

@@ -34,7 +34,7 @@ def test_a_student_is_rehearsed_once_whatever_its_seed(user: User, tmp_path: Pat
     [
         # onnxruntime computes it wrongly on codes.
         ("nn.functional.avg_pool2d(x, 3, 2, 1, True)", [], "an average with ceil_mode that counts its padding"),
-        # Operators kept float that torch's exporter, or the referee, does not know.
+        # Operators kept float that torch's exporter, or the reference, does not know.
         ("x.cummax(1)[0]", ["--exclude", "cummax"], "cummax"),
     ],
 )

@@ -20,7 +20,7 @@ from faqd.deploy.engine.build import engine_from_onnx
 from faqd.deploy.engine.options import BuildOptions
 from faqd.deploy.export.float16 import float16_from_float32
 from faqd.deploy.export.torch_to_onnx import onnx_from_deployed, save
-from faqd.deploy.reference.evaluator import Referee
+from faqd.deploy.reference.evaluator import Evaluator
 from faqd.deploy.verify.bundle_networks import load_network
 from faqd.deploy.verify.float16 import _beyond
 from faqd.deploy.verify.layers import verify_file
@@ -43,7 +43,7 @@ FLAVOURS: dict[Flavour, list[bool]] = {"onnxruntime": [False, True], "tensorrt":
 
 
 def proved(network: nn.Module) -> onnx.ModelProto:
-    """The student's file for TensorRT, once both flavours compute what torch, the referee and onnxruntime say."""
+    """The student's file for TensorRT, once both flavours compute what torch, the reference and onnxruntime say."""
     student = calibrated(lively(network, 3), QuantConfig(8, 8))
     x = images(5, 8, SHAPE, reach=3.0)
     for flavour, modes in FLAVOURS.items():
@@ -242,15 +242,15 @@ def test_tensorrt_runs_what_stands_around_a_reshape_in_int8(
     assert [entry["node"] for entry in record["int8"]["products"] if not entry["int8"]] == []
 
 
-def test_the_referee_takes_a_zero_as_the_file_means_it() -> None:
+def test_the_reference_takes_a_zero_as_the_file_means_it() -> None:
     value, shape = (helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("x", "y"))
     for allowzero, wanted in ((0, (2, 3)), (1, (0, 3))):
         node = helper.make_node("Reshape", ["x", "sizes"], ["y"], allowzero=allowzero)
         sizes = numpy_helper.from_array(np.array([0, 3]), "sizes")
         graph = helper.make_graph([node], "g", [value], [shape], [sizes])
-        referee = Referee(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)]))
+        evaluator = Evaluator(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)]))
         x = np.zeros((2, 3) if allowzero == 0 else (0, 5), np.float32)
-        assert referee.run({"x": x})["y"].shape == wanted
+        assert evaluator.run({"x": x})["y"].shape == wanted
 
 
 # Outputs ------------------------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ def test_a_student_with_quantizers_off_is_the_users_network(students: dict[str, 
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_onnxruntime_computes_what_torch_and_the_referee_do(students: dict[str, Student], name: str) -> None:
+def test_onnxruntime_computes_what_torch_and_the_reference_do(students: dict[str, Student], name: str) -> None:
     student = students[name]
     deployed = convert(student, "onnxruntime", collect_output_scales(student, [images(0, 16, SHAPE)]))
     model = onnx_from_deployed(deployed, images(1, 2, SHAPE), {})

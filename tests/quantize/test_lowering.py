@@ -1,4 +1,4 @@
-"""Random networks, lowered: torch, the referee and onnxruntime must agree on every one of them."""
+"""Random networks, lowered: torch, the reference and onnxruntime must agree on every one of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from faqd.deploy.export.torch_to_onnx import onnx_from_deployed
 from faqd.deploy.onnx_model.integer_sums import integer_sums
-from faqd.deploy.reference.evaluator import Referee
+from faqd.deploy.reference.evaluator import Evaluator
 from faqd.deploy.verify import layers as verify_layers
 from faqd.deploy.verify.layers import verify_file
 from faqd.deploy.verify.segments import place_of
@@ -139,7 +139,7 @@ def test_the_float_flavour_is_the_float_network(name: str) -> None:
     network = lively(NETWORKS[name](), 5, zero_gamma=0.1)
     wanted = network(images(6)).detach().numpy()
     deployed, model = lowered(calibrated(network, QuantConfig(2, 2)), "float")
-    found = real(Referee(model).run({"input": images(6).numpy()})["logits"])
+    found = real(Evaluator(model).run({"input": images(6).numpy()})["logits"])
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(deployed(images(6)).numpy(), wanted, rtol=1e-4, atol=1e-4)
 

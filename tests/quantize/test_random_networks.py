@@ -1,4 +1,4 @@
-"""Two hundred random networks a run: torch, the referee and onnxruntime must agree on every one of them.
+"""Two hundred random networks a run: torch, the reference and onnxruntime must agree on every one of them.
 
 An export by torch costs a second before the first operator, so networks are exported side by side, as outputs of one
 file. A network that fails is exported alone, then with fewer units, until the smallest that fails is left.

@@ -1,4 +1,4 @@
-"""Activations of the referee: what each ONNX operator computes on float64 values.
+"""Activations of the reference: what each ONNX operator computes on float64 values.
 
 Attributes are float32 numbers, widened.
 """

@@ -1,4 +1,4 @@
-"""The referee: runs an exported Q/DQ file in exact integers, with the arithmetic that the families beside it state.
+"""The reference: runs an exported Q/DQ file in exact integers, with the arithmetic that the families beside it state.
 
 It reads only the file and shares no code with the exporter. Files of other tools it runs as well, where they keep to
 standard operators of opset 13 to 20 that it knows; anything else it refuses. Where two backends disagree, it decides.
@@ -31,7 +31,7 @@ _NEUTRAL: Attributes = {
 """Attributes that are known only with this value, which changes nothing."""
 
 
-class Referee:
+class Evaluator:
     """One ONNX model, ready to run."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
@@ -49,7 +49,7 @@ class Referee:
                 values |= dict(zip(filter(None, node.output), self.results(node, operands), strict=True))
             except _CANNOT_COMPUTE as error:
                 raise UserError(
-                    f"{node.name}: the referee cannot run this {node.op_type}: {first_line(error)}."
+                    f"{node.name}: the reference evaluator cannot run this {node.op_type}: {first_line(error)}."
                 ) from error
         return values
 
@@ -76,7 +76,7 @@ def code_tensors(graph: onnx.GraphProto) -> list[str]:
 
 
 def stored(value: Value) -> NDArray[Any]:
-    """A referee value in the type the file declares: integers as they are, real values as float32."""
+    """A value of the reference in the type the file declares: integers as they are, real values as float32."""
     array = real(value)
     return array.astype(np.float32) if array.dtype.kind == "f" else array
 
@@ -84,20 +84,22 @@ def stored(value: Value) -> NDArray[Any]:
 def _refuse_unknown(model: onnx.ModelProto) -> None:
     versions = {entry.domain: entry.version for entry in model.opset_import}
     if versions.get("", 0) not in OPSETS:
-        raise UserError(f"the referee knows opset {OPSETS[0]} to {OPSETS[-1]}, found {versions.get('', 'none')}.")
+        known = f"{OPSETS[0]} to {OPSETS[-1]}"
+        raise UserError(f"the reference evaluator knows opset {known}, found {versions.get('', 'none')}.")
     standard = {node.op_type for node in model.graph.node if not node.domain}
     foreign = {f"{node.domain}.{node.op_type}" for node in model.graph.node if node.domain}
     unknown = sorted(foreign | standard - set(OPERATORS) - FLOAT_OPERATORS)
     if unknown:
-        raise UserError(f"the referee knows no {', '.join(unknown)}; it cannot verify this file.")
+        raise UserError(f"the reference evaluator knows no {', '.join(unknown)}; it cannot verify this file.")
     for node in model.graph.node:
         if node.op_type in FLOAT_OPERATORS:
             continue
         for name, value in _attributes(node).items():
             if value != _NEUTRAL.get(name, value):
-                raise UserError(f"{node.name}: the referee knows {node.op_type} only without {name} = {value!r}.")
+                operator = f"{node.op_type} only without {name} = {value!r}"
+                raise UserError(f"{node.name}: the reference evaluator knows {operator}.")
         if len(list(filter(None, node.output))) > 1 and node.op_type != "Split":
-            raise UserError(f"{node.name}: the referee knows {node.op_type} only with one output.")
+            raise UserError(f"{node.name}: the reference evaluator knows {node.op_type} only with one output.")
 
 
 def _attributes(node: onnx.NodeProto) -> Attributes:
@@ -106,7 +108,7 @@ def _attributes(node: onnx.NodeProto) -> Attributes:
 
 def _value(array: NDArray[Any]) -> Value:
     if array.dtype.kind not in "fiub":
-        raise UserError(f"the referee knows no {array.dtype} numbers.")
+        raise UserError(f"the reference evaluator knows no {array.dtype} numbers.")
     return array.astype(np.float64) if array.dtype.kind == "f" else array
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from faqd.deploy.onnx_model.graph import Graph, attributes_of
 from faqd.deploy.onnx_model.integer_sums import integer_sums
-from faqd.deploy.reference.evaluator import Referee, stored
+from faqd.deploy.reference.evaluator import Evaluator, stored
 from faqd.deploy.reference.values import Value
 from faqd.reference import Array, Grid, layer_sum, real, windowed
 from faqd.saturation import HIGHEST, LOWEST, in_kernel_order, neighbours
@@ -39,8 +39,8 @@ def _items(weight: Array) -> int:
     return int(np.prod(weight.shape[1:]))
 
 
-class _PairKernel(Referee):
-    """Runs a model as the referee does, but for the sums of the layers `names`."""
+class _PairKernel(Evaluator):
+    """Runs a model as the reference does, but for the sums of the layers `names`."""
 
     def __init__(self, model: onnx.ModelProto, names: set[str]) -> None:
         super().__init__(model)

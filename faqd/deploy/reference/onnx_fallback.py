@@ -1,4 +1,4 @@
-"""Operators that faqd never quantizes, for the referee: what float islands do, ONNX's own reference computes.
+"""Operators that faqd never quantizes, for the reference: what float islands do, ONNX's own reference computes.
 
 The arithmetic of the quantized part is stated by the families beside this file; of these nothing is rounded to codes,
 and what they mean is ONNX's to say. They run in float64, so that torch in float64 has the same value but for its last

@@ -1,4 +1,4 @@
-"""What the referee computes with: values of tensors, and operators on them.
+"""What the reference computes with: values of tensors, and operators on them.
 
 A value is a float64 array, an integer array, or a Grid. An operator takes (operands, attributes), None for an operand
 that is left out, and gives a value; a tuple of them where it has several outputs. ValueError says what it does not

@@ -25,11 +25,11 @@ EQUAL_CODES_FP16 = 0.999
 """Least share of codes at most one apart between the FP16 and the FP32 file, in a layer of integer products."""
 LEAST_SNR_DB = 30
 """Of a float output, and of codes behind layers that multiply floats, which FP16 moves by more than one here and there;
-on the referee's own inputs of the layers that make them. FP16 has 11 bits, about 66 dB."""
+on the reference's own inputs of the layers that make them. FP16 has 11 bits, about 66 dB."""
 
 
 def verify_float16(bundle: Bundle, trace: Trace, images: NDArray[Any], wanted: Outputs) -> dict[str, Any]:
-    """Whole networks' outputs, whose floor is agreement.py's, and every layer on the referee's inputs, bounded.
+    """Whole networks' outputs, whose floor is agreement.py's, and every layer on the reference's inputs, bounded.
 
     trace: of the FP32 file. Driven probes are left out: sums that no image leads to may be too large for FP16.
     """

@@ -1,4 +1,4 @@
-"""One file of a student, layer by layer: torch, the referee and onnxruntime held against each other."""
+"""One file of a student, layer by layer: torch, the reference and onnxruntime held against each other."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from faqd.deploy.verify.ties import distinct_roundings
 from faqd.reference import Grid, real
 
 EQUAL_CODES = 0.9999
-"""Least share of all codes on which onnxruntime and the referee agree; no code may differ by more than one."""
+"""Least share of all codes on which onnxruntime and the reference agree; no code may differ by more than one."""
 CHANCE = 1e-6
 """How rarely a layer whose codes differ at just that rate may be refused: rounding ties come by chance, and two among
 the 16,384 codes of a small layer say nothing of its rate. See `tolerated`."""
@@ -31,9 +31,9 @@ OUTPUT_ERROR = 1e-4
 INT32 = 2**31
 FLOAT32_BITS = 24
 FLOAT_LAYER_BITS = 10
-"""Significant bits of the outputs that torch and the referee must have equal: all of float32, but ten where a layer was
-excluded and sums floats, whose last bits depend on the order. At ten bits two right sums are told apart about once in
-1e11 values."""
+"""Significant bits of the outputs that torch and the reference must have equal: all of float32, but ten where a layer
+was excluded and sums floats, whose last bits depend on the order. At ten bits two right sums are told apart about once
+in 1e11 values."""
 
 
 def digest(values: NDArray[Any], bits: int = FLOAT32_BITS) -> str:
@@ -49,8 +49,8 @@ def digest(values: NDArray[Any], bits: int = FLOAT32_BITS) -> str:
 def verify_file(
     model: onnx.ModelProto, inputs: NDArray[np.float32], torch_digests: dict[str, Any], modes: list[bool]
 ) -> dict[str, Any]:
-    """One flavour: every number, code and output of torch against the file in the referee, then onnxruntime layer by
-    layer on the referee's inputs.
+    """One flavour: every number, code and output of torch against the file in the reference, then onnxruntime layer by
+    layer on the reference's inputs.
 
     torch_digests: as `torch_values.torch_digests` writes them. modes: whether onnxruntime optimizes. Returns
     {"layers": [...], "failures": [...]}, the failures of the first wrong layer first.
@@ -59,7 +59,7 @@ def verify_file(
 
 
 def trace_of(model: onnx.ModelProto, inputs: NDArray[np.float32], torch_digests: dict[str, Any]) -> Trace:
-    """The referee's run on probe inputs, the last of them driven as they were in torch."""
+    """The reference's run on probe inputs, the last of them driven as they were in torch."""
     return Trace(model, inputs, Drive(grids(torch_digests), torch_digests["driven"]))
 
 
@@ -87,7 +87,7 @@ def verify_trace(
             row["beyond"] = _beyond(segment, values, roundings.get(segment.layer))
             row["torch_equal"] = digest(codes) == torch_digests["codes"].get(segment.layer)
         if not row["torch_equal"]:
-            failures.append(f"{segment.layer}: the torch student and the referee differ")
+            failures.append(f"{segment.layer}: the torch student and the reference differ")
         for optimise in modes:
             session = OnnxSession(segment.model.SerializeToString(), optimise=optimise)
             found = session.run(feeds)[segment.output]

@@ -15,7 +15,7 @@ from onnx import numpy_helper
 
 from faqd.deploy.onnx_model.graph import attributes_of
 from faqd.deploy.onnx_model.inference import inferred
-from faqd.deploy.reference.evaluator import OPERATORS, Referee, code_tensors, stored
+from faqd.deploy.reference.evaluator import OPERATORS, Evaluator, code_tensors, stored
 from faqd.deploy.reference.onnx_fallback import FLOAT_OPERATORS
 from faqd.deploy.reference.values import Value
 from faqd.deploy.verify.test_vectors import Drive
@@ -25,7 +25,7 @@ from faqd.reference import real
 ON_CODES = ("Clip", "Pad", "Unsqueeze", "Reshape")
 """What may stand behind a rounding: its limits, and zeros among the channels of an image."""
 MOST_VALUES = 2**29
-"""Held at once for all probes: 4 GiB in the referee's float64."""
+"""Held at once for all probes: 4 GiB in the reference's float64."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def floats_handed_on(graph: onnx.GraphProto, known: dict[str, onnx.ValueInfoProt
 
 
 class Trace:
-    """The referee's run of a file, segment by segment: each is fed what the segments in front of it hand on.
+    """The reference's run of a file, segment by segment: each is fed what the segments in front of it hand on.
 
     computed: codes and outputs by tensor, as the file stores them, and float tensors that are handed on. reached: the
     largest real value of every tensor, of probes that are not driven. drive: hands on other codes for driven probes.
@@ -176,7 +176,7 @@ class Trace:
                 raise UserError(
                     f"layer {segment.layer}: reads what no layer in front of it makes; export the run again."
                 )
-            values = Referee(segment.model).run(
+            values = Evaluator(segment.model).run(
                 feeds | {name: self._exact[name] for name in feeds if name in self._exact}
             )
             self.computed[segment.output] = stored(values[segment.output])
@@ -225,8 +225,8 @@ class Trace:
         elements = self.probes * sum(_elements(value) for value in segment.model.graph.value_info)
         if elements > MOST_VALUES:
             raise UserError(
-                f"layer {segment.layer} takes {elements:,} numbers for {self.probes} probe images; the referee holds "
-                f"at most {MOST_VALUES:,} at once. Verify a smaller --image-size."
+                f"layer {segment.layer} takes {elements:,} numbers for {self.probes} probe images; the reference "
+                f"evaluator holds at most {MOST_VALUES:,} at once. Verify a smaller --image-size."
             )
 
 

@@ -24,7 +24,7 @@ def print_verification(record: dict[str, Any]) -> None:
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         for column in (
             "layer",
-            "torch =\nreferee",
+            "torch =\nreference",
             "onnxruntime\nas written",
             "onnxruntime\noptimised",
             "codes\nreached",

@@ -28,7 +28,7 @@ def distinct_roundings(segment: Segment, values: dict[str, Any], differs: NDArra
     """The codes of the segment's output that differ; those of one value near a tie count once, and so do those of one
     value at a tie that fills most of its channel.
 
-    values: every tensor of the referee's run. differs: where the output's codes are not the referee's.
+    values: every tensor of the reference's run. differs: where the output's codes are not the reference's.
     """
     if not differs.any() or segment.quantize is None:
         return int(np.count_nonzero(differs))

@@ -141,7 +141,7 @@ def _verify_flavours(
 def _verify_flavour(
     bundle: Bundle, flavour: Target, inputs: NDArray[np.float32], driven: int
 ) -> tuple[Trace, dict[str, Any], list[bool]]:
-    """The run of the referee, what was found layer by layer, and how onnxruntime ran the file (optimised or not)."""
+    """The run of the reference, what was found layer by layer, and how onnxruntime ran the file (optimised or not)."""
     model = load_network(bundle, FILES[flavour])
     if bundle.takes_pixels:
         model = without_preprocessing(model)

@@ -1,6 +1,6 @@
 """Activations: curves on a signed 8-bit grid, exact in float64 in the order that the file states, and ReLU.
 
-Numbers that stand in the file are float32 there, so they are rounded to float32 here. The referee has the same
+Numbers that stand in the file are float32 there, so they are rounded to float32 here. The reference has the same
 functions in numpy (faqd/exact_math.py); the steps are the same IEEE operations, so results are equal to the last bit.
 """
 

@@ -20,7 +20,7 @@ from faqd.deploy.export.float16 import float16_from_float32
 from faqd.deploy.export.torch_to_onnx import onnx_from_deployed, save
 from faqd.deploy.onnx_model.load import load_model
 from faqd.deploy.onnx_model.session import OnnxSession
-from faqd.deploy.reference.evaluator import Referee, stored
+from faqd.deploy.reference.evaluator import Evaluator, stored
 from faqd.deploy.verify.layers import verify_file
 from faqd.deploy.verify.segments import segments
 from faqd.deploy.verify.torch_values import torch_digests
@@ -155,7 +155,7 @@ def test_fp16_keeps_float32_scales_and_interfaces(half: onnx.ModelProto, models:
 
 
 def test_fp16_codes_are_within_one_of_fp32(half: onnx.ModelProto, models: dict[str, onnx.ModelProto]) -> None:
-    values = Referee(models["tensorrt"]).run({"input": images(4, 8, SHAPE).numpy()})
+    values = Evaluator(models["tensorrt"]).run({"input": images(4, 8, SHAPE).numpy()})
     compared = 0
     for segment in segments(half):
         feeds = {name: stored(values[name]) for name in segment.inputs}

@@ -139,7 +139,7 @@ def _input_as_output(model: onnx.ModelProto) -> None:
 
 
 def _wide(model: onnx.ModelProto) -> None:
-    """Legal, and 15 GB in the referee."""
+    """Legal, and 15 GB in the reference."""
     scales = np.array([1, 1, 512, 512], np.float32)
     model.graph.initializer.append(onnx.numpy_helper.from_array(scales, "scales"))
     how = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}

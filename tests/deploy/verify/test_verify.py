@@ -40,7 +40,7 @@ from faqd.deploy.export.teacher_float16 import TEACHER_IMAGES
 from faqd.deploy.export.torch_to_onnx import onnx_from_deployed
 from faqd.deploy.onnx_model.load import load_model
 from faqd.deploy.onnx_model.session import OnnxSession
-from faqd.deploy.reference.evaluator import Referee
+from faqd.deploy.reference.evaluator import Evaluator
 from faqd.deploy.verify.layers import CHANCE, EQUAL_CODES, tolerated, trace_of, verify_file
 from faqd.deploy.verify.numbers import wrong_constants
 from faqd.deploy.verify.outputs import snr_db
@@ -159,7 +159,7 @@ def test_dark_images_hide_no_clip(tmp_path: Path) -> None:
     digests = dark.manifest["torch_digests"]["tensorrt"]
     assert verify_file(model, inputs, digests, [])["failures"][0] == "relu_1: the file has not torch's upper limit"
     found = verify_file(model, inputs, without_numbers(digests), [])["failures"]
-    assert found[0] == "relu_1: the torch student and the referee differ"
+    assert found[0] == "relu_1: the torch student and the reference differ"
 
 
 def test_large_images_give_fewer_probes() -> None:
@@ -340,7 +340,7 @@ def test_a_scale_off_by_so_little_that_few_codes_change_is_found(
             break
         assert found == []
     assert 0 < differing < 0.001 * wanted.size
-    assert found[0] == "relu_1: the torch student and the referee differ"
+    assert found[0] == "relu_1: the torch student and the reference differ"
 
 
 def test_a_faulty_bundle_fails_by_name_and_no_engine_is_built_from_it(bundle: Bundle, tmp_path: Path) -> None:
@@ -596,7 +596,7 @@ def test_a_constant_map_at_a_tie_is_one_rounding(value: float, roundings: int) -
     model.graph.output[0].name = "y"
     model.graph.input[0].type.tensor_type.shape.dim.add(dim_value=64)
     x = np.full(64, value, np.float32)
-    values = Referee(model).run({"x": x})
+    values = Evaluator(model).run({"x": x})
     segment = next(segments(model))
     assert segment.output == "y0"
     assert distinct_roundings(segment, values, np.ones(64, bool)) == roundings
@@ -611,7 +611,7 @@ def test_ties_in_a_map_that_is_not_constant_count_one_by_one() -> None:
     for size in (4, 2, 8):
         model.graph.input[0].type.tensor_type.shape.dim.add(dim_value=size)
     x = np.random.default_rng(0).integers(0, 40, (4, 2, 8)).astype(np.float32) / np.float32(4)
-    values = Referee(model).run({"x": x})
+    values = Evaluator(model).run({"x": x})
     ties = x % 1 == 0.5
     assert ties.sum() > 10
     assert distinct_roundings(next(segments(model)), values, ties) == ties.sum()
@@ -626,7 +626,7 @@ def test_ties_are_found_in_front_of_spare_channels() -> None:
     model.graph.output[0].name = "y"
     for size in (2, 3, 5):
         model.graph.input[0].type.tensor_type.shape.dim.add(dim_value=size)
-    values = Referee(model).run({"x": np.full((2, 3, 5), 10.49999, np.float32)})
+    values = Evaluator(model).run({"x": np.full((2, 3, 5), 10.49999, np.float32)})
     assert (values["y1"] == [[[138]] * 3 + [[128]]] * 2).all()
     differs = np.zeros((2, 4, 5), bool)
     differs[:, :3] = True
@@ -643,7 +643,7 @@ def test_a_damaged_file_is_refused_in_a_sentence(
         load_model(path)
 
 
-# The referee on files of other tools ------------------------------------------------------------------------------
+# The reference on files of other tools ------------------------------------------------------------------------------
 
 
 def one_node(
@@ -662,7 +662,7 @@ def one_node(
 
 
 def run(model: onnx.ModelProto, x: NDArray[np.float32]) -> NDArray[Any]:
-    return real(Referee(model).run({"x": x})["y0"])
+    return real(Evaluator(model).run({"x": x})["y0"])
 
 
 X = np.random.default_rng(0).normal(size=(2, 4, 7, 7)).astype(np.float32)
@@ -688,7 +688,7 @@ REFUSED: dict[str, onnx.ModelProto] = {
 
 
 @pytest.mark.parametrize("pattern", REFUSED)
-def test_the_referee_refuses_what_it_does_not_know(pattern: str) -> None:
+def test_the_reference_refuses_what_it_does_not_know(pattern: str) -> None:
     with pytest.raises(UserError, match=pattern):
         run(REFUSED[pattern], X)
 
@@ -705,7 +705,7 @@ def test_the_referee_refuses_what_it_does_not_know(pattern: str) -> None:
     ids=["mean of all", "mean of some", "one axis", "nearest", "one row"],
 )
 @pytest.mark.parametrize("rule", ["half_pixel", "pytorch_half_pixel", "asymmetric"])
-def test_the_referee_computes_what_onnxruntime_does(
+def test_the_reference_computes_what_onnxruntime_does(
     operator: str, inputs: dict[str, Any], attributes: dict[str, Any], rule: str
 ) -> None:
     nearest = "nearest_mode" in attributes
@@ -727,7 +727,7 @@ def test_the_referee_computes_what_onnxruntime_does(
     np.testing.assert_allclose(run(model, X), wanted, atol=1e-6)
 
 
-def test_the_referee_resizes_to_whole_sizes_alone() -> None:
+def test_the_reference_resizes_to_whole_sizes_alone() -> None:
     scales = {"roi": np.array([], np.float32), "scales": np.array([1, 1, 1.3, 1], np.float32)}
     model = one_node("Resize", scales, mode="linear")
     with pytest.raises(UserError, match=r"not from 7 to 9\.1"):
@@ -739,13 +739,13 @@ def test_maxima_of_codes_and_quotients_of_integers_stay_integers() -> None:
     codes.graph.node.append(
         helper.make_node("MaxPool", ["y0"], ["p"], "pool", kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4)
     )
-    found = Referee(codes).run({"x": X})["p"]
+    found = Evaluator(codes).run({"x": X})["p"]
     wanted = F.max_pool2d(torch.from_numpy(run(codes, X).astype(np.float64)), 3, 2, 1).numpy()
     assert found.dtype == np.int8 and np.array_equal(found, wanted)
     shares = one_node("Shape", {})
     shares.graph.initializer.append(numpy_helper.from_array(np.array([-2, 3, 2, 4]), "by"))
     shares.graph.node.append(helper.make_node("Div", ["y0", "by"], ["d"], "div"))
-    assert Referee(shares).run({"x": X})["d"].tolist() == [-1, 1, 3, 1]
+    assert Evaluator(shares).run({"x": X})["d"].tolist() == [-1, 1, 3, 1]
 
 
 def test_codes_with_scales_along_an_axis_are_moved_as_real_values() -> None:
@@ -763,7 +763,7 @@ def test_codes_with_scales_along_an_axis_are_moved_as_real_values() -> None:
     model.graph.node[0].input[:] = ["x"]
     model.graph.node.append(helper.make_node("DequantizeLinear", ["w", "s", "z"], ["r"], "real", axis=1))
     model.graph.node.append(helper.make_node("Slice", ["r", "from", "to", "axis"], ["part"], "slice"))
-    values = Referee(model).run({"x": X})
+    values = Evaluator(model).run({"x": X})
     np.testing.assert_allclose(real(values["part"]), (weight * scale.astype(np.float64))[1:2])
 
 
