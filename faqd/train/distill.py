@@ -28,7 +28,7 @@ from faqd.quantize.capture.capture import capture
 from faqd.quantize.convert import collect_output_scales
 from faqd.quantize.student import Student
 from faqd.train.data.datasets import Say
-from faqd.train.data.doubts import question_taps
+from faqd.train.data.sanity_checks import warn_of_taps
 from faqd.train.loop.batches import Batches, Images, splits_on
 from faqd.train.loop.calibration_images import calibration_batches
 from faqd.train.loop.distributed import ProcessGroup
@@ -96,7 +96,7 @@ def distill(
     failed: dict[Path, UserError] = {}
     if waiting:
         train, select = splits_on(processes.device, lesson.dataset)
-        for _, together in groupby(sorted(waiting, key=_course), key=_course):
+        for _, together in groupby(sorted(waiting, key=_schedule), key=_schedule):
             failed |= _distill_together(
                 list(together), lesson.teacher, train, select, taps, say, processes, deadline, rehearse
             )
@@ -111,7 +111,7 @@ def _all_of(failed: dict[Path, UserError], asked: int) -> UserError:
     return UserError("\n".join(f"{run}: {error}" for run, error in failed.items()), exit_code=1)
 
 
-def _course(plan: Plan) -> tuple[int | str, ...]:
+def _schedule(plan: Plan) -> tuple[int | str, ...]:
     """What students must have in common to see the same batches, and the same teacher, to the end."""
     training = plan.recipe.training
     schedule = training.data_seed, training.batch_size, training.steps or 0, training.epochs
@@ -139,7 +139,7 @@ def _distill_together(
     shown = target_of(teacher_graph, theirs, processes.device, dtype)
     batches = Batches(train, select, training.batch_size, training.data_seed, shown, processes)
     say_taps(prepared, say)
-    question_taps(teacher_graph, theirs, images, say)
+    warn_of_taps(teacher_graph, theirs, images, say)
     for one in prepared:
         _calibrate(one, train, processes.device)
         if rehearse is not None and not (one.plan.out / RECORD).is_file():

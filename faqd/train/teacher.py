@@ -13,8 +13,8 @@ from torch.nn import functional
 
 from faqd.errors import UserError
 from faqd.train.data.datasets import Dataset, Say, load_dataset
-from faqd.train.data.doubts import question_images, refuse_one_class
 from faqd.train.data.options import DataOptions
+from faqd.train.data.sanity_checks import refuse_one_class, warn_of_images
 from faqd.train.loop.batches import Batch, Batches, Images, splits_on
 from faqd.train.loop.distributed import ProcessGroup
 from faqd.train.loop.fit import finish, fit
@@ -42,7 +42,7 @@ def train_teacher(
     dataset = load_dataset(data, with_labels=True, say=say)
     source = _source(recipe, dataset)
     refuse_one_class(dataset, "faqd-train teacher")
-    question_images(dataset, say)
+    warn_of_images(dataset, say)
     record = _record(recipe, data, dataset, source)
     if processes.from_rank_0(lambda: is_done(out, record, resume)):
         say(f"{out}: this run is finished.")

@@ -14,8 +14,8 @@ from faqd.files import sha256
 from faqd.preprocess import Preprocess
 from faqd.quantize.outputs import named_outputs
 from faqd.train.data.datasets import Dataset, Say, load_dataset
-from faqd.train.data.doubts import question_images, question_teacher
 from faqd.train.data.options import DataOptions
+from faqd.train.data.sanity_checks import warn_of_images, warn_of_teacher
 from faqd.train.networks.load_weights import load_weights
 from faqd.train.networks.source import NetworkSource, is_program, is_users, user_source
 from faqd.train.run.folder import data_options, finished, load_teacher, run_preprocess
@@ -55,8 +55,8 @@ def lesson_from(
     dataset = load_dataset(options, with_labels=with_labels, say=say)
     teacher = Teacher(*load_teacher(Path(spec))) if is_run else _users_teacher(spec, weights, dataset, say)
     _refuse_misfit(teacher, dataset)
-    question_images(dataset, say)
-    question_teacher(teacher.network, teacher.source.name, dataset, say)
+    warn_of_images(dataset, say)
+    warn_of_teacher(teacher.network, teacher.source.name, dataset, say)
     return Lesson(teacher, options, dataset)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from faqd.errors import UserError
 from faqd.quantize.outputs import named_outputs
-from faqd.train.data.doubts import refuse_kl_of_one, refuse_one_class
+from faqd.train.data.sanity_checks import refuse_kl_of_one, refuse_one_class
 from faqd.train.networks.source import NetworkSource
 from faqd.train.recipes import DistillRecipe, recipe_json, usual_training
 from faqd.train.run.folder import asked_json, data_json

@@ -1,4 +1,4 @@
-"""What is legal and makes no sense, told or refused before anything is trained; docs/decisions.md has the list."""
+"""Sanity checks: what is legal and makes no sense, told or refused before training; docs/decisions.md has the list."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CONSTANT = 1e-6
 """What differs by less, relative to its size, is taken to be the same."""
 
 
-def question_images(dataset: Dataset, say: Say) -> None:
+def warn_of_images(dataset: Dataset, say: Say) -> None:
     """Whether there is something to learn on the training images, as the network will see them."""
     pixels = dataset.train.images[:COMPARED_IMAGES]
     different = len(_different(pixels))
@@ -57,9 +57,9 @@ def question_images(dataset: Dataset, say: Say) -> None:
         )
 
 
-def question_teacher(network: nn.Module, name: str, dataset: Dataset, say: Say) -> None:
+def warn_of_teacher(network: nn.Module, name: str, dataset: Dataset, say: Say) -> None:
     """Whether a float network in evaluation mode looks trained, and its outputs say something of the images."""
-    _question_statistics(network, name, say)
+    _warn_of_statistics(network, name, say)
     pixels = dataset.train.images[:COMPARED_IMAGES]
     x = network_input(pixels[_different(pixels)[:IMAGES]], dataset.preprocess)
     with torch.no_grad():
@@ -106,7 +106,7 @@ def _same_everywhere(values: Tensor, axis: int) -> bool:
     return float(spread.max()) <= CONSTANT * float(values.abs().max())
 
 
-def _question_statistics(network: nn.Module, name: str, say: Say) -> None:
+def _warn_of_statistics(network: nn.Module, name: str, say: Say) -> None:
     untouched = [
         place
         for place, norm in network.named_modules()
@@ -124,7 +124,7 @@ def _question_statistics(network: nn.Module, name: str, say: Say) -> None:
         )
 
 
-def question_taps(teacher: fx.GraphModule, names: list[str], x: Tensor, say: Say) -> None:
+def warn_of_taps(teacher: fx.GraphModule, names: list[str], x: Tensor, say: Say) -> None:
     """Whether the teacher's maps at these nodes have pixels to tell apart. x: network input, where the network is."""
     names = list(dict.fromkeys(names))
     places = {node.name: place for node, place in nodes.places(teacher).items()}

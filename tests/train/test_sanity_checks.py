@@ -15,14 +15,14 @@ from faqd.errors import UserError
 from faqd.preprocess import Preprocess
 from faqd.quantize.capture.capture import capture
 from faqd.train.data.datasets import Augmentation, Dataset, Split, load_dataset
-from faqd.train.data.doubts import (
-    question_images,
-    question_taps,
-    question_teacher,
+from faqd.train.data.options import DataOptions
+from faqd.train.data.sanity_checks import (
     refuse_kl_of_one,
     refuse_one_class,
+    warn_of_images,
+    warn_of_taps,
+    warn_of_teacher,
 )
-from faqd.train.data.options import DataOptions
 from tests.fixtures.toy_runs import User, faqd_train, new_user
 
 
@@ -47,13 +47,13 @@ class Returns(nn.Module):
 
 def told_of_images(given: Dataset) -> list[str]:
     said: list[str] = []
-    question_images(given, said.append)
+    warn_of_images(given, said.append)
     return said
 
 
 def told_of_teacher(network: nn.Module) -> list[str]:
     said: list[str] = []
-    question_teacher(network.eval(), "net.py:build", dataset(), said.append)
+    warn_of_teacher(network.eval(), "net.py:build", dataset(), said.append)
     return said
 
 
@@ -125,7 +125,7 @@ def test_a_constant_map_at_a_tap_is_told_of() -> None:
     x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     traced = capture(network, x[:2])
     said: list[str] = []
-    question_taps(traced, [node.name for node in traced.graph.nodes if node.target in ("1", "3")], x, said.append)
+    warn_of_taps(traced, [node.name for node in traced.graph.nodes if node.target in ("1", "3")], x, said.append)
     assert len(said) == 1 and said[0].startswith("affinity tap 3: the teacher's map has one value")
 
 
@@ -162,5 +162,5 @@ def test_the_command_line_asks_before_it_trains(user: User, tmp_path: Path) -> N
     assert told.code == 2 and "are of one class, 0" in told.stderr and not (tmp_path / "one").exists()
 
 
-def test_published_data_raise_no_doubt() -> None:
+def test_published_data_raise_no_warning() -> None:
     assert told_of_images(load_dataset(DataOptions("digits"), with_labels=False)) == []
