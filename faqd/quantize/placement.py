@@ -36,7 +36,7 @@ from faqd.quantize.capture.validate import float_by_themselves
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.islands import with_shores
 from faqd.quantize.operators.arithmetic import SUBTRACT, Scaled
-from faqd.quantize.operators.layer import CONVOLUTIONS, TRANSPOSED
+from faqd.quantize.operators.layer import CONVOLUTIONS
 from faqd.quantize.operators.registry import NEVER_NEGATIVE
 from faqd.quantize.operators.row import Role
 from faqd.quantize.quantizers.layers import latent_weight
@@ -148,9 +148,9 @@ def _weight_grids(reader: _Reader, bits: QuantConfig) -> dict[fx.Node, Quant]:
 
 
 def _has_plain_kernel(layer: nn.Module | None) -> bool:
-    """Whether a depthwise layer gives multiples or means of the values that it reads, as a blur does: in each channel
-    all weights are small whole multiples of one."""
-    if not isinstance(layer, CONVOLUTIONS) or isinstance(layer, TRANSPOSED) or layer.groups < layer.in_channels:
+    """Whether a convolution gives multiples or means of the values that it reads, as a blur does: in each channel all
+    weights are small whole multiples of one."""
+    if not isinstance(layer, CONVOLUTIONS):
         return False
     weights = latent_weight(layer).detach().flatten(1).double().abs()
     least = weights.where(weights > 0, torch.inf).amin(1, keepdim=True)

@@ -26,6 +26,7 @@ from faqd.quantize import nodes
 from faqd.quantize.calibrate import calibrate
 from faqd.quantize.capture.capture import capture
 from faqd.quantize.convert import collect_output_scales
+from faqd.quantize.outputs import named_outputs
 from faqd.quantize.student import Student
 from faqd.train.data.datasets import Say
 from faqd.train.data.sanity_checks import warn_of_taps
@@ -39,7 +40,7 @@ from faqd.train.loop.teacher_forward import dtype_effect, target_of
 from faqd.train.loop.trainer import Job, select_losses
 from faqd.train.losses.heads import Heads, heads_from, heads_of
 from faqd.train.losses.objective import distances_to, distill_job
-from faqd.train.networks.own_tensors import own_tensors
+from faqd.train.networks.own_tensors import own_tensors, put_tensors
 from faqd.train.networks.tensor_files import write_tensors
 from faqd.train.recipes import DistillRecipe, TeacherDtype, recipe_json, relative_rate
 from faqd.train.run.folder import (
@@ -63,6 +64,8 @@ NOTHING_LEARNED = (
     "these weights are no nearer to the teacher than outputs that are the same for every image. Give it more bits, "
     "keep the layers float that lose most (--exclude), or give images on which the teacher finds something."
 )
+ROUNDING = 1e-4
+"""By how much of their largest value outputs of one network may differ from run to run."""
 REHEARSED_IMAGES = 8
 """What taps are looked at, and the export is rehearsed, with."""
 
@@ -105,6 +108,25 @@ def distill(
     return processes.from_rank_0(lambda: [read_record(plan.out) for plan in plans])
 
 
+@torch.no_grad()
+def refuse_what_no_run_keeps(teacher: Teacher, images: Tensor) -> None:
+    """UserError where the teacher, built again and given its tensors, as an export will, computes something else."""
+    again = teacher.source.build()
+    again.eval()
+    try:
+        put_tensors(again, own_tensors(teacher.network))
+        found, wanted = (named_outputs(network(images)) for network in (again, teacher.network))
+        apart = {name: float((found[name] - value).abs().max() / value.abs().max()) for name, value in wanted.items()}
+        same = max(apart.values()) <= ROUNDING
+    except Exception:  # of the user's modules; keys that are others, for one
+        same = False
+    if not same:
+        raise UserError(
+            f"{teacher.source.name}: built again and given its tensors it computes something else. Loading its weights "
+            "sets something beside tensors, or each build differs; let build() make all but the weights."
+        )
+
+
 def _all_of(failed: dict[Path, UserError], asked: int) -> UserError:
     if asked == 1:
         return next(iter(failed.values()))
@@ -131,6 +153,7 @@ def _distill_together(
 ) -> dict[Path, UserError]:
     measures = [measure_of(plan.recipe, select) for plan in plans]
     images = train.normalised(train.pixels[:REHEARSED_IMAGES]).cpu().contiguous()
+    refuse_what_no_run_keeps(teacher, images[:2])
     teacher_graph = capture(teacher.network, images[:2])
     prepared = prepared_students(plans, measures, teacher, teacher_graph, images[:2], taps, say)
     theirs = [theirs for one in prepared for theirs, _ in one.pairs]

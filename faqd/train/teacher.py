@@ -90,7 +90,9 @@ def _source(recipe: TeacherRecipe, dataset: Dataset) -> NetworkSource:
 
 def _refuse_outputs(source: NetworkSource, dataset: Dataset) -> None:
     wanted = (len(dataset.classes or ()),)
-    shapes = output_shapes(source.build().eval(), source, f"{dataset.source}; see --image-size and --channels")
+    network = source.build()
+    network.eval()
+    shapes = output_shapes(network, source, f"{dataset.source}; see --image-size and --channels")
     if [shape[1:] for shape in shapes.values()] != [wanted]:
         listed = ", ".join(f"{name} {shape[1:]}" for name, shape in shapes.items())
         raise UserError(

@@ -312,6 +312,10 @@ TAKEN: dict[str, Callable[[], nn.Module]] = {
     "a test on sizes": form(lambda x: x.relu() if x.shape[2] == 16 else x),
     "an average by a divisor": form(lambda x: F.avg_pool2d(x.relu(), 3, 2, 1, False, False, 4)),
     "half by a kernel meets whole": joined(lambda x: F.conv2d(x, torch.full((8, 1, 1, 1), 0.5), groups=8)),
+    "half by a dense kernel meets whole": joined(lambda x: F.conv2d(x, 0.5 * torch.eye(8).view(8, 8, 1, 1))),
+    "integers of its own joined": form(
+        lambda x: torch.cat([x.relu(), torch.arange(2).view(1, 2, 1, 1).expand(len(x), 2, 16, 16)], 1), 10
+    ),
     "a blur meets whole": joined(
         lambda x: F.conv2d(
             x, torch.tensor([1.0, 2.0, 1.0]).outer(torch.ones(3)).expand(8, 1, 3, 3) / 12, None, 1, 1, 1, 8

@@ -14,8 +14,11 @@ from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from faqd.errors import UserError
+from faqd.train.distill import refuse_what_no_run_keeps
 from faqd.train.networks.load_weights import load_weights
 from faqd.train.networks.own_tensors import copy_of, own_tensors, put_tensors, with_own_memory
+from faqd.train.networks.source import user_source
+from faqd.train.run.lesson import Teacher
 
 
 class Tied(nn.Module):
@@ -175,3 +178,79 @@ def test_expanded_buffers_can_be_filled(tmp_path: Path) -> None:
     network = with_own_memory(Coordinates())
     load_weights(network, tmp_path / "w.pth")
     assert torch.equal(network.get_buffer("row"), torch.load(tmp_path / "w.pth")["row"])
+
+
+def test_names_that_a_hook_knows_are_taken(tmp_path: Path) -> None:
+    class Renamed(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(2, 2)
+            self._register_load_state_dict_pre_hook(self._rename)  # type: ignore[no-untyped-call]
+
+        @staticmethod
+        def _rename(state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+            if f"{prefix}old" in state:
+                state[f"{prefix}weight"] = state.pop(f"{prefix}old")
+
+    torch.save({"old": torch.eye(2), "bias": torch.ones(2)}, tmp_path / "w.pth")
+    network = Renamed()
+    load_weights(network, tmp_path / "w.pth")
+    assert torch.equal(network.weight, torch.eye(2)) and torch.equal(network.bias, torch.ones(2))
+    torch.save({"older": torch.eye(2), "bias": torch.ones(2)}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match="these are not weights of Renamed: 1 missing"):
+        load_weights(Renamed(), tmp_path / "other.pth")
+
+
+def test_a_mask_that_is_built_with_infinities_is_no_broken_weight(tmp_path: Path) -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mask", torch.full((3, 3), -torch.inf).triu(1))
+
+    torch.save(Masked().state_dict(), tmp_path / "w.pth")
+    load_weights(Masked(), tmp_path / "w.pth")
+    torch.save({"mask": torch.full((3, 3), torch.inf)}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="mask holds NaN or infinite values"):
+        load_weights(Masked(), tmp_path / "w.pth")
+
+
+class Derived(nn.Module):
+    """Its loading makes a table of a weight: a buffer that no file has, or an attribute."""
+
+    def __init__(self, attribute: bool) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 8, 3)
+        self.attribute, self.factor = attribute, 1.0
+        self.register_buffer("inverse", torch.ones(()), persistent=False)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        if self.attribute:
+            self.factor = 7.0
+        else:
+            self.inverse = torch.tensor(7.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).mean((2, 3)) * self.factor * self.inverse  # type: ignore[no-any-return]
+
+
+def buffer() -> nn.Module:
+    return Derived(False)
+
+
+def attribute() -> nn.Module:
+    return Derived(True)
+
+
+def teacher_of(kind: str, folder: Path) -> Teacher:
+    torch.save(Derived(False).state_dict(), folder / "w.pth")
+    source = user_source(f"{Path(__file__)}:{kind}", 3, (8, 8))
+    network = source.build()
+    load_weights(network, folder / "w.pth")
+    return Teacher(network.eval(), source, "")
+
+
+def test_buffers_that_no_file_has_are_kept_and_what_is_no_tensor_is_refused(tmp_path: Path) -> None:
+    images = torch.rand(2, 3, 8, 8)
+    refuse_what_no_run_keeps(teacher_of("buffer", tmp_path), images)
+    with pytest.raises(UserError, match="built again and given its tensors it computes something else"):
+        refuse_what_no_run_keeps(teacher_of("attribute", tmp_path), images)

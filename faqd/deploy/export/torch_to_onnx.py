@@ -31,7 +31,8 @@ def onnx_from_deployed(deployed: Deployed, example: Tensor, metadata: dict[str, 
 
 def onnx_from_network(network: fx.GraphModule, example: Tensor, metadata: dict[str, str]) -> onnx.ModelProto:
     """Write a captured network in evaluation mode: dynamic batch, readable names, no trace of this machine."""
-    return _written(network.eval(), "float", example, metadata)
+    network.eval()
+    return _written(network, "float", example, metadata)
 
 
 def save(proto: onnx.ModelProto, path: Path) -> None:

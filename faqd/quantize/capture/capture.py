@@ -23,7 +23,7 @@ def capture(network: nn.Module, example: Tensor) -> fx.GraphModule:
     the user's code that cannot be captured, and where the graph computes something else than the network.
     """
     _refuse_scripts(network)
-    network = network.eval()
+    network.eval()
     _refuse_training_mode(network)
     noise = torch.randn(example[:2].shape, generator=torch.Generator().manual_seed(0)).to(example)
     if not _equal(_outputs(network, noise), _outputs(network, noise)):

@@ -23,7 +23,7 @@ class Constant(nn.Module):
         if isinstance(value, nn.Parameter):
             self.value = value
         else:
-            self.register_buffer("value", value)
+            self.register_buffer("value", value if value.is_floating_point() else value.float())
 
     def forward(self, x: Tensor) -> Tensor:
         return self.value.expand(x.shape[0], *self.value.shape[1:])

@@ -188,7 +188,9 @@ def _tiny_imagenet(options: DataOptions, where: str, with_labels: bool, say: Say
 def _folder(options: DataOptions, where: str, with_labels: bool, say: Say) -> Dataset:
     folder = Path(where).expanduser()
     files = images.list_images(folder)
-    names = images.class_names(folder, files) if options.labels and with_labels else None
+    # Names of folders are looked at wherever they count in the end: an export has labels, a distillation has none.
+    classes_of = images.class_names(folder, files) if options.labels else None
+    names = classes_of if with_labels else None
     # Without --image-size the size is that of the images; what is wrong with the rest is still said before reading.
     preprocess = preprocess_of(options, (1, 1), "rgb")
     read = images.read_images(folder, files, preprocess.fit if options.image_size else None, say)

@@ -29,14 +29,14 @@ BRIGHT_SHARE = 1e-3
 _KINDS = (
     (rb"GIF8", "GIF files"),
     (rb"II\*\0|MM\0\*|II\+\0|MM\0\+", "TIFF files"),
-    (rb".{4}ftyp(avif|avis)", "AVIF files"),
-    (rb".{4}ftyp(heic|heix|mif1|msf1)", "HEIC files"),
+    (rb".{4}ftyp.*avi[fs]", "AVIF files"),
+    (rb".{4}ftyp(he[iv][cxms]|mif1|msf1)", "HEIC files"),
     (rb".{4}ftyp", "films"),
     (rb"\0\0\0\x0cJXL |\xff\x0a", "JPEG XL files"),
     (rb"\0\0\0\x0cjP  ", "JPEG 2000 files"),
     (rb"%PDF", "PDF documents"),
     (rb"\s*<svg|\s*<\?xml", "drawings in SVG or XML"),
-    (rb"\s*<", "web pages"),
+    (rb"(\xef\xbb\xbf)?\s*<", "web pages"),
     (rb"version https://git-lfs", "pointers of Git LFS (run `git lfs pull`)"),
 )
 """What begins so, among what is found under the names of images."""
@@ -79,9 +79,9 @@ def _upright(opened: Image.Image) -> Image.Image:
     """`opened` turned by the one tag that says how, whatever else its metadata hold: nothing of them is kept."""
     try:
         opened.load()  # behind the pixels a PNG may have more metadata
-        exif = Image.Exif()  # Pillow's own getexif() looks into XMP too, which tools leave behind when they turn pixels
-        exif.load(opened.info.get("exif", b""))
-        turn = TURNS.get(exif.get(ORIENTATION, 1))
+        for xmp in ("xmp", "XML:com.adobe.xmp"):  # getexif() looks there too; tools that turn pixels leave it as it was
+            opened.info.pop(xmp, None)
+        turn = TURNS.get(opened.getexif().get(ORIENTATION, 1))
     except Exception:  # of metadata that are damaged, nearly anything
         turn = None
     return opened.transpose(turn) if turn is not None else opened

@@ -79,10 +79,11 @@ def class_names(folder: Path, files: Iterable[str]) -> list[str]:
         )
     classes = sorted({name[0] for name in names})
     if len(classes) > 1 and SPLITS.issuperset(classes):
+        largest = max(classes, key=lambda name: name.startswith("train"))
         raise UserError(
             f"{folder}: --labels takes the names of its subfolders as classes, and these, {', '.join(classes)}, are "
-            f"parts of a data set that have all classes each. Give one of them, as folder:{folder}/{classes[-1]}, or "
-            "leave --labels out."
+            f"parts of a data set that have all classes each. Give one of them, as folder:{folder}/{largest}, or leave "
+            "--labels out."
         )
     return [name[0] for name in names]
 

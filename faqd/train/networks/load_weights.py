@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from faqd.errors import UserError, first_line
+from faqd.train.networks.own_tensors import copy_of, own_tensors, put_tensors
 from faqd.train.networks.state_dicts import AVERAGED, Fit, is_extra, joined, state_dicts
 from faqd.train.networks.weight_values import as_weight, refuse_other_state, refuse_two_values, refuse_views_of_two
 from faqd.train.networks.weights_file import read_weights_file
@@ -23,7 +25,10 @@ def load_weights(network: nn.Module, path: Path, say: Callable[[str], None] = la
     finite, of another kind than floats, a negative variance, or different ones for what the network has as one tensor;
     and for state beside tensors that is not what the network was built with.
     """
-    own = network.state_dict(keep_vars=True)
+    try:
+        own = network.state_dict(keep_vars=True)
+    except Exception as error:  # modules make their state with code of their own
+        raise UserError(f"{type(network).__name__}: its state_dict() fails ({first_line(error)}).") from error
     wanted = {key: value for key, value in own.items() if isinstance(value, Tensor) and not is_extra(key)}
     loaded = read_weights_file(path)
     found = [Fit(*candidate, wanted) for candidate in state_dicts(loaded)]
@@ -32,6 +37,8 @@ def load_weights(network: nn.Module, path: Path, say: Callable[[str], None] = la
     if not found:
         raise UserError(f"{path}: holds no state dict; found the keys {', '.join(map(str, list(loaded)[:8]))}.")
     fitting = [fit for fit in found if not fit.problems]
+    if not fitting and any(_loads_as_it_is(network, candidate) for _, candidate in state_dicts(loaded)):
+        return
     if not fitting:
         nearest = min(found, key=lambda fit: fit.distance)
         raise UserError(
@@ -62,6 +69,22 @@ def load_weights(network: nn.Module, path: Path, say: Callable[[str], None] = la
             f"{first_line(error)}). Is it quantized or packed already? Give the float network, and its weights."
         ) from error
     refuse_views_of_two(path, network, state)
+
+
+def _loads_as_it_is(network: nn.Module, state: Mapping[Any, Any]) -> bool:
+    """Whether the network itself takes all of a state dict: it may have hooks that know other names of its weights."""
+    tensors = OrderedDict((key, value) for key, value in state.items() if isinstance(value, Tensor))
+    tensors._metadata = getattr(state, "_metadata", None)  # type: ignore[attr-defined]
+    tried = copy_of(network)
+    try:
+        tried.load_state_dict(tensors)
+    except Exception:  # of its own code; then it does not
+        return False
+    values = own_tensors(tried)
+    if not all(bool(value.isfinite().all()) for value in values.values()):
+        return False
+    put_tensors(network, values)
+    return True
 
 
 def _what_to_give(path: Path, nearest: Fit) -> str:

@@ -16,14 +16,14 @@ from torch.nn.parameter import is_lazy
 
 
 def own_tensors(network: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers that a state dict has, by the keys that it has for them; those that are one come under all
-    their names."""
-    found: dict[str, Tensor] = {}
-    for place, module in network.named_modules(remove_duplicate=False):
-        for name, value in (*module._parameters.items(), *module._buffers.items()):
-            if value is not None and name not in module._non_persistent_buffers_set:
-                found[f"{place}.{name}" if place else name] = value
-    return found
+    """Parameters and buffers by the keys that a state dict has for them, also those that it leaves out; what is one
+    comes under all its names."""
+    return {
+        f"{place}.{name}" if place else name: value
+        for place, module in network.named_modules(remove_duplicate=False)
+        for name, value in (*module._parameters.items(), *module._buffers.items())
+        if value is not None
+    }
 
 
 @torch.no_grad()
@@ -41,17 +41,24 @@ def put_tensors(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 def copy_of(network: nn.Module) -> nn.Module:
     """A copy in which tensors share their memory as they do in `network`; copied alone, each parameter gets its own."""
     copied = copy.deepcopy(network)
-    old, new = own_tensors(network), own_tensors(copied)
-    plain = {key: value for key, value in old.items() if not is_lazy(value) and value.layout == torch.strided}
-    shared = Counter(value.untyped_storage().data_ptr() for value in plain.values() if value.numel())
+    old, new = _all_tensors(network), _all_tensors(copied)
+    shared = Counter(value.untyped_storage().data_ptr() for value in old.values() if value.numel())
     memory: dict[int, torch.UntypedStorage] = {}
-    for key, value in plain.items():
-        storage = value.untyped_storage()
+    for key in old.keys() & new.keys():
+        value, storage = old[key], old[key].untyped_storage()
         if shared[storage.data_ptr()] > 1:
             own = memory.setdefault(storage.data_ptr(), storage.clone())
             view = torch.empty(0, dtype=value.dtype, device=value.device)
             new[key].data = view.set_(own, value.storage_offset(), value.shape, value.stride())
     return copied
+
+
+def _all_tensors(network: nn.Module) -> dict[str, Tensor]:
+    """The plain ones of a network, and those that modules keep as attributes alone."""
+    found = own_tensors(network)
+    for place, module in network.named_modules(remove_duplicate=False):
+        found |= {f"{place}.{name}": value for name, value in vars(module).items() if isinstance(value, Tensor)}
+    return {key: value for key, value in found.items() if not is_lazy(value) and value.layout == torch.strided}
 
 
 def with_own_memory(network: nn.Module) -> nn.Module:

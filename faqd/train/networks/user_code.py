@@ -84,7 +84,8 @@ _COMPILED = "_orig_mod"
 
 def _run(network: nn.Module, example: Tensor) -> None:
     with torch.no_grad():
-        network.eval()(example)
+        network.eval()
+        network(example)
 
 
 def _another(network: nn.Module) -> nn.Module:

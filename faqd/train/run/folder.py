@@ -154,7 +154,8 @@ def load_teacher(folder: Path) -> tuple[nn.Module, NetworkSource, str]:
     source = NetworkSource.from_json(record["teacher"] if record["kind"] == "distill" else record["network"])
     network = source.build()
     load_exactly(network, folder / name)
-    return network.eval(), source, sha256(folder / name)
+    network.eval()
+    return network, source, sha256(folder / name)
 
 
 def asked_json(recipe: Recipe, data: DataOptions) -> dict[str, Any]:

@@ -124,10 +124,10 @@ def _users_teacher(spec: str, weights: Path | None, dataset: Dataset, say: Say) 
     _, height, width, channels = dataset.train.images.shape
     source = user_source(spec, channels, (height, width))
     network = source.build()
-    if weights is None:  # they are in the same file
-        return Teacher(network.eval(), source, str(source.sha256))
-    load_weights(network, weights, say)
-    return Teacher(network.eval(), source, sha256(weights))
+    if weights is not None:
+        load_weights(network, weights, say)
+    network.eval()  # for some networks of users' own it returns nothing
+    return Teacher(network, source, str(source.sha256) if weights is None else sha256(weights))
 
 
 def _refuse_misfit(teacher: Teacher, dataset: Dataset) -> None:

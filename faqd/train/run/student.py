@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -81,9 +82,16 @@ def _load_float(network: nn.Module, source: NetworkSource, folder: Path) -> None
     if NetworkSource.from_json(finished(folder)["network"]) != source:
         raise UserError(f"--init {folder}: that run trained another network than {source.name}.")
     state = read_tensors(folder / WEIGHTS)
-    latent = {key.replace(".parametrizations.weight.original", ".weight"): value for key, value in state.items()}
+    latent = {re.sub(r"\.parametrizations\.weight\.original$", ".weight", key): state[key] for key in state}
     wanted = own_tensors(network)
-    fill(network, {key: value for key, value in latent.items() if key in wanted}, folder / WEIGHTS)
+    # What evaluation does not use, such as a head for training alone, no run keeps.
+    kept = {key: latent.get(key, value) for key, value in wanted.items()}
+    if lost := [key for key in latent if key.endswith((".weight", ".bias")) and key not in wanted]:
+        raise UserError(
+            f"--init {folder}: the run keeps {lost[0]}, which {source.name} computes from other tensors, as a weight "
+            "norm does; start from the teacher, or build the network without it."
+        )
+    fill(network, kept, folder / WEIGHTS)
 
 
 def recipe_bits(recipe: DistillRecipe) -> QuantConfig:
