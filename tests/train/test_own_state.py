@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
+import faqd
 from faqd.errors import UserError
 from faqd.train.distill import refuse_what_no_run_keeps
 from faqd.train.networks.load_weights import load_weights
@@ -254,3 +255,30 @@ def test_buffers_that_no_file_has_are_kept_and_what_is_no_tensor_is_refused(tmp_
     refuse_what_no_run_keeps(teacher_of("buffer", tmp_path), images)
     with pytest.raises(UserError, match="built again and given its tensors it computes something else"):
         refuse_what_no_run_keeps(teacher_of("attribute", tmp_path), images)
+
+
+class Frozen(nn.Module):
+    """As people write it who keep a norm in evaluation mode: without a result, which eval() hands on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.layer(x)).mean((2, 3))  # type: ignore[no-any-return]
+
+    def train(self, mode: bool = True) -> None:  # type: ignore[override]
+        super().train(mode)
+        self.norm.eval()
+
+
+def frozen() -> nn.Module:
+    return Frozen()
+
+
+def test_a_train_that_returns_nothing_is_taken(tmp_path: Path) -> None:
+    network = user_source(f"{Path(__file__)}:frozen", 3, (8, 8)).build()
+    images = torch.randint(0, 256, (8, 3, 8, 8)) / 255
+    student = faqd.prepare(network, images[:2])
+    faqd.calibrate(student, images)
+    faqd.export(student, tmp_path / "bundle", images, teacher=network)

@@ -138,13 +138,13 @@ class Translation:
         if writes_over_input(node):
             target = getattr(getattr(torch.ops.aten, base_name(target), None), target._overloadname, target)
         user = self._places.users.get(self._places.of(node))
-        reads_one = len([a for a in args if isinstance(a, fx.Node) and a not in self.held]) == 1
-        if user is not None and self._places.is_all_of_its_module(node) and reads_one and is_torchs(user):
+        read = [a for a in args if isinstance(a, fx.Node) and a not in self.held]
+        if user is not None and self._places.is_all_of_its_module(node) and len(read) == 1 and is_torchs(user):
             module = copy.copy(user)
             module._parameters, module._buffers = dict(user._parameters), dict(user._buffers)
             module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
             tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, fx.Node) and a in self.held]
-            return self.call_module(node, module, args[0], tensors)
+            return self.call_module(node, module, read[0], tensors)
         return self.call_function(node, target, args, kwargs)
 
     def _block(self, node: fx.Node) -> Any:
