@@ -13,6 +13,7 @@ from faqd.errors import UserError
 from faqd.quantize import nodes
 from faqd.quantize.outputs import named_outputs, renamed
 from faqd.train.data.datasets import Dataset, Say
+from faqd.train.losses.layouts import with_maps
 from faqd.train.run.folder import network_input
 
 IMAGES = 16
@@ -129,7 +130,7 @@ def warn_of_taps(teacher: fx.GraphModule, names: list[str], x: Tensor, say: Say)
     names = list(dict.fromkeys(names))
     places = {node.name: place for node, place in nodes.places(teacher).items()}
     with torch.no_grad():
-        _, maps = nodes.with_taps(teacher, names)(x)
+        _, maps = with_maps(teacher, names)(x)
     for name, values in zip(names, maps, strict=True):
         if _same_everywhere(values.flatten(2), 2):
             say(

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, fx
 
 from faqd.errors import UserError, first_line
-from faqd.quantize import nodes
 from faqd.quantize.capture.fuse_batch_norm import fused, in_place
 from faqd.quantize.outputs import named_outputs
 from faqd.train.loop.batches import Target
+from faqd.train.losses.layouts import with_maps
 from faqd.train.recipes import TeacherDtype
 
 
@@ -22,7 +22,7 @@ def target_of(
 ) -> Callable[[Tensor], Target]:
     """What the teacher makes of a batch: its outputs, in the batch's dtype, and its maps at these nodes."""
     names = list(dict.fromkeys(names))
-    tapped = in_place(fused(nodes.with_taps(teacher, names)))
+    tapped = in_place(fused(with_maps(teacher, names)))
     tapped.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if dtype == "bf16":
         tapped.to(torch.bfloat16)

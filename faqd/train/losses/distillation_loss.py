@@ -16,6 +16,7 @@ from faqd.train.loop.batches import Target
 from faqd.train.loop.teacher_forward import target_of
 from faqd.train.losses.distillation import LogitForm, affinity_loss, logit_loss
 from faqd.train.losses.heads import Heads, distance, heads_of
+from faqd.train.losses.layouts import with_maps
 from faqd.train.losses.taps import tap_names, tap_pairs
 from faqd.train.recipes import DistillAffinity, distill_default
 
@@ -27,10 +28,10 @@ class DistillationLoss(nn.Module):
     (arXiv 2302.10899).
 
     teacher: the trained float network. taps: places whose maps are compared, `PLACE` or `TEACHER_PLACE=STUDENT_PLACE`;
-    by default the neck's map of each resolution, else the last activated one, as `taps` then names them. logit:
-    `relative` is the squared error in units of the teacher's variance on the first batch. Each term is divided by what
-    it was on the first batch, so that a weight of 1 means the same for every network: untrained, the loss is the sum of
-    the weights. `terms` holds the undivided terms of the last call, as floats.
+    by default the neck's map of each resolution, else the last activated one, of tokens the last sum, as `taps` then
+    names them. logit: `relative` is the squared error in units of the teacher's variance on the first batch. Each term
+    is divided by what it was on the first batch, so that a weight of 1 means the same for every network: untrained, the
+    loss is the sum of the weights. `terms` holds the undivided terms of the last call, as floats.
 
         loss = faqd.DistillationLoss(teacher, student)
         loss(images).backward()
@@ -105,7 +106,7 @@ class DistillationLoss(nn.Module):
     def _networks(self, device: torch.device) -> tuple[fx.GraphModule, Callable[[Tensor], Target]]:
         """The student with its maps, and what the teacher makes of a batch, on the device of the images."""
         if device not in self._on:
-            tapped = nodes.with_taps(self.student.network, [ours for _, ours in self._pairs])
+            tapped = with_maps(self.student.network, [ours for _, ours in self._pairs])
             self._on[device] = tapped, target_of(self._teacher, [theirs for theirs, _ in self._pairs], device)
         return self._on[device]
 

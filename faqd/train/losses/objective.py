@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from faqd.quantize import nodes
 from faqd.quantize.outputs import named_outputs
 from faqd.quantize.student import Student
 from faqd.train.loop.batches import Batch, Target
@@ -18,6 +17,8 @@ from faqd.train.loop.trainer import Job, Losses
 from faqd.train.losses.adaptors import Adapted
 from faqd.train.losses.distillation import affinity_loss, logit_loss
 from faqd.train.losses.heads import Heads, distance
+from faqd.train.losses.layouts import with_maps
+from faqd.train.losses.taps import tap_layouts
 from faqd.train.recipes import Autocast, DistillRecipe
 from faqd.train.run.plan import Plan
 
@@ -67,11 +68,12 @@ def distill_job(
 
 def _answering(student: Student, recipe: DistillRecipe, pairs: Pairs) -> nn.Module:
     """The student, which gives its outputs and the maps of the pairs."""
-    network: nn.Module = nodes.with_taps(student.network, [ours for _, ours in pairs])
+    network: nn.Module = with_maps(student.network, [ours for _, ours in pairs])
     if recipe.adaptors and pairs:
-        shapes = {node.name: nodes.shape(node) for node in student.network.graph.nodes if nodes.is_tensor(node)}
+        layouts = tap_layouts(student, pairs)
         device = next(student.network.parameters()).device
-        network = Adapted(network, [shapes[ours][1] for _, ours in pairs], device)
+        signed = [place for place, layout in enumerate(layouts) if layout.kind != "map"]
+        network = Adapted(network, [layout.channels for layout in layouts], device, signed)
     return network
 
 

@@ -1,4 +1,7 @@
-"""Taps: the places whose feature maps are compared in teacher and student, and what they are called."""
+"""Taps: the places whose feature maps are compared in teacher and student, and what they are called.
+
+Tokens are a map as well, of the positions that they stand for: `faqd.train.losses.layouts`.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,14 @@ from faqd.quantize.quantizers.activation import ActivationQuantizer
 from faqd.quantize.student import Student
 from faqd.train.losses.distillation import AffinityForm
 from faqd.train.losses.heads import is_probability
+from faqd.train.losses.layouts import Layout, Layouts
 
 ACTIVATIONS = ("rectify", "clamp", "curve")
 """Roles whose results are feature maps behind an activation."""
 QUANTIZED = "_quant"
 """What the place of a tensor has at its end where the tensor is rounded."""
+WHOLE = "_whole"
+"""What the place of a linear layer on tokens has at its end where its rows are tokens again."""
 FEW = 8
 """Channels that are too few for a direction: with one, every cosine is 1 or 0."""
 
@@ -50,61 +56,86 @@ def tap_names(teacher: fx.GraphModule, student: Student, pairs: list[tuple[str, 
 
 def tap_costs(student: Student, pairs: list[tuple[str, str]], form: AffinityForm, columns: int) -> list[str]:
     """What each pair is and costs: channels, height and width of the student's map, multiplications an image."""
-    shapes = {node.name: nodes.shape(node) for node in student.network.graph.nodes if nodes.is_tensor(node)}
     said = []
-    for _, ours in pairs:
-        _, channels, height, width = shapes[ours]
-        pixels = height * width
+    for layout in tap_layouts(student, pairs):
+        channels, pixels = layout.channels, layout.height * layout.width
         if form == "fast":
             products = 8 * columns * pixels * channels
         elif form == "l1":
             products = 4 * pixels**2 * channels
         else:
             products = min(2 * pixels, 5 * channels) * pixels * channels
-        said.append(f"{channels} x {height} x {width}, {products / 1e6:.3g} M multiplications an image")
+        said.append(f"{layout}, {products / 1e6:.3g} M multiplications an image")
     return said
+
+
+def tap_layouts(student: Student, pairs: list[tuple[str, str]]) -> list[Layout]:
+    """How the student's tensor of each pair is a map."""
+    layouts = Layouts(student.network)
+    by_name = {node.name: node for node in student.network.graph.nodes}
+    found = [layouts.of(by_name[ours]) for _, ours in pairs]
+    assert None not in found
+    return [layout for layout in found if layout is not None]
 
 
 def _found(network: fx.GraphModule) -> dict[Size, fx.Node]:
     """Size (H, W) -> the feature map of that size to compare, in graph order.
 
     In a network with a neck, which is where several layers that make maps of the output read: for each size of such
-    maps the last one that all those layers depend on. In any other network the last activated map of each size.
+    maps the last one that all those layers depend on. In any other network the last activated map of each size. Where
+    maps are tokens or have their channels last, an activation lies inside of a block and sees what this block adds; the
+    stream to which all blocks add, and which all later ones read, is the last sum of that size, and this is taken.
     """
-    maps = [node for node in network.graph.nodes if _is_feature_map(network, node)]
+    layouts = Layouts(network)
+    maps = {node: layout for node in network.graph.nodes if (layout := _feature_map(network, layouts, node))}
     ends: dict[Size, list[fx.Node]] = {}
     for end in _ends(network):
-        if nodes.is_tensor(end) and len(nodes.shape(end)) == 4 and _size(end) != (1, 1):
-            ends.setdefault(_size(end), []).append(end)
+        layout = layouts.of(end)
+        if layout is not None and layout.kind == "map" and layout.size != (1, 1):
+            ends.setdefault(layout.size, []).append(end)
     found: dict[Size, fx.Node] = {}
+    plain = [node for node, layout in maps.items() if layout.kind == "map"]
     for of_size in ends.values() if any(len(of_size) > 1 for of_size in ends.values()) else ():
-        necks = [node for node in maps if not any(_reaches(network, end, node) for end in of_size)]
+        necks = [node for node in plain if not any(_reaches(network, end, node) for end in of_size)]
         if necks:
-            found.pop(_size(necks[-1]), None)
-            found[_size(necks[-1])] = necks[-1]
-    if found:
-        return dict(sorted(found.items(), key=lambda entry: maps.index(entry[1])))
-    for node in filter(lambda node: _is_activated(network, node), maps):
-        found.pop(_size(node), None)
-        found[_size(node)] = node
-    return found
+            found.pop(maps[necks[-1]].size, None)
+            found[maps[necks[-1]].size] = necks[-1]
+    if not found:
+        found, sums = ({maps[n].size: n for n in maps if kind(network, n)} for kind in (_is_activated, _is_sum))
+        for size, node in sums.items():
+            if maps[found.get(size, node)].kind != "map":
+                found[size] = node
+    order = list(maps)
+    return dict(sorted(found.items(), key=lambda entry: order.index(entry[1])))
 
 
-def _is_feature_map(network: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether `node` is a map that a layer still reads: of several pixels and channels, and no probability."""
-    if not nodes.is_tensor(node) or len(nodes.shape(node)) != 4 or node.op == "placeholder":
-        return False
-    made_by = nodes.operand(node) if isinstance(nodes.module_of(network, node), ActivationQuantizer) else node
-    if _size(node) == (1, 1) or nodes.shape(node)[1] < FEW or is_probability(network, made_by):
-        return False
-    return any(nodes.role(network, reader) == "compute" for reader in nodes.depending_on(node))
+def _feature_map(network: fx.GraphModule, layouts: Layouts, node: fx.Node) -> Layout | None:
+    """The layout of a map that a layer still reads: of several pixels and channels, and no probability."""
+    layout = layouts.of(node)
+    if layout is None or node.op == "placeholder":
+        return None
+    if layout.size == (1, 1) or layout.channels < FEW or is_probability(network, _made_by(network, node)):
+        return None
+    if layout.kind != "map":
+        return layout if layouts.is_read(node) else None
+    return layout if any(nodes.role(network, reader) == "compute" for reader in nodes.depending_on(node)) else None
+
+
+def _made_by(network: fx.GraphModule, node: fx.Node) -> fx.Node:
+    """What is rounded, where `node` rounds."""
+    return nodes.operand(node) if isinstance(nodes.module_of(network, node), ActivationQuantizer) else node
 
 
 def _is_activated(network: fx.GraphModule, node: fx.Node) -> bool:
     module = nodes.module_of(network, node)
-    if isinstance(module, ActivationQuantizer):
-        return module.rectifies or nodes.role(network, nodes.operand(node)) in ACTIVATIONS
-    return nodes.role(network, node) in ACTIVATIONS
+    rectifies = isinstance(module, ActivationQuantizer) and module.rectifies
+    return rectifies or nodes.role(network, _made_by(network, node)) in ACTIVATIONS
+
+
+def _is_sum(network: fx.GraphModule, node: fx.Node) -> bool:
+    made_by = _made_by(network, node)
+    summands = [each for each in nodes.tensor_inputs(made_by) if not nodes.is_own(each)]
+    return nodes.role(network, made_by) == "add" and len(summands) > 1
 
 
 def _ends(network: fx.GraphModule) -> list[fx.Node]:
@@ -128,19 +159,18 @@ def _reaches(network: fx.GraphModule, end: fx.Node, without: fx.Node) -> bool:
     return any(node.op == "placeholder" for node in walk)
 
 
-def _size(node: fx.Node) -> Size:
-    height, width = nodes.shape(node)[2:]
-    return height, width
-
-
 def _map_at(network: fx.GraphModule, place: str) -> str:
-    maps = {
-        name: node.name
-        for node, name in nodes.places(network).items()
-        if nodes.is_tensor(node) and len(nodes.shape(node)) == 4
-    }
-    for candidate in (place + QUANTIZED, place):
-        if candidate in maps:
-            return maps[candidate]
-    close = difflib.get_close_matches(place, [name.removesuffix(QUANTIZED) for name in maps], n=3, cutoff=0.0)
-    raise UserError(f"--tap {place}: no feature map of that name in the network; the nearest are {', '.join(close)}.")
+    layouts = Layouts(network)
+    named = {name: node for node, name in nodes.places(network).items() if nodes.is_tensor(node)}
+    for candidate in (place + QUANTIZED, place, place + WHOLE + QUANTIZED, place + WHOLE):
+        if candidate in named and layouts.of(named[candidate]) is not None:
+            return named[candidate].name
+    maps = [name.removesuffix(QUANTIZED) for name, node in named.items() if layouts.of(node) is not None]
+    close = ", ".join(difflib.get_close_matches(place, maps, n=3, cutoff=0.0)) or "none"
+    if place in named:
+        raise UserError(
+            f"--tap {place}: its tensor {nodes.shape(named[place])} is neither a feature map (B, C, H, W) or "
+            "(B, H, W, C) nor tokens (B, N, C) whose positions are those of a map; the nearest of these are "
+            f"{close}."
+        )
+    raise UserError(f"--tap {place}: no feature map of that name in the network; the nearest are {close}.")
