@@ -59,8 +59,8 @@ def picture() -> str:
     return "\n".join(
         (
             '<svg xmlns="http://www.w3.org/2000/svg" width="800" height="130" font-family="sans-serif" font-size="13">',
-            *_panel(0, "ResNet-18 at 224 pixels, time of one image on a CPU core", times, 60),
-            *_panel(420, "ResNet-8 on CIFAR-10, top-1, no labels used", tops, 125),
+            *_panel(0, "ResNet-18, 224 pixels: one image on one CPU core", times, 60),
+            *_panel(440, "ResNet-8 on CIFAR-10: top-1, without labels", tops, 125),
             "</svg>\n",
         )
     )

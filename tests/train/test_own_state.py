@@ -153,7 +153,8 @@ def test_state_beside_tensors_is_that_of_the_build_or_refused(built: Any, tmp_pa
     said: list[str] = []
     load_weights(nn.Sequential(Knows(built)), tmp_path / "w.pth", said.append)
     assert said == []
-    for other in ({"seen": 4}, torch.tensor([1.0]), 5):
+    packed = torch.ones(1).to_sparse()
+    for other in ({"seen": 4}, torch.tensor([1.0]), packed, 5):
         with pytest.raises(UserError, match=r"0\._extra_state is what a module keeps beside its tensors"):
             load_weights(nn.Sequential(Knows(other)), tmp_path / "w.pth")
     assert own_tensors(Knows(built)).keys() == {"weight", "bias"}

@@ -83,11 +83,18 @@ def refuse_other_state(path: Path, taken: Fit, own: Mapping[str, Any]) -> None:
     builds the network again, keeps tensors."""
     built = {without_wrapper_parts(key): value for key, value in own.items() if is_extra(key)}
     for key, value in taken.extra_state().items():
-        if key in built and not _is_same(value, built[key]):
+        if key in built and not _is_surely_same(value, built[key]):
             raise UserError(
                 f"{path}: {key} is what a module keeps beside its tensors, and is not what the network is built with. "
                 "Only tensors are kept here: let build() make the network with that state."
             )
+
+
+def _is_surely_same(a: Any, b: Any) -> bool:
+    try:
+        return _is_same(a, b)
+    except Exception:  # of whatever kinds of values those are
+        return False
 
 
 def _is_same(a: Any, b: Any) -> bool:
