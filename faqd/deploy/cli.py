@@ -10,8 +10,6 @@ import click
 from faqd.command import (
     SETTINGS,
     Group,
-    data_flags,
-    data_values,
     emit_json,
     exclude_option,
     json_option,
@@ -20,6 +18,7 @@ from faqd.command import (
     strict_option,
     version_option,
 )
+from faqd.data_flags import data_flags, data_values
 from faqd.deploy.options import FOLDER, builder_flags, bundle_flags, engine_flags, shape_flags
 from faqd.errors import UserError
 

@@ -38,8 +38,7 @@ from faqd.quantize.config import QuantConfig
 from faqd.quantize.convert import collect_output_scales, convert
 from faqd.quantize.prepare import insert_quantizers
 from faqd.quantize.student import Student
-from faqd.train.data.datasets import Dataset, load_dataset
-from faqd.train.data.options import DataOptions
+from faqd.train.data.datasets import Dataset, labelled_if_possible
 from faqd.train.networks.own_tensors import own_tensors
 from faqd.train.networks.source import NetworkSource
 from faqd.train.networks.tensor_files import tensors_sha256
@@ -68,7 +67,7 @@ def export_run(run: Path, out: Path, options: BundleOptions, say: Say, data_root
     teacher, teacher_source, teacher_sha256 = load_teacher(run)
     if "output_scales" not in record:
         raise UserError(f"{run}: a student with 32-bit activations cannot be exported; use --act-bits 1 to 8.")
-    dataset = _with_labels_if_any(data_options(record, data_root), say)
+    dataset = labelled_if_possible(data_options(record, data_root), say)
     parts = Parts(
         "distilled",
         student,
@@ -183,16 +182,6 @@ def export(
     if failures := read_json(out / names.VERIFY)["failures"]:
         raise UserError(f"{out}: not proved: {failures[0]} (see {names.VERIFY}).", exit_code=1)
     return bundle
-
-
-def _with_labels_if_any(options: DataOptions, say: Say) -> Dataset:
-    """The data of a run, which learned without labels and never looked at them: what is wrong with them is told."""
-    try:
-        return load_dataset(options, with_labels=True, say=say)
-    except UserError as error:
-        dataset = load_dataset(options, with_labels=False, say=say)
-        say(f"The bundle is written without labels: {error}")
-        return dataset
 
 
 def _evaluation(dataset: Dataset, options: BundleOptions) -> Evaluation:

@@ -12,8 +12,6 @@ import click
 from faqd.command import (
     SETTINGS,
     Group,
-    data_flags,
-    data_values,
     emit_json,
     exclude_option,
     json_option,
@@ -22,6 +20,7 @@ from faqd.command import (
     strict_option,
     version_option,
 )
+from faqd.data_flags import data_flags, data_values
 from faqd.train.options import (
     arch_option,
     bit_list,

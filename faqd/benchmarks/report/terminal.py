@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import IO, Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -13,7 +11,6 @@ from rich.text import Text
 from faqd.benchmarks.report.figures import (
     NONE,
     Record,
-    all_int8,
     bits,
     compared,
     complaint,
@@ -23,16 +20,14 @@ from faqd.benchmarks.report.figures import (
     kind,
     label,
     latency_at,
-    line_of,
     milliseconds,
-    partly_float,
     percent,
     points,
     significant,
     speed_up_at,
     times,
 )
-from faqd.bundle import floats_in_words
+from faqd.benchmarks.report.terminal_floats import island_tables, new_table, what_is_float
 
 WIDTH = 100
 
@@ -48,17 +43,17 @@ def print_result(result: Record, console: Console) -> None:
     if any(network["latency"] for network in result["networks"]):
         console.print(_latency_table(result))
     more = (_device_table(result), _energy_table(result), _sweep_table(result), _layer_table(result))
-    for table in (*more, *_island_tables(result)):
+    for table in (*more, *island_tables(result)):
         if table is not None:
             console.print(table)
-    for line in (*_metrics(result), *_floats(result)):
+    for line in (*_metrics(result), *what_is_float(result)):
         console.print(Text(line))
     for note in (_legend(result), *result["notes"]):
         console.print(Text(note), style="dim", soft_wrap=False)
 
 
 def print_comparison(comparison: Record, console: Console) -> None:
-    table = _new_table()
+    table = new_table()
     table.add_column("network", overflow="fold")
     for title in ("measure", "batch", "before", "after", "change %", "verdict"):
         table.add_column(title, justify="right", no_wrap=True)
@@ -78,13 +73,9 @@ def print_comparison(comparison: Record, console: Console) -> None:
         console.print(Text(f"{reason}."), style="dim")
 
 
-def _new_table() -> Table:
-    return Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-
-
 def _main_table(result: Record) -> Table:
     batch = first_batch(result)
-    table = _new_table()
+    table = new_table()
     table.add_column("network\nkind", overflow="fold", min_width=14)
     table.add_column("bits\nw/a", justify="right", no_wrap=True)
     for title in (
@@ -141,7 +132,7 @@ def _size(network: Record) -> str:
 
 
 def _latency_table(result: Record) -> Table:
-    table = _new_table()
+    table = new_table()
     table.add_column("latency in ms", overflow="fold")
     percentiles = (f"p{p:g}" for p in result["switches"]["percentiles"])
     for title in ("batch", "queries", "min", "p50", *percentiles, "variation %", "images/s"):
@@ -173,7 +164,7 @@ def _device_table(result: Record) -> Table | None:
     rows = [(network, latency) for network in result["networks"] for latency in network["latency"] if latency["parts"]]
     if not rows:
         return None
-    table = _new_table()
+    table = new_table()
     table.add_column("medians in ms", overflow="fold")
     titles = ("batch", "enqueue", "H2D", "compute", "D2H", "queries/s\nclosed loop", "queries/s\none ahead")
     for title in titles:
@@ -194,7 +185,7 @@ def _energy_table(result: Record) -> Table | None:
     rows = [network for network in result["networks"] if network["energy"]]
     if not rows:
         return None
-    table = _new_table()
+    table = new_table()
     table.add_column(f"energy, {result['energy']['rail']} ({result['energy']['source']})", overflow="fold")
     for title in ("batch", "images", "idle W", "load W", "mJ/image above idle"):
         table.add_column(title, justify="right", no_wrap=True)
@@ -211,7 +202,7 @@ def _sweep_table(result: Record) -> Table | None:
     rows = [network for network in result["networks"] if network["sweep"]]
     if not rows:
         return None
-    table = _new_table()
+    table = new_table()
     table.add_column("throughput against batch", overflow="fold")
     for title in ("saturated at", "best images/s", "at batch", "images/s at batch 1"):
         table.add_column(title, justify="right", no_wrap=True)
@@ -241,7 +232,7 @@ def _layer_table(result: Record) -> Table | None:
     if not student["layers"]:
         return None
     layers = sorted(student["layers"]["layers"], key=lambda layer: -float(layer["share"]))
-    table = _new_table()
+    table = new_table()
     table.add_column(f"slowest of {len(layers)} layers of {label(student)}", overflow="fold")
     for title in ("kind", "mean ms", "share %"):
         table.add_column(title, justify="right", no_wrap=True)
@@ -249,35 +240,6 @@ def _layer_table(result: Record) -> Table | None:
         cells = [layer["name"], layer["kind"], milliseconds(layer["mean_ms"]), f"{100 * layer['share']:.1f}"]
         table.add_row(*map(Text, cells))
     return table
-
-
-SHOWN_ISLANDS = 10
-
-
-def _island_tables(result: Record) -> Iterator[Table]:
-    """What students compute in float; one table for those that are equal in this, as of one network in several bits."""
-    students = [(network, bundle["islands"]) for network, bundle in partly_float(result) if bundle["islands"]]
-    for i, (_, islands) in enumerate(students):
-        if islands in [others for _, others in students[:i]]:
-            continue
-        table = _new_table()
-        table.add_column("float island", justify="right", no_wrap=True)
-        names = ", ".join(label(network) for network, others in students if others == islands)
-        table.add_column(f"operators in float of {names}", overflow="fold")
-        table.add_column("line", overflow="fold")
-        for number, island in enumerate(islands[:SHOWN_ISLANDS], 1):
-            operators = ", ".join(f"{place} ({operator})" for place, operator in island["operators"].items())
-            table.add_row(str(number), Text(operators), Text(line_of(island)))
-        if len(islands) > SHOWN_ISLANDS:
-            table.add_row(
-                "…", f"{len(islands) - SHOWN_ISLANDS} more, in the record (--json) and the page (--report)", ""
-            )
-        yield table
-
-
-def _floats(result: Record) -> list[str]:
-    lines = [f"{label(network)}: {'; '.join(floats_in_words(bundle))}" for network, bundle in partly_float(result)]
-    return [*lines, *filter(None, [all_int8(result)])]
 
 
 def _metrics(result: Record) -> list[str]:

@@ -21,7 +21,8 @@ from torch import Tensor, fx
 
 import faqd
 from faqd import bundle as names
-from faqd.benchmarks.studies.public_networks import Public, build, pictures, public_networks
+from faqd.benchmarks.studies.calm_weights import pictures
+from faqd.benchmarks.studies.public_networks import Public, build, public_networks
 from faqd.benchmarks.studies.resumable import say
 from faqd.bundle import Bundle
 from faqd.command import emit_json, json_option, run

@@ -31,7 +31,8 @@ from torch import Tensor
 from faqd import __version__
 from faqd.benchmarks.measure.environment import environment
 from faqd.benchmarks.studies.resumable import claim, going_on, say, training_seconds
-from faqd.command import data_values, emit_json, json_option, run
+from faqd.command import emit_json, json_option, run
+from faqd.data_flags import data_values
 from faqd.deploy.export.torch_to_onnx import onnx_from_deployed
 from faqd.deploy.onnx_model.session import OnnxSession
 from faqd.deploy.verify.bundle_networks import flavours

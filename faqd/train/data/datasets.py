@@ -97,6 +97,16 @@ def load_dataset(options: DataOptions, *, with_labels: bool, say: Say = lambda _
     return replace(dataset, train=dataset.train.at(slice(options.limit)))
 
 
+def labelled_if_possible(options: DataOptions, say: Say) -> Dataset:
+    """Data that were learned from without labels, which nobody looked at: what is wrong with them is told."""
+    try:
+        return load_dataset(options, with_labels=True, say=say)
+    except UserError as error:
+        dataset = load_dataset(options, with_labels=False, say=say)
+        say(f"The bundle is written without labels: {error}")
+        return dataset
+
+
 def split_by_content(pool: Split, *shares: float) -> list[Split]:
     """Cut a pool at the SHA-256 of its images: one split per share, the last split gets the rest.
 

@@ -1,0 +1,89 @@
+"""Options that say where images come from, the same in every command that reads data."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import click
+
+from faqd.command import section
+from faqd.errors import UserError
+
+data_flags = section(
+    "Data",
+    click.option(
+        "--data",
+        metavar="SOURCE",
+        help="Read digits, cifar10, cifar100, tiny-imagenet, folder:PATH (any tree of images) or npz:PATH.",
+    ),
+    click.option("--data-root", type=click.Path(path_type=Path), help="Look for a published data set in this folder."),
+    click.option("--download", is_flag=True, help="Fetch a published data set that is not there yet."),
+    click.option("--image-size", metavar="H[xW]", help="Bring images to this size in pixels."),
+    click.option(
+        "--resize",
+        type=click.Choice(["stretch", "crop", "letterbox"]),
+        show_default="stretch",
+        help="Bring images to that size in this way.",
+    ),
+    click.option(
+        "--channels", type=click.Choice(["rgb", "bgr", "grey"]), help="Feed the network channels in this order."
+    ),
+    click.option("--mean", metavar="M[,M,M]", help="Subtract this from pixels in 0..1, per channel; or none."),
+    click.option("--std", metavar="S[,S,S]", help="Divide by this after that, per channel; or none."),
+    click.option("--labels", is_flag=True, help="Take the subfolder names of a folder: source for classes."),
+    click.option("--limit", type=click.IntRange(1), help="Use only so many training images, for a quick try."),
+)
+
+"""`data_values` reads them back."""
+
+
+def data_values(options: dict[str, Any]) -> dict[str, Any]:
+    """Take the data options out of a command's keyword arguments, as fields of train.data.options.DataOptions."""
+    taken = {name: options.pop(name) for name in _DATA_NAMES}
+    taken["source"], taken["root"] = _absolute(taken.pop("data")), taken.pop("data_root")
+    taken["image_size"] = parse_size(taken["image_size"])
+    taken["mean"], taken["std"] = _numbers("--mean", taken["mean"]), _numbers("--std", taken["std"])
+    return taken
+
+
+_DATA_NAMES = (
+    "data",
+    "data_root",
+    "download",
+    "image_size",
+    "resize",
+    "channels",
+    "mean",
+    "std",
+    "labels",
+    "limit",
+)
+
+
+def _absolute(source: str | None) -> str | None:
+    """The source with a path that holds from any folder, since a run remembers it."""
+    kind, _, where = (source or "").partition(":")
+    return f"{kind}:{Path(where).expanduser().resolve()}" if where else source
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UserError(f"--image-size {text}: expected a number of pixels such as 224, or HEIGHTxWIDTH.")
+    return int(parts[0]), int(parts[-1])
+
+
+def _numbers(option: str, text: str | None) -> tuple[float, ...] | str | None:
+    if text is None or text == "none":
+        return text
+    try:
+        numbers = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        numbers = (math.nan,)
+    if not all(map(math.isfinite, numbers)):
+        raise UserError(f"{option} {text}: expected numbers such as 0.485,0.456,0.406, or none.")
+    return numbers
