@@ -75,7 +75,7 @@ def refuses(outcome: Outcome, *words: str, code: int = 2) -> None:
         (["--init", "techer"], ["--init techer", "teacher, scratch or the folder of a run"]),
         (["--init", "teacher", "--arch", "resnet8"], ["--init teacher", "--init scratch"]),
         (["--tap", "features.22"], ["--tap features.22", "features.2"]),
-        (["--tap", "head"], ["--tap head", "no feature map"]),
+        (["--tap", "head"], ["--tap head", "neither a feature map"]),
         (["--tap", "features.2", "--affinity", "none"], ["--tap features.2", "--affinity none"]),
         (["--columns", "4"], ["--columns", "--affinity fast"]),
         (["--adaptors", "--affinity", "none"], ["--adaptors", "--no-adaptors"]),
