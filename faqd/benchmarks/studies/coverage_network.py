@@ -6,6 +6,7 @@ process of its own.
 
 from __future__ import annotations
 
+import re
 import resource
 import tempfile
 import time
@@ -73,7 +74,7 @@ def tried(network: Public, *, engine: bool) -> dict[str, Any]:
             if engine:
                 record |= _engine(bundle, record)
     except UserError as error:
-        record["sentence"] = str(error)
+        record["sentence"] = re.sub(r"^\S*/bundle: ", "", str(error))
     except Exception as error:  # what nobody thought of is what this looks for
         record["sentence"] = f"{type(error).__name__}: {first_line(error)}"
         record["traceback"] = traceback.format_exc().splitlines()[-12:]
@@ -96,7 +97,7 @@ def _engine(bundle: Bundle, record: dict[str, Any]) -> dict[str, Any]:
     with _stage(record, "engine"):
         (built,) = build_bundle(bundle, all=False, force=False, options=BuildOptions(), say=lambda _: None)
     found = built["int8"]
-    return {"engine": {name: found[name] for name in ("layers", "int8") if name in found}, "builder": built["builder"]}
+    return {"engine": {"int8": found["built"], "expected": found["expected"]}, "builder": built["builder"]}
 
 
 def _facts(student: Student) -> dict[str, Any]:
