@@ -197,6 +197,9 @@ def test_names_that_a_hook_knows_are_taken(tmp_path: Path) -> None:
     network = Renamed()
     load_weights(network, tmp_path / "w.pth")
     assert torch.equal(network.weight, torch.eye(2)) and torch.equal(network.bias, torch.ones(2))
+    torch.save({"old": torch.eye(2).to(torch.int8), "bias": torch.ones(2)}, tmp_path / "int8.pth")
+    with pytest.raises(UserError, match="these are not weights of Renamed: 1 missing"):
+        load_weights(Renamed(), tmp_path / "int8.pth")
     torch.save({"older": torch.eye(2), "bias": torch.ones(2)}, tmp_path / "other.pth")
     with pytest.raises(UserError, match="these are not weights of Renamed: 1 missing"):
         load_weights(Renamed(), tmp_path / "other.pth")
@@ -243,6 +246,18 @@ def attribute() -> nn.Module:
     return Derived(True)
 
 
+class Silent(Derived):
+    """One of its outputs is zero everywhere, another is no number."""
+
+    def forward(self, x: Tensor) -> Any:
+        scores = super().forward(x)
+        return {"scores": scores, "zero": 0 * scores, "sure": scores > 0}
+
+
+def silent() -> nn.Module:
+    return Silent(False)
+
+
 def teacher_of(kind: str, folder: Path) -> Teacher:
     torch.save(Derived(False).state_dict(), folder / "w.pth")
     source = user_source(f"{Path(__file__)}:{kind}", 3, (8, 8))
@@ -254,6 +269,7 @@ def teacher_of(kind: str, folder: Path) -> Teacher:
 def test_buffers_that_no_file_has_are_kept_and_what_is_no_tensor_is_refused(tmp_path: Path) -> None:
     images = torch.rand(2, 3, 8, 8)
     refuse_what_no_run_keeps(teacher_of("buffer", tmp_path), images)
+    refuse_what_no_run_keeps(teacher_of("silent", tmp_path), images)
     with pytest.raises(UserError, match="built again and given its tensors it computes something else"):
         refuse_what_no_run_keeps(teacher_of("attribute", tmp_path), images)
 

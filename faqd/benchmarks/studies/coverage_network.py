@@ -70,7 +70,7 @@ def tried(network: Public, *, engine: bool) -> dict[str, Any]:
                     student, Path(folder) / "bundle", x, mean=MEAN, std=STD, options=BundleOptions(eval_samples=JUDGED)
                 )
             record["float_type"] = bundle.manifest["float_type"]
-            record["as_written"] = _found(bundle)
+            record["proved"] = _proved(bundle)
             if engine:
                 record |= _engine(bundle, record)
     except UserError as error:
@@ -110,10 +110,10 @@ def _facts(student: Student) -> dict[str, Any]:
     }
 
 
-def _found(bundle: Bundle) -> dict[str, Any]:
-    """By flavour, what the proof compared."""
+def _proved(bundle: Bundle) -> dict[str, bool]:
+    """By flavour, whether its file passed."""
     flavours = read_json(bundle.folder / names.VERIFY)["flavours"]
-    return {name: {"passed": found["passed"]} for name, found in flavours.items()}
+    return {name: bool(found["passed"]) for name, found in flavours.items()}
 
 
 # Error to the float network ------------------------------------------------------------------------------------------

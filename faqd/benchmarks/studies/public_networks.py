@@ -65,7 +65,7 @@ def _declare_torchvision() -> None:
     Python declares fake ones, for which they have to have names."""
     if not hasattr(torch.ops.torchvision, "nms"):
         for name in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            torch.library.define(f"torchvision::{name}", "(Tensor a, Tensor b, float c) -> Tensor")
 
 
 def _timm(name: str, **options: Any) -> Callable[[], nn.Module]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from faqd.errors import UserError, first_line
@@ -74,6 +75,8 @@ def load_weights(network: nn.Module, path: Path, say: Callable[[str], None] = la
 def _loads_as_it_is(network: nn.Module, state: Mapping[Any, Any]) -> bool:
     """Whether the network itself takes all of a state dict: it may have hooks that know other names of its weights."""
     tensors = OrderedDict((key, value) for key, value in state.items() if isinstance(value, Tensor))
+    if not all(value.is_floating_point() or value.dtype == torch.int64 for value in tensors.values()):
+        return False  # no weights, or counts of them
     tensors._metadata = getattr(state, "_metadata", None)  # type: ignore[attr-defined]
     tried = copy_of(network)
     try:
