@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
-ROWS = 2**25
-"""How many values `convolve` writes out at a time, 256 MiB: windows take a kernel's size more than their input."""
+COLUMNS = 2**22
+"""How many values `convolve` writes out at a time, 32 MiB: windows take a kernel's size more than their input."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,17 @@ def convolve(
     spatial = x_NCHW.ndim - 2
     x = np.pad(x_NCHW, [(0, 0), (0, 0), *zip(pads[:spatial], pads[spatial:], strict=True)])
     windows = windowed(x, w_OCKK.shape[2:], strides, dilations)
-    outputs = []
-    for x_group, w_group in zip(np.split(windows, groups, 1), np.split(w_OCKK, groups, 0), strict=True):
-        pixels = np.moveaxis(x_group, 1, spatial + 1)  # N, H, W, C, K, K
-        parts = np.array_split(pixels, min(len(pixels), 1 + pixels.size // ROWS))  # views: only the rows are copied
-        sums = [part.reshape(*part.shape[: spatial + 1], -1) @ w_group.reshape(len(w_group), -1).T for part in parts]
-        outputs.append(np.moveaxis(np.concatenate(sums), -1, 1))
-    return np.concatenate(outputs, 1)
+    pixels = windows.shape[2 : 2 + spatial]
+    weights = w_OCKK.reshape(groups, len(w_OCKK) // groups, -1)
+    sums = np.empty((len(x), len(w_OCKK), *pixels))
+    images = max(1, COLUMNS * len(x) // max(1, windows.size))
+    for start in range(0, len(x), images):
+        part = windows[start : start + images]
+        # One column per output pixel. Channels first, so that rows of an image are copied whole.
+        columns = np.moveaxis(part, [0, *range(2, 2 + spatial)], range(-1 - spatial, 0))  # C, K, K, N, H, W
+        found = weights @ columns.reshape(groups, weights.shape[2], -1)
+        sums[start : start + images] = np.moveaxis(found.reshape(len(w_OCKK), -1, *pixels), 1, 0)
+    return sums
 
 
 def convolve_transposed(

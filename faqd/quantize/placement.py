@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from faqd.errors import UserError
 from faqd.quant import (
@@ -152,9 +152,14 @@ def _has_plain_kernel(layer: nn.Module | None) -> bool:
     weights are small whole multiples of one."""
     if not isinstance(layer, CONVOLUTIONS):
         return False
-    weights = latent_weight(layer).detach().flatten(1).double().abs()
-    least = weights.where(weights > 0, torch.inf).amin(1, keepdim=True)
-    ratios = weights / least
+    weights = latent_weight(layer).detach().flatten(1)
+    return _are_multiples(weights[:1]) and _are_multiples(weights)  # of most layers the first channel tells
+
+
+def _are_multiples(weights: Tensor) -> bool:
+    magnitudes = weights.double().abs()
+    least = magnitudes.where(magnitudes > 0, torch.inf).amin(1, keepdim=True)
+    ratios = magnitudes / least
     return bool((ratios - ratios.round()).abs().max() < 1e-5 and ratios.max() <= MOST_MULTIPLE)
 
 

@@ -186,7 +186,7 @@ def test_a_convolution_in_pieces_is_the_same(monkeypatch: pytest.MonkeyPatch) ->
     generator = np.random.default_rng(0)
     x, w = (generator.integers(-9, 9, shape).astype(np.float64) for shape in ((5, 6, 9, 9), (4, 3, 3, 3)))
     whole = reference.convolve(x, w, (2, 1), (1, 1, 0, 1), (1, 1), 2)
-    monkeypatch.setattr(reference, "ROWS", 100)
+    monkeypatch.setattr(reference, "COLUMNS", 100)
     assert np.array_equal(reference.convolve(x, w, (2, 1), (1, 1, 0, 1), (1, 1), 2), whole)
 
 
