@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from faqd import __version__
 from faqd.errors import UserError
+from faqd.fidelity import Branch
 from faqd.files import read_json, sha256, write_json
 from faqd.preprocess import Preprocess
 from faqd.schema import COUNT, Each, Many, Maybe, unprintable, wrong
@@ -39,6 +40,7 @@ STUDENT_ONNXRUNTIME = "student.onnxruntime.onnx"
 
 
 _TENSOR = {"name": str, "shape": list}
+_BRANCHES = Many({"channels": Many(float, 2), "probability": bool}, 1)
 _LAYER = {**dict.fromkeys(("name", "operator", "weights", "inputs"), str), "weight_shape": Many(COUNT)}
 _FACTS = {
     **dict.fromkeys(("faqd", "name", "kind", "architecture"), str),
@@ -116,6 +118,12 @@ class Bundle:
 
     def has(self, name: str) -> bool:
         return name in self.manifest["files"]
+
+    @property
+    def branches(self) -> dict[str, tuple[Branch, ...]]:
+        """What its outputs are made of; nothing for bundles of before."""
+        outputs = self.manifest["outputs"]
+        return {each["name"]: tuple(map(Branch.from_json, each["branches"])) for each in outputs if "branches" in each}
 
     def path(self, name: str) -> Path:
         """The path of a file of the bundle; UserError if this bundle was made without it."""
@@ -235,6 +243,9 @@ def _complaints(manifest: dict[str, Any]) -> Iterator[str]:
     """What is wrong with a manifest; its strings are printed, so none may hold what a terminal obeys."""
     yield from wrong(manifest, _FACTS)
     yield from wrong(manifest, {key: rule for key, rule in _OPTIONAL.items() if key in manifest})
+    for output in manifest.get("outputs", ()):
+        if isinstance(output, dict) and "branches" in output:
+            yield from wrong(output, {"branches": _BRANCHES})
     # Names of classes go into files alone, in their own quotes.
     if (text := unprintable({key: value for key, value in manifest.items() if key != "classes"})) is not None:
         yield f"{text[:40]!r} holds control characters"

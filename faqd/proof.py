@@ -9,7 +9,7 @@ from faqd.bundle import MANIFEST, STUDENT_ONNXRUNTIME, STUDENT_TENSORRT, VERIFY,
 from faqd.cpu import cpu_kind
 from faqd.files import read_json, sha256
 from faqd.quant import Target
-from faqd.schema import Many, unprintable, wrong
+from faqd.schema import COUNT, Each, Many, Maybe, unprintable, wrong
 
 FORMAT = "faqd-verify"
 VERSION = 2
@@ -71,6 +71,38 @@ def _judged(verdict: dict[str, Any], flavour: Target, again: str) -> Proof:
             f"its sums can saturate on some CPUs, and it was verified on {seen}, not on {cpu_kind()}: {again}.",
         )
     return Proof("passed", None)
+
+
+_SHARE = {"value": float, "low": float, "high": float, "count": float, "n": COUNT}
+_FIDELITY = {
+    "images": COUNT,
+    "fidelity": Each(float),
+    "least": float,
+    "verdict": ("kept", "lost something", "ruined"),
+    "top1_agreement": Maybe(_SHARE),
+}
+
+
+def fidelity_of(bundle: Bundle) -> dict[str, dict[str, Any]]:
+    """What verify.json says of how much of the teacher each file has kept (`faqd.fidelity`); nothing where it speaks of
+    other files, or is of before."""
+    proofs = proofs_of(bundle).values()
+    if not proofs or any(proof.status in ("missing", "stale") for proof in proofs):
+        return {}
+    record = read_json(bundle.folder / VERIFY)
+    if next(wrong(record, {"fidelity": Each(_FIDELITY)}), None) is not None or unprintable(record) is not None:
+        return {}
+    found: dict[str, dict[str, Any]] = record["fidelity"]
+    return found
+
+
+def codes_in_words(record: dict[str, Any]) -> str:
+    """What a verification that passed has compared."""
+    layers = [layer for flavour in record["flavours"].values() for layer in flavour["layers"]]
+    compared = [layer[mode] for layer in layers for mode in ("plain", "optimised") if "codes" in layer.get(mode, {})]
+    codes, differing = (sum(each[key] for each in compared) for key in ("codes", "differing"))
+    ties = " by one, at ties" if differing else ""
+    return f"the files compute the student: {codes:,} codes compared, {differing:,} differ{ties}"
 
 
 def proofs_of(bundle: Bundle) -> dict[Target, Proof]:

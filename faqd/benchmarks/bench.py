@@ -10,7 +10,6 @@ from typing import Any
 
 from faqd import __version__
 from faqd.benchmarks.measure import energy
-from faqd.benchmarks.measure.accuracy import classification_output
 from faqd.benchmarks.measure.clocks import Clocks
 from faqd.benchmarks.measure.environment import environment
 from faqd.benchmarks.measure.latency import (
@@ -42,6 +41,7 @@ from faqd.benchmarks.record.read import FORMAT, VERSION
 from faqd.benchmarks.report.notes import remarks
 from faqd.bundle import EVAL, Bundle, Evaluation, without_fp16_teacher
 from faqd.errors import UserError
+from faqd.fidelity import classification_output
 
 
 @dataclass

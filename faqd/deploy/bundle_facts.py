@@ -16,6 +16,7 @@ from faqd.deploy.export.server_configs import Server
 from faqd.deploy.lower import Lowered
 from faqd.preprocess import Preprocess
 from faqd.quant import Target
+from faqd.quantize.branches import branches_of
 from faqd.quantize.convert import Deployed
 from faqd.quantize.int8_share import floats_of
 from faqd.quantize.operators.layer import IntegerLayer
@@ -98,8 +99,15 @@ def _outputs(parts: Parts, teacher: dict[str, NDArray[np.float32]]) -> list[dict
     shape = (2, len(parts.preprocess.mean), parts.preprocess.height, parts.preprocess.width)
     with torch.no_grad():
         places = returned_at(parts.teacher(torch.zeros(shape)))
+    assert parts.teacher_graph is not None
+    branches = branches_of(parts.teacher_graph)
     return [
-        {"name": name, "shape": ["batch", *values.shape[1:]], "returned_at": places[name]}
+        {
+            "name": name,
+            "shape": ["batch", *values.shape[1:]],
+            "returned_at": places[name],
+            "branches": [branch.to_json() for branch in branches[name]],
+        }
         for name, values in teacher.items()
     ]
 

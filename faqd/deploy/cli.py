@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,14 @@ from faqd.command import (
     version_option,
 )
 from faqd.data_flags import data_flags, data_values
-from faqd.deploy.options import FOLDER, builder_flags, bundle_flags, engine_flags, shape_flags
+from faqd.deploy.options import (
+    FOLDER,
+    builder_flags,
+    bundle_flags,
+    engine_flags,
+    min_fidelity_option,
+    shape_flags,
+)
 from faqd.errors import UserError
 
 
@@ -46,6 +54,7 @@ def export(
     input_form: Any,
     servers: Any,
     licence: str | None,
+    min_fidelity: float | None,
     json_target: str | None,
 ) -> None:
     """Write the bundle of a distilled student, and verify it."""
@@ -54,7 +63,7 @@ def export(
 
     options = BundleOptions(eval_samples, float_type, input_form, servers, licence)
     bundle = export_run(run_folder, out, options, _say, data_root)
-    _conclude(bundle, json_target)
+    _conclude(bundle, json_target, min_fidelity)
 
 
 @cli.command()
@@ -108,6 +117,7 @@ def ptq(
     input_form: Any,
     servers: Any,
     licence: str | None,
+    min_fidelity: float | None,
     json_target: str | None,
     **options: Any,
 ) -> None:
@@ -120,23 +130,26 @@ def ptq(
     chosen = Calibration(calibration, calibration_images)
     asked = BundleOptions(eval_samples, float_type, input_form, servers, licence)
     bundle = quantize_after_training(teacher, teacher_weights, data_values(options), bits, chosen, out, asked, _say)
-    _conclude(bundle, json_target)
+    _conclude(bundle, json_target, min_fidelity)
 
 
 @cli.command()
 @click.argument("bundle_folder", metavar="BUNDLE", type=FOLDER)
+@min_fidelity_option
 @json_option
-def verify(bundle_folder: Path, json_target: str | None) -> None:
+def verify(bundle_folder: Path, min_fidelity: float | None, json_target: str | None) -> None:
     """Prove a bundle again: torch, reference and onnxruntime, layer by layer. Exit code 1 if a bound does not hold."""
     from faqd.bundle import load_bundle
     from faqd.deploy.verify.table import print_verification
     from faqd.deploy.verify.verify import verify_bundle
 
-    record = verify_bundle(load_bundle(bundle_folder))
+    bundle = load_bundle(bundle_folder)
+    record = verify_bundle(bundle)
     if json_target is None:
         print_verification(record)
+        click.echo("\n".join(_fidelity_lines(bundle, record)))
     emit_json(json_target, record)
-    _exit_if_failed(record)
+    _exit_if_failed(record, min_fidelity)
 
 
 @cli.command()
@@ -248,16 +261,30 @@ def selftest(cases: str | None, backend: str, json_target: str | None) -> None:
         raise UserError(f"not as faqd needs it: {', '.join(record['summary']['broken'])}", exit_code=1)
 
 
-def _conclude(bundle: Any, json_target: str | None) -> None:
+def _conclude(bundle: Any, json_target: str | None, min_fidelity: float | None) -> None:
     from faqd.bundle import VERIFY, floats_in_words
     from faqd.files import read_json
+    from faqd.proof import codes_in_words
 
     record = read_json(bundle.folder / VERIFY)
     for sentence in floats_in_words(bundle.manifest):
         _say(sentence)
-    click.echo(f"{bundle.folder}: {bundle.name}, {_verdict(record)}.", err=True)
+    if record["passed"]:
+        _say(f"proof: {codes_in_words(record)}.")
+    for line in _fidelity_lines(bundle, record):
+        _say(line)
+    worst = min(record["fidelity"].values(), key=lambda each: float(each["least"]))
+    _say(f"{bundle.folder}: {bundle.name}, {_verdict(record)}; of its teacher: {worst['verdict']}.")
     emit_json(json_target, bundle.manifest)
-    _exit_if_failed(record)
+    _exit_if_failed(record, min_fidelity)
+
+
+def _fidelity_lines(bundle: Any, record: dict[str, Any]) -> Iterator[str]:
+    from faqd.fidelity import advice, in_words
+
+    yield from in_words(record["fidelity"])
+    if any(each["verdict"] != "kept" for each in record["fidelity"].values()):
+        yield advice(bundle.kind, bundle.manifest["weight_bits"], bundle.manifest["act_bits"])
 
 
 def _verdict(record: dict[str, Any]) -> str:
@@ -268,11 +295,16 @@ def _verdict(record: dict[str, Any]) -> str:
     return "NOT verified" + (f" for {', '.join(failed)}, but for {', '.join(passed)}" if passed else "")
 
 
-def _exit_if_failed(record: dict[str, Any]) -> None:
+def _exit_if_failed(record: dict[str, Any], min_fidelity: float | None) -> None:
     if not record["passed"]:
         failures = record["failures"]
         more = f" (and {len(failures) - 1} more, see verify.json)" if len(failures) > 1 else ""
         raise UserError(f"verification failed: {failures[0]}{more}", exit_code=1)
+    for file, found in record["fidelity"].items():
+        if min_fidelity is not None and found["least"] < min_fidelity:
+            raise UserError(
+                f"{file}: fidelity {found['least']:.4f} is below --min-fidelity {min_fidelity:g}.", exit_code=1
+            )
 
 
 def _say(text: str) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 from faqd.bundle import MANIFEST, floats_in_words, load_bundle
 from faqd.deploy.onnx_model.scan import read_scanned
 from faqd.errors import UserError
+from faqd.fidelity import in_words
 from faqd.files import read_json
-from faqd.proof import Proof, proofs_of
+from faqd.proof import Proof, fidelity_of, proofs_of
 from faqd.quant import Target
 
 RUN_RECORD = "run.json"
@@ -46,7 +47,8 @@ def _bundle(folder: Path) -> tuple[dict[str, Any], list[str]]:
     lines += ["", *floats_in_words(facts)]
     for name, record in facts["files"].items():
         lines.append(f"{name:30} {record['bytes']:>10} bytes  sha256 {record['sha256'][:16]}")
-    return facts, [*lines, *_verify_lines(proofs_of(bundle))]
+    kept = fidelity_of(bundle)
+    return {**facts, "fidelity": kept}, [*lines, *_verify_lines(proofs_of(bundle)), *(in_words(kept) if kept else ())]
 
 
 _SAID = {

@@ -6,10 +6,16 @@ from pathlib import Path
 
 import click
 
-from faqd.command import json_option, section
+from faqd.command import Finite, json_option, section
 
 FOLDER = click.Path(path_type=Path)
 
+min_fidelity_option = click.option(
+    "--min-fidelity",
+    type=Finite(0, 1),
+    metavar="NUMBER",
+    help="End with exit code 1 where less of the teacher's outputs is left: 0.97 is kept, below 0.5 is ruined.",
+)
 bundle_flags = section(
     "Output",
     click.option("--out", type=FOLDER, required=True, help="Write the bundle to this folder."),
@@ -40,6 +46,7 @@ bundle_flags = section(
         metavar="NAME",
         help="Write into the ONNX files how the network may be used: an SPDX name, or a URL.",
     ),
+    min_fidelity_option,
     json_option,
 )
 """What a bundle is to hold, and where it goes."""

@@ -216,6 +216,8 @@ class _Files:
 def _write_bundle(parts: Parts, out: Path, options: BundleOptions, say: Say) -> Bundle:
     images = parts.evaluation.images
     inputs = network_input(images, parts.preprocess)
+    example = inputs[:2] if len(inputs) > 1 else inputs.repeat(2, 1, 1, 1)
+    parts = replace(parts, teacher_graph=parts.teacher_graph or capture(parts.teacher, example))
     probes, driven = probe_inputs(images, parts.preprocess.normalise)
     with written_beside(out) as folder:
         folder.mkdir()
@@ -264,12 +266,11 @@ def _put_students(
 
 def _put_float_networks(parts: Parts, files: _Files, inputs: Tensor, options: BundleOptions, say: Say) -> None:
     """The student unquantized, and the teacher, each in FP32 and FP16."""
-    example = inputs[:2] if len(inputs) > 1 else inputs.repeat(2, 1, 1, 1)
-    student = onnx_from_deployed(convert(parts.student, "float"), example, student_metadata(parts, options))
+    student = onnx_from_deployed(convert(parts.student, "float"), inputs[:2], student_metadata(parts, options))
     files.put(names.FLOAT_STUDENT, student, parts.made_from)
     files.put(names.FLOAT_STUDENT_FP16, float16_from_float32(student), parts.made_from)
-    captured = parts.teacher_graph or capture(parts.teacher, example)
-    teacher = onnx_from_network(fused(captured), example, licence_metadata(options))
+    assert parts.teacher_graph is not None
+    teacher = onnx_from_network(fused(parts.teacher_graph), inputs[:2], licence_metadata(options))
     files.put(names.TEACHER, teacher, parts.teacher_sha256)
     half, why_not = teacher_float16(teacher, inputs.numpy()[:TEACHER_IMAGES])
     if half is None:

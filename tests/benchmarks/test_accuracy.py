@@ -13,8 +13,6 @@ from numpy.typing import NDArray
 
 from faqd.benchmarks.measure.accuracy import (
     PairedGap,
-    Share,
-    agreement,
     judge,
     kl_to_teacher,
     paired_gap,
@@ -22,6 +20,8 @@ from faqd.benchmarks.measure.accuracy import (
     top_k,
 )
 from faqd.errors import UserError
+from faqd.fidelity import agreement
+from faqd.share import Share
 
 
 @pytest.mark.parametrize(
@@ -126,6 +126,8 @@ def test_dense_outputs_have_their_snr_alone_and_may_be_stored_for_fewer_images()
     dense = np.ones((6, 1, 4, 4), np.float32)
     found = judge({"map": dense * 1.1, "extra": dense}, {"map": dense[:2]}, np.zeros(6, np.int64), "net")
     assert found.pop("snr_db") == {"map": pytest.approx(20.0, abs=1e-4)}
+    kept = pytest.approx(0.99, abs=1e-6)  # of a teacher that always says the same, by how large that is
+    assert found.pop("fidelity") == {"by_output": {"map": kept}, "least": kept, "verdict": "kept"}
     assert set(found.values()) == {None}
 
 

@@ -238,10 +238,10 @@ def test_a_bundle_without_an_fp16_teacher_is_benched_with_the_fp32_one_and_a_not
 def test_a_baseline_that_overflows_has_no_accuracy_and_the_students_go_on(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def judged(outputs: Any, teacher: Any, labels: Any, name: str) -> dict[str, Any]:
+    def judged(outputs: Any, teacher: Any, labels: Any, name: str, branches: Any = None) -> dict[str, Any]:
         if name.endswith("FP16"):
             outputs = {key: values * np.inf for key, values in outputs.items()}
-        return accuracy.judge(outputs, teacher, labels, name)
+        return accuracy.judge(outputs, teacher, labels, name, branches)
 
     monkeypatch.setattr(steps, "judge", judged)
     found = record(monkeypatch, folder, tmp_path / "r.json")

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from faqd.benchmarks.measure.accuracy import Share
 from faqd.benchmarks.measure.user_metric import load_metric
 from faqd.benchmarks.studies import own_networks as foreign
 from faqd.benchmarks.studies import own_networks_models as foreign_networks
@@ -19,6 +18,7 @@ from faqd.benchmarks.studies import scenes
 from faqd.benchmarks.studies.own_networks_table import Judged, rows
 from faqd.errors import UserError
 from faqd.quantize.capture.capture import capture
+from faqd.share import Share
 from tests.fixtures.toy_runs import Outcome, everything_in, outcome_of, succeeds
 from tests.train.test_data import small_cifar10
 

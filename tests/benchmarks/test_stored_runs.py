@@ -89,6 +89,8 @@ def test_times_powers_and_sizes_have_their_unit_in_the_key(record: dict[str, Any
         "n",
         "ratio",
         "share",
+        "least",
+        "by_output",
         "batch",
         "samples",
         "queries",
@@ -99,7 +101,7 @@ def test_times_powers_and_sizes_have_their_unit_in_the_key(record: dict[str, Any
     def walk(value: Any, key: str) -> None:
         if isinstance(value, dict):
             for inner, part in value.items():
-                walk(part, inner if not unit.search(key) else key)
+                walk(part, key if unit.search(key) or key == "by_output" else inner)
         elif isinstance(value, list):
             for part in value:
                 walk(part, key)

@@ -24,7 +24,7 @@ from tests.fixtures.toy_runs import faqd_train, outcome_of
 DATA = "--data --data-root --download --image-size --resize --channels --mean --std --labels --limit"
 SCHEDULE = "--epochs --steps --batch-size --lr --seed --data-seed --device --time-limit"
 RUN = "--out --resume --json"
-BUNDLE = "--out --eval-samples --float-type --input --for --license --json"
+BUNDLE = "--out --eval-samples --float-type --input --for --license --min-fidelity --json"
 
 # Changing a line here changes what people have in their scripts: say so in the changelog.
 FLAGS = {
@@ -49,7 +49,7 @@ FLAGS = {
         f"--teacher --teacher-weights {DATA} --weight-bits --act-bits --target --calibration --calibration-images "
         f"--exclude --strict {BUNDLE}"
     ),
-    "faqd-deploy verify": "--json",
+    "faqd-deploy verify": "--min-fidelity --json",
     "faqd-deploy explain": "--rules-only --json",
     "faqd-deploy inspect": "--json",
     "faqd-deploy build-engine": (

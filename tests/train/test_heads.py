@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from faqd.fidelity import Branch, fidelity
 from faqd.quantize.capture.capture import capture
 from faqd.quantize.outputs import named_outputs
-from faqd.train.losses.heads import Branch, Head, certainties, distance, heads_of
+from faqd.train.losses.heads import Head, certainties, distance, heads_of
 
 EXAMPLE = torch.zeros(2, 3, 6, 6)
 BOXES, GATE, CLASSES = slice(0, 4), slice(4, 5), slice(5, 8)
@@ -103,3 +104,17 @@ def test_places_are_shared_by_outputs_of_one_size() -> None:
     wrong = torch.zeros(1, 2, 1, 2)
     wrong[..., 1] = 9  # where nothing is
     assert float(distance({**outputs, "size": wrong}, outputs, heads)["size"]) == pytest.approx(0)
+
+
+def test_the_fidelity_of_files_is_the_distance_of_training(made: tuple[Any, Any, dict[str, Head], Tensor]) -> None:
+    _, outputs, heads, _ = made
+    axes = {name: [0, *range(2, value.dim())] for name, value in outputs.items()}
+    noise = {
+        name: 0.1 * torch.randn_like(value) * value.std(axes[name], keepdim=True) for name, value in outputs.items()
+    }
+    found = {name: value + noise[name] for name, value in outputs.items()}
+    wanted = {name: 1 - float(value) for name, value in distance(found, outputs, heads).items()}
+    arrays = [{name: value.numpy() for name, value in named.items()} for named in (found, outputs)]
+    kept = fidelity(arrays[0], arrays[1], {name: head.branches for name, head in heads.items()})
+    assert kept == pytest.approx(wanted, abs=1e-5) and all(0.5 < value < 0.999 for value in kept.values())
+    assert fidelity(arrays[0], arrays[1], {})["maps"] != pytest.approx(wanted["maps"], abs=1e-3), "branches count"

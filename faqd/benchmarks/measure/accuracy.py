@@ -14,39 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from faqd.errors import UserError
+from faqd.fidelity import Branches, agreement, classification_output, fidelity, verdict
+from faqd.share import Share
 
 Array = NDArray[Any]
-Z95 = 1.959963984540054
-"""97.5 % quantile of the normal distribution."""
 TOP_5_ABOVE = 5
 """Top-5 says nothing with five classes or fewer."""
 TIERS = (0.99, 0.999)
 """MLPerf's."""
-
-
-@dataclass(frozen=True)
-class Share:
-    """`count` of `n` images, with Wilson's score interval (Wilson 1927), which holds near 0 and 1 too."""
-
-    count: int
-    n: int
-
-    @property
-    def value(self) -> float:
-        return self.count / self.n
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        p, n, z2 = self.value, self.n, Z95**2
-        centre = (p + z2 / (2 * n)) / (1 + z2 / n)
-        reach = Z95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-        low = 0.0 if self.count == 0 else max(0.0, centre - reach)
-        high = 1.0 if self.count == n else min(1.0, centre + reach)
-        return low, high
-
-    def to_json(self) -> dict[str, Any]:
-        low, high = self.interval
-        return {"value": self.value, "low": low, "high": high, "count": self.count, "n": self.n}
 
 
 @dataclass(frozen=True)
@@ -96,18 +71,24 @@ class PairedGap:
 
 
 def judge(
-    outputs: Mapping[str, Array], teacher: Mapping[str, Array], labels: NDArray[np.int64] | None, name: str
+    outputs: Mapping[str, Array],
+    teacher: Mapping[str, Array],
+    labels: NDArray[np.int64] | None,
+    name: str,
+    branches: Branches | None = None,
 ) -> dict[str, Any]:
     """The record of one network: every figure that its outputs can carry, the others None.
 
     Classification figures come from the first output of shape (N, K), K > 1; outputs of another rank (dense ones)
-    have only their SNR. A teacher output stored for fewer images is compared on those. name: for messages.
+    have only their SNR and their fidelity (`faqd.fidelity`, of which `branches` says what outputs are made of). A
+    teacher output stored for fewer images is compared on those. name: for messages.
     """
     for output, reference in teacher.items():
         if output not in outputs:
             raise UserError(f"{name}: has no output {output!r}, only {', '.join(outputs)}; export it again.")
         _check(outputs[output], reference, f"{name}, output {output}")
     found = {output: outputs[output][: len(reference)] for output, reference in teacher.items()}
+    kept = fidelity(found, teacher, branches or {})
     record: dict[str, Any] = {
         "top1": None,
         "top5": None,
@@ -117,6 +98,7 @@ def judge(
         "agreement": None,
         "kl_to_teacher_nats": None,
         "snr_db": {output: snr_db(found[output], reference) for output, reference in teacher.items()},
+        "fidelity": {"by_output": kept, "least": min(kept.values()), "verdict": verdict(min(kept.values()))},
     }
     logits = classification_output(teacher)
     if logits is None:
@@ -158,11 +140,6 @@ def tiers(gap: PairedGap, teacher_top1: float) -> list[dict[str, Any]]:
     return found
 
 
-def classification_output(outputs: Mapping[str, Array]) -> str | None:
-    """The first output of shape (N, K) with more than one column: the one that argmax is asked of."""
-    return next((name for name, values in outputs.items() if values.ndim == 2 and values.shape[1] > 1), None)
-
-
 def correct(logits_NK: Array, labels_N: NDArray[np.int64]) -> NDArray[np.bool_]:
     return np.asarray(logits_NK.argmax(1) == labels_N)
 
@@ -172,11 +149,6 @@ def top_k(logits_NK: Array, labels_N: NDArray[np.int64], k: int) -> Share:
     argmax has it."""
     best = np.argsort(-logits_NK, axis=1, kind="stable")[:, :k]
     return Share(int((best == labels_N[:, None]).any(1).sum()), len(labels_N))
-
-
-def agreement(logits_NK: Array, teacher_NK: Array) -> Share:
-    """Images on which the network and the teacher name the same class."""
-    return Share(int((logits_NK.argmax(1) == teacher_NK.argmax(1)).sum()), len(logits_NK))
 
 
 def paired_gap(right_N: NDArray[np.bool_], teacher_right_N: NDArray[np.bool_]) -> PairedGap:

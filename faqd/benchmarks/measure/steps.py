@@ -104,7 +104,7 @@ def measure_accuracy(run: Bench, metric: Metric | None) -> None:
         bundle = run.bundles[entry["bundle"]]
         outputs = _outputs(bundle, run.opened[entry["id"]], data)
         try:
-            entry["accuracy"] = judge(outputs, data.teacher, data.labels, entry["name"])
+            entry["accuracy"] = judge(outputs, data.teacher, data.labels, entry["name"], bundle.branches)
         except UserError as error:
             if entry["role"] == "student":
                 raise

@@ -19,6 +19,8 @@ _ACCURACY = {
     "kl_to_teacher_nats": Maybe(float),
     "snr_db": Maybe(Each(Maybe(float))),
 }
+_FIDELITY = {"by_output": Each(float), "least": float, "verdict": ("kept", "lost something", "ruined")}
+"""Older records have none."""
 _SUMMARY = {
     "batch": COUNT,
     "samples": COUNT,
@@ -146,6 +148,8 @@ def _complaints(record: Mapping[str, Any]) -> Iterator[str]:
             yield f"networks/{i}/bundle is {network['bundle']}, not one of {len(record['bundles'])}"
         if network["accuracy"] and network["role"] != "teacher":
             yield from wrong(network["accuracy"], {"snr_db": Each(Maybe(float))}, f"networks/{i}/accuracy")
+            if "fidelity" in network["accuracy"]:
+                yield from wrong(network["accuracy"], {"fidelity": _FIDELITY}, f"networks/{i}/accuracy")
         for j, latency in enumerate(network["latency"]):
             wanted = {f"{p:g}": Maybe(float) for p in (*record["switches"]["percentiles"], 99)}
             yield from wrong(latency["percentiles_ms"], wanted, f"networks/{i}/latency/{j}/percentiles_ms")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from faqd.fidelity import rounded
+
 NONE = "–"
 KIND = {"float": "float", "distilled": "distilled", "ptq": "PTQ"}
 Record = Mapping[str, Any]
@@ -100,6 +102,26 @@ def complaint(result: Record, network: Record) -> str | None:
     if network["role"] != "student":
         return None
     return _VERDICTS.get(str(result["bundles"][network["bundle"]]["verify"]))
+
+
+def fidelity_of(network: Record) -> Record | None:
+    """How much of its teacher a student has kept; None for other networks, and in older records."""
+    accuracy = network["accuracy"] or {}
+    return accuracy.get("fidelity") if network["role"] == "student" else None
+
+
+def standing(result: Record, network: Record) -> str | None:
+    """A student's proof and its fidelity, which say different things; None in older records."""
+    kept = fidelity_of(network)
+    if kept is None:
+        return None
+    proof = complaint(result, network) or "proof passed"
+    snr = network["accuracy"]["snr_db"]
+    ratios = ", ".join(
+        f"{output if len(snr) > 1 else ''} {'equal' if ratio is None else f'{ratio:.1f} dB'}".strip()
+        for output, ratio in snr.items()
+    )
+    return f"{proof}; of its teacher {kept['verdict']}: fidelity {rounded(kept['least'])} ({ratios})"
 
 
 def partly_float(result: Record) -> list[tuple[Record, Record]]:

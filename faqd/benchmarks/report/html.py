@@ -13,9 +13,18 @@ from faqd.benchmarks.report import accuracy_latency_chart as charts
 from faqd.benchmarks.report import figures
 from faqd.benchmarks.report import layer_time_chart as bars
 from faqd.benchmarks.report import throughput_charts as curves
-from faqd.benchmarks.report.figures import Record, compared, complaint, first_batch, latency_at, speed_up_at
+from faqd.benchmarks.report.figures import (
+    Record,
+    compared,
+    complaint,
+    fidelity_of,
+    first_batch,
+    latency_at,
+    speed_up_at,
+)
 from faqd.benchmarks.report.svg import colour_class
 from faqd.bundle import float_operators
+from faqd.fidelity import rounded
 
 WIDE, NARROW = 900, 340
 """Widths of the pictures in CSS pixels: for a desk and for a phone."""
@@ -28,6 +37,7 @@ def page_from_result(result: Record) -> str:
     helpers = ("percent", "points", "milliseconds", "significant", "kib", "times", "bits", "kind", "label")
     pages.filters |= {name: getattr(figures, name) for name in helpers}
     pages.filters["colour"] = colour_class
+    pages.filters["rounded"] = rounded
     batch = first_batch(result)
     return pages.from_string(source).render(
         r=result,
@@ -39,6 +49,7 @@ def page_from_result(result: Record) -> str:
         latency_at=latency_at,
         speed_up_at=speed_up_at,
         complaint=complaint,
+        fidelity_of=fidelity_of,
         index_of=lambda items, item: items.index(item),
         scatter=_both(lambda width: charts.accuracy_against_latency(result, width)),
         distributions=[(size, _both(_distribution(result, size))) for size in result["switches"]["batch"]],

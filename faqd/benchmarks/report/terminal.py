@@ -25,6 +25,7 @@ from faqd.benchmarks.report.figures import (
     points,
     significant,
     speed_up_at,
+    standing,
     times,
 )
 from faqd.benchmarks.report.terminal_floats import island_tables, new_table, what_is_float
@@ -39,6 +40,9 @@ def console_for(stream: IO[str]) -> Console:
 
 
 def print_result(result: Record, console: Console) -> None:
+    for network in result["networks"]:
+        if said := standing(result, network):
+            console.print(Text(f"{label(network)}: {said}"))
     console.print(_main_table(result))
     if any(network["latency"] for network in result["networks"]):
         console.print(_latency_table(result))
@@ -264,7 +268,8 @@ def _name(network: Record) -> str:
 def _legend(result: Record) -> str:
     images = f"{result['evaluation']['images']:,} images"
     if not result["evaluation"]["labels"]:
-        images += " without labels: agreement with the teacher stands for accuracy"
+        stands = "agreement with" if result["evaluation"]["classification"] else "fidelity to"
+        images += f" without labels: {stands} the teacher stands for accuracy"
     if result["switches"]["skip_latency"]:
         return f"{images}; latency was not measured."
     return (

@@ -19,7 +19,7 @@ from faqd.deploy.engine.progress import Say
 from faqd.deploy.engine.record import engine_name
 from faqd.errors import UserError
 from faqd.files import sha256
-from faqd.proof import proof_of
+from faqd.proof import fidelity_of, proof_of
 
 
 def build_bundle(bundle: Bundle, *, all: bool, force: bool, options: BuildOptions, say: Say) -> list[dict[str, Any]]:
@@ -39,6 +39,8 @@ def build_bundle(bundle: Bundle, *, all: bool, force: bool, options: BuildOption
         )
     names = [STUDENT_TENSORRT, *(_baselines(bundle, say) if all else ())]
     verify = _verified(bundle, force, say)
+    if (kept := fidelity_of(bundle).get(STUDENT_TENSORRT)) is not None and kept["verdict"] != "kept":
+        say(f"warning: of its teacher, this student has {kept['verdict']} (fidelity {kept['least']:.4f}).")
     records = []
     for name in names:
         source = bundle.path(name)

@@ -18,7 +18,7 @@ from faqd.deploy.onnx_model.session import OnnxSession
 from faqd.deploy.reference.evaluator import code_tensors
 from faqd.deploy.verify.bundle_networks import load_network
 from faqd.deploy.verify.numbers import WEIGHTED
-from faqd.deploy.verify.outputs import Outputs, compare_outputs, outputs_of, snr_db
+from faqd.deploy.verify.outputs import Outputs, compare_outputs, snr_db
 from faqd.deploy.verify.segments import Segment, Trace, segments
 
 EQUAL_CODES_FP16 = 0.999
@@ -28,10 +28,11 @@ LEAST_SNR_DB = 30
 on the reference's own inputs of the layers that make them. FP16 has 11 bits, about 66 dB."""
 
 
-def verify_float16(bundle: Bundle, trace: Trace, images: NDArray[Any], wanted: Outputs) -> dict[str, Any]:
+def verify_float16(bundle: Bundle, trace: Trace, found: Outputs, wanted: Outputs) -> dict[str, Any]:
     """Whole networks' outputs, whose floor is agreement.py's, and every layer on the reference's inputs, bounded.
 
-    trace: of the FP32 file. Driven probes are left out: sums that no image leads to may be too large for FP16.
+    trace: of the FP32 file. found, wanted: the outputs of the FP16 and of the FP32 file for the same images. Driven
+    probes are left out: sums that no image leads to may be too large for FP16.
     """
     half, full = load_network(bundle, names.STUDENT_TENSORRT), load_network(bundle, names.STUDENT_TENSORRT_FP32)
     if bundle.takes_pixels:
@@ -50,16 +51,16 @@ def verify_float16(bundle: Bundle, trace: Trace, images: NDArray[Any], wanted: O
             failures.append(f"{segment.layer}: {too_large}")
             continue
         feeds = {name: trace.without_driven(array) for name, array in feeds.items()}
-        found = OnnxSession(segment.model.SerializeToString(), optimise=False).run(feeds)[segment.output]
+        computed = OnnxSession(segment.model.SerializeToString(), optimise=False).run(feeds)[segment.output]
         expected = trace.without_driven(trace.computed[segment.output])
         if expected.dtype.kind == "f":
-            snr = snr_db(found, expected)
+            snr = snr_db(computed, expected)
             layers.append({"layer": segment.layer, "snr_db": snr})
             if snr is not None and snr < LEAST_SNR_DB:
                 apart = f"{segment.layer}: the FP16 output {segment.output} is {snr:.0f} dB from FP32"
-                failures.append(apart + _beyond(found))
+                failures.append(apart + _beyond(computed))
             continue
-        difference = np.abs(found.astype(np.int16) - expected.astype(np.int16))
+        difference = np.abs(computed.astype(np.int16) - expected.astype(np.int16))
         close = float(np.mean(difference <= 1))
         row: dict[str, Any] = {
             "layer": segment.layer,
@@ -68,16 +69,15 @@ def verify_float16(bundle: Bundle, trace: Trace, images: NDArray[Any], wanted: O
         }
         layers.append(row)
         if _multiplies_floats(segment):
-            row["snr_db"] = snr = snr_db(found, expected)
+            row["snr_db"] = snr = snr_db(computed, expected)
             if snr is not None and snr < LEAST_SNR_DB:
                 apart = f"{segment.layer}: the FP16 codes are {snr:.0f} dB from FP32"
-                failures.append(apart + _beyond(found))
+                failures.append(apart + _beyond(computed))
         elif close < EQUAL_CODES_FP16:
             apart = f"{segment.layer}: only {100 * close:.3f} % of FP16 codes are within one of FP32"
-            failures.append(apart + _beyond(found))
+            failures.append(apart + _beyond(computed))
     failures += changed(half, full)
-    session = OnnxSession(bundle.path(names.STUDENT_TENSORRT), optimise=False)
-    return {"layers": layers, "failures": failures, "outputs": compare_outputs(outputs_of(session, images), wanted)}
+    return {"layers": layers, "failures": failures, "outputs": compare_outputs(found, wanted)}
 
 
 def _multiplies_floats(segment: Segment) -> bool:

@@ -26,6 +26,7 @@ from faqd.deploy.verify.outputs import Outputs, compare_outputs, outputs_of, snr
 from faqd.deploy.verify.segments import Trace, place_of
 from faqd.deploy.verify.test_vectors import probe_inputs
 from faqd.errors import UserError
+from faqd.fidelity import compared_with_teacher
 from faqd.files import read_json, sha256, write_json
 from faqd.proof import FORMAT, STUDENTS, VERSION, proof_of
 from faqd.quant import Target
@@ -109,6 +110,7 @@ def _facts(bundle: Bundle, probes: int, driven: int) -> dict[str, Any]:
         "probe_images": probes,
         "driven_probes": driven,
         "flavours": {},
+        "fidelity": {},
         "as_trained": bundle.manifest.get("as_trained"),
         "rounding": bundle.manifest.get("rounding"),
     }
@@ -131,11 +133,22 @@ def _verify_flavours(
         record["flavours"][flavour] = result
         own[flavour] = [f"{flavour}: {text}" for text in result["failures"]]
         outputs[flavour] = outputs_of(OnnxSession(bundle.path(FILES[flavour]), optimise=modes[-1]), images)
+        record["fidelity"][FILES[flavour]] = _fidelity(bundle, FILES[flavour], outputs[flavour], teacher)
         if flavour == "tensorrt":
-            half = record["float16"] = verify_float16(bundle, trace, images, outputs[flavour])
-            half["failures"] += float16_failures(outputs[flavour], teacher, half["outputs"])
-            own[flavour] += half["failures"]
+            half = outputs_of(OnnxSession(bundle.path(names.STUDENT_TENSORRT), optimise=False), images)
+            found = record["float16"] = verify_float16(bundle, trace, half, outputs[flavour])
+            found["failures"] += float16_failures(outputs[flavour], teacher, found["outputs"])
+            own[flavour] += found["failures"]
+            record["fidelity"][names.STUDENT_TENSORRT] = _fidelity(bundle, names.STUDENT_TENSORRT, half, teacher)
     return outputs
+
+
+def _fidelity(bundle: Bundle, file: str, found: Outputs, teacher: Outputs) -> dict[str, Any]:
+    _refuse_other_outputs(bundle, file, list(found), teacher)
+    for name, values in teacher.items():
+        if found[name].shape[1:] != values.shape[1:]:
+            raise UserError(f"{bundle.path(file)}: its output {name} is not of the teacher's shape; export again.")
+    return compared_with_teacher(found, teacher, bundle.branches)
 
 
 def _verify_flavour(

@@ -11,35 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn import functional
+from torch import Tensor, fx
 
-from faqd.quantize import nodes
-from faqd.quantize.operators.registry import NEVER_NEGATIVE
-from faqd.quantize.outputs import graph_outputs
-
-PROBABILITIES = (*NEVER_NEGATIVE, nn.Softmax, nn.Softmax2d)
-SOFTMAX = (torch.softmax, functional.softmax, "softmax")
-LEAST_SHARE = 0.1
-"""Of a branch's mean variance: what one of its channels counts with at least, so that none that hardly moves rules."""
-
-
-@dataclass(frozen=True)
-class Branch:
-    """Channels `start` up to `end` of an output, and the variance of each in the teacher.
-
-    Probabilities have one variance in common: a rare class hardly varies and is no more important for it.
-    """
-
-    start: int
-    end: int
-    probability: bool
-    variance: tuple[float, ...] = ()
-
-    @property
-    def gate(self) -> bool:
-        """A single probability, such as objectness: it must be right everywhere, where it is low above all."""
-        return self.probability and self.end - self.start == 1
+from faqd.fidelity import LEAST_SHARE, Branch
+from faqd.quantize.branches import branches_of
 
 
 @dataclass(frozen=True)
@@ -51,19 +26,12 @@ class Head:
     certainty: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        branches = [
-            {"channels": [b.start, b.end], "probability": b.probability, "variance": list(b.variance)}
-            for b in self.branches
-        ]
+        branches = [{**branch.to_json(), "variance": list(branch.variance)} for branch in self.branches]
         return {"branches": branches, "certainty": self.certainty}
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Head:
-        branches = []
-        for branch in record["branches"]:
-            start, end = branch["channels"]
-            branches.append(Branch(start, end, branch["probability"], tuple(branch["variance"])))
-        return cls(tuple(branches), record["certainty"])
+        return cls(tuple(map(Branch.from_json, record["branches"])), record["certainty"])
 
 
 Heads = dict[str, Head]
@@ -73,11 +41,6 @@ Heads = dict[str, Head]
 def heads_from(record: Mapping[str, Any]) -> Heads:
     """The heads that a run recorded."""
     return {name: Head.from_json(head) for name, head in record.items()}
-
-
-def is_probability(network: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether `node` is a sigmoid or a softmax."""
-    return isinstance(nodes.module_of(network, node), PROBABILITIES) or node.target in SOFTMAX
 
 
 def distance(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], heads: Heads) -> dict[str, Tensor]:
@@ -127,7 +90,7 @@ def heads_of(
     network: fx.GraphModule, outputs_of: Callable[[Tensor], Mapping[str, Tensor]], batches: Iterable[Tensor]
 ) -> Heads:
     """The heads of the captured teacher `network`, with figures of its outputs on unlabelled batches (B, C, H, W)."""
-    heads = {name: Head(tuple(_branches(network, node))) for name, node in graph_outputs(network).items()}
+    heads = {name: Head(branches) for name, branches in branches_of(network).items()}
     sums: dict[str, list[Tensor]] = {}
     sure: dict[str, list[Tensor]] = {name: [] for name in heads}
     for batch in batches:
@@ -155,15 +118,3 @@ def _with_variance(branch: Branch, variance: Tensor) -> Branch:
         mean, variance = torch.ones_like(mean), torch.ones_like(variance)
     values = [float(mean)] if branch.probability else variance.clamp_min(LEAST_SHARE * mean).tolist()
     return Branch(branch.start, branch.end, branch.probability, tuple(values))
-
-
-def _branches(network: fx.GraphModule, node: fx.Node, start: int = 0) -> list[Branch]:
-    """The branches of `node` (B, C, ...) in order; its first channel is number `start` of the output."""
-    width = nodes.shape(node)[1]
-    operands = nodes.tensor_inputs(node)
-    if nodes.role(network, node) == "concat" and sum(nodes.shape(operand)[1] for operand in operands) == width:
-        found: list[Branch] = []
-        for operand in operands:
-            found += _branches(network, operand, start + sum(b.end - b.start for b in found))
-        return found
-    return [Branch(start, start + width, is_probability(network, node))]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from faqd.quantize import nodes
+from faqd.quantize.branches import is_probability
 from faqd.quantize.operators.shape import Reshape
 from faqd.quantize.operators.slice import Part
 from faqd.quantize.quantizers.activation import ActivationQuantizer
@@ -32,7 +33,6 @@ from faqd.train.losses.axes import (
     sliced,
     whole,
 )
-from faqd.train.losses.heads import is_probability
 
 _BY_PLACE = ("rectify", "clamp", "curve", "norm", "add", "multiply", "reshape")
 """Roles of operators that mix no positions."""

@@ -11,10 +11,10 @@ from torch import fx
 
 from faqd.errors import UserError
 from faqd.quantize import nodes
+from faqd.quantize.branches import is_probability
 from faqd.quantize.quantizers.activation import ActivationQuantizer
 from faqd.quantize.student import Student
 from faqd.train.losses.distillation import AffinityForm
-from faqd.train.losses.heads import is_probability
 from faqd.train.losses.layouts import Layout, Layouts
 
 ACTIVATIONS = ("rectify", "clamp", "curve")

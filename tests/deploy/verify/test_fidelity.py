@@ -1,0 +1,96 @@
+"""What commands say of a bundle: its proof, and how much of the teacher is left, which is another thing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from faqd.bundle import EVAL, MANIFEST, STUDENT_ONNXRUNTIME, STUDENT_TENSORRT, STUDENT_TENSORRT_FP32, VERIFY, load_bundle
+from faqd.files import sha256
+from faqd.proof import fidelity_of
+from tests.fixtures.toy_runs import User, faqd_deploy, new_user, succeeds
+
+
+@pytest.fixture(scope="module")
+def user(tmp_path_factory: pytest.TempPathFactory) -> User:
+    return new_user(tmp_path_factory.mktemp("user"))
+
+
+@pytest.fixture(scope="module")
+def good(user: User) -> tuple[Path, str]:
+    """A bundle, and what `ptq` said of it."""
+    out = user.folder / "good"
+    return out, succeeds(faqd_deploy("ptq", *user.teacher, *user.data, "--out", out)).stderr
+
+
+@pytest.fixture(scope="module")
+def ruined(user: User) -> tuple[Path, str]:
+    out = user.folder / "ruined"
+    bits = ("--weight-bits", 1, "--act-bits", 1)
+    return out, succeeds(faqd_deploy("ptq", *user.teacher, *user.data, *bits, "--out", out)).stderr
+
+
+def test_a_good_one(good: tuple[Path, str]) -> None:
+    out, said = good
+    lines = said.splitlines()
+    assert lines[-1] == f"{out}: net.py:build 8/8, verified; of its teacher: kept."
+    (proof,) = (line for line in lines if line.startswith("proof: "))
+    assert proof.startswith("proof: the files compute the student: ") and " codes compared, 0 differ" in proof
+    found = json.loads((out / VERIFY).read_text())["fidelity"]
+    assert list(found) == [STUDENT_TENSORRT_FP32, STUDENT_TENSORRT, STUDENT_ONNXRUNTIME]
+    assert all(each["verdict"] == "kept" and 0.97 <= each["least"] < 1 for each in found.values())
+    for name in found:
+        assert any(line.startswith(f"  {name}: 0.99") and "; the same class on " in line for line in lines)
+    assert "Try " not in said
+
+
+def test_a_ruined_one_is_proved_and_called_ruined(ruined: tuple[Path, str]) -> None:
+    out, said = ruined
+    assert said.splitlines()[-1] == f"{out}: net.py:build 1/1, verified; of its teacher: ruined."
+    assert "fidelity: ruined." in said and "Try `faqd-train distill`" in said
+
+
+def test_commands_say_both(good: tuple[Path, str], ruined: tuple[Path, str]) -> None:
+    for (out, _), word in ((good, "kept"), (ruined, "ruined")):
+        for command in ("inspect", "verify"):
+            told = succeeds(faqd_deploy(command, out)).stdout
+            assert f"fidelity: {word}." in told and "passed" in told
+        assert json.loads(succeeds(faqd_deploy("inspect", out, "--json", "-")).stdout)["fidelity"]
+
+
+def test_a_minimum_is_an_exit_code(user: User, good: tuple[Path, str], ruined: tuple[Path, str]) -> None:
+    assert faqd_deploy("verify", good[0], "--min-fidelity", 0.97).code == 0
+    outcome = faqd_deploy("verify", ruined[0], "--min-fidelity", 0.97)
+    assert outcome.code == 1 and "is below --min-fidelity 0.97" in outcome.stderr
+    out = user.folder / "refused"
+    bits = ("--weight-bits", 1, "--act-bits", 1, "--min-fidelity", 0.9)
+    outcome = faqd_deploy("ptq", *user.teacher, *user.data, *bits, "--out", out)
+    assert outcome.code == 1 and "is below --min-fidelity 0.9" in outcome.stderr and (out / MANIFEST).is_file()
+    assert faqd_deploy("verify", good[0], "--min-fidelity", 1.5).code == 2
+
+
+def test_what_is_said_of_other_files_is_not_repeated(user: User) -> None:
+    out = user.folder / "changed"
+    succeeds(faqd_deploy("ptq", *user.teacher, *user.data, "--out", out))
+    assert fidelity_of(load_bundle(out))
+    record = json.loads((out / VERIFY).read_text())
+    (out / VERIFY).write_text(json.dumps({**record, "manifest_sha256": "0" * 64}))
+    assert fidelity_of(load_bundle(out)) == {}
+    (out / VERIFY).write_text(json.dumps({**record, "fidelity": {STUDENT_TENSORRT: {"verdict": "splendid"}}}))
+    assert fidelity_of(load_bundle(out)) == {}
+
+
+def test_outputs_of_another_teacher_are_refused(user: User) -> None:
+    out = user.folder / "other"
+    succeeds(faqd_deploy("ptq", *user.teacher, *user.data, "--out", out))
+    arrays = dict(np.load(out / EVAL))
+    (key,) = (key for key in arrays if key.startswith("teacher."))
+    np.savez(out / EVAL, **{**arrays, key: arrays[key][:, :3]})
+    manifest = json.loads((out / MANIFEST).read_text())
+    manifest["files"][EVAL]["sha256"] = sha256(out / EVAL)
+    (out / MANIFEST).write_text(json.dumps(manifest))
+    outcome = faqd_deploy("verify", out)
+    assert outcome.code == 2 and "is not of the teacher's shape" in outcome.stderr
