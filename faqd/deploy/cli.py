@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +58,12 @@ def export(
 ) -> None:
     """Write the bundle of a distilled student, and verify it."""
     from faqd.deploy.bundle_facts import BundleOptions
+    from faqd.deploy.conclusion import conclude
     from faqd.deploy.write_bundle import export_run
 
     options = BundleOptions(eval_samples, float_type, input_form, servers, licence)
     bundle = export_run(run_folder, out, options, _say, data_root)
-    _conclude(bundle, json_target, min_fidelity)
+    conclude(bundle, json_target, min_fidelity)
 
 
 @cli.command()
@@ -123,6 +123,7 @@ def ptq(
 ) -> None:
     """Quantize a float network without training: the baseline, as a bundle of the same kind."""
     from faqd.deploy.bundle_facts import BundleOptions
+    from faqd.deploy.conclusion import conclude
     from faqd.deploy.write_bundle import Calibration, quantize_after_training
     from faqd.quantize.config import QuantConfig
 
@@ -130,7 +131,7 @@ def ptq(
     chosen = Calibration(calibration, calibration_images)
     asked = BundleOptions(eval_samples, float_type, input_form, servers, licence)
     bundle = quantize_after_training(teacher, teacher_weights, data_values(options), bits, chosen, out, asked, _say)
-    _conclude(bundle, json_target, min_fidelity)
+    conclude(bundle, json_target, min_fidelity)
 
 
 @cli.command()
@@ -140,6 +141,7 @@ def ptq(
 def verify(bundle_folder: Path, min_fidelity: float | None, json_target: str | None) -> None:
     """Prove a bundle again: torch, reference and onnxruntime, layer by layer. Exit code 1 if a bound does not hold."""
     from faqd.bundle import load_bundle
+    from faqd.deploy.conclusion import exit_if_failed, fidelity_lines
     from faqd.deploy.verify.table import print_verification
     from faqd.deploy.verify.verify import verify_bundle
 
@@ -147,9 +149,9 @@ def verify(bundle_folder: Path, min_fidelity: float | None, json_target: str | N
     record = verify_bundle(bundle)
     if json_target is None:
         print_verification(record)
-        click.echo("\n".join(_fidelity_lines(bundle, record)))
+        click.echo("\n".join(fidelity_lines(bundle, record)))
     emit_json(json_target, record)
-    _exit_if_failed(record, min_fidelity)
+    exit_if_failed(record, min_fidelity)
 
 
 @cli.command()
@@ -259,52 +261,6 @@ def selftest(cases: str | None, backend: str, json_target: str | None) -> None:
     _say(conclusion(record))
     if record["summary"]["broken"]:
         raise UserError(f"not as faqd needs it: {', '.join(record['summary']['broken'])}", exit_code=1)
-
-
-def _conclude(bundle: Any, json_target: str | None, min_fidelity: float | None) -> None:
-    from faqd.bundle import VERIFY, floats_in_words
-    from faqd.files import read_json
-    from faqd.proof import codes_in_words
-
-    record = read_json(bundle.folder / VERIFY)
-    for sentence in floats_in_words(bundle.manifest):
-        _say(sentence)
-    if record["passed"]:
-        _say(f"proof: {codes_in_words(record)}.")
-    for line in _fidelity_lines(bundle, record):
-        _say(line)
-    worst = min(record["fidelity"].values(), key=lambda each: float(each["least"]))
-    _say(f"{bundle.folder}: {bundle.name}, {_verdict(record)}; of its teacher: {worst['verdict']}.")
-    emit_json(json_target, bundle.manifest)
-    _exit_if_failed(record, min_fidelity)
-
-
-def _fidelity_lines(bundle: Any, record: dict[str, Any]) -> Iterator[str]:
-    from faqd.fidelity import advice, in_words
-
-    yield from in_words(record["fidelity"])
-    if any(each["verdict"] != "kept" for each in record["fidelity"].values()):
-        yield advice(bundle.kind, bundle.manifest["weight_bits"], bundle.manifest["act_bits"])
-
-
-def _verdict(record: dict[str, Any]) -> str:
-    failed = [flavour for flavour, result in record["flavours"].items() if not result["passed"]]
-    if not failed:
-        return "verified"
-    passed = [flavour for flavour in record["flavours"] if flavour not in failed]
-    return "NOT verified" + (f" for {', '.join(failed)}, but for {', '.join(passed)}" if passed else "")
-
-
-def _exit_if_failed(record: dict[str, Any], min_fidelity: float | None) -> None:
-    if not record["passed"]:
-        failures = record["failures"]
-        more = f" (and {len(failures) - 1} more, see verify.json)" if len(failures) > 1 else ""
-        raise UserError(f"verification failed: {failures[0]}{more}", exit_code=1)
-    for file, found in record["fidelity"].items():
-        if min_fidelity is not None and found["least"] < min_fidelity:
-            raise UserError(
-                f"{file}: fidelity {found['least']:.4f} is below --min-fidelity {min_fidelity:g}.", exit_code=1
-            )
 
 
 def _say(text: str) -> None:

@@ -8,7 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from faqd.bundle import EVAL, MANIFEST, STUDENT_ONNXRUNTIME, STUDENT_TENSORRT, STUDENT_TENSORRT_FP32, VERIFY, load_bundle
+from faqd.bundle import (
+    EVAL,
+    MANIFEST,
+    STUDENT_ONNXRUNTIME,
+    STUDENT_TENSORRT,
+    STUDENT_TENSORRT_FP32,
+    VERIFY,
+    load_bundle,
+)
 from faqd.files import sha256
 from faqd.proof import fidelity_of
 from tests.fixtures.toy_runs import User, faqd_deploy, new_user, succeeds

@@ -1,0 +1,57 @@
+"""What a command says of a bundle in the end, the proof apart from the fidelity, and with which exit code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import click
+
+from faqd.bundle import VERIFY, Bundle, floats_in_words
+from faqd.command import emit_json
+from faqd.errors import UserError
+from faqd.fidelity import advice, in_words
+from faqd.files import read_json
+from faqd.proof import codes_in_words
+
+
+def conclude(bundle: Bundle, json_target: str | None, min_fidelity: float | None) -> None:
+    """The last lines of a command that has written a bundle, and its manifest as JSON. UserError (exit code 1) where it
+    is not proved, or has kept less of the teacher than `min_fidelity`."""
+    record = read_json(bundle.folder / VERIFY)
+    worst = min(record["fidelity"].values(), key=lambda each: float(each["least"]))
+    lines = [
+        *floats_in_words(bundle.manifest),
+        *([f"proof: {codes_in_words(record)}."] if record["passed"] else ()),
+        *fidelity_lines(bundle, record),
+        f"{bundle.folder}: {bundle.name}, {_verdict(record)}; of its teacher: {worst['verdict']}.",
+    ]
+    click.echo("\n".join(lines), err=True)
+    emit_json(json_target, bundle.manifest)
+    exit_if_failed(record, min_fidelity)
+
+
+def fidelity_lines(bundle: Bundle, record: dict[str, Any]) -> Iterator[str]:
+    yield from in_words(record["fidelity"])
+    if any(each["verdict"] != "kept" for each in record["fidelity"].values()):
+        yield advice(bundle.kind, bundle.manifest["weight_bits"], bundle.manifest["act_bits"])
+
+
+def _verdict(record: dict[str, Any]) -> str:
+    failed = [flavour for flavour, result in record["flavours"].items() if not result["passed"]]
+    if not failed:
+        return "verified"
+    passed = [flavour for flavour in record["flavours"] if flavour not in failed]
+    return "NOT verified" + (f" for {', '.join(failed)}, but for {', '.join(passed)}" if passed else "")
+
+
+def exit_if_failed(record: dict[str, Any], min_fidelity: float | None) -> None:
+    if not record["passed"]:
+        failures = record["failures"]
+        more = f" (and {len(failures) - 1} more, see verify.json)" if len(failures) > 1 else ""
+        raise UserError(f"verification failed: {failures[0]}{more}", exit_code=1)
+    for file, found in record["fidelity"].items():
+        if min_fidelity is not None and found["least"] < min_fidelity:
+            raise UserError(
+                f"{file}: fidelity {found['least']:.4f} is below --min-fidelity {min_fidelity:g}.", exit_code=1
+            )
