@@ -97,6 +97,7 @@ def distill(recipe: str, teacher: str, teacher_weights: Path | None, json_target
     from faqd.train.loop.distributed import process_group
     from faqd.train.recipes import distill_recipe, overridden
     from faqd.train.run.lesson import lesson_from
+    from faqd.train.run.outcome import outcome
     from faqd.train.run.plan import with_seeds
 
     data, out, device, resume, deadline = data_values(options), *place_values(options)
@@ -123,6 +124,8 @@ def distill(recipe: str, teacher: str, teacher_weights: Path | None, json_target
                 for name, value in record["select"].items()
             )
             say(f"{run_folder}: student {each.weight_bits}/{each.act_bits}; select losses: {losses}.")
+            if (sentence := outcome(record)) is not None:
+                say(f"{run_folder}: {sentence}")
         if processes.is_rank_0:
             emit_json(json_target, records[0] if len(records) == 1 else records)
 
