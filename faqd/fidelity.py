@@ -65,7 +65,12 @@ Branches = Mapping[str, Sequence[Branch]]
 
 def fidelity(found: Outputs, teacher: Outputs, branches: Branches) -> dict[str, float]:
     """0 to 1 by output of the teacher. Outputs (N, C, ...) or (N,); `found` may have more images than were stored of
-    the teacher.
+    the teacher."""
+    return {name: max(0.0, 1 - distance) for name, distance in distances(found, teacher, branches).items()}
+
+
+def distances(found: Outputs, teacher: Outputs, branches: Branches) -> dict[str, float]:
+    """1 - fidelity by output, which may be far above 1 and infinite.
 
     The mean over branches of the mean over channels, images and places, where a place, or an image that has none,
     counts by the teacher's certainty there; a gate counts everywhere alike.
@@ -76,12 +81,12 @@ def fidelity(found: Outputs, teacher: Outputs, branches: Branches) -> dict[str, 
     for name, wanted in teacher.items():
         with np.errstate(over="ignore", invalid="ignore"):
             weight = sure.get(_places(wanted))
-            distances = [
+            each = [
                 _distance(found[name][: len(wanted)], wanted, branch, None if branch.gate else weight)
                 for branch in parts[name]
             ]
-            distance = float(np.mean(distances))
-        result[name] = max(0.0, 1 - distance) if math.isfinite(distance) else 0.0
+            distance = float(np.mean(each))
+        result[name] = math.inf if math.isnan(distance) else distance
     return result
 
 
@@ -186,8 +191,11 @@ def advice(kind: str, weight_bits: int, act_bits: int) -> str:
     """What to try where something was lost. kind: of the bundle, `distilled` or `ptq`."""
     if kind == "ptq":
         first = "--calibration percentile, then " if min(weight_bits, act_bits) == 8 else ""
-        return f"Try {first}`faqd-train distill` with the same teacher and data, or keep layers float (--exclude)."
-    return "Try more iterations, more bits, or keep layers float (--exclude)."
+        return (
+            f"Try {first}`faqd-train distill` with the same teacher and data; `faqd-deploy sensitivity` says what to "
+            "keep float (--exclude)."
+        )
+    return "Try more iterations, more bits, or keep layers float: `faqd-deploy sensitivity` says which (--exclude)."
 
 
 def rounded(value: float) -> str:

@@ -11,19 +11,18 @@ from faqd.command import (
     SETTINGS,
     Group,
     emit_json,
-    exclude_option,
     json_option,
     run,
     section,
-    strict_option,
     version_option,
 )
-from faqd.data_flags import data_flags, data_values
+from faqd.data_flags import data_values
 from faqd.deploy.options import (
     FOLDER,
     builder_flags,
     bundle_flags,
     engine_flags,
+    float_flags,
     min_fidelity_option,
     shape_flags,
 )
@@ -67,39 +66,7 @@ def export(
 
 
 @cli.command()
-@section(
-    "Teacher",
-    click.option(
-        "--teacher", required=True, metavar="RUN|FILE.py:callable|FILE.pt2", help="Quantize this float network."
-    ),
-    click.option("--teacher-weights", type=FOLDER, help="Read its weights from a .safetensors, .pt or .pth file."),
-)
-@data_flags
-@section(
-    "Student",
-    click.option("--weight-bits", type=int, default=8, help="Give weights 1 to 8 bits."),
-    click.option("--act-bits", type=int, default=8, help="Give activations 1 to 8 bits."),
-    click.option(
-        "--target",
-        type=click.Choice(["tensorrt", "onnxruntime"]),
-        default="tensorrt",
-        help="Use the 8-bit grid of this runtime.",
-    ),
-    click.option(
-        "--calibration",
-        type=click.Choice(["mse", "percentile", "max", "entropy"]),
-        default="mse",
-        help="Choose activation scales in this way.",
-    ),
-    click.option(
-        "--calibration-images",
-        type=click.IntRange(1),
-        default=512,
-        help="Choose them on so many training images.",
-    ),
-    exclude_option,
-    strict_option,
-)
+@float_flags
 @bundle_flags
 def ptq(
     teacher: str,
@@ -132,6 +99,43 @@ def ptq(
     asked = BundleOptions(eval_samples, float_type, input_form, servers, licence)
     bundle = quantize_after_training(teacher, teacher_weights, data_values(options), bits, chosen, out, asked, _say)
     conclude(bundle, json_target, min_fidelity)
+
+
+@cli.command()
+@float_flags
+@section(
+    "Output",
+    click.option(
+        "--images", type=click.IntRange(2), default=32, help="Look at so many images, on which no scale is chosen."
+    ),
+    json_option,
+)
+def sensitivity(
+    teacher: str,
+    teacher_weights: Path | None,
+    weight_bits: int,
+    act_bits: int,
+    target: Any,
+    exclude: tuple[str, ...],
+    strict: bool | None,
+    calibration: Any,
+    calibration_images: int,
+    images: int,
+    json_target: str | None,
+    **options: Any,
+) -> None:
+    """Say which roundings cost a float network most, and what to keep float so that its outputs are kept."""
+    from faqd.deploy.sensitivity import lines
+    from faqd.deploy.sensitivity import sensitivity as found_by
+    from faqd.deploy.write_bundle import Calibration
+    from faqd.quantize.config import QuantConfig
+
+    bits = QuantConfig(weight_bits, act_bits, target, exclude=exclude, strict=bool(strict))
+    chosen = Calibration(calibration, calibration_images)
+    record = found_by(teacher, teacher_weights, data_values(options), bits, chosen, images, _say)
+    if json_target is None:
+        click.echo("\n".join(lines(record)))
+    emit_json(json_target, record)
 
 
 @cli.command()

@@ -6,9 +6,47 @@ from pathlib import Path
 
 import click
 
-from faqd.command import Finite, json_option, section
+from faqd.command import Finite, exclude_option, flags, json_option, section, strict_option
+from faqd.data_flags import data_flags
 
 FOLDER = click.Path(path_type=Path)
+
+float_flags = flags(
+    section(
+        "Teacher",
+        click.option(
+            "--teacher", required=True, metavar="RUN|FILE.py:callable|FILE.pt2", help="Quantize this float network."
+        ),
+        click.option("--teacher-weights", type=FOLDER, help="Read its weights from a .safetensors, .pt or .pth file."),
+    ),
+    data_flags,
+    section(
+        "Student",
+        click.option("--weight-bits", type=int, default=8, help="Give weights 1 to 8 bits."),
+        click.option("--act-bits", type=int, default=8, help="Give activations 1 to 8 bits."),
+        click.option(
+            "--target",
+            type=click.Choice(["tensorrt", "onnxruntime"]),
+            default="tensorrt",
+            help="Use the 8-bit grid of this runtime.",
+        ),
+        click.option(
+            "--calibration",
+            type=click.Choice(["mse", "percentile", "max", "entropy"]),
+            default="mse",
+            help="Choose activation scales in this way.",
+        ),
+        click.option(
+            "--calibration-images",
+            type=click.IntRange(1),
+            default=512,
+            help="Choose them on so many training images.",
+        ),
+        exclude_option,
+        strict_option,
+    ),
+)
+"""A float network, and how it is quantized without training."""
 
 min_fidelity_option = click.option(
     "--min-fidelity",

@@ -3,39 +3,27 @@
 from __future__ import annotations
 
 import copy
-import shutil
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx
 import torch
 from torch import Tensor, nn
 
 from faqd import bundle as names
-from faqd.bundle import Bundle, Evaluation, write_manifest
+from faqd.bundle import Bundle, Evaluation
 from faqd.calib.ranges import Method
-from faqd.deploy.bundle_facts import BundleOptions, Parts, licence_metadata, manifest_facts, student_metadata
-from faqd.deploy.export.float16 import float16_from_float32
-from faqd.deploy.export.server_configs import check_servers, serving_files
-from faqd.deploy.export.teacher_float16 import TEACHER_IMAGES, teacher_float16
-from faqd.deploy.export.torch_to_onnx import onnx_from_deployed, onnx_from_network, save
-from faqd.deploy.export.uint8_input import with_preprocessing
-from faqd.deploy.lower import Lowered, lower
-from faqd.deploy.verify.bundle_networks import flavours
-from faqd.deploy.verify.test_vectors import probe_inputs
-from faqd.deploy.verify.torch_values import as_trained, float_outputs_in_torch, stored_outputs
-from faqd.deploy.verify.verify import CEIL_NOTE, agreement_images, verify_bundle
+from faqd.deploy.bundle_facts import BundleOptions, Parts
+from faqd.deploy.bundle_files import Say, put_bundle
+from faqd.deploy.export.server_configs import check_servers
 from faqd.errors import UserError
-from faqd.files import read_json, sha256, written_beside
+from faqd.files import read_json, sha256
 from faqd.preprocess import Preprocess
-from faqd.quant import Target
 from faqd.quantize.calibrate import BATCH, calibrate
 from faqd.quantize.capture.capture import capture
-from faqd.quantize.capture.fuse_batch_norm import fused
 from faqd.quantize.config import QuantConfig
-from faqd.quantize.convert import collect_output_scales, convert
+from faqd.quantize.convert import collect_output_scales
 from faqd.quantize.prepare import insert_quantizers
 from faqd.quantize.student import Student
 from faqd.train.data.datasets import Dataset, labelled_if_possible
@@ -43,10 +31,9 @@ from faqd.train.networks.own_tensors import own_tensors
 from faqd.train.networks.source import NetworkSource
 from faqd.train.networks.tensor_files import tensors_sha256
 from faqd.train.run.folder import WEIGHTS, data_options, finished, load_teacher, network_input, run_preprocess
-from faqd.train.run.lesson import lesson_from
+from faqd.train.run.lesson import Teacher, lesson_from
 from faqd.train.run.student import load_student
 
-Say = Callable[[str], None]
 OUTPUT_SCALE_IMAGES = 512
 
 
@@ -81,7 +68,40 @@ def export_run(run: Path, out: Path, options: BundleOptions, say: Say, data_root
         _evaluation(dataset, options),
         dataset.classes,
     )
-    return _write_bundle(parts, out, options, say)
+    return put_bundle(parts, out, options, say)
+
+
+@dataclass(frozen=True)
+class QuantizedFloat:
+    """A float network quantized without training. batches: the images that its scales were chosen on."""
+
+    student: Student
+    teacher: Teacher
+    dataset: Dataset
+    batches: tuple[Tensor, ...]
+
+    def select_images(self, count: int) -> Tensor:
+        """Network input of images that nothing was chosen on, `count` at most."""
+        return network_input(self.dataset.select.images[:count], self.dataset.preprocess)
+
+
+def quantized_float(
+    teacher: str,
+    teacher_weights: Path | None,
+    data: dict[str, Any],
+    bits: QuantConfig,
+    calibration: Calibration,
+    say: Say,
+) -> QuantizedFloat:
+    """data: fields of DataOptions, None where the command line is silent and the teacher's run knows."""
+    lesson = lesson_from(teacher, teacher_weights, data, with_labels=True, say=say)
+    dataset, taught = lesson.dataset, lesson.teacher
+    x = network_input(dataset.train.images[: max(2, calibration.images)], dataset.preprocess)
+    student = insert_quantizers(capture(taught.network, x[:2]), bits, x[:2])
+    student.network.eval()
+    batches = x[: calibration.images].split(BATCH)
+    calibrate(student, batches, calibration.method)
+    return QuantizedFloat(student, taught, dataset, batches)
 
 
 def quantize_after_training(
@@ -100,19 +120,14 @@ def quantize_after_training(
     """
     _refuse_taken(out)
     check_servers(options.servers, options.input_form)
-    lesson = lesson_from(teacher, teacher_weights, data, with_labels=True, say=say)
-    dataset, taught = lesson.dataset, lesson.teacher
-    x = network_input(dataset.train.images[: max(2, calibration.images)], dataset.preprocess)
-    student = insert_quantizers(capture(taught.network, x[:2]), bits, x[:2])
-    student.network.eval()
-    batches = x[: calibration.images].split(128)
-    calibrate(student, batches, calibration.method)
+    made = quantized_float(teacher, teacher_weights, data, bits, calibration, say)
+    student, taught, dataset = made.student, made.teacher, made.dataset
     parts = Parts(
         "ptq",
         student,
         taught.source.name,
         taught.sha256,
-        collect_output_scales(student, batches),
+        collect_output_scales(student, made.batches),
         taught.network,
         taught.source.name,
         taught.sha256,
@@ -121,7 +136,7 @@ def quantize_after_training(
         dataset.classes,
         student.float_network,
     )
-    return _write_bundle(parts, out, options, say)
+    return put_bundle(parts, out, options, say)
 
 
 def export(
@@ -176,7 +191,7 @@ def export(
             tuple(classes) if classes else None,
             held if isinstance(held, torch.fx.GraphModule) and teacher is None else None,
         )
-        bundle = _write_bundle(parts, out, asked, say)
+        bundle = put_bundle(parts, out, asked, say)
     finally:
         student.to(place).train(mode)
     if failures := read_json(out / names.VERIFY)["failures"]:
@@ -197,95 +212,3 @@ def _refuse_taken(out: Path) -> None:
         raise UserError(f"{out}: already holds a bundle; give another --out, or remove it first.")
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out}: is not empty and is no bundle; give another --out.")
-
-
-class _Files:
-    """The files of a bundle as they are written, and the SHA-256 of what each was made from."""
-
-    def __init__(self, folder: Path, preprocess: Preprocess | None, say: Say) -> None:
-        """preprocess: what every network does itself; None where it is done for it."""
-        self.folder, self.made_from = folder, dict[str, str]()
-        self._preprocess, self._say = preprocess, say
-
-    def put(self, name: str, model: onnx.ModelProto, source: str) -> None:
-        save(model if self._preprocess is None else with_preprocessing(model, self._preprocess), self.folder / name)
-        self.made_from[name] = source
-        self._say(f"wrote {name}")
-
-
-def _write_bundle(parts: Parts, out: Path, options: BundleOptions, say: Say) -> Bundle:
-    images = parts.evaluation.images
-    inputs = network_input(images, parts.preprocess)
-    example = inputs[:2] if len(inputs) > 1 else inputs.repeat(2, 1, 1, 1)
-    parts = replace(parts, teacher_graph=parts.teacher_graph or capture(parts.teacher, example))
-    probes, driven = probe_inputs(images, parts.preprocess.normalise)
-    with written_beside(out) as folder:
-        folder.mkdir()
-        files = _Files(folder, parts.preprocess if options.input_form == "uint8-nhwc" else None, say)
-        lowered = _put_students(parts, files, torch.from_numpy(probes), driven, options, say)
-        _put_float_networks(parts, files, inputs, options, say)
-        wanted = stored_outputs(parts.teacher, inputs)
-        replace(parts.evaluation, teacher=wanted).save(folder / names.EVAL)
-        undriven = torch.from_numpy(probes[: len(probes) - driven])
-        unrounded = float_outputs_in_torch(parts.student, undriven)
-        of_teacher = stored_outputs(parts.teacher, undriven)
-        names.save_probe_outputs(folder, {"student": unrounded, "teacher": of_teacher})
-        files.made_from |= {names.PROBE_OUTPUTS: parts.made_from, names.EVAL: parts.teacher_sha256}
-        trained = as_trained(parts.student, next(iter(lowered.values())).network, inputs[: agreement_images(wanted)])
-        bundle = _proved(files, {**manifest_facts(parts, options, lowered, wanted), "as_trained": trained}, say)
-        for name, text in serving_files(bundle, options.servers).items():
-            (folder / name).write_text(text, encoding="utf-8")
-            say(f"wrote {name}, untried")
-        if parts.student.config.rounding == "ceil":
-            say(CEIL_NOTE)
-    return Bundle(out, bundle.manifest)
-
-
-def _put_students(
-    parts: Parts, files: _Files, probes: Tensor, driven: int, options: BundleOptions, say: Say
-) -> dict[Target, Lowered]:
-    """The files of the student, by what runs them."""
-    found: dict[Target, Lowered] = {}
-    bits, metadata = parts.student.config, student_metadata(parts, options)
-    for runtime in flavours(bits.target, bits.activations):
-        lowered = found[runtime] = lower(
-            parts.student, runtime, parts.output_scales, probes, driven=driven, metadata=metadata
-        )
-        for text in lowered.network.changes.sentences():
-            say(f"{runtime}: {text}")
-        if runtime == "onnxruntime":
-            files.put(names.STUDENT_ONNXRUNTIME, lowered.onnx, parts.made_from)
-            continue
-        files.put(names.STUDENT_TENSORRT_FP32, lowered.onnx, parts.made_from)
-        deployed = float16_from_float32(lowered.onnx) if options.float_type == "fp16" else lowered.onnx
-        files.put(names.STUDENT_TENSORRT, deployed, parts.made_from)
-    if "tensorrt" not in found:
-        say("no TensorRT file: this student has 8-bit activations 0..255, which TensorRT has no grid for.")
-    return found
-
-
-def _put_float_networks(parts: Parts, files: _Files, inputs: Tensor, options: BundleOptions, say: Say) -> None:
-    """The student unquantized, and the teacher, each in FP32 and FP16."""
-    student = onnx_from_deployed(convert(parts.student, "float"), inputs[:2], student_metadata(parts, options))
-    files.put(names.FLOAT_STUDENT, student, parts.made_from)
-    files.put(names.FLOAT_STUDENT_FP16, float16_from_float32(student), parts.made_from)
-    assert parts.teacher_graph is not None
-    teacher = onnx_from_network(fused(parts.teacher_graph), inputs[:2], licence_metadata(options))
-    files.put(names.TEACHER, teacher, parts.teacher_sha256)
-    half, why_not = teacher_float16(teacher, inputs.numpy()[:TEACHER_IMAGES])
-    if half is None:
-        say(f"no {names.TEACHER_FP16}: {why_not}. The teacher's engine will be FP32.")
-    else:
-        files.put(names.TEACHER_FP16, half, parts.teacher_sha256)
-
-
-def _proved(files: _Files, facts: dict[str, Any], say: Say) -> Bundle:
-    """The bundle with its manifest, verified; in FP32 where FP16 does not hold the proof."""
-    bundle = write_manifest(files.folder, facts, files.made_from)
-    say("verifying")
-    if beyond := verify_bundle(bundle).get("float16", {}).get("failures"):
-        say(f"{names.STUDENT_TENSORRT} stays FP32 outside of its integers: {beyond[0].partition(';')[0]}")
-        shutil.copyfile(files.folder / names.STUDENT_TENSORRT_FP32, files.folder / names.STUDENT_TENSORRT)
-        bundle = write_manifest(files.folder, {**facts, "float_type": "fp32"}, files.made_from)
-        verify_bundle(bundle)
-    return bundle

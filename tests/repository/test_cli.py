@@ -49,6 +49,10 @@ FLAGS = {
         f"--teacher --teacher-weights {DATA} --weight-bits --act-bits --target --calibration --calibration-images "
         f"--exclude --strict {BUNDLE}"
     ),
+    "faqd-deploy sensitivity": (
+        f"--teacher --teacher-weights {DATA} --weight-bits --act-bits --target --calibration --calibration-images "
+        "--exclude --strict --images --json"
+    ),
     "faqd-deploy verify": "--min-fidelity --json",
     "faqd-deploy explain": "--rules-only --json",
     "faqd-deploy inspect": "--json",

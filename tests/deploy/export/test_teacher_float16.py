@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from faqd.bundle import TEACHER_FP16, VERIFY, load_bundle
-from faqd.deploy import write_bundle as student
+from faqd.deploy import bundle_files as student
 from faqd.deploy.export.float16 import LARGEST, float16_from_float32
 from faqd.deploy.export.teacher_float16 import run_stored, teacher_float16
 from faqd.deploy.onnx_model.session import OnnxSession

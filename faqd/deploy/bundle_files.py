@@ -1,0 +1,127 @@
+"""The files of a bundle: written, described in its manifest, and proved."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor
+
+from faqd import bundle as names
+from faqd.bundle import Bundle, write_manifest
+from faqd.deploy.bundle_facts import BundleOptions, Parts, licence_metadata, manifest_facts, student_metadata
+from faqd.deploy.export.float16 import float16_from_float32
+from faqd.deploy.export.server_configs import serving_files
+from faqd.deploy.export.teacher_float16 import TEACHER_IMAGES, teacher_float16
+from faqd.deploy.export.torch_to_onnx import onnx_from_deployed, onnx_from_network, save
+from faqd.deploy.export.uint8_input import with_preprocessing
+from faqd.deploy.lower import Lowered, lower
+from faqd.deploy.verify.bundle_networks import flavours
+from faqd.deploy.verify.test_vectors import probe_inputs
+from faqd.deploy.verify.torch_values import as_trained, float_outputs_in_torch, stored_outputs
+from faqd.deploy.verify.verify import CEIL_NOTE, agreement_images, verify_bundle
+from faqd.files import written_beside
+from faqd.preprocess import Preprocess
+from faqd.quant import Target
+from faqd.quantize.capture.capture import capture
+from faqd.quantize.capture.fuse_batch_norm import fused
+from faqd.quantize.convert import convert
+
+Say = Callable[[str], None]
+
+
+def put_bundle(parts: Parts, out: Path, options: BundleOptions, say: Say) -> Bundle:
+    images = parts.evaluation.images
+    inputs = torch.from_numpy(parts.preprocess.normalise(images))
+    example = inputs[:2] if len(inputs) > 1 else inputs.repeat(2, 1, 1, 1)
+    parts = replace(parts, teacher_graph=parts.teacher_graph or capture(parts.teacher, example))
+    probes, driven = probe_inputs(images, parts.preprocess.normalise)
+    with written_beside(out) as folder:
+        folder.mkdir()
+        files = _Files(folder, parts.preprocess if options.input_form == "uint8-nhwc" else None, say)
+        lowered = _put_students(parts, files, torch.from_numpy(probes), driven, options, say)
+        _put_float_networks(parts, files, inputs, options, say)
+        wanted = stored_outputs(parts.teacher, inputs)
+        replace(parts.evaluation, teacher=wanted).save(folder / names.EVAL)
+        undriven = torch.from_numpy(probes[: len(probes) - driven])
+        unrounded = float_outputs_in_torch(parts.student, undriven)
+        of_teacher = stored_outputs(parts.teacher, undriven)
+        names.save_probe_outputs(folder, {"student": unrounded, "teacher": of_teacher})
+        files.made_from |= {names.PROBE_OUTPUTS: parts.made_from, names.EVAL: parts.teacher_sha256}
+        trained = as_trained(parts.student, next(iter(lowered.values())).network, inputs[: agreement_images(wanted)])
+        bundle = _proved(files, {**manifest_facts(parts, options, lowered, wanted), "as_trained": trained}, say)
+        for name, text in serving_files(bundle, options.servers).items():
+            (folder / name).write_text(text, encoding="utf-8")
+            say(f"wrote {name}, untried")
+        if parts.student.config.rounding == "ceil":
+            say(CEIL_NOTE)
+    return Bundle(out, bundle.manifest)
+
+
+class _Files:
+    """The files of a bundle as they are written, and the SHA-256 of what each was made from."""
+
+    def __init__(self, folder: Path, preprocess: Preprocess | None, say: Say) -> None:
+        """preprocess: what every network does itself; None where it is done for it."""
+        self.folder, self.made_from = folder, dict[str, str]()
+        self._preprocess, self._say = preprocess, say
+
+    def put(self, name: str, model: onnx.ModelProto, source: str) -> None:
+        save(model if self._preprocess is None else with_preprocessing(model, self._preprocess), self.folder / name)
+        self.made_from[name] = source
+        self._say(f"wrote {name}")
+
+
+def _put_students(
+    parts: Parts, files: _Files, probes: Tensor, driven: int, options: BundleOptions, say: Say
+) -> dict[Target, Lowered]:
+    """The files of the student, by what runs them."""
+    found: dict[Target, Lowered] = {}
+    bits, metadata = parts.student.config, student_metadata(parts, options)
+    for runtime in flavours(bits.target, bits.activations):
+        lowered = found[runtime] = lower(
+            parts.student, runtime, parts.output_scales, probes, driven=driven, metadata=metadata
+        )
+        for text in lowered.network.changes.sentences():
+            say(f"{runtime}: {text}")
+        if runtime == "onnxruntime":
+            files.put(names.STUDENT_ONNXRUNTIME, lowered.onnx, parts.made_from)
+            continue
+        files.put(names.STUDENT_TENSORRT_FP32, lowered.onnx, parts.made_from)
+        deployed = float16_from_float32(lowered.onnx) if options.float_type == "fp16" else lowered.onnx
+        files.put(names.STUDENT_TENSORRT, deployed, parts.made_from)
+    if "tensorrt" not in found:
+        say("no TensorRT file: this student has 8-bit activations 0..255, which TensorRT has no grid for.")
+    return found
+
+
+def _put_float_networks(parts: Parts, files: _Files, inputs: Tensor, options: BundleOptions, say: Say) -> None:
+    """The student unquantized, and the teacher, each in FP32 and FP16."""
+    student = onnx_from_deployed(convert(parts.student, "float"), inputs[:2], student_metadata(parts, options))
+    files.put(names.FLOAT_STUDENT, student, parts.made_from)
+    files.put(names.FLOAT_STUDENT_FP16, float16_from_float32(student), parts.made_from)
+    assert parts.teacher_graph is not None
+    teacher = onnx_from_network(fused(parts.teacher_graph), inputs[:2], licence_metadata(options))
+    files.put(names.TEACHER, teacher, parts.teacher_sha256)
+    half, why_not = teacher_float16(teacher, inputs.numpy()[:TEACHER_IMAGES])
+    if half is None:
+        say(f"no {names.TEACHER_FP16}: {why_not}. The teacher's engine will be FP32.")
+    else:
+        files.put(names.TEACHER_FP16, half, parts.teacher_sha256)
+
+
+def _proved(files: _Files, facts: dict[str, Any], say: Say) -> Bundle:
+    """The bundle with its manifest, verified; in FP32 where FP16 does not hold the proof."""
+    bundle = write_manifest(files.folder, facts, files.made_from)
+    say("verifying")
+    if beyond := verify_bundle(bundle).get("float16", {}).get("failures"):
+        say(f"{names.STUDENT_TENSORRT} stays FP32 outside of its integers: {beyond[0].partition(';')[0]}")
+        shutil.copyfile(files.folder / names.STUDENT_TENSORRT_FP32, files.folder / names.STUDENT_TENSORRT)
+        bundle = write_manifest(files.folder, {**facts, "float_type": "fp32"}, files.made_from)
+        verify_bundle(bundle)
+    return bundle

@@ -1,0 +1,111 @@
+"""What to keep float: the roundings of a network that is quantized without training, by what each costs its outputs."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from faqd import __version__
+from faqd.bundle import WORTH_INT8
+from faqd.deploy.write_bundle import Calibration, quantized_float
+from faqd.errors import UserError
+from faqd.fidelity import rounded, verdict
+from faqd.quantize.config import QuantConfig
+from faqd.quantize.sensitivity import Part, Sensitivity, Trial
+
+SHOWN_PARTS = 10
+TIMED_PARTS = 5
+"""After so many the rest is estimated."""
+
+
+def sensitivity(
+    teacher: str,
+    teacher_weights: Path | None,
+    data: dict[str, Any],
+    bits: QuantConfig,
+    calibration: Calibration,
+    images: int,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """The record: every rounding alone, then the student with ever more of them left out.
+
+    data: fields of DataOptions. images: how many of the select split are looked at; no scale is chosen on them.
+    """
+    made = quantized_float(teacher, teacher_weights, data, bits, calibration, say)
+    seen = made.select_images(images)
+    if len(seen) < 2:
+        raise UserError("two images of the select split are needed at least; give more data.")
+    asked = Sensitivity(made.student, seen, made.batches, calibration.method)
+    parts = asked.parts(_estimating(say))
+    trials = []
+    for trial in asked.trials(parts):
+        trials.append(trial)
+        say(f"tried: {_trial_in_words(trial)}")
+    return {
+        "what": "every rounding alone, by the distance of the outputs, and what stays with the worst left float",
+        "faqd": __version__,
+        "network": made.teacher.source.name,
+        "bits": bits.label,
+        "calibration": calibration.method,
+        "images": len(seen),
+        "parts": [_part_to_json(part) for part in parts],
+        "trials": [vars(trial) | {"verdict": verdict(trial.fidelity)} for trial in trials],
+    }
+
+
+def lines(record: dict[str, Any]) -> Iterator[str]:
+    """What a terminal shows of it."""
+    parts = record["parts"]
+    yield f"{record['network']} {record['bits']}: {len(parts)} roundings, each alone, on {record['images']} images."
+    yield "Distance of the outputs, 0: equal, 1: no better than a constant:"
+    width = max(len(part["place"]) for part in parts[:SHOWN_PARTS])
+    for part in parts[:SHOWN_PARTS]:
+        distance = "not finite" if part["distance"] is None else f"{part['distance']:.4f}"
+        read = f", read by {', '.join(part['readers'])}" if part["kind"] == "activations" else ""
+        yield f"  {part['place']:{width}}  {distance:>10}  {part['kind']}{read}"
+    trials = [Trial(**{key: value for key, value in each.items() if key != "verdict"}) for each in record["trials"]]
+    yield f"All rounded: {_trial_in_words(trials[0])}."
+    best = cure(trials)
+    if best is not None:
+        yield f"Better: {_trial_in_words(best)}:"
+        yield f"  --exclude '{best.exclude}'"
+    elif verdict(trials[0].fidelity) != "kept":
+        yield "No few layers are to blame: train it (`faqd-train distill`), or give it more bits."
+
+
+def cure(trials: Sequence[Trial]) -> Trial | None:
+    """Of those with a better verdict than the first, in which nothing is float, and INT8 is worth it, the best with the
+    fewest places float; None where there is none."""
+    worth = [trial for trial in trials if trial.int8_share >= WORTH_INT8]
+    better = [trial for trial in worth if _rank(trial) > _rank(trials[0])]
+    return max(better, key=lambda trial: (_rank(trial), -trial.floats), default=None)
+
+
+def _rank(trial: Trial) -> int:
+    return ("ruined", "lost something", "kept").index(verdict(trial.fidelity))
+
+
+def _trial_in_words(trial: Trial) -> str:
+    floats = "nothing float" if not trial.floats else f"{trial.floats} place{'s' if trial.floats > 1 else ''} float"
+    return (
+        f"{floats}, {100 * trial.int8_share:.1f} % of the multiply-accumulates in INT8, fidelity "
+        f"{rounded(trial.fidelity)} ({verdict(trial.fidelity)})"
+    )
+
+
+def _part_to_json(part: Part) -> dict[str, Any]:
+    return vars(part) | {"distance": part.distance if math.isfinite(part.distance) else None}
+
+
+def _estimating(say: Callable[[str], None]) -> Callable[[int, int], None]:
+    start = time.monotonic()
+
+    def told(done: int, total: int) -> None:
+        if done == TIMED_PARTS < total:
+            left = (time.monotonic() - start) / done * (total - done)
+            say(f"{total} roundings, each alone: about {max(1, round(left))} s")
+
+    return told

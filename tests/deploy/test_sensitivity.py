@@ -1,0 +1,76 @@
+"""`faqd-deploy sensitivity` as a new user has it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from faqd.deploy.sensitivity import cure, lines
+from faqd.quantize.sensitivity import Trial
+from tests.fixtures.toy_runs import User, faqd_deploy, new_user, succeeds
+
+
+@pytest.fixture(scope="module")
+def user(tmp_path_factory: pytest.TempPathFactory) -> User:
+    return new_user(tmp_path_factory.mktemp("user"))
+
+
+def test_a_good_network(user: User) -> None:
+    outcome = succeeds(faqd_deploy("sensitivity", *user.teacher, *user.data))
+    assert "roundings, each alone, on " in outcome.stdout and "All rounded: nothing float, 100.0 %" in outcome.stdout
+    assert "--exclude" not in outcome.stdout and "distill" not in outcome.stdout
+
+
+def test_the_record_and_its_words(user: User) -> None:
+    bits = ("--weight-bits", 1, "--act-bits", 1, "--images", 4)
+    outcome = succeeds(faqd_deploy("sensitivity", *user.teacher, *user.data, *bits, "--json", "-"))
+    record = json.loads(outcome.stdout)
+    assert record["bits"] == "1/1" and record["images"] == 4 and record["trials"][0]["verdict"] == "ruined"
+    assert {part["kind"] for part in record["parts"]} == {"activations", "weights"}
+    assert outcome.stderr.count("tried: ") == len(record["trials"])
+    assert "All rounded: nothing float" in "\n".join(lines(record))
+
+
+def test_what_it_says_to_exclude_can_be_excluded(user: User, tmp_path: Path) -> None:
+    bits = ("--weight-bits", 2, "--act-bits", 2)
+    record = json.loads(succeeds(faqd_deploy("sensitivity", *user.teacher, *user.data, *bits, "--json", "-")).stdout)
+    tried = next(trial for trial in record["trials"] if trial["exclude"])
+    line = (*user.teacher, *user.data, *bits, "--exclude", tried["exclude"], "--out", tmp_path / "b")
+    succeeds(faqd_deploy("ptq", *line))
+    made = json.loads((tmp_path / "b" / "manifest.json").read_text())
+    assert made["int8_share"] == pytest.approx(tried["int8_share"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "said"),
+    [
+        (("--images", 1), 2, "--images"),
+        (("--act-bits", 9), 2, "1 to 8"),
+        (("--exclude", "nowhere"), 2, "fits no place"),
+    ],
+)
+def test_wrong_input(user: User, more: tuple[object, ...], code: int, said: str) -> None:
+    outcome = faqd_deploy("sensitivity", *user.teacher, *user.data, *more)
+    assert outcome.code == code and said in outcome.stderr
+
+
+def trial(floats: int, share: float, fidelity: float) -> Trial:
+    return Trial(f"^{floats}$" if floats else "", floats, share, fidelity)
+
+
+@pytest.mark.parametrize(
+    ("trials", "best"),
+    [
+        ([(0, 1.0, 0.99)], None),
+        ([(0, 1.0, 0.3), (1, 0.9, 0.4)], None),
+        ([(0, 1.0, 0.3), (1, 0.9, 0.6), (2, 0.8, 0.9)], 1),
+        ([(0, 1.0, 0.3), (2, 0.8, 0.6), (4, 0.7, 0.98), (3, 0.75, 0.971)], 3),
+        ([(0, 1.0, 0.6), (2, 0.8, 0.9), (4, 0.4, 0.99)], None),
+    ],
+)
+def test_the_cure_is_worth_int8_and_has_a_better_verdict(trials: list[Any], best: int | None) -> None:
+    found = cure([trial(*each) for each in trials])
+    assert (found.floats if found else None) == best
