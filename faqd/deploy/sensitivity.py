@@ -40,6 +40,8 @@ def sensitivity(
         raise UserError("two images of the select split are needed at least; give more data.")
     asked = Sensitivity(made.student, seen, made.batches, calibration.method)
     parts = asked.parts(_estimating(say))
+    if not parts:
+        raise UserError(f"{bits.label}: nothing is rounded; give weights or activations 1 to 8 bits.")
     trials = []
     for trial in asked.trials(parts):
         trials.append(trial)

@@ -35,7 +35,8 @@ class OneBad(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu(self.second(self.relu(self.first(x))))
-        return self.head(self.relu(self.narrow(self.relu(self.wide(x)))).flatten(1))
+        scores: Tensor = self.head(self.relu(self.narrow(self.relu(self.wide(x)))).flatten(1))
+        return scores
 
 
 EIGHT = QuantConfig()
