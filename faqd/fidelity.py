@@ -187,15 +187,10 @@ def in_words(records: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         yield f"  {file}: {figures}{_agreement_in_words(record['top1_agreement'])}"
 
 
-def advice(kind: str, weight_bits: int, act_bits: int) -> str:
+def advice(kind: str) -> str:
     """What to try where something was lost. kind: of the bundle, `distilled` or `ptq`."""
-    if kind == "ptq":
-        first = "--calibration percentile, then " if min(weight_bits, act_bits) == 8 else ""
-        return (
-            f"Try {first}`faqd-train distill` with the same teacher and data; `faqd-deploy sensitivity` says what to "
-            "keep float (--exclude)."
-        )
-    return "Try more iterations, more bits, or keep layers float: `faqd-deploy sensitivity` says which (--exclude)."
+    first = "`faqd-train distill` with the same teacher and data" if kind == "ptq" else "more iterations, more bits"
+    return f"Try {first}; `faqd-deploy sensitivity` says what to keep float (--exclude)."
 
 
 def rounded(value: float) -> str:

@@ -22,6 +22,7 @@ from faqd.quantize.int8_share import floats_of
 from faqd.quantize.operators.layer import IntegerLayer
 from faqd.quantize.outputs import INPUT, returned_at
 from faqd.quantize.student import Student, student_table
+from faqd.quantize.without_training import Untrained
 
 FloatType = Literal["fp16", "fp32"]
 InputForm = Literal["float32-nchw", "uint8-nhwc"]
@@ -44,7 +45,8 @@ class Parts:
     """All that a bundle is made from.
 
     name, made_from: of the student's network, and the SHA-256 of its weights. evaluation: still without what the
-    teacher makes of it. teacher_graph: the teacher as it was captured, where that was done already.
+    teacher makes of it. teacher_graph: the teacher as it was captured, where that was done already. untrained: how the
+    student of a bundle of kind `ptq` was made.
     """
 
     kind: Literal["distilled", "ptq"]
@@ -59,6 +61,7 @@ class Parts:
     evaluation: Evaluation
     classes: tuple[str, ...] | None
     teacher_graph: torch.fx.GraphModule | None = None
+    untrained: Untrained | None = None
 
 
 def manifest_facts(
@@ -75,6 +78,7 @@ def manifest_facts(
         "weight_bits": bits.weights,
         "act_bits": bits.activations,
         "rounding": bits.rounding,
+        **_without_training(parts.untrained),
         "target": bits.target,
         "preprocess": parts.preprocess.to_json(),
         "classes": list(parts.classes) if parts.classes else None,
@@ -93,6 +97,14 @@ def manifest_facts(
         "float_type": options.float_type,
         "input": _input(parts.preprocess, options.input_form),
     }
+
+
+def _without_training(untrained: Untrained | None) -> dict[str, Any]:
+    if untrained is None:
+        return {}
+    made = untrained.equalized
+    counts = {"tensors": len(made.tensors) if made else 0, "products": len(made.products) if made else 0}
+    return {"calibration": untrained.method, "equalized": counts}
 
 
 def _outputs(parts: Parts, teacher: dict[str, NDArray[np.float32]]) -> list[dict[str, Any]]:

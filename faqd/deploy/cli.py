@@ -78,6 +78,7 @@ def ptq(
     strict: bool | None,
     calibration: Any,
     calibration_images: int,
+    equalize: Any,
     out: Path,
     eval_samples: int | None,
     float_type: Any,
@@ -95,7 +96,7 @@ def ptq(
     from faqd.quantize.config import QuantConfig
 
     bits = QuantConfig(weight_bits, act_bits, target, exclude=exclude, strict=bool(strict))
-    chosen = Calibration(calibration, calibration_images)
+    chosen = Calibration(calibration, calibration_images, equalize)
     asked = BundleOptions(eval_samples, float_type, input_form, servers, licence)
     bundle = quantize_after_training(teacher, teacher_weights, data_values(options), bits, chosen, out, asked, _say)
     conclude(bundle, json_target, min_fidelity)
@@ -120,6 +121,7 @@ def sensitivity(
     strict: bool | None,
     calibration: Any,
     calibration_images: int,
+    equalize: Any,
     images: int,
     json_target: str | None,
     **options: Any,
@@ -131,7 +133,7 @@ def sensitivity(
     from faqd.quantize.config import QuantConfig
 
     bits = QuantConfig(weight_bits, act_bits, target, exclude=exclude, strict=bool(strict))
-    chosen = Calibration(calibration, calibration_images)
+    chosen = Calibration(calibration, calibration_images, equalize)
     record = found_by(teacher, teacher_weights, data_values(options), bits, chosen, images, _say)
     if json_target is None:
         click.echo("\n".join(lines(record)))

@@ -34,7 +34,7 @@ def conclude(bundle: Bundle, json_target: str | None, min_fidelity: float | None
 def fidelity_lines(bundle: Bundle, record: dict[str, Any]) -> Iterator[str]:
     yield from in_words(record["fidelity"])
     if any(each["verdict"] != "kept" for each in record["fidelity"].values()):
-        yield advice(bundle.kind, bundle.manifest["weight_bits"], bundle.manifest["act_bits"])
+        yield advice(bundle.kind)
 
 
 def _verdict(record: dict[str, Any]) -> str:

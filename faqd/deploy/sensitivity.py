@@ -38,7 +38,7 @@ def sensitivity(
     seen = made.select_images(images)
     if len(seen) < 2:
         raise UserError("two images of the select split are needed at least; give more data.")
-    asked = Sensitivity(made.student, seen, made.batches, calibration.method)
+    asked = Sensitivity(made.untrained.student, seen, made.batches, made.untrained.method)
     parts = asked.parts(_estimating(say))
     if not parts:
         raise UserError(f"{bits.label}: nothing is rounded; give weights or activations 1 to 8 bits.")
@@ -51,7 +51,8 @@ def sensitivity(
         "faqd": __version__,
         "network": made.teacher.source.name,
         "bits": bits.label,
-        "calibration": calibration.method,
+        "calibration": made.untrained.method,
+        "equalized": [] if made.untrained.equalized is None else list(made.untrained.equalized.tensors),
         "images": len(seen),
         "parts": [_part_to_json(part) for part in parts],
         "trials": [vars(trial) | {"verdict": verdict(trial.fidelity)} for trial in trials],

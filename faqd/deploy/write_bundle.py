@@ -9,23 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from faqd import bundle as names
 from faqd.bundle import Bundle, Evaluation
-from faqd.calib.ranges import Method
 from faqd.deploy.bundle_facts import BundleOptions, Parts
 from faqd.deploy.bundle_files import Say, put_bundle
 from faqd.deploy.export.server_configs import check_servers
 from faqd.errors import UserError
 from faqd.files import read_json, sha256
 from faqd.preprocess import Preprocess
-from faqd.quantize.calibrate import BATCH, calibrate
+from faqd.quantize.calibrate import BATCH
 from faqd.quantize.capture.capture import capture
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.convert import collect_output_scales
-from faqd.quantize.prepare import insert_quantizers
 from faqd.quantize.student import Student
+from faqd.quantize.without_training import Calibration as Method
+from faqd.quantize.without_training import Equalize, Untrained, best_without_training
 from faqd.train.data.datasets import Dataset, labelled_if_possible
 from faqd.train.networks.own_tensors import own_tensors
 from faqd.train.networks.source import NetworkSource
@@ -35,14 +35,18 @@ from faqd.train.run.lesson import Teacher, lesson_from
 from faqd.train.run.student import load_student
 
 OUTPUT_SCALE_IMAGES = 512
+JUDGED_IMAGES = 32
+"""Of the select split, on which what is tried without training is compared."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """How scales are chosen where nothing is trained. images: how many of the training split."""
+    """How a network is quantized where nothing is trained (`faqd.quantize.without_training`). images: of the training
+    split, for scales and channels' largest values."""
 
-    method: Method = "mse"
+    method: Method = "auto"
     images: int = 512
+    equalize: Equalize = "auto"
 
 
 def export_run(run: Path, out: Path, options: BundleOptions, say: Say, data_root: Path | None = None) -> Bundle:
@@ -73,9 +77,10 @@ def export_run(run: Path, out: Path, options: BundleOptions, say: Say, data_root
 
 @dataclass(frozen=True)
 class QuantizedFloat:
-    """A float network quantized without training. batches: the images that its scales were chosen on."""
+    """A float network, captured, and quantized without training. batches: the images that scales were chosen on."""
 
-    student: Student
+    network: fx.GraphModule
+    untrained: Untrained
     teacher: Teacher
     dataset: Dataset
     batches: tuple[Tensor, ...]
@@ -97,11 +102,19 @@ def quantized_float(
     lesson = lesson_from(teacher, teacher_weights, data, with_labels=True, say=say)
     dataset, taught = lesson.dataset, lesson.teacher
     x = network_input(dataset.train.images[: max(2, calibration.images)], dataset.preprocess)
-    student = insert_quantizers(capture(taught.network, x[:2]), bits, x[:2])
-    student.network.eval()
+    captured = capture(taught.network, x[:2])
     batches = x[: calibration.images].split(BATCH)
-    calibrate(student, batches, calibration.method)
-    return QuantizedFloat(student, taught, dataset, batches)
+    judged = network_input(dataset.select.images[:JUDGED_IMAGES], dataset.preprocess)
+    untrained = best_without_training(
+        captured,
+        bits,
+        batches,
+        judged if len(judged) > 1 else x[:JUDGED_IMAGES],
+        calibration.method,
+        calibration.equalize,
+        lambda one: say(one.in_words()),
+    )
+    return QuantizedFloat(captured, untrained, taught, dataset, batches)
 
 
 def quantize_after_training(
@@ -121,7 +134,7 @@ def quantize_after_training(
     _refuse_taken(out)
     check_servers(options.servers, options.input_form)
     made = quantized_float(teacher, teacher_weights, data, bits, calibration, say)
-    student, taught, dataset = made.student, made.teacher, made.dataset
+    student, taught, dataset = made.untrained.student, made.teacher, made.dataset
     parts = Parts(
         "ptq",
         student,
@@ -134,7 +147,8 @@ def quantize_after_training(
         dataset.preprocess,
         _evaluation(dataset, options),
         dataset.classes,
-        student.float_network,
+        made.network,
+        made.untrained,
     )
     return put_bundle(parts, out, options, say)
 

@@ -8,21 +8,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from faqd.calib.ranges import Method
-from faqd.fidelity import KEPT, Branches, Outputs, distances, fidelity
+from faqd.fidelity import KEPT
 from faqd.quantize import nodes
-from faqd.quantize.branches import branches_of
 from faqd.quantize.calibrate import calibrate, float_forward
 from faqd.quantize.int8_share import int8_share
-from faqd.quantize.outputs import run_batches
+from faqd.quantize.output_distance import OutputDistance
 from faqd.quantize.prepare import insert_quantizers
 from faqd.quantize.quantizers.activation import ActivationQuantizer
 from faqd.quantize.quantizers.layers import weight_quantizer
 from faqd.quantize.student import Student
 
-BATCH = 16
 MOST_EXCLUDED = 0.5
 """Of all roundings: where half of a network has to stay float, INT8 is not its number type."""
 
@@ -56,11 +54,9 @@ class Sensitivity:
 
     def __init__(self, student: Student, images: Tensor, calibration: Sequence[Tensor], method: Method) -> None:
         self.student = student
-        self._images, self._calibration, self._method = images, calibration, method
+        self._calibration, self._method = calibration, method
         student.network.eval()
-        with float_forward(student):
-            self._teacher = self._outputs(student.network)
-        self._branches: Branches = branches_of(student.float_network)
+        self._distance = OutputDistance(student.float_network, images)
 
     def parts(self, progress: Callable[[int, int], None] = lambda done, total: None) -> list[Part]:
         """Every rounding alone, the most expensive first."""
@@ -111,19 +107,17 @@ class Sensitivity:
         config = self.student.config
         exclude = _expression(places)
         patterns = (*config.exclude, exclude) if exclude else config.exclude
-        student = insert_quantizers(self.student.float_network, replace(config, exclude=patterns), self._images[:2])
+        student = insert_quantizers(
+            self.student.float_network, replace(config, exclude=patterns), self._distance.images[:2]
+        )
         student.network.eval()
         calibrate(student, self._calibration, self._method)
-        least = min(fidelity(self._outputs(student.network), self._teacher, self._branches).values())
-        return Trial(exclude, len(places), int8_share(student), least)
+        fidelity = max(0.0, 1 - self._distance.of(student.network))
+        return Trial(exclude, len(places), int8_share(student), fidelity)
 
     def _alone(self, quantizer: Any) -> float:
         with _enabled(quantizer):
-            found = self._outputs(self.student.network)
-        return max(distances(found, self._teacher, self._branches).values())
-
-    def _outputs(self, network: nn.Module) -> Outputs:
-        return {name: values.numpy() for name, values in run_batches(network, self._images, BATCH).items()}
+            return self._distance.of(self.student.network)
 
     def _readers(self, quantizer: ActivationQuantizer) -> tuple[str, ...]:
         """The operators on whose account a tensor is rounded, behind those that move codes."""

@@ -47,11 +47,11 @@ FLAGS = {
     "faqd-deploy export": f"--data-root {BUNDLE}",
     "faqd-deploy ptq": (
         f"--teacher --teacher-weights {DATA} --weight-bits --act-bits --target --calibration --calibration-images "
-        f"--exclude --strict {BUNDLE}"
+        f"--equalize --exclude --strict {BUNDLE}"
     ),
     "faqd-deploy sensitivity": (
         f"--teacher --teacher-weights {DATA} --weight-bits --act-bits --target --calibration --calibration-images "
-        "--exclude --strict --images --json"
+        "--equalize --exclude --strict --images --json"
     ),
     "faqd-deploy verify": "--min-fidelity --json",
     "faqd-deploy explain": "--rules-only --json",

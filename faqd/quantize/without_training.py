@@ -1,0 +1,94 @@
+"""The best student that needs no training: what is cheap is tried, and judged on images that nothing was chosen on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, fx
+
+from faqd.calib.ranges import Method
+from faqd.fidelity import KEPT, rounded
+from faqd.quantize.calibrate import calibrate
+from faqd.quantize.config import QuantConfig
+from faqd.quantize.equalize import Equalized, equalized
+from faqd.quantize.output_distance import OutputDistance
+from faqd.quantize.prepare import insert_quantizers
+from faqd.quantize.student import Student
+
+Equalize = Literal["auto", "always", "never"]
+Calibration = Literal["auto", "mse", "percentile", "max", "entropy"]
+METHODS: tuple[Method, ...] = ("mse", "percentile")
+"""Tried unasked. `entropy` was between the two, or worse, on three detectors; `max` is for outliers that count."""
+
+
+@dataclass(frozen=True)
+class Untrained:
+    """student: calibrated, in evaluation mode. method: of its scales. equalized: None where nothing was multiplied.
+    distance: of its worst output on the images that it was judged on."""
+
+    student: Student
+    method: Method
+    equalized: Equalized | None
+    distance: float
+
+    @property
+    def fidelity(self) -> float:
+        return max(0.0, 1 - self.distance)
+
+    def in_words(self) -> str:
+        count = 0 if self.equalized is None else len(self.equalized.tensors)
+        made = f"{count} tensor{'' if count == 1 else 's'} equalized" if count else "not equalized"
+        return f"{self.method} scales, {made}: fidelity {rounded(self.fidelity)}"
+
+
+def best_without_training(
+    traced: fx.GraphModule,
+    bits: QuantConfig,
+    batches: Sequence[Tensor],
+    images: Tensor,
+    calibration: Calibration = "mse",
+    equalize: Equalize = "never",
+    tried: Callable[[Untrained], None] = lambda one: None,
+) -> Untrained:
+    """batches: network input for scales. images: on which the tried ones are compared, where there are several; the
+    first that keeps its teacher ends the search."""
+    distance = OutputDistance(traced, images)
+    best: Untrained | None = None
+    for candidate in _candidates(traced, bits, batches, calibration, equalize):
+        student, method, made = candidate
+        calibrate(student, batches, method)
+        one = Untrained(student, method, made, distance.of(student.network))
+        tried(one)
+        best = one if best is None or one.distance < best.distance else best
+        if best.fidelity >= KEPT:
+            break
+    assert best is not None
+    return best
+
+
+def _candidates(
+    traced: fx.GraphModule, bits: QuantConfig, batches: Sequence[Tensor], calibration: Calibration, equalize: Equalize
+) -> Iterator[tuple[Student, Method, Equalized | None]]:
+    """What is asked for, the plainest first; students that are not calibrated yet."""
+    methods = METHODS if calibration == "auto" else (calibration,)
+    if equalize != "always":
+        for method in methods[:1] if equalize == "auto" else methods:
+            yield _student(traced, bits, batches), method, None
+    if equalize != "never":
+        made = equalized(traced, bits, batches)
+        if made.tensors:
+            for method in methods:
+                yield _student(made.network, bits, batches), method, made
+        elif equalize == "always":
+            yield _student(traced, bits, batches), methods[0], None
+        if equalize == "auto":
+            for method in methods[1:]:
+                yield _student(traced, bits, batches), method, None
+
+
+def _student(traced: fx.GraphModule, bits: QuantConfig, batches: Sequence[Tensor]) -> Student:
+    student = insert_quantizers(traced, bits, batches[0][:2])
+    student.network.eval()
+    return student
