@@ -9,7 +9,7 @@ stays, one product per channel in float.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,8 +69,11 @@ class _Reader:
 
 
 @torch.no_grad()
-def equalized(traced: fx.GraphModule, bits: QuantConfig, batches: Iterable[Tensor]) -> Equalized:
-    """batches: unlabelled network input (N, C, H, W), N >= 2 in the first, for the largest values of every channel."""
+def equalized(
+    traced: fx.GraphModule, bits: QuantConfig, batches: Iterable[Tensor], keep: Collection[str] = ()
+) -> Equalized:
+    """batches: unlabelled network input (N, C, H, W), N >= 2 in the first, for the largest values of every channel.
+    keep: the nodes whose values must not change; behind them there is a product instead."""
     network = copy.deepcopy(traced)
     parts = list(batches)
     nodes.propagate(network, parts[0][:2])
@@ -83,7 +86,7 @@ def equalized(traced: fx.GraphModule, bits: QuantConfig, batches: Iterable[Tenso
     names = nodes.places(network)
     tensors, products = [], []
     for node, grid in grids.items():
-        readers, producer = _readers(network, node), _producer(network, node)
+        readers, producer = _readers(network, node), _producer(network, node, keep)
         if readers is None or (producer is None and grid.high != SIGNED_8.high):
             continue
         exponent = DEPTHWISE if any(reader.depthwise for reader in readers) else DENSE
@@ -98,9 +101,27 @@ def equalized(traced: fx.GraphModule, bits: QuantConfig, batches: Iterable[Tenso
             continue
         products.append(names[node])
         factor = t.reshape(1, -1, *[1] * (len(nodes.shape(node)) - 2)).to(parts[0].dtype)
-        nodes.called_behind(network, node, f"{names[node]}_equalized", Scaled(factor, 0.0))
+        _put_product(network, node, names[node], factor)
     network.recompile()
     return Equalized(network, tuple(tensors), tuple(products))
+
+
+def with_products(traced: fx.GraphModule, places: Sequence[str]) -> fx.GraphModule:
+    """A captured network with products by one behind these places, into which the weights of an equalized one fit."""
+    if not places:
+        return traced
+    network = copy.deepcopy(traced)
+    node_at = {name: node for node, name in nodes.places(network).items()}
+    for name in places:
+        node = node_at[name]
+        factor = torch.ones(1, nodes.shape(node)[1], *[1] * (len(nodes.shape(node)) - 2))
+        _put_product(network, node, name, factor)
+    network.recompile()
+    return network
+
+
+def _put_product(network: fx.GraphModule, node: fx.Node, name: str, factor: Tensor) -> None:
+    nodes.called_behind(network, node, f"{name}_equalized", Scaled(factor, 0.0))
 
 
 def _readers(network: fx.GraphModule, node: fx.Node) -> list[_Reader] | None:
@@ -141,12 +162,15 @@ def _places_in(concat: fx.Node, read: fx.Node) -> list[int] | None:
     return [sum(widths[:i]) for i, operand in enumerate(operands) if operand is read]
 
 
-def _producer(network: fx.GraphModule, node: fx.Node) -> Any:
-    """The layer or batch norm into which the multiplication of a tensor goes; None where there is none."""
+def _producer(network: fx.GraphModule, node: fx.Node, keep: Collection[str]) -> Any:
+    """The layer or batch norm into which the multiplication of a tensor goes; None where there is none, or where it
+    changes what has to stay."""
     module = nodes.module_of(network, node)
+    if node.name in keep:
+        return None
     if nodes.role(network, node) == "rectify" or isinstance(module, nn.LeakyReLU | nn.PReLU):
         node = nodes.operand(node)
-        if len(node.users) != 1:
+        if len(node.users) != 1 or node.name in keep:
             return None
     module = nodes.module_of(network, node)
     if isinstance(module, NORM):

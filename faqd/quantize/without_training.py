@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -51,12 +51,13 @@ def best_without_training(
     calibration: Calibration = "mse",
     equalize: Equalize = "never",
     tried: Callable[[Untrained], None] = lambda one: None,
+    keep: Collection[str] = (),
 ) -> Untrained:
     """batches: network input for scales. images: on which the tried ones are compared, where there are several; the
-    first that keeps its teacher ends the search."""
+    first that keeps its teacher ends the search. keep: nodes whose values equalization must not change."""
     distance = OutputDistance(traced, images)
     best: Untrained | None = None
-    for candidate in _candidates(traced, bits, batches, calibration, equalize):
+    for candidate in _candidates(traced, bits, batches, calibration, equalize, keep):
         student, method, made = candidate
         calibrate(student, batches, method)
         one = Untrained(student, method, made, distance.of(student.network))
@@ -69,7 +70,12 @@ def best_without_training(
 
 
 def _candidates(
-    traced: fx.GraphModule, bits: QuantConfig, batches: Sequence[Tensor], calibration: Calibration, equalize: Equalize
+    traced: fx.GraphModule,
+    bits: QuantConfig,
+    batches: Sequence[Tensor],
+    calibration: Calibration,
+    equalize: Equalize,
+    keep: Collection[str],
 ) -> Iterator[tuple[Student, Method, Equalized | None]]:
     """What is asked for, the plainest first; students that are not calibrated yet."""
     methods = METHODS if calibration == "auto" else (calibration,)
@@ -77,7 +83,7 @@ def _candidates(
         for method in methods[:1] if equalize == "auto" else methods:
             yield _student(traced, bits, batches), method, None
     if equalize != "never":
-        made = equalized(traced, bits, batches)
+        made = equalized(traced, bits, batches, keep)
         if made.tensors:
             for method in methods:
                 yield _student(made.network, bits, batches), method, made

@@ -55,6 +55,7 @@ from faqd.train.run.folder import (
 from faqd.train.run.lesson import Lesson, Teacher
 from faqd.train.run.plan import Plan, plan_of
 from faqd.train.run.prepared_student import PreparedStudent, measure_of, prepared_students, say_taps
+from faqd.train.run.untrained_start import with_best_start
 
 FLOAT64_PIXELS = 2**19
 """What a batch of the deployed student holds: its values have eight bytes, and all of a layer's are there at once."""
@@ -155,6 +156,7 @@ def _distill_together(
     refuse_what_no_run_keeps(teacher, images[:2])
     teacher_graph = capture(teacher.network, images[:2])
     prepared = prepared_students(plans, measures, teacher, teacher_graph, images[:2], taps, say)
+    prepared = [with_best_start(one, train, select, say) for one in prepared]
     theirs = [theirs for one in prepared for theirs, _ in one.pairs]
     training, dtype = plans[0].recipe.training, plans[0].recipe.teacher_dtype
     effect = _dtype_effect(dtype, teacher_graph, theirs, train, say, processes)
@@ -182,7 +184,13 @@ def _distill_together(
 def _calibrate(one: PreparedStudent, train: Images, device: torch.device) -> None:
     student, recipe = one.student, one.plan.recipe
     student.network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    calibrate(student, calibration_batches(train), recipe.calibration, batch_statistics=recipe.init == "scratch")
+    method = one.plan.record.get("untrained", {}).get("calibration", recipe.calibration)
+    calibrate(
+        student,
+        calibration_batches(train),
+        "mse" if method == "auto" else method,
+        batch_statistics=recipe.init == "scratch",
+    )
 
 
 def _teach(prepared: list[PreparedStudent], batches: Batches, deadline: float, say: Say) -> dict[Path, UserError]:

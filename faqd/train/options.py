@@ -128,9 +128,15 @@ student_flags = section(
     ),
     click.option(
         "--calibration",
-        type=click.Choice(["mse", "percentile", "max", "entropy"]),
-        show_default="mse",
-        help="Choose the first activation scales in this way.",
+        type=click.Choice(["auto", "mse", "percentile", "max", "entropy"]),
+        show_default="auto",
+        help="Choose the first activation scales in this way; auto: mse, at 8/8 percentile where that is better.",
+    ),
+    click.option(
+        "--equalize",
+        type=click.Choice(["auto", "always", "never"]),
+        show_default="auto",
+        help="At 8/8, make channels that share a scale alike before training; auto: where that is better.",
     ),
     exclude_option,
     strict_option,

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from faqd.calib.ranges import Method
 from faqd.errors import UserError
 from faqd.quant import Rounding, Target
 from faqd.quantize.quantizers.activation import ScaleGradient
+from faqd.quantize.without_training import Calibration, Equalize
 from faqd.train.losses.distillation import AffinityForm, LogitForm
 
 DistillAffinity = AffinityForm | Literal["none"]
@@ -100,9 +100,9 @@ class DistillRecipe:
     student is that network. The record of a run has them filled in. exclude: regular expressions of places kept float.
     strict: whether what has no integer form is refused.
     scale_step: the share of itself by which an activation's scale may change in one iteration, None for any.
-    calibration: how the first scales of activations are chosen. logit: None for relative with relative steps, and for
-    mse with sgd. select: FILE.py:function, the measure by which the best weights are told; None for the distance of
-    the outputs.
+    calibration, equalize: how a student with its teacher's weights begins (`faqd.quantize.without_training`).
+    logit: None for relative with relative steps, and for mse with sgd. select: FILE.py:function, the measure by which
+    the best weights are told; None for the distance of the outputs.
     """
 
     about: str
@@ -116,7 +116,8 @@ class DistillRecipe:
     rounding: Rounding = "nearest"
     scale_gradient: ScaleGradient = "lsq"
     scale_step: float | None = 0.02
-    calibration: Method = "mse"
+    calibration: Calibration = "auto"
+    equalize: Equalize = "auto"
     exclude: tuple[str, ...] = ()
     strict: bool = False
     init: str | None = None

@@ -64,6 +64,7 @@ def chain(*layers: nn.Module) -> Callable[[], nn.Module]:
 
 def normed(norm: nn.BatchNorm2d) -> nn.BatchNorm2d:
     with torch.no_grad():
+        assert norm.running_var is not None and norm.running_mean is not None
         norm.running_var.uniform_(0.5, 2)
         norm.running_mean.normal_()
     return norm

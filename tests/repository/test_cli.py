@@ -32,9 +32,9 @@ FLAGS = {
     "faqd-train teacher": f"--recipe --arch {DATA} {SCHEDULE} {RUN}",
     "faqd-train distill": (
         f"--recipe --teacher --teacher-weights --teacher-dtype {DATA} "
-        "--arch --init --weight-bits --act-bits --target --scales --rounding --scale-gradient --calibration --exclude "
-        "--strict --logit --logit-weight --temperature --affinity --affinity-weight --affinity-floor --columns "
-        "--adaptors --tap --label-weight "
+        "--arch --init --weight-bits --act-bits --target --scales --rounding --scale-gradient --calibration --equalize "
+        "--exclude --strict --logit --logit-weight --temperature --affinity --affinity-weight --affinity-floor "
+        "--columns --adaptors --tap --label-weight "
         f"{SCHEDULE} --optimizer --autocast --seeds --select {RUN}"
     ),
     "faqd-train eval": "--data-root --json",

@@ -38,12 +38,11 @@ from faqd.deploy.onnx_model.session import OnnxSession
 from faqd.deploy.verify.bundle_networks import flavours
 from faqd.errors import UserError
 from faqd.files import read_json, write_json
-from faqd.quantize.calibrate import calibrate
 from faqd.quantize.capture.capture import capture
 from faqd.quantize.convert import collect_output_scales, convert
 from faqd.quantize.outputs import run_batches
-from faqd.quantize.prepare import insert_quantizers
 from faqd.quantize.student import Student
+from faqd.quantize.without_training import best_without_training
 from faqd.train.data.datasets import Split, load_dataset
 from faqd.train.data.image_files import list_images, read_images
 from faqd.train.distill import distill
@@ -57,6 +56,7 @@ from faqd.train.recipes import DistillRecipe, distill_default
 from faqd.train.run.folder import network_input
 from faqd.train.run.lesson import Lesson, lesson_from
 from faqd.train.run.student import load_student, recipe_bits
+from faqd.train.run.untrained_start import JUDGED_IMAGES
 
 DATA_OPTIONS = ("data", "data_root", "download", "image_size", "resize", "channels", "mean", "std", "labels", "limit")
 BATCH_PIXELS = 2**19
@@ -128,12 +128,11 @@ def held_out_of(entry: dict[str, Any], folder: Path, lesson: Lesson) -> HeldOut:
 
 def untrained(lesson: Lesson, recipe: DistillRecipe) -> Student:
     """What a distillation starts from: quantization without training."""
-    train, _ = splits_on(torch.device("cpu"), lesson.dataset)
+    train, select = splits_on(torch.device("cpu"), lesson.dataset)
     example = train.normalised(train.pixels[:2]).contiguous()
-    student = insert_quantizers(capture(lesson.teacher.network, example), recipe_bits(recipe), example)
-    calibrate(student, calibration_batches(train), recipe.calibration)
-    student.network.eval()
-    return student
+    captured, judged_on = capture(lesson.teacher.network, example), select.normalised(select.pixels[:JUDGED_IMAGES])
+    batches = list(calibration_batches(train))
+    return best_without_training(captured, recipe_bits(recipe), batches, judged_on, "auto", "auto").student
 
 
 def judged(student: Student, output_scales: dict[str, float], held_out: HeldOut, heads: Heads) -> dict[str, Figures]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from faqd.errors import UserError
 from faqd.quantize.capture.capture import capture
 from faqd.quantize.config import QuantConfig
+from faqd.quantize.equalize import with_products
 from faqd.quantize.prepare import insert_quantizers
 from faqd.quantize.student import Student
 from faqd.train.networks.own_tensors import own_tensors, put_tensors
@@ -21,6 +22,9 @@ from faqd.train.networks.tensor_files import read_tensors
 from faqd.train.recipes import DistillRecipe
 from faqd.train.run.folder import WEIGHTS, fill, finished, load_exactly, read_record
 from faqd.train.run.lesson import Teacher, output_shapes
+
+NO_PRODUCTS: dict[str, Any] = {"equalized": []}
+"""What the record of a run whose student was not looked at before training says of it."""
 
 
 def start_of(recipe: DistillRecipe, teacher: Teacher) -> str:
@@ -81,6 +85,10 @@ def _load_float(network: nn.Module, source: NetworkSource, folder: Path) -> None
         raise UserError(f"--init {folder}: expected teacher, scratch or the folder of a run.")
     if NetworkSource.from_json(finished(folder)["network"]) != source:
         raise UserError(f"--init {folder}: that run trained another network than {source.name}.")
+    if finished(folder).get("untrained", NO_PRODUCTS)["equalized"]:
+        raise UserError(
+            f"--init {folder}: that run is equalized, its weights belong to its products; start from the teacher."
+        )
     state = read_tensors(folder / WEIGHTS)
     latent = {re.sub(r"\.parametrizations\.weight\.original$", ".weight", key): state[key] for key in state}
     wanted = own_tensors(network)
@@ -119,7 +127,10 @@ def load_student(folder: Path) -> Student:
         raise UserError(f"{folder}: holds a teacher; distil a student from it first, or use `faqd-deploy ptq`.")
     source = NetworkSource.from_json(record["network"])
     bits = _bits(record["recipe"])
-    student = insert_quantizers(capture(source.build(), source.example()), bits, source.example())
+    captured = with_products(
+        capture(source.build(), source.example()), record.get("untrained", NO_PRODUCTS)["equalized"]
+    )
+    student = insert_quantizers(captured, bits, source.example())
     load_exactly(student.network, folder / WEIGHTS)
     student.network.eval()
     return student
