@@ -197,7 +197,7 @@ def rounded(value: float) -> str:
     """With the digits that tell it from 1."""
     if value == 1:
         return "1"
-    digits = max(2, math.ceil(-math.log10(1 - value)) + 1) if value < 1 else 2
+    digits = max(3, math.ceil(-math.log10(1 - value)) + 1)
     return f"{value:.{min(digits, 6)}f}"
 
 

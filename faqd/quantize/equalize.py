@@ -208,6 +208,9 @@ class _Peaks(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if n in self._wanted:
-            peak = result.detach().abs().transpose(0, 1).flatten(1).amax(1).double()
+            by_channel = (
+                result.detach().abs().reshape(1, -1) if result.dim() < 2 else result.detach().abs().transpose(0, 1)
+            )
+            peak = by_channel.flatten(1).amax(1).double()
             self._found[n] = torch.maximum(peak, self._found.get(n, peak))
         return result

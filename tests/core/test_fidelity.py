@@ -83,7 +83,7 @@ def test_verdicts(value: float, word: str) -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(1.0, "1"), (0.99984, "0.99984"), (0.964, "0.964"), (0.5, "0.50"), (0.0, "0.00"), (1 - 1e-9, "1.000000")],
+    [(1.0, "1"), (0.99984, "0.99984"), (0.964, "0.964"), (0.5, "0.500"), (0.0, "0.000"), (1 - 1e-9, "1.000000")],
 )
 def test_figures_show_how_far_from_one(value: float, text: str) -> None:
     assert rounded(value) == text
