@@ -35,7 +35,7 @@ from faqd.train.loop.calibration_images import calibration_batches
 from faqd.train.loop.distributed import ProcessGroup
 from faqd.train.loop.fit import finish, fit
 from faqd.train.loop.progress import reporting
-from faqd.train.loop.select import CONSTANT, Answers, kept_sentence, mean_losses
+from faqd.train.loop.select import Answers, kept_sentence, mean_losses
 from faqd.train.loop.teacher_forward import dtype_effect, target_of
 from faqd.train.loop.trainer import Job, select_losses
 from faqd.train.losses.heads import Heads, heads_from, heads_of
@@ -59,9 +59,10 @@ from faqd.train.run.untrained_start import with_best_start
 
 FLOAT64_PIXELS = 2**19
 """What a batch of the deployed student holds: its values have eight bytes, and all of a layer's are there at once."""
+CONSTANT = 1.0
+"""The distance of a student whose outputs never change, about."""
 NOTHING_LEARNED = (
-    "no weights that were seen are nearer to the teacher than outputs that are the same for every image, so that the "
-    "untrained ones are kept. Give it more bits, "
+    "these weights are no nearer to the teacher than outputs that are the same for every image. Give it more bits, "
     "keep the layers float that lose most (--exclude), or give images on which the teacher finds something."
 )
 ROUNDING = 1e-4

@@ -22,9 +22,6 @@ Answers = Iterator[tuple[Any, Batch]]
 """What a network returns for the select split, part by part, and each part."""
 Measure = Callable[[Answers], float]
 """How far a network is from what is wanted: the least is the best."""
-CONSTANT = 1.0
-"""The distance of a student whose outputs never change, about. Of two that are no nearer the smaller may be the worse:
-a detector that has learned to find nothing is nearer than one that finds a little, among much that is not there."""
 
 LOOKS = 8
 """Looks that are spread evenly over a run; before the first of them come those after 1, 2, 4, 8 ... iterations."""
@@ -46,12 +43,12 @@ class Best:
     last: float = math.inf
     weights: dict[str, Tensor] = field(default_factory=dict)
 
-    def see(self, iteration: int, measure: float, network: nn.Module, useless_from: float = math.inf) -> None:
-        """A look at `network` after `iteration`. What is no number, or `useless_from` or more, is never the best."""
+    def see(self, iteration: int, measure: float, network: nn.Module) -> None:
+        """A look at `network` after `iteration`. What is no number is never the best."""
         self.last = measure if math.isfinite(measure) else math.inf
         if not self.weights:
             self.first = self.last
-        if not self.weights or self.last < min(self.measure, useless_from):
+        if not self.weights or self.last < self.measure:
             self.iteration, self.measure = iteration, self.last
             self.weights = {name: value.detach().clone() for name, value in own_tensors(network).items()}
 

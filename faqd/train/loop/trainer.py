@@ -43,7 +43,6 @@ class Job:
     training, None for float32; what is selected and kept is always computed in float32.
     balanced: weights by the first word of a term's name. Such terms are minimised as shares of what they are, so that
     none outweighs another by its units. measure: by which the best weights are told; None keeps the last ones.
-    useless_from: the measure from which on it says nothing, so that weights before training stay the best.
     """
 
     title: str
@@ -58,7 +57,6 @@ class Job:
     autocast: torch.dtype | None = None
     balanced: Mapping[str, float] = field(default_factory=dict)
     measure: Measure | None = None
-    useless_from: float = math.inf
 
     def __post_init__(self) -> None:
         grouped = sorted(id(p) for p in [*self.decayed, *self.free])
@@ -120,8 +118,7 @@ class Trainer:
         """Look at the select split where that is due, and remember the best weights."""
         job = self.job
         if job.measure is not None and is_due(self.iteration, total):
-            found = self.processes.from_rank_0(lambda: measured(job, batches))
-            self.best.see(self.iteration, found, job.network, job.useless_from)
+            self.best.see(self.iteration, self.processes.from_rank_0(lambda: measured(job, batches)), job.network)
 
     def look(self) -> str:
         """The latest losses in words. UserError where one since the last look is not finite."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch.nn import functional
 from faqd.quantize.outputs import named_outputs
 from faqd.quantize.student import Student
 from faqd.train.loop.batches import Batch, Target
-from faqd.train.loop.select import CONSTANT, Answers, Measure, mean_losses
+from faqd.train.loop.select import Answers, Measure, mean_losses
 from faqd.train.loop.trainer import Job, Losses
 from faqd.train.losses.adaptors import Adapted
 from faqd.train.losses.distillation import affinity_loss, logit_loss
@@ -64,7 +63,6 @@ def distill_job(
         autocast=AUTOCAST[recipe.autocast],
         balanced={"logit": recipe.logit_weight, "affinity": recipe.affinity_weight} if relative else {},
         measure=None if heads is None or recipe.init == "scratch" else users or _measure_of(recipe, losses, heads),
-        useless_from=CONSTANT if users is None and not recipe.label_weight else math.inf,
     )
 
 
