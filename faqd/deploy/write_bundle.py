@@ -24,8 +24,7 @@ from faqd.quantize.capture.capture import capture
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.convert import collect_output_scales
 from faqd.quantize.student import Student
-from faqd.quantize.without_training import Calibration as Method
-from faqd.quantize.without_training import Equalize, Untrained, best_without_training
+from faqd.quantize.without_training import CalibrationMethod, Equalize, Untrained, best_without_training
 from faqd.train.data.datasets import Dataset, labelled_if_possible
 from faqd.train.networks.own_tensors import own_tensors
 from faqd.train.networks.source import NetworkSource
@@ -44,7 +43,7 @@ class Calibration:
     """How a network is quantized where nothing is trained (`faqd.quantize.without_training`). images: of the training
     split, for scales and channels' largest values."""
 
-    method: Method = "auto"
+    method: CalibrationMethod = "auto"
     images: int = 512
     equalize: Equalize = "auto"
 

@@ -18,7 +18,7 @@ from faqd.quantize.prepare import insert_quantizers
 from faqd.quantize.student import Student
 
 Equalize = Literal["auto", "always", "never"]
-Calibration = Literal["auto", "mse", "percentile", "max", "entropy"]
+CalibrationMethod = Literal["auto", "mse", "percentile", "max", "entropy"]
 METHODS: tuple[Method, ...] = ("mse", "percentile")
 """Tried unasked. `entropy` was between the two, or worse, on three detectors; `max` is for outliers that count."""
 
@@ -48,7 +48,7 @@ def best_without_training(
     bits: QuantConfig,
     batches: Sequence[Tensor],
     images: Tensor,
-    calibration: Calibration = "mse",
+    calibration: CalibrationMethod = "mse",
     equalize: Equalize = "never",
     tried: Callable[[Untrained], None] = lambda one: None,
     keep: Collection[str] = (),
@@ -73,7 +73,7 @@ def _candidates(
     traced: fx.GraphModule,
     bits: QuantConfig,
     batches: Sequence[Tensor],
-    calibration: Calibration,
+    calibration: CalibrationMethod,
     equalize: Equalize,
     keep: Collection[str],
 ) -> Iterator[tuple[Student, Method, Equalized | None]]:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from faqd.errors import UserError
 from faqd.quant import Rounding, Target
 from faqd.quantize.quantizers.activation import ScaleGradient
-from faqd.quantize.without_training import Calibration, Equalize
+from faqd.quantize.without_training import CalibrationMethod, Equalize
 from faqd.train.losses.distillation import AffinityForm, LogitForm
 
 DistillAffinity = AffinityForm | Literal["none"]
@@ -116,7 +116,7 @@ class DistillRecipe:
     rounding: Rounding = "nearest"
     scale_gradient: ScaleGradient = "lsq"
     scale_step: float | None = 0.02
-    calibration: Calibration = "auto"
+    calibration: CalibrationMethod = "auto"
     equalize: Equalize = "auto"
     exclude: tuple[str, ...] = ()
     strict: bool = False

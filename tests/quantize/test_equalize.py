@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from faqd.quantize.capture.capture import capture
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.equalize import LARGEST, Equalized, equalized
-from faqd.quantize.without_training import Calibration, Equalize, Untrained, best_without_training
+from faqd.quantize.without_training import CalibrationMethod, Equalize, Untrained, best_without_training
 
 X = torch.randn(12, 3, 10, 10, generator=torch.Generator().manual_seed(0))
 SEEN = torch.randn(8, 3, 10, 10, generator=torch.Generator().manual_seed(1))
@@ -154,7 +154,7 @@ def test_a_channel_that_is_always_zero_stays() -> None:
 
 
 def searched(
-    network: nn.Module, calibration: Calibration = "auto", equalize: Equalize = "auto"
+    network: nn.Module, calibration: CalibrationMethod = "auto", equalize: Equalize = "auto"
 ) -> tuple[Untrained, list[str]]:
     said: list[str] = []
     traced = capture(network.eval(), X[:2])
@@ -202,7 +202,7 @@ def test_what_is_lost_is_won_back() -> None:
     ],
 )
 def test_what_is_asked_for_is_tried_and_nothing_else(
-    calibration: Calibration, equalize: Equalize, wanted: list[str]
+    calibration: CalibrationMethod, equalize: Equalize, wanted: list[str]
 ) -> None:
     _, said = searched(very_uneven(), calibration, equalize)
     assert [text[: len(start)] for text, start in zip(said, wanted, strict=True)] == wanted

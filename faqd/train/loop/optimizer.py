@@ -18,7 +18,7 @@ class RelativeAdam(torch.optim.Optimizer):
     """Adam (arXiv 1412.6980) whose rate is a share of the root mean square of what it moves, as that was at the start:
     of a weight's input channel, of a bias, of a scale.
 
-    Trained weights differ in size from channel to channel by orders of magnitude, most where a network was equalised or
+    Trained weights differ in size from channel to channel by orders of magnitude, most where a network was equalized or
     its batch norm folded: one absolute rate destroys the small ones, or leaves the large ones as they are. A tensor of
     zeros has no size of its own, and counts as one of ones.
     """
