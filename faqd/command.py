@@ -6,11 +6,13 @@ import errno
 import json
 import math
 import os
+import platform
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -223,4 +225,26 @@ class Finite(click.FloatRange):
         return number
 
 
-version_option = click.version_option(__version__, prog_name="faqd")
+def _versions() -> str:
+    """What a report of a fault needs, without importing any of it."""
+    found = [f"Python {platform.python_version()}"]
+    for package in ("torch", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx"):
+        with suppress(metadata.PackageNotFoundError):
+            found.append(f"{package} {metadata.version(package)}")
+    return ", ".join(found)
+
+
+def _say_versions(context: click.Context, _: click.Parameter, asked: bool) -> None:
+    if asked and not context.resilient_parsing:
+        click.echo(f"faqd {__version__}\n{_versions()}")
+        context.exit()
+
+
+version_option = click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_say_versions,
+    help="Show the version, and those of what it works with.",
+)

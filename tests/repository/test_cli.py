@@ -19,7 +19,7 @@ from faqd.deploy.cli import cli as deploy_cli
 from faqd.errors import UserError
 from faqd.files import written_beside
 from faqd.train.cli import cli as train_cli
-from tests.fixtures.toy_runs import faqd_train, outcome_of
+from tests.fixtures.toy_runs import faqd_deploy, faqd_train, outcome_of, succeeds
 
 DATA = "--data --data-root --download --image-size --resize --channels --mean --std --labels --limit"
 SCHEDULE = "--epochs --steps --batch-size --lr --seed --data-seed --device --time-limit"
@@ -175,6 +175,11 @@ def test_a_terminated_command_leaves_nothing_half_written(tmp_path: Path) -> Non
 @pytest.mark.parametrize("line", [["--help"], ["--version"], ["teacher", "-h"]])
 def test_help_and_version_end_well(line: list[str]) -> None:
     assert faqd_train(*line).code == 0
+
+
+def test_the_version_names_what_a_report_of_a_fault_needs() -> None:
+    said = succeeds(faqd_deploy("--version")).stdout
+    assert said.startswith("faqd ") and all(f"{name} " in said for name in ("Python", "torch", "onnx", "onnxruntime"))
 
 
 def test_json_never_takes_the_place_of_a_folder(tmp_path: Path) -> None:
