@@ -157,7 +157,7 @@ def _distill_together(
     refuse_what_no_run_keeps(teacher, images[:2])
     teacher_graph = capture(teacher.network, images[:2])
     prepared = prepared_students(plans, measures, teacher, teacher_graph, images[:2], taps, say)
-    prepared = [with_best_start(one, train, select, say) for one in prepared]
+    prepared = [with_best_start(one, train, select, say, processes) for one in prepared]
     theirs = [theirs for one in prepared for theirs, _ in one.pairs]
     training, dtype = plans[0].recipe.training, plans[0].recipe.teacher_dtype
     effect = _dtype_effect(dtype, teacher_graph, theirs, train, say, processes)

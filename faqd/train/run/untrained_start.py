@@ -9,6 +9,7 @@ from faqd.quantize.without_training import Untrained, best_without_training
 from faqd.train.data.datasets import Say
 from faqd.train.loop.batches import Images
 from faqd.train.loop.calibration_images import calibration_batches
+from faqd.train.loop.distributed import ProcessGroup
 from faqd.train.run.folder import RECORD, read_record
 from faqd.train.run.prepared_student import PreparedStudent
 
@@ -16,7 +17,9 @@ JUDGED_IMAGES = 32
 """Of the select split, on which what is tried is compared."""
 
 
-def with_best_start(one: PreparedStudent, train: Images, select: Images, say: Say) -> PreparedStudent:
+def with_best_start(
+    one: PreparedStudent, train: Images, select: Images, say: Say, processes: ProcessGroup
+) -> PreparedStudent:
     """The student equalized where that is better, and its record with what was chosen, which a run that goes on keeps.
 
     Only for 8/8, where it was measured; with fewer bits training changes more than any start.
@@ -24,7 +27,7 @@ def with_best_start(one: PreparedStudent, train: Images, select: Images, say: Sa
     recipe, out = one.plan.recipe, one.plan.out
     if recipe.init == "scratch" or (recipe.weight_bits, recipe.act_bits) != (8, 8):
         return one
-    chosen = read_record(out).get("untrained") if (out / RECORD).is_file() else None
+    chosen = processes.from_rank_0(lambda: read_record(out).get("untrained") if (out / RECORD).is_file() else None)
     if chosen is None and recipe.equalize == "never" and recipe.calibration != "auto":
         return one
     best = best_without_training(
