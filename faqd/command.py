@@ -151,6 +151,8 @@ def ending_in_a_sentence() -> Iterator[None]:
         if extra is None:
             raise
         _fail(f"this command needs {error.name}, which is not installed: pip install 'faqd[{extra}]'", 2)
+    except MemoryError as error:
+        _fail(f"not enough memory{f' ({error})' if str(error) else ''}: give smaller images, or fewer at once.", 2)
     except OSError as error:
         if error.errno not in _OF_THE_SYSTEM:
             raise

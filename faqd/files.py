@@ -59,6 +59,20 @@ def refuse_unwritable(path: Path) -> None:
         raise UserError(f"{path}: no permission to write into {folder}; choose another place.")
 
 
+def refuse_unmakeable(path: Path) -> None:
+    """UserError where no folder can be made, or filled: to be asked before the work whose results it will hold. Some
+    folders, such as /proc, say that they can be written into and let nothing be made there."""
+    folder = path
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryDirectory(prefix=".", dir=folder):
+            pass
+    except OSError as error:
+        why = error.strerror or type(error).__name__
+        raise UserError(f"{path}: no folder can be made there ({why.lower()}); choose another place.") from None
+
+
 def _put_in_place(temporary: Path, path: Path) -> None:
     if not path.is_dir():
         temporary.replace(path)

@@ -17,7 +17,7 @@ from faqd.deploy.bundle_facts import BundleOptions, Parts
 from faqd.deploy.bundle_files import Say, put_bundle
 from faqd.deploy.export.server_configs import check_servers
 from faqd.errors import UserError
-from faqd.files import read_json, sha256
+from faqd.files import read_json, refuse_unmakeable, sha256
 from faqd.preprocess import Preprocess
 from faqd.quantize.calibrate import BATCH
 from faqd.quantize.capture.capture import capture
@@ -225,3 +225,4 @@ def _refuse_taken(out: Path) -> None:
         raise UserError(f"{out}: already holds a bundle; give another --out, or remove it first.")
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out}: is not empty and is no bundle; give another --out.")
+    refuse_unmakeable(out)

@@ -182,6 +182,19 @@ def test_the_version_names_what_a_report_of_a_fault_needs() -> None:
     assert said.startswith("faqd ") and all(f"{name} " in said for name in ("Python", "torch", "onnx", "onnxruntime"))
 
 
+def test_no_memory_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    @click.command()
+    def takes_all() -> None:
+        raise MemoryError("Unable to allocate 112. GiB")
+
+    with pytest.raises(SystemExit) as end:
+        run(takes_all, [])
+    assert (
+        end.value.code == 2
+        and "not enough memory (Unable to allocate 112. GiB): give smaller" in capsys.readouterr().err
+    )
+
+
 def test_json_never_takes_the_place_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "kept").touch()
     outcome = faqd_train("recipes", "--json", tmp_path)

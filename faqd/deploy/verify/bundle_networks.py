@@ -25,6 +25,12 @@ def load_network(bundle: Bundle, file: str) -> onnx.ModelProto:
     model = load_model(bundle.path(file))
     for complaint in (*_interface(bundle.manifest, model.graph), *_grids(model.graph)):
         raise UserError(f"{bundle.path(file)}: {complaint}; export the run again.")
+    stated = f"{bundle.manifest['weight_bits']}/{bundle.manifest['act_bits']}"
+    written = {entry.key: entry.value for entry in model.metadata_props}.get("faqd.student", stated).rpartition(" ")[2]
+    if written != stated:
+        raise UserError(
+            f"{bundle.folder / names.MANIFEST}: says {stated} bits, and {file} that it has {written}; export again."
+        )
     return model
 
 

@@ -20,6 +20,7 @@ from faqd.errors import UserError
 from faqd.preprocess import Preprocess
 from faqd.train.data import cifar
 from faqd.train.data import image_files as images
+from faqd.train.data.memory import refuse_beyond_memory
 from faqd.train.data.npz_files import read_npz
 from faqd.train.data.options import DataOptions, preprocess_of
 
@@ -203,6 +204,8 @@ def _folder(options: DataOptions, where: str, with_labels: bool, say: Say) -> Da
     names = classes_of if with_labels else None
     # Without --image-size the size is that of the images; what is wrong with the rest is still said before reading.
     preprocess = preprocess_of(options, (1, 1), "rgb")
+    if options.image_size:
+        refuse_beyond_memory(options.source, len(files), preprocess.height, preprocess.width, len(preprocess.mean))
     read = images.read_images(folder, files, preprocess.fit if options.image_size else None, say)
     pixels = read.pixels
     if options.image_size is None:

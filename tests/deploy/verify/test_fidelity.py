@@ -102,3 +102,24 @@ def test_outputs_of_another_teacher_are_refused(user: User) -> None:
     (out / MANIFEST).write_text(json.dumps(manifest))
     outcome = faqd_deploy("verify", out)
     assert outcome.code == 2 and "is not of the teacher's shape" in outcome.stderr
+
+
+@pytest.mark.parametrize("key", ["weight_bits", "act_bits"])
+def test_bits_that_are_stated_are_those_of_the_files(user: User, key: str) -> None:
+    out = user.folder / f"edited-{key}"
+    succeeds(faqd_deploy("ptq", *user.teacher, *user.data, "--out", out))
+    manifest = json.loads((out / MANIFEST).read_text())
+    (out / MANIFEST).write_text(json.dumps({**manifest, key: 4}))
+    outcome = faqd_deploy("verify", out)
+    assert outcome.code == 2 and "says " in outcome.stderr and "that it has 8/8" in outcome.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no /proc here")
+def test_a_place_where_nothing_can_be_made_is_refused_before_the_work(user: User) -> None:
+    outcome = faqd_deploy("ptq", *user.teacher, *user.data, "--out", "/proc/bundle")
+    assert outcome.code == 2 and "no folder can be made there" in outcome.stderr and "wrote" not in outcome.stderr
+
+
+def test_images_beyond_memory_are_refused_before_they_are_read(user: User) -> None:
+    outcome = faqd_deploy("ptq", *user.teacher, *user.data, "--image-size", 1_000_000, "--out", user.folder / "large")
+    assert outcome.code == 2 and "GiB, and this machine has" in outcome.stderr
