@@ -47,7 +47,14 @@ def test_a_loop_of_ones_own(loop: tuple[list[str], Path]) -> None:
 def test_several_processes(tmp_path: Path) -> None:
     runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     line = [*runner, str(EXAMPLES / "02_data_parallel.py"), str(tmp_path / "bundle")]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for attempt in range(3):
+        line[-1] = str(tmp_path / f"bundle{attempt}")
+        done = subprocess.run(
+            line, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        # In one run of some forty a process of torch's dies so on leaving, after all work is done.
+        if "terminate called without an active exception" not in done.stderr:
+            break
     assert done.returncode == 0, done.stderr
     assert "one student: True" in done.stdout and "proved" in done.stdout
 
