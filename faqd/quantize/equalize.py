@@ -72,11 +72,11 @@ class _Reader:
 def equalized(
     traced: fx.GraphModule, bits: QuantConfig, batches: Iterable[Tensor], keep: Collection[str] = ()
 ) -> Equalized:
-    """batches: unlabelled network input (N, C, H, W), N >= 2 in the first, for the largest values of every channel.
+    """batches: unlabelled network input (N, C, H, W), for the largest values of every channel.
     keep: the nodes whose values must not change; behind them there is a product instead."""
     network = copy.deepcopy(traced)
     parts = list(batches)
-    nodes.propagate(network, parts[0][:2])
+    nodes.propagate(network, two_of(parts[0]))
     placement = place(network, bits)
     grids = placement.activations
     peaks = _Peaks(network, grids).of(parts)
@@ -104,6 +104,11 @@ def equalized(
         _put_product(network, node, names[node], factor)
     network.recompile()
     return Equalized(network, tuple(tensors), tuple(products))
+
+
+def two_of(images: Tensor) -> Tensor:
+    """Two images for shapes, of which a single one says less."""
+    return images[:2] if len(images) > 1 else images.repeat(2, *[1] * (images.dim() - 1))
 
 
 def with_products(traced: fx.GraphModule, places: Sequence[str]) -> fx.GraphModule:

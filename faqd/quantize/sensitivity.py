@@ -14,6 +14,7 @@ from faqd.calib.ranges import Method
 from faqd.fidelity import KEPT
 from faqd.quantize import nodes
 from faqd.quantize.calibrate import calibrate, float_forward
+from faqd.quantize.equalize import two_of
 from faqd.quantize.int8_share import int8_share
 from faqd.quantize.output_distance import OutputDistance
 from faqd.quantize.prepare import insert_quantizers
@@ -108,7 +109,7 @@ class Sensitivity:
         exclude = _expression(places)
         patterns = (*config.exclude, exclude) if exclude else config.exclude
         student = insert_quantizers(
-            self.student.float_network, replace(config, exclude=patterns), self._distance.images[:2]
+            self.student.float_network, replace(config, exclude=patterns), two_of(self._distance.images)
         )
         student.network.eval()
         calibrate(student, self._calibration, self._method)

@@ -12,7 +12,7 @@ from faqd.calib.ranges import Method
 from faqd.fidelity import KEPT, rounded
 from faqd.quantize.calibrate import calibrate
 from faqd.quantize.config import QuantConfig
-from faqd.quantize.equalize import Equalized, equalized
+from faqd.quantize.equalize import Equalized, equalized, two_of
 from faqd.quantize.output_distance import OutputDistance
 from faqd.quantize.prepare import insert_quantizers
 from faqd.quantize.student import Student
@@ -95,6 +95,6 @@ def _candidates(
 
 
 def _student(traced: fx.GraphModule, bits: QuantConfig, batches: Sequence[Tensor]) -> Student:
-    student = insert_quantizers(traced, bits, batches[0][:2])
+    student = insert_quantizers(traced, bits, two_of(batches[0]))
     student.network.eval()
     return student

@@ -58,6 +58,12 @@ def test_wrong_input(user: User, more: tuple[object, ...], code: int, said: str)
     assert outcome.code == code and said in outcome.stderr
 
 
+def test_one_image_for_scales(user: User, tmp_path: Path) -> None:
+    one = ("--calibration-images", 1, "--equalize", "always")
+    succeeds(faqd_deploy("ptq", *user.teacher, *user.data, *one, "--out", tmp_path / "b"))
+    succeeds(faqd_deploy("sensitivity", *user.teacher, *user.data, *one))
+
+
 def trial(floats: int, share: float, fidelity: float) -> Trial:
     return Trial(f"^{floats}$" if floats else "", floats, share, fidelity)
 
