@@ -101,8 +101,9 @@ def codes_in_words(record: dict[str, Any]) -> str:
     layers = [layer for flavour in record["flavours"].values() for layer in flavour["layers"]]
     compared = [layer[mode] for layer in layers for mode in ("plain", "optimised") if "codes" in layer.get(mode, {})]
     codes, differing = (sum(each[key] for each in compared) for key in ("codes", "differing"))
+    verb = "differs" if differing == 1 else "differ"
     ties = " by one, at ties" if differing else ""
-    return f"the files compute the student: {codes:,} codes compared, {differing:,} differ{ties}"
+    return f"the files compute the student: {codes:,} codes compared, {differing:,} {verb}{ties}"
 
 
 def proofs_of(bundle: Bundle) -> dict[Target, Proof]:

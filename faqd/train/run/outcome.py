@@ -6,9 +6,11 @@ from typing import Any
 
 from faqd.fidelity import rounded, verdict
 
-HARDLY = 0.9
-"""Of the measure before training: what is left of it where training was worth its time. Less of a gain than a tenth of
-the error is about what another calibration or another seed makes."""
+HARDLY = 0.1
+"""Of the measure before training: the least gain for which training is said to have helped; less is about what another
+calibration or another seed makes."""
+HARDLY_OF_ALL = 0.005
+"""The same as a distance of the outputs: half a percent of what the teacher tells of an image."""
 
 
 def outcome(record: dict[str, Any]) -> str | None:
@@ -20,12 +22,16 @@ def outcome(record: dict[str, Any]) -> str | None:
     before, after = kept["untrained"], kept["measure"]
     if kept["iteration"] == 0:
         told = "training did not help, and the untrained student is kept"
-    elif before > 0 and after > HARDLY * before:
+    elif before - after < max(HARDLY * before, HARDLY_OF_ALL if _by_distance(record["recipe"]) else 0.0):
         told = "training hardly helped"
     else:
         told = "training helped"
     same = "" if told == "training helped" else "; `faqd-deploy ptq`, which takes a minute, does as well"
     return f"{told}: {_figures(record['recipe'], before, after)}{same}."
+
+
+def _by_distance(recipe: dict[str, Any]) -> bool:
+    return recipe["select"] is None and not recipe["label_weight"]
 
 
 def _figures(recipe: dict[str, Any], before: float, after: float) -> str:
