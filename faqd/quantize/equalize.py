@@ -9,6 +9,7 @@ stays, one product per channel in float.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,11 +84,15 @@ def equalized(
     largest = {node: float(peak.max()) for node, peak in peaks.items()}
     for group in placement.shared:
         largest |= dict.fromkeys(group, max(largest[node] for node in group))
-    names = nodes.places(network)
+    names, uses = nodes.places(network), _uses(network)
     tensors, products = [], []
     for node, grid in grids.items():
         readers, producer = _readers(network, node), _producer(network, node, keep)
-        if readers is None or (producer is None and grid.high != SIGNED_8.high):
+        if producer is not None and not all(_is_own(own, uses) for own in (producer.weight, producer.bias)):
+            producer = None
+        if readers is None or not all(_is_own(reader.layer.weight, uses) for reader in readers):
+            continue
+        if producer is None and grid.high != SIGNED_8.high:
             continue
         exponent = DEPTHWISE if any(reader.depthwise for reader in readers) else DENSE
         t = (largest[node] / peaks[node]).nan_to_num(1.0, posinf=1.0).pow(exponent).clamp(1.0, LARGEST)
@@ -104,6 +109,19 @@ def equalized(
         _put_product(network, node, names[node], factor)
     network.recompile()
     return Equalized(network, tuple(tensors), tuple(products))
+
+
+def _uses(network: fx.GraphModule) -> Counter[int]:
+    """In how many calls each parameter is used, by its id."""
+    called = [module for node in network.graph.nodes if (module := nodes.module_of(network, node)) is not None]
+    read = [nodes.held_tensor(network, node) for node in network.graph.nodes if node.op == "get_attr"]
+    return Counter(map(id, [*(own for module in called for own in module.parameters()), *read]))
+
+
+def _is_own(tensor: Tensor | None, uses: Counter[int]) -> bool:
+    """Whether a layer's tensor can be changed for it alone: no tied one, none of a layer that is called twice, and no
+    filter that training does not touch."""
+    return tensor is None or (isinstance(tensor, nn.Parameter) and uses[id(tensor)] == 1)
 
 
 def two_of(images: Tensor) -> Tensor:

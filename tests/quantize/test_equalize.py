@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -58,8 +56,39 @@ class Residual(nn.Module):
         return found
 
 
-def chain(*layers: nn.Module) -> Callable[[], nn.Module]:
-    return lambda: nn.Sequential(*layers)
+class Twice(nn.Module):
+    """One layer reads two tensors: it cannot be divided for either."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = uneven(nn.Conv2d(3, 4, 1)), nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+        self.relu, self.silu = nn.ReLU(), nn.SiLU()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.head(self.silu(self.a(x))), self.head(self.relu(self.b(x)))
+
+
+class Tied(Twice):
+    """The same, as two layers with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Conv2d(4, 4, 1)
+        self.other.weight = self.head.weight
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.head(self.silu(self.a(x))), self.other(self.relu(self.b(x)))
+
+
+class TiedProducers(Twice):
+    """What makes a tensor makes another one too, which nobody multiplies: a product stands behind the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.b.weight = self.a.weight  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.head(self.relu(self.a(x))), self.b(x)
 
 
 def normed(norm: nn.BatchNorm2d) -> nn.BatchNorm2d:
@@ -102,6 +131,14 @@ NETWORKS: dict[str, tuple[nn.Module, int, int]] = {
     "joined": (Forked(), 2, 1),
     "flattened": (nn.Sequential(uneven(nn.Conv2d(3, 6, 3)), nn.ReLU(), nn.Flatten(), nn.Linear(384, 4)), 0, 0),
     "added": (Residual(), 1, 1),
+    "a layer called twice": (Twice(), 0, 0),
+    "a tied weight": (Tied(), 0, 0),
+    "tied in front": (TiedProducers(), 1, 1),
+    "a computed weight": (
+        nn.Sequential(uneven(nn.Conv2d(3, 6, 3)), nn.ReLU(), nn.utils.parametrizations.weight_norm(nn.Conv2d(6, 4, 3))),
+        1,
+        0,
+    ),
     "an output": (nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU()), 0, 0),
 }
 
