@@ -21,6 +21,8 @@ Array = NDArray[Any]
 Outputs = Mapping[str, Array]
 """A network's outputs by name, images first."""
 Verdict = Literal["kept", "lost something", "ruined"]
+VERDICTS: tuple[Verdict, ...] = ("ruined", "lost something", "kept")
+"""From the worst to the best."""
 
 KEPT = 0.97
 """From here on a student has kept its teacher's task. Of those in results/defaults, of published networks, the ones
@@ -55,7 +57,7 @@ class Branch:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Branch:
-        start, end = record["channels"]
+        start, end = map(int, record["channels"])
         return cls(start, end, record["probability"], tuple(record.get("variance", ())))
 
 
@@ -66,7 +68,12 @@ Branches = Mapping[str, Sequence[Branch]]
 def fidelity(found: Outputs, teacher: Outputs, branches: Branches) -> dict[str, float]:
     """0 to 1 by output of the teacher. Outputs (N, C, ...) or (N,); `found` may have more images than were stored of
     the teacher."""
-    return {name: max(0.0, 1 - distance) for name, distance in distances(found, teacher, branches).items()}
+    return {name: kept_at(distance) for name, distance in distances(found, teacher, branches).items()}
+
+
+def kept_at(distance: float) -> float:
+    """The fidelity at a distance: nothing is left from 1 on."""
+    return max(0.0, 1 - distance)
 
 
 def distances(found: Outputs, teacher: Outputs, branches: Branches) -> dict[str, float]:
@@ -75,7 +82,7 @@ def distances(found: Outputs, teacher: Outputs, branches: Branches) -> dict[str,
     The mean over branches of the mean over channels, images and places, where a place, or an image that has none,
     counts by the teacher's certainty there; a gate counts everywhere alike.
     """
-    parts = {name: branches.get(name) or (Branch(0, _channels(values), False),) for name, values in teacher.items()}
+    parts = {name: _fitting(branches.get(name, ()), _channels(values)) for name, values in teacher.items()}
     sure = _certainties(teacher, parts)
     result = {}
     for name, wanted in teacher.items():
@@ -88,6 +95,13 @@ def distances(found: Outputs, teacher: Outputs, branches: Branches) -> dict[str,
             distance = float(np.mean(each))
         result[name] = math.inf if math.isnan(distance) else distance
     return result
+
+
+def _fitting(branches: Sequence[Branch], channels: int) -> Sequence[Branch]:
+    """The branches where they are those of an output with so many channels, else a single one."""
+    ends = [0, *(branch.end for branch in branches)]
+    whole = [branch.start for branch in branches] == ends[:-1] and ends == sorted(set(ends))
+    return branches if whole and ends[-1] == channels else (Branch(0, channels, False),)
 
 
 def _distance(found: Array, wanted: Array, branch: Branch, weight: Array | None) -> float:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from faqd.bundle import MANIFEST, STUDENT_ONNXRUNTIME, STUDENT_TENSORRT, VERIFY, Bundle
 from faqd.cpu import cpu_kind
+from faqd.fidelity import VERDICTS
 from faqd.files import read_json, sha256
 from faqd.quant import Target
 from faqd.schema import COUNT, Each, Many, Maybe, unprintable, wrong
@@ -78,7 +79,7 @@ _FIDELITY = {
     "images": COUNT,
     "fidelity": Each(float),
     "least": float,
-    "verdict": ("kept", "lost something", "ruined"),
+    "verdict": VERDICTS,
     "top1_agreement": Maybe(_SHARE),
 }
 

@@ -12,7 +12,7 @@ from faqd import __version__
 from faqd.bundle import WORTH_INT8
 from faqd.deploy.write_bundle import Calibration, quantized_float
 from faqd.errors import UserError
-from faqd.fidelity import rounded, verdict
+from faqd.fidelity import VERDICTS, rounded, verdict
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.sensitivity import Part, Sensitivity, Trial
 
@@ -88,7 +88,7 @@ def cure(trials: Sequence[Trial]) -> Trial | None:
 
 
 def _rank(trial: Trial) -> int:
-    return ("ruined", "lost something", "kept").index(verdict(trial.fidelity))
+    return VERDICTS.index(verdict(trial.fidelity))
 
 
 def _trial_in_words(trial: Trial) -> str:

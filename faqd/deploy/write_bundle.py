@@ -24,7 +24,7 @@ from faqd.quantize.capture.capture import capture
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.convert import collect_output_scales
 from faqd.quantize.student import Student
-from faqd.quantize.without_training import CalibrationMethod, Equalize, Untrained, best_without_training
+from faqd.quantize.without_training import JUDGED_IMAGES, CalibrationMethod, Equalize, Untrained, best_without_training
 from faqd.train.data.datasets import Dataset, labelled_if_possible
 from faqd.train.networks.own_tensors import own_tensors
 from faqd.train.networks.source import NetworkSource
@@ -34,8 +34,6 @@ from faqd.train.run.lesson import Teacher, lesson_from
 from faqd.train.run.student import load_student
 
 OUTPUT_SCALE_IMAGES = 512
-JUDGED_IMAGES = 32
-"""Of the select split, on which what is tried without training is compared."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import Tensor, fx
 
 from faqd.calib.ranges import Method
-from faqd.fidelity import KEPT
+from faqd.fidelity import KEPT, kept_at
 from faqd.quantize import nodes
 from faqd.quantize.calibrate import calibrate, float_forward
 from faqd.quantize.equalize import two_of
@@ -113,8 +113,7 @@ class Sensitivity:
         )
         student.network.eval()
         calibrate(student, self._calibration, self._method)
-        fidelity = max(0.0, 1 - self._distance.of(student.network))
-        return Trial(exclude, len(places), int8_share(student), fidelity)
+        return Trial(exclude, len(places), int8_share(student), kept_at(self._distance.of(student.network)))
 
     def _alone(self, quantizer: Any) -> float:
         with _enabled(quantizer):

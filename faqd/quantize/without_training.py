@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor, fx
 
 from faqd.calib.ranges import Method
-from faqd.fidelity import KEPT, rounded
+from faqd.fidelity import KEPT, kept_at, rounded
 from faqd.quantize.calibrate import calibrate
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.equalize import Equalized, equalized, two_of
@@ -23,6 +23,8 @@ METHODS: tuple[Method, ...] = ("mse", "percentile")
 """Tried unasked. `entropy` was between the two, or worse, on three detectors; `max` is for outliers that count."""
 
 
+JUDGED_IMAGES = 32
+"""Of the select split, on which what is tried is compared."""
 EXACT = 1e-6
 """The distance of an equalized network in float; sums in another order make 1e-10."""
 
@@ -39,7 +41,7 @@ class Untrained:
 
     @property
     def fidelity(self) -> float:
-        return max(0.0, 1 - self.distance)
+        return kept_at(self.distance)
 
     def in_words(self) -> str:
         count = 0 if self.equalized is None else len(self.equalized.tensors)

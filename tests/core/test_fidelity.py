@@ -43,6 +43,12 @@ def test_channels_of_different_sizes_count_alike() -> None:
     assert fidelity({"y": found}, {"y": teacher}, branches)["y"] < RUINED
 
 
+@pytest.mark.parametrize("spans", [[(0, 9)], [(0, 2), (3, 5)], [(-1, 5)], [(0, 0), (0, 5)], [(4, 5), (0, 4)], []])
+def test_branches_of_another_output_are_none(spans: list[tuple[int, int]]) -> None:
+    wrong = {"y": tuple(Branch(start, end, True) for start, end in spans)}
+    assert fidelity({"y": MAPS + 0.1}, {"y": MAPS}, wrong) == fidelity({"y": MAPS + 0.1}, {"y": MAPS}, {})
+
+
 @pytest.mark.parametrize("value", [np.inf, np.nan, 1e38])
 def test_what_is_no_number_keeps_nothing(value: float) -> None:
     found = SCORES.copy()

@@ -7,6 +7,7 @@ from typing import Any
 
 from faqd.benchmarks.report.layer_time_chart import KINDS
 from faqd.bundle import FLOATS
+from faqd.fidelity import VERDICTS
 from faqd.schema import COUNT, POSITIVE, Each, Many, Maybe, wrong
 
 _SHARE = {"value": float, "low": float, "high": float, "n": COUNT}
@@ -19,7 +20,7 @@ _ACCURACY = {
     "kl_to_teacher_nats": Maybe(float),
     "snr_db": Maybe(Each(Maybe(float))),
 }
-_FIDELITY = {"by_output": Each(float), "least": float, "verdict": ("kept", "lost something", "ruined")}
+_FIDELITY = {"by_output": Each(float), "least": float, "verdict": VERDICTS}
 """Older records have none."""
 _SUMMARY = {
     "batch": COUNT,

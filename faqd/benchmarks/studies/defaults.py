@@ -42,7 +42,7 @@ from faqd.quantize.capture.capture import capture
 from faqd.quantize.convert import collect_output_scales, convert
 from faqd.quantize.outputs import run_batches
 from faqd.quantize.student import Student
-from faqd.quantize.without_training import best_without_training
+from faqd.quantize.without_training import JUDGED_IMAGES, best_without_training
 from faqd.train.data.datasets import Split, load_dataset
 from faqd.train.data.image_files import list_images, read_images
 from faqd.train.distill import distill
@@ -56,7 +56,6 @@ from faqd.train.recipes import DistillRecipe, distill_default
 from faqd.train.run.folder import network_input
 from faqd.train.run.lesson import Lesson, lesson_from
 from faqd.train.run.student import load_student, recipe_bits
-from faqd.train.run.untrained_start import JUDGED_IMAGES
 
 DATA_OPTIONS = ("data", "data_root", "download", "image_size", "resize", "channels", "mean", "std", "labels", "limit")
 BATCH_PIXELS = 2**19

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from faqd.fidelity import rounded, verdict
+from faqd.fidelity import kept_at, rounded, verdict
 
 HARDLY = 0.1
 """Of the measure before training: the least gain for which training is said to have helped; less is about what another
@@ -39,6 +39,6 @@ def _figures(recipe: dict[str, Any], before: float, after: float) -> str:
         return f"{recipe['select']} gives {abs(before):.4g} untrained and {abs(after):.4g} for what is kept"
     if recipe["label_weight"]:
         return f"a loss of {before:.4g} untrained and {after:.4g} for what is kept"
-    first, last = (max(0.0, 1 - distance) for distance in (before, after))
+    first, last = map(kept_at, (before, after))
     figures = rounded(last) if after == before else f"{rounded(first)} before, {rounded(last)} after"
     return f"on the select split fidelity {figures} (of its teacher: {verdict(last)})"

@@ -5,16 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from faqd.quantize.student import Student
-from faqd.quantize.without_training import Untrained, best_without_training
+from faqd.quantize.without_training import JUDGED_IMAGES, Untrained, best_without_training
 from faqd.train.data.datasets import Say
 from faqd.train.loop.batches import Images
 from faqd.train.loop.calibration_images import calibration_batches
 from faqd.train.loop.distributed import ProcessGroup
 from faqd.train.run.folder import RECORD, read_record
 from faqd.train.run.prepared_student import PreparedStudent
-
-JUDGED_IMAGES = 32
-"""Of the select split, on which what is tried is compared."""
 
 
 def with_best_start(
