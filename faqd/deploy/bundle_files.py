@@ -28,6 +28,7 @@ from faqd.deploy.verify.verify import CEIL_NOTE, agreement_images, verify_bundle
 from faqd.files import written_beside
 from faqd.preprocess import Preprocess
 from faqd.quant import Target
+from faqd.quantize import nodes
 from faqd.quantize.capture.capture import capture
 from faqd.quantize.capture.fuse_batch_norm import fused
 from faqd.quantize.convert import convert
@@ -38,8 +39,8 @@ Say = Callable[[str], None]
 def put_bundle(parts: Parts, out: Path, options: BundleOptions, say: Say) -> Bundle:
     images = parts.evaluation.images
     inputs = torch.from_numpy(parts.preprocess.normalise(images))
-    example = inputs[:2] if len(inputs) > 1 else inputs.repeat(2, 1, 1, 1)
-    parts = replace(parts, teacher_graph=parts.teacher_graph or capture(parts.teacher, example))
+    captured = parts.teacher_graph or capture(parts.teacher, nodes.two_of(inputs))
+    parts = replace(parts, teacher_graph=captured)
     probes, driven = probe_inputs(images, parts.preprocess.normalise)
     with written_beside(out) as folder:
         folder.mkdir()

@@ -77,7 +77,7 @@ def equalized(
     keep: the nodes whose values must not change; behind them there is a product instead."""
     network = copy.deepcopy(traced)
     parts = list(batches)
-    nodes.propagate(network, two_of(parts[0]))
+    nodes.propagate(network, nodes.two_of(parts[0]))
     placement = place(network, bits)
     grids = placement.activations
     peaks = _Peaks(network, grids).of(parts)
@@ -122,11 +122,6 @@ def _is_own(tensor: Tensor | None, uses: Counter[int]) -> bool:
     """Whether a layer's tensor can be changed for it alone: no tied one, none of a layer that is called twice, and no
     filter that training does not touch."""
     return tensor is None or (isinstance(tensor, nn.Parameter) and uses[id(tensor)] == 1)
-
-
-def two_of(images: Tensor) -> Tensor:
-    """Two images for shapes, of which a single one says less."""
-    return images[:2] if len(images) > 1 else images.repeat(2, *[1] * (images.dim() - 1))
 
 
 def with_products(traced: fx.GraphModule, places: Sequence[str]) -> fx.GraphModule:

@@ -34,6 +34,11 @@ def propagate(traced: fx.GraphModule, example: Tensor) -> None:
         _Shapes(traced).run(example)
 
 
+def two_of(images: Tensor) -> Tensor:
+    """Two images for shapes, of which a single one says less."""
+    return images[:2] if len(images) > 1 else images.repeat(2, *[1] * (images.dim() - 1))
+
+
 class _Shapes(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         try:

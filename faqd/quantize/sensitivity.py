@@ -14,7 +14,6 @@ from faqd.calib.ranges import Method
 from faqd.fidelity import KEPT, kept_at
 from faqd.quantize import nodes
 from faqd.quantize.calibrate import calibrate, float_forward
-from faqd.quantize.equalize import two_of
 from faqd.quantize.int8_share import int8_share
 from faqd.quantize.output_distance import OutputDistance
 from faqd.quantize.prepare import insert_quantizers
@@ -109,7 +108,7 @@ class Sensitivity:
         exclude = _expression(places)
         patterns = (*config.exclude, exclude) if exclude else config.exclude
         student = insert_quantizers(
-            self.student.float_network, replace(config, exclude=patterns), two_of(self._distance.images)
+            self.student.float_network, replace(config, exclude=patterns), nodes.two_of(self._distance.images)
         )
         student.network.eval()
         calibrate(student, self._calibration, self._method)

@@ -10,9 +10,10 @@ from torch import Tensor, fx
 
 from faqd.calib.ranges import Method
 from faqd.fidelity import KEPT, kept_at, rounded
+from faqd.quantize import nodes
 from faqd.quantize.calibrate import calibrate
 from faqd.quantize.config import QuantConfig
-from faqd.quantize.equalize import Equalized, equalized, two_of
+from faqd.quantize.equalize import Equalized, equalized
 from faqd.quantize.output_distance import OutputDistance
 from faqd.quantize.prepare import insert_quantizers
 from faqd.quantize.student import Student
@@ -103,6 +104,6 @@ def _candidates(
 
 
 def _student(traced: fx.GraphModule, bits: QuantConfig, batches: Sequence[Tensor]) -> Student:
-    student = insert_quantizers(traced, bits, two_of(batches[0]))
+    student = insert_quantizers(traced, bits, nodes.two_of(batches[0]))
     student.network.eval()
     return student

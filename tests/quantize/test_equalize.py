@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,11 +18,13 @@ SEEN = torch.randn(8, 3, 10, 10, generator=torch.Generator().manual_seed(1))
 EIGHT = QuantConfig()
 
 
-def uneven(layer: nn.Module, factor: float = 50.0) -> nn.Module:
+Layer = TypeVar("Layer", nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+
+
+def uneven(layer: Layer, factor: float = 50.0) -> Layer:
     """The first output channel is `factor` times as large as the others."""
     with torch.no_grad():
         weight = layer.weight
-        assert isinstance(weight, Tensor)
         weight[0 if not isinstance(layer, nn.ConvTranspose2d) else slice(None), :1] *= factor
         if not isinstance(layer, nn.ConvTranspose2d):
             weight[0] *= factor
@@ -85,7 +89,7 @@ class TiedProducers(Twice):
 
     def __init__(self) -> None:
         super().__init__()
-        self.b.weight = self.a.weight  # type: ignore[assignment]
+        self.b.weight = self.a.weight
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.head(self.relu(self.a(x))), self.b(x)
@@ -182,7 +186,8 @@ def test_channels_come_as_near_as_they_may() -> None:
 def test_a_channel_that_is_always_zero_stays() -> None:
     first = nn.Conv2d(3, 4, 1)
     with torch.no_grad():
-        first.weight[1], first.bias[1] = 0, 0  # type: ignore[index]
+        assert first.bias is not None
+        first.weight[1], first.bias[1] = 0, 0
     made = equalized(capture(nn.Sequential(first, nn.ReLU(), nn.Conv2d(4, 4, 1)).eval(), X[:2]), EIGHT, [X])
     assert all(torch.isfinite(value).all() for value in made.network.state_dict().values())
 
