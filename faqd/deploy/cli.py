@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -27,6 +27,10 @@ from faqd.deploy.options import (
     shape_flags,
 )
 from faqd.errors import UserError
+
+if TYPE_CHECKING:
+    from faqd.deploy.write_bundle import Calibration
+    from faqd.quantize.config import QuantConfig
 
 
 @click.group(cls=Group, context_settings=SETTINGS)
@@ -71,14 +75,6 @@ def export(
 def ptq(
     teacher: str,
     teacher_weights: Path | None,
-    weight_bits: int,
-    act_bits: int,
-    target: Any,
-    exclude: tuple[str, ...],
-    strict: bool | None,
-    calibration: Any,
-    calibration_images: int,
-    equalize: Any,
     out: Path,
     eval_samples: int | None,
     float_type: Any,
@@ -92,11 +88,9 @@ def ptq(
     """Quantize a float network without training: the baseline, as a bundle of the same kind."""
     from faqd.deploy.bundle_facts import BundleOptions
     from faqd.deploy.conclusion import conclude
-    from faqd.deploy.write_bundle import Calibration, quantize_after_training
-    from faqd.quantize.config import QuantConfig
+    from faqd.deploy.write_bundle import quantize_after_training
 
-    bits = QuantConfig(weight_bits, act_bits, target, exclude=exclude, strict=bool(strict))
-    chosen = Calibration(calibration, calibration_images, equalize)
+    bits, chosen = _quantization(options)
     asked = BundleOptions(eval_samples, float_type, input_form, servers, licence)
     bundle = quantize_after_training(teacher, teacher_weights, data_values(options), bits, chosen, out, asked, _say)
     conclude(bundle, json_target, min_fidelity)
@@ -114,14 +108,6 @@ def ptq(
 def sensitivity(
     teacher: str,
     teacher_weights: Path | None,
-    weight_bits: int,
-    act_bits: int,
-    target: Any,
-    exclude: tuple[str, ...],
-    strict: bool | None,
-    calibration: Any,
-    calibration_images: int,
-    equalize: Any,
     images: int,
     json_target: str | None,
     **options: Any,
@@ -129,11 +115,8 @@ def sensitivity(
     """Say which roundings cost a float network most, and what to keep float so that its outputs are kept."""
     from faqd.deploy.sensitivity import lines
     from faqd.deploy.sensitivity import sensitivity as found_by
-    from faqd.deploy.write_bundle import Calibration
-    from faqd.quantize.config import QuantConfig
 
-    bits = QuantConfig(weight_bits, act_bits, target, exclude=exclude, strict=bool(strict))
-    chosen = Calibration(calibration, calibration_images, equalize)
+    bits, chosen = _quantization(options)
     record = found_by(teacher, teacher_weights, data_values(options), bits, chosen, images, _say)
     if json_target is None:
         click.echo("\n".join(lines(record)))
@@ -267,6 +250,17 @@ def selftest(cases: str | None, backend: str, json_target: str | None) -> None:
     _say(conclusion(record))
     if record["summary"]["broken"]:
         raise UserError(f"not as faqd needs it: {', '.join(record['summary']['broken'])}", exit_code=1)
+
+
+def _quantization(options: dict[str, Any]) -> tuple[QuantConfig, Calibration]:
+    """Take what `float_flags` say of the student out of a command's keyword arguments."""
+    from faqd.deploy.write_bundle import Calibration
+    from faqd.quantize.config import QuantConfig
+
+    names = ("weight_bits", "act_bits", "target", "exclude", "strict", "calibration", "calibration_images", "equalize")
+    weights, activations, target, exclude, strict, method, images, equalize = map(options.pop, names)
+    bits = QuantConfig(weights, activations, target, exclude=exclude, strict=bool(strict))
+    return bits, Calibration(method, images, equalize)
 
 
 def _say(text: str) -> None:
