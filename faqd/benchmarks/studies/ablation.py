@@ -92,7 +92,7 @@ STUDIES = {
         "resnet8",
         open_training(1, 100, 300),
         3,
-        2,
+        1,
     ),
 }
 
