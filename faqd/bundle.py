@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,13 @@ _FACTS = {
 _COMPARED = {"images": COUNT, "snr_db": Each(Maybe(float))}
 FLOATS = {"islands": Many({"operators": Each(str), "line": str}), "int8_share": float}
 """What a manifest, and the record of a bench, says of what stays float; older ones say nothing of it."""
-_OPTIONAL = {"as_trained": Maybe(_COMPARED), "rounding": Maybe(str), **FLOATS}
+_FLOAT32_PART = {"nodes": Many(str, 1), "reason": str}
+_OPTIONAL = {
+    "as_trained": Maybe(_COMPARED),
+    "rounding": Maybe(str),
+    "float32_parts": Many(_FLOAT32_PART),
+    **FLOATS,
+}
 WORTH_INT8 = 0.5
 """Below this share of multiply-accumulates on integers, what is left float decides how long a network takes."""
 
@@ -75,6 +81,14 @@ def floats_in_words(facts: Mapping[str, Any]) -> Iterator[str]:
     if islands or share < 1:
         verdict = "" if share >= WORTH_INT8 else ": INT8 is not worth it here"
         yield f"{100 * share:.1f} % of the multiply-accumulates run in INT8{verdict}."
+
+
+def float32_in_words(reasons: Sequence[str], places: int = 1) -> Iterator[str]:
+    """What to say of the parts of an FP16 file that stay FP32, the first `places` of them by their reasons."""
+    if reasons:
+        count = f"{len(reasons)} float {'part' if len(reasons) == 1 else 'parts'} of {STUDENT_TENSORRT}"
+        more = f"; and {len(reasons) - places} more" if len(reasons) > places else ""
+        yield f"{count} FP32, for FP16 is too coarse there: {'; '.join(reasons[:places])}{more}."
 
 
 def float_operators(islands: list[dict[str, Any]]) -> str:

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from faqd.bundle import Evaluation
+from faqd.deploy.export.float16_islands import Float32Part
 from faqd.deploy.export.server_configs import Server
 from faqd.deploy.lower import Lowered
 from faqd.preprocess import Preprocess
@@ -45,8 +46,8 @@ class Parts:
     """All that a bundle is made from.
 
     name, made_from: of the student's network, and the SHA-256 of its weights. evaluation: still without what the
-    teacher makes of it. teacher_graph: the teacher as it was captured, where that was done already. untrained: how the
-    student of a bundle of kind `ptq` was made.
+    teacher makes of it. calibration: network input on which is seen what FP16 does. teacher_graph: the teacher as it
+    was captured, where that was done already. untrained: how the student of a bundle of kind `ptq` was made.
     """
 
     kind: Literal["distilled", "ptq"]
@@ -59,15 +60,20 @@ class Parts:
     teacher_sha256: str
     preprocess: Preprocess
     evaluation: Evaluation
+    calibration: torch.Tensor
     classes: tuple[str, ...] | None
     teacher_graph: torch.fx.GraphModule | None = None
     untrained: Untrained | None = None
 
 
 def manifest_facts(
-    parts: Parts, options: BundleOptions, lowered: Mapping[Target, Lowered], teacher: dict[str, NDArray[np.float32]]
+    parts: Parts,
+    options: BundleOptions,
+    lowered: Mapping[Target, Lowered],
+    float32: list[Float32Part],
+    teacher: dict[str, NDArray[np.float32]],
 ) -> dict[str, Any]:
-    """The manifest but for its files. teacher: its outputs for the evaluation images."""
+    """The manifest but for its files. float32: of the FP16 file. teacher: its outputs for the evaluation images."""
     bits = parts.student.config
     first = next(iter(lowered.values()))
     changes = {runtime: each.network.changes for runtime, each in lowered.items()}
@@ -95,6 +101,7 @@ def manifest_facts(
         "float_layers": {runtime: each.floats for runtime, each in changes.items() if each.floats},
         "unrounded_layers": {runtime: each.unrounded for runtime, each in changes.items() if each.unrounded},
         "float_type": options.float_type,
+        "float32_parts": [{"nodes": list(part.nodes), "reason": part.reason} for part in float32],
         "input": _input(parts.preprocess, options.input_form),
     }
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from faqd import bundle as names
-from faqd.bundle import Bundle, write_manifest
+from faqd.bundle import Bundle, float32_in_words, write_manifest
 from faqd.deploy.bundle_facts import BundleOptions, Parts, licence_metadata, manifest_facts, student_metadata
 from faqd.deploy.export.float16 import float16_from_float32
+from faqd.deploy.export.float16_islands import Float32Part, float32_parts
 from faqd.deploy.export.server_configs import serving_files
 from faqd.deploy.export.teacher_float16 import TEACHER_IMAGES, teacher_float16
 from faqd.deploy.export.torch_to_onnx import onnx_from_deployed, onnx_from_network, save
@@ -45,7 +46,7 @@ def put_bundle(parts: Parts, out: Path, options: BundleOptions, say: Say) -> Bun
     with written_beside(out) as folder:
         folder.mkdir()
         files = _Files(folder, parts.preprocess if options.input_form == "uint8-nhwc" else None, say)
-        lowered = _put_students(parts, files, torch.from_numpy(probes), driven, options, say)
+        lowered, float32 = _put_students(parts, files, torch.from_numpy(probes), driven, options, say)
         _put_float_networks(parts, files, inputs, options, say)
         wanted = stored_outputs(parts.teacher, inputs)
         replace(parts.evaluation, teacher=wanted).save(folder / names.EVAL)
@@ -55,7 +56,9 @@ def put_bundle(parts: Parts, out: Path, options: BundleOptions, say: Say) -> Bun
         names.save_probe_outputs(folder, {"student": unrounded, "teacher": of_teacher})
         files.made_from |= {names.PROBE_OUTPUTS: parts.made_from, names.EVAL: parts.teacher_sha256}
         trained = as_trained(parts.student, next(iter(lowered.values())).network, inputs[: agreement_images(wanted)])
-        bundle = _proved(files, {**manifest_facts(parts, options, lowered, wanted), "as_trained": trained}, say)
+        bundle = _proved(
+            files, {**manifest_facts(parts, options, lowered, float32, wanted), "as_trained": trained}, say
+        )
         for name, text in serving_files(bundle, options.servers).items():
             (folder / name).write_text(text, encoding="utf-8")
             say(f"wrote {name}, untried")
@@ -80,9 +83,10 @@ class _Files:
 
 def _put_students(
     parts: Parts, files: _Files, probes: Tensor, driven: int, options: BundleOptions, say: Say
-) -> dict[Target, Lowered]:
-    """The files of the student, by what runs them."""
+) -> tuple[dict[Target, Lowered], list[Float32Part]]:
+    """The files of the student, by what runs them, and what stays float32 in TensorRT's FP16 file."""
     found: dict[Target, Lowered] = {}
+    float32: list[Float32Part] = []
     bits, metadata = parts.student.config, student_metadata(parts, options)
     for runtime in flavours(bits.target, bits.activations):
         lowered = found[runtime] = lower(
@@ -94,11 +98,16 @@ def _put_students(
             files.put(names.STUDENT_ONNXRUNTIME, lowered.onnx, parts.made_from)
             continue
         files.put(names.STUDENT_TENSORRT_FP32, lowered.onnx, parts.made_from)
-        deployed = float16_from_float32(lowered.onnx) if options.float_type == "fp16" else lowered.onnx
+        deployed = lowered.onnx
+        if options.float_type == "fp16":
+            float32 = float32_parts(lowered.onnx, parts.calibration.numpy())
+            deployed = float16_from_float32(lowered.onnx, {name for part in float32 for name in part.nodes})
         files.put(names.STUDENT_TENSORRT, deployed, parts.made_from)
+        for text in float32_in_words([part.reason for part in float32]):
+            say(text)
     if "tensorrt" not in found:
         say("no TensorRT file: this student has 8-bit activations 0..255, which TensorRT has no grid for.")
-    return found
+    return found, float32
 
 
 def _put_float_networks(parts: Parts, files: _Files, inputs: Tensor, options: BundleOptions, say: Say) -> None:
@@ -123,6 +132,6 @@ def _proved(files: _Files, facts: dict[str, Any], say: Say) -> Bundle:
     if beyond := verify_bundle(bundle).get("float16", {}).get("failures"):
         say(f"{names.STUDENT_TENSORRT} stays FP32 outside of its integers: {beyond[0].partition(';')[0]}")
         shutil.copyfile(files.folder / names.STUDENT_TENSORRT_FP32, files.folder / names.STUDENT_TENSORRT)
-        bundle = write_manifest(files.folder, {**facts, "float_type": "fp32"}, files.made_from)
+        bundle = write_manifest(files.folder, {**facts, "float_type": "fp32", "float32_parts": []}, files.made_from)
         verify_bundle(bundle)
     return bundle

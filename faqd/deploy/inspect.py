@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from faqd.bundle import MANIFEST, floats_in_words, load_bundle
+from faqd.bundle import MANIFEST, float32_in_words, floats_in_words, load_bundle
 from faqd.deploy.onnx_model.scan import read_scanned
 from faqd.errors import UserError
 from faqd.fidelity import in_words
@@ -44,7 +44,8 @@ def _bundle(folder: Path) -> tuple[dict[str, Any], list[str]]:
     for row in facts["layers"]:
         shape = "x".join(map(str, row["weight_shape"]))
         lines.append(f"{row['name']:34} {row['operator']:10} {row['weights']:12} {row['inputs']:14} {shape}")
-    lines += ["", *floats_in_words(facts)]
+    reasons = [part["reason"] for part in facts.get("float32_parts", [])]
+    lines += ["", *floats_in_words(facts), *float32_in_words(reasons)]
     for name, record in facts["files"].items():
         lines.append(f"{name:30} {record['bytes']:>10} bytes  sha256 {record['sha256'][:16]}")
     kept = fidelity_of(bundle)

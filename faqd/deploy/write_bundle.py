@@ -15,6 +15,7 @@ from faqd import bundle as names
 from faqd.bundle import Bundle, Evaluation
 from faqd.deploy.bundle_facts import BundleOptions, Parts
 from faqd.deploy.bundle_files import Say, put_bundle
+from faqd.deploy.export.float16_islands import IMAGES
 from faqd.deploy.export.server_configs import check_servers
 from faqd.errors import UserError
 from faqd.files import read_json, refuse_unmakeable, sha256
@@ -67,6 +68,7 @@ def export_run(run: Path, out: Path, options: BundleOptions, say: Say, data_root
         teacher_sha256,
         run_preprocess(record),
         _evaluation(dataset, options),
+        network_input(dataset.train.images[:IMAGES], run_preprocess(record)),
         dataset.classes,
     )
     return put_bundle(parts, out, options, say)
@@ -143,6 +145,7 @@ def quantize_after_training(
         taught.sha256,
         dataset.preprocess,
         _evaluation(dataset, options),
+        made.batches[0],
         dataset.classes,
         made.network,
         made.untrained,
@@ -199,6 +202,7 @@ def export(
             tensors_sha256(own_tensors(taught)),
             preprocess,
             Evaluation(pixels[: asked.eval_samples], None, {}),
+            x[:IMAGES],
             tuple(classes) if classes else None,
             held if isinstance(held, torch.fx.GraphModule) and teacher is None else None,
         )

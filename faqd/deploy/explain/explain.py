@@ -30,8 +30,8 @@ from faqd.errors import UserError
 from faqd.files import sha256
 
 FORMAT = "faqd-explain"
-VERSION = 2
-"""2: `integer_sums`."""
+VERSION = 3
+"""2: `integer_sums`. 3: `float32_parts`."""
 _BITS = {
     "FLOAT8E4M3FN": 8,
     "FLOAT8E5M2": 8,
@@ -72,6 +72,7 @@ def explanation(source: Path, *, rules_only: bool = False) -> dict[str, Any]:
         "refused": [{"found": found, "rule": _rule(rule)} for found, rule in refused.items()],
         "layers": rows,
         "integer_sums": _sums(model, named),
+        "float32_parts": manifest.get("float32_parts", []),
     }
 
 

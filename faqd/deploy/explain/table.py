@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from faqd.bundle import float32_in_words
 from faqd.deploy.verify.table import WIDTH
 from faqd.saturation import HIGHEST
 
@@ -38,6 +39,7 @@ def print_explanation(record: dict[str, Any]) -> None:
         lines += [f"{says} {cure}", *(f"  {text}" for text in found[:PLACES])]
         lines += [f"  and {len(found) - PLACES} more places"] if len(found) > PLACES else []
     lines += _saturating(record["integer_sums"])
+    lines += float32_in_words([part["reason"] for part in record["float32_parts"]], PLACES)
     for line in lines:
         console.print(line, markup=False, highlight=False)
 

@@ -105,7 +105,9 @@ def _beyond(found: NDArray[Any]) -> str:
 
 def _too_large(segment: Segment, reached: dict[str, float]) -> str:
     """Which number of the FP32 file does not fit into this layer of the FP16 file; nothing where all do."""
-    here = {name for node in segment.model.graph.node for name in (*node.input, *node.output)}
+    graph = segment.model.graph
+    described = (*graph.value_info, *graph.input, *graph.output)
+    here = {value.name for value in described if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT16}
     name = max(sorted(here & reached.keys()), key=lambda name: reached[name], default="")
     if reached.get(name, 0.0) <= LARGEST:
         return ""
