@@ -10,7 +10,7 @@ import onnx
 from torch import Tensor
 
 from faqd.deploy.explain.tensorrt_rules import int8_layers
-from faqd.deploy.export.torch_to_onnx import onnx_from_deployed
+from faqd.deploy.export.torch_to_onnx import written_from_deployed
 from faqd.deploy.verify.torch_values import torch_digests
 from faqd.quant import Target
 from faqd.quantize.convert import Deployed, convert
@@ -45,6 +45,7 @@ def lower(
     operator cannot be lowered.
     """
     network = convert(student, runtime, output_scales)
-    model = onnx_from_deployed(network, test_vectors[:2], dict(metadata or {}))
-    runs_int8 = int8_layers(model) if runtime == "tensorrt" else {}
-    return Lowered(network, model, torch_digests(network, test_vectors, driven), runs_int8)
+    written = written_from_deployed(network, test_vectors[:2], dict(metadata or {}))
+    runs_int8 = int8_layers(written.model) if runtime == "tensorrt" else {}
+    digests = torch_digests(network, test_vectors, driven, written.tensors)
+    return Lowered(network, written.model, digests, runs_int8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
@@ -20,19 +21,32 @@ from faqd.quantize.operators.registry import emission_of
 from faqd.quantize.outputs import graph_outputs
 
 
-def onnx_from_deployed(deployed: Deployed, example: Tensor, metadata: dict[str, str]) -> onnx.ModelProto:
+@dataclass(frozen=True)
+class Written:
+    """tensors: what the results of a network's nodes are called in its file, by the nodes' names."""
+
+    model: onnx.ModelProto
+    tensors: dict[str, str]
+
+
+def written_from_deployed(deployed: Deployed, example: Tensor, metadata: dict[str, str]) -> Written:
     """Write a deployed student of any flavour. example: (N, C, H, W), for its sizes only."""
-    proto = _written(deployed.network, deployed.flavour, example, metadata)
+    written = _written(deployed.network, deployed.flavour, example, metadata)
     if deployed.flavour == "onnxruntime":
         # Told the shapes of tensors inside, it lays activations out in fewer buffers and is slower at batch 1.
-        del proto.graph.value_info[:]
-    return proto
+        del written.model.graph.value_info[:]
+    return written
+
+
+def onnx_from_deployed(deployed: Deployed, example: Tensor, metadata: dict[str, str]) -> onnx.ModelProto:
+    """The file alone."""
+    return written_from_deployed(deployed, example, metadata).model
 
 
 def onnx_from_network(network: fx.GraphModule, example: Tensor, metadata: dict[str, str]) -> onnx.ModelProto:
     """Write a captured network in evaluation mode: dynamic batch, readable names, no trace of this machine."""
     network.eval()
-    return _written(network, "float", example, metadata)
+    return _written(network, "float", example, metadata).model
 
 
 def save(proto: onnx.ModelProto, path: Path) -> None:
@@ -40,12 +54,12 @@ def save(proto: onnx.ModelProto, path: Path) -> None:
         temporary.write_bytes(proto.SerializeToString(deterministic=True))
 
 
-def _written(network: fx.GraphModule, flavour: str, example: Tensor, metadata: dict[str, str]) -> onnx.ModelProto:
+def _written(network: fx.GraphModule, flavour: str, example: Tensor, metadata: dict[str, str]) -> Written:
     writer = _Writer(network, flavour, facts_of(network, example))
     model = writer.model()
     model.metadata_props.update(metadata)
     proto: onnx.ModelProto = ir.serde.serialize_model(model)
-    return with_shapes(proto, check=True)
+    return Written(with_shapes(proto, check=True), writer.tensors())
 
 
 class _Writer:
@@ -69,6 +83,10 @@ class _Writer:
                 self._others.append(node)
         self._write_others()
         return self._file.model({name: self._values[node] for name, node in self._outputs.items()})
+
+    def tensors(self) -> dict[str, str]:
+        """What the results of nodes are called, once the model is written."""
+        return {node.name: str(value.name) for node, value in self._values.items() if node.op.startswith("call")}
 
     def _write(self, node: fx.Node) -> bool:
         """Whether a row has written this node."""

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from faqd.deploy.onnx_model.session import OnnxSession
 from faqd.deploy.reference.int16_kernel import emulated
 from faqd.deploy.reference.values import Value
+from faqd.deploy.verify.float_operators import FloatOperators, has_float_operators
+from faqd.deploy.verify.floats import Floats
 from faqd.deploy.verify.numbers import WEIGHTED, grids, wrong_constants
 from faqd.deploy.verify.segments import Segment, Trace, place_of
 from faqd.deploy.verify.test_vectors import Drive
@@ -53,7 +55,7 @@ def verify_file(
     layer on the reference's inputs.
 
     torch_digests: as `torch_values.torch_digests` writes them. modes: whether onnxruntime optimizes. Returns
-    {"layers": [...], "failures": [...]}, the failures of the first wrong layer first.
+    {"layers": [...], "failures": [...], "floats": {...}}, the failures of the first wrong layer first.
     """
     return verify_trace(trace_of(model, inputs, torch_digests), model, torch_digests, modes)
 
@@ -71,8 +73,11 @@ def verify_trace(
     for place, text in wrong_constants(model, torch_digests):
         wrong[place].append(text)
     roundings = {entry["layer"]: entry for entry in torch_digests["roundings"] if "scale" in entry}
-    layers, failures = [], []
+    floats = Floats(torch_digests["floats"])
+    layers: list[dict[str, Any]] = []
+    failures: list[str] = []
     for segment, feeds, values in trace:
+        failures += floats.compare(segment, values, trace)
         for place in dict.fromkeys(map(place_of, segment.model.graph.node)):
             failures += [f"{place}: {text}" for text in wrong.pop(place, [])]
         failures += [f"{place}: {text}" for place, text in _beyond_int32(segment, values, trace)]
@@ -89,8 +94,14 @@ def verify_trace(
         if not row["torch_equal"]:
             failures.append(f"{segment.layer}: the torch student and the reference differ")
         for optimise in modes:
-            session = OnnxSession(segment.model.SerializeToString(), optimise=optimise)
-            found = session.run(feeds)[segment.output]
+            if not optimise and has_float_operators(segment):
+                shown = FloatOperators(segment)
+                inside = shown.run(feeds)
+                failures += shown.failures(inside)
+                found = inside[segment.output]
+            else:
+                session = OnnxSession(segment.model.SerializeToString(), optimise=optimise)
+                found = session.run(feeds)[segment.output]
             row["optimised" if optimise else "plain"] = compared = _compare(found, wanted, segment, values)
             if not compared["passed"]:
                 if optimise and _saturated(segment, feeds, found):
@@ -98,8 +109,8 @@ def verify_trace(
                 failures.append(_failure(segment.layer, compared, optimise))
         layers.append(row)
     failures += [f"{place}: {text}" for place, texts in wrong.items() for text in texts]
-    failures += _missing(layers, torch_digests["codes"]) + _differing_in_all(layers)
-    return {"layers": layers, "failures": failures}
+    failures += _missing(layers, torch_digests["codes"]) + floats.missing() + _differing_in_all(layers)
+    return {"layers": layers, "failures": failures, "floats": floats.record()}
 
 
 def _beyond_int32(segment: Segment, values: dict[str, Value], trace: Trace) -> Iterator[tuple[str, str]]:

@@ -18,7 +18,7 @@ from faqd.deploy.onnx_model.inference import inferred
 from faqd.deploy.reference.evaluator import OPERATORS, Evaluator, code_tensors, stored
 from faqd.deploy.reference.onnx_fallback import FLOAT_OPERATORS
 from faqd.deploy.reference.values import Value
-from faqd.deploy.verify.test_vectors import Drive
+from faqd.deploy.verify.test_vectors import Drive, undriven
 from faqd.errors import UserError
 from faqd.reference import real
 
@@ -150,13 +150,13 @@ class Trace:
 
     computed: codes and outputs by tensor, as the file stores them, and float tensors that are handed on. reached: the
     largest real value of every tensor, of probes that are not driven. drive: hands on other codes for driven probes.
-    probes: how many there are; undriven: how many of them, the first, are not driven.
+    probes: how many there are.
     """
 
     def __init__(self, model: onnx.ModelProto, inputs: NDArray[np.float32], drive: Drive) -> None:
         self.computed: dict[str, NDArray[Any]] = {}
         self.reached: dict[str, float] = {}
-        self.probes, self.undriven = len(inputs), len(inputs) - drive.driven
+        self.probes = len(inputs)
         self._model = model
         self._inputs = {model.graph.input[0].name: inputs}
         self._drive = drive
@@ -193,10 +193,7 @@ class Trace:
             self.reached[name] = float(np.abs(self.without_driven(found)).max(initial=0.0))
 
     def without_driven(self, array: NDArray[Any]) -> NDArray[Any]:
-        """What images and noise make of a tensor, without the probes whose codes were replaced. Tokens and windows of
-        all images may stand on its first axis, one image after the other."""
-        rows, rest = divmod(len(array), self.probes) if array.ndim else (0, 1)
-        return array if rest else array[: rows * self.undriven]
+        return undriven(array, self.probes, self._drive.driven)
 
     def feeds(self, segment: Segment) -> dict[str, NDArray[Any]] | None:
         """What a segment is fed, by name; None where it reads what this file does not compute."""

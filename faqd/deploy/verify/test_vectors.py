@@ -57,6 +57,13 @@ class Drive:
 UNDRIVEN = Drive({}, 0)
 
 
+def undriven(array: NDArray[Any], probes: int, driven: int) -> NDArray[Any]:
+    """What images and noise make of a tensor, without the probes whose codes were replaced. Tokens and windows of all
+    images may stand on its first axis, one image after the other."""
+    rows, rest = divmod(len(array), probes) if array.ndim else (0, 1)
+    return array if rest else array[: rows * (probes - driven)]
+
+
 def driven_codes(place: str, shape: tuple[int, ...], low: int, high: int) -> NDArray[np.int16]:
     """Random codes (N, C, ...) from low to high: in every other image each pixel at random, and half of them at a
     limit; in the others channels at one limit, which is what brings an average to its ends."""

@@ -79,6 +79,11 @@ def numbers_of(module: Any) -> dict[str, Tensor]:
     return {} if form is None else form.numbers(module)
 
 
+def is_exact(module: Any) -> bool:
+    """Whether a module is one of a converted network with an arithmetic of its own, and no float operator."""
+    return _exact_form(module) is not None
+
+
 def _exact_form(module: Any) -> ExactForm | None:
     return next((form for form in EXACT_FORMS if isinstance(module, form.kind)), None)
 
