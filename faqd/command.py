@@ -20,20 +20,10 @@ import click
 
 from faqd import __version__
 from faqd.errors import INTERRUPTED, Paused, UserError
+from faqd.extras import EXTRA_OF, install
 from faqd.files import refuse_unwritable, write_json
 from faqd.notice import told
 
-EXTRA_OF = {
-    "torch": "train",
-    "safetensors": "train",
-    "PIL": "train",
-    "sklearn": "train",
-    "onnx": "onnx",
-    "onnxscript": "onnx",
-    "onnx_ir": "onnx",
-    "onnxruntime": "onnx",
-    "cuda": "device",
-}
 _DISK_FULL = "no space left on the disk{where}: free some, then run the same command again, a training with --resume."
 _FORBIDDEN = "not permitted to write or read{where}: choose another folder."
 _NO_FOLDER = "a file stands where a folder is needed{where}: choose another place."
@@ -150,7 +140,7 @@ def ending_in_a_sentence() -> Iterator[None]:
         extra = EXTRA_OF.get((error.name or "").split(".")[0])
         if extra is None:
             raise
-        _fail(f"this command needs {error.name}, which is not installed: pip install 'faqd[{extra}]'", 2)
+        _fail(f"this command needs {error.name}, which is not installed: {install(extra)}", 2)
     except MemoryError as error:
         _fail(f"not enough memory{f' ({error})' if str(error) else ''}: give smaller images, or fewer at once.", 2)
     except OSError as error:

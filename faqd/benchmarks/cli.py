@@ -14,6 +14,7 @@ from faqd.benchmarks.options import bench_flags
 from faqd.bundle import Bundle, load_bundle
 from faqd.command import SETTINGS, Command, emit_json, run, version_option
 from faqd.errors import UserError
+from faqd.extras import install
 from faqd.files import write_json, written_beside
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ def _backend(bundles: Sequence[Bundle], asked: Asked, options: dict[str, Any]) -
             raise
         # On a board the CPU is not what was meant: what keeps the engines from running is what must be said.
         raise UserError(
-            f"{why}{f' ({reason})' if reason else ''}. To measure on the CPU instead: pip install 'faqd[onnx]'."
+            f"{why}{f' ({reason})' if reason else ''}. To measure on the CPU instead: {install('onnx')}."
         ) from None
     return OnnxruntimeBackend(options["threads"], why)
 

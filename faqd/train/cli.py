@@ -21,6 +21,7 @@ from faqd.command import (
     version_option,
 )
 from faqd.data_flags import data_flags, data_values
+from faqd.extras import install
 from faqd.train.options import (
     arch_option,
     bit_list,
@@ -221,7 +222,7 @@ def _rehearsal(say: Callable[[str], None]) -> Rehearsal | None:
     try:
         from faqd.deploy.rehearsal import rehearse
     except ModuleNotFoundError as error:
-        say(f"the export is not tried before training: no {error.name} here; `pip install faqd[onnx]` brings it.")
+        say(f"the export is not tried before training: no {error.name} here; {install('onnx')} brings it.")
         return None
     return rehearse
 

@@ -275,7 +275,7 @@ def test_without_onnxruntime_the_reason_is_what_keeps_the_engines_from_running(
         monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setattr("faqd.deploy.cuda.cuda.device_or_none", lambda backend=None: (None, "no NVIDIA driver found"))
     assert call(monkeypatch, folder) == 2
-    said = "no GPU that can be used from here (no NVIDIA driver found). To measure on the CPU instead: pip install"
+    said = "no GPU that can be used from here (no NVIDIA driver found). To measure on the CPU instead: "
     assert said in capsys.readouterr().err
     assert call(monkeypatch, folder, "--backend", "onnxruntime") == 2
     assert "this command needs onnxruntime" in capsys.readouterr().err

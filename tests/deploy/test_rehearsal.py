@@ -64,4 +64,4 @@ def test_without_onnx_there_is_no_rehearsal_and_a_sentence(
     monkeypatch.delitem(sys.modules, "faqd.deploy.rehearsal", raising=False)
     monkeypatch.setitem(sys.modules, "faqd.deploy.export.torch_to_onnx", None)
     told = succeeds(user.distill(tmp_path / "run", "--steps", 1))
-    assert "the export is not tried before training" in told.stderr and "pip install faqd[onnx]" in told.stderr
+    assert "the export is not tried before training" in told.stderr and "[onnx]' brings it" in told.stderr

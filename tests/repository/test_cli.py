@@ -17,6 +17,7 @@ from faqd.benchmarks.cli import bench_command
 from faqd.command import ending_in_a_sentence, run
 from faqd.deploy.cli import cli as deploy_cli
 from faqd.errors import UserError
+from faqd.extras import install
 from faqd.files import written_beside
 from faqd.train.cli import cli as train_cli
 from tests.fixtures.toy_runs import faqd_deploy, faqd_train, outcome_of, succeeds
@@ -112,7 +113,7 @@ def test_every_help_text_is_a_sentence(name: str, command: click.Command) -> Non
         (
             ModuleNotFoundError("No module named 'torch'", name="torch.nn"),
             2,
-            "error: this command needs torch.nn, which is not installed: pip install 'faqd[train]'\n",
+            f"error: this command needs torch.nn, which is not installed: {install('train')}\n",
         ),
         (
             OSError(errno.ENOSPC, "No space left on device", "run/x"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import json
+import re
 import subprocess
 import sys
 import sysconfig
@@ -98,7 +99,7 @@ def test_a_missing_library_is_named_with_its_cure(line: str, extra: str, tmp_pat
     )
     result = python(code, without=TRAINING + ONNX)
     assert result.returncode == 2
-    assert f"pip install 'faqd[{extra}]'" in result.stderr
+    assert re.search(rf"pip install '\S+\[{extra}\]'", result.stderr), result.stderr
     assert "Traceback" not in result.stderr
     assert not list(tmp_path.iterdir())
 

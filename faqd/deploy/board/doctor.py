@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from faqd.deploy.cuda import cuda
 from faqd.deploy.cuda.interface import DRIVER, Device, driver_version
-from faqd.deploy.cuda.interface import INSTALL as INSTALL_CUDA
+from faqd.deploy.cuda.interface import how_to_install as how_to_install_cuda
 from faqd.deploy.engine.record import (
     older_driver,
     other_gpu,
@@ -22,9 +22,10 @@ from faqd.deploy.engine.record import (
     wrong_system,
     wrong_version,
 )
-from faqd.deploy.engine.trt import INSTALL as INSTALL_TENSORRT
 from faqd.deploy.engine.trt import NAMES, TITLES, TensorRT, by_preference, flavour
+from faqd.deploy.engine.trt import how_to_install as how_to_install_tensorrt
 from faqd.errors import UserError
+from faqd.extras import install
 from faqd.files import sha256
 
 Status = Literal["good", "doubtful", "fails", "note"]
@@ -102,17 +103,17 @@ def _can_build(usable: list[TensorRT], device: Device | None) -> Finding:
     if builders:
         return Finding("build engines", "good", f"with {builders[0]}")
     if usable:
-        cure = "To build and check without a GPU: pip install 'faqd[rtx]'"
+        cure = f"To build and check without a GPU: {install('rtx')}"
         return Finding("build engines", "note", f"{usable[0]} builds only where there is a GPU", cure)
-    return Finding("build engines", "note", "no TensorRT", INSTALL_TENSORRT)
+    return Finding("build engines", "note", "no TensorRT", how_to_install_tensorrt())
 
 
 def _can_run(usable: list[TensorRT], device: Device | None) -> Finding:
     if device is None:
-        cure = f"{_NO_GPU} The CUDA binding: {INSTALL_CUDA}."
+        cure = f"{_NO_GPU} The CUDA binding: {how_to_install_cuda()}."
         return Finding("run engines", "fails", "no GPU that can be used from here", cure)
     if not usable:
-        return Finding("run engines", "fails", "no TensorRT", INSTALL_TENSORRT)
+        return Finding("run engines", "fails", "no TensorRT", how_to_install_tensorrt())
     return Finding("run engines", "good", f"{usable[0]} on {device.name}")
 
 
@@ -180,7 +181,7 @@ def _tensorrt(record: dict[str, Any], cure: str) -> Finding:
             here.append(found)
     if not here:
         needs = f"needs {TITLES.get(name, name)} {version}, and none can be imported ({'; '.join(reasons)})"
-        return Finding("TensorRT", "fails", needs, INSTALL_TENSORRT)
+        return Finding("TensorRT", "fails", needs, how_to_install_tensorrt())
     return Finding("TensorRT", "fails", str(wrong_version(record, here[0])), _same_version(name, version, cure))
 
 

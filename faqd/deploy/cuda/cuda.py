@@ -6,7 +6,7 @@ import contextlib
 import os
 
 from faqd.deploy.cuda.cuda_bindings import CudaBindings
-from faqd.deploy.cuda.interface import DRIVER, INSTALL, Cuda, Device, NotInstalled
+from faqd.deploy.cuda.interface import DRIVER, Cuda, Device, NotInstalled, how_to_install
 from faqd.deploy.cuda.pycuda import PyCuda
 from faqd.errors import UserError
 
@@ -28,7 +28,7 @@ def open_cuda(backend: str | None = None) -> Cuda:
             return CudaBindings() if name == "cuda-bindings" else PyCuda()
         except NotInstalled as error:
             missing.append(f"{name}: {error}")
-    raise UserError(f"no CUDA binding can be imported ({'; '.join(missing)}): {INSTALL}. {DRIVER}")
+    raise UserError(f"no CUDA binding can be imported ({'; '.join(missing)}): {how_to_install()}. {DRIVER}")
 
 
 def device_or_none(backend: str | None = None) -> tuple[Device | None, str]:

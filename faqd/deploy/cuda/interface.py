@@ -17,8 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from faqd.errors import UserError, first_line
+from faqd.extras import install
 
-INSTALL = "pip install 'faqd[device]' (cuda-bindings), or 'faqd[pycuda]' (compiled on this machine)"
+
+def how_to_install() -> str:
+    return f"{install('device')} (cuda-bindings), or {install('pycuda')} (compiled on this machine)"
+
+
 DRIVER = (
     "Engines run only on an NVIDIA GPU with its driver (in a container: started with the NVIDIA runtime); "
     "without one, the bench measures with onnxruntime on the CPU."
@@ -116,10 +121,10 @@ class Cuda(ABC):
 
     def capture(self, stream: Any, work: Callable[[], None]) -> Any:
         """The CUDA graph of what `work` puts on `stream`; nothing is run."""
-        raise UserError(f"{self.name} has no CUDA graphs: use cuda-bindings ({INSTALL}).")
+        raise UserError(f"{self.name} has no CUDA graphs: use cuda-bindings ({how_to_install()}).")
 
     def launch(self, graph: Any, stream: Any) -> None:
-        raise UserError(f"{self.name} has no CUDA graphs: use cuda-bindings ({INSTALL}).")
+        raise UserError(f"{self.name} has no CUDA graphs: use cuda-bindings ({how_to_install()}).")
 
     def free_graph(self, graph: Any) -> None:
         return None

@@ -30,7 +30,6 @@ from faqd.deploy.engine.options import (
 from faqd.deploy.engine.progress import Say, interruptible, watched
 from faqd.deploy.engine.record import FORMAT, VERSION, record_path
 from faqd.deploy.engine.trt import (
-    INSTALL,
     Builder,
     IBuilderConfig,
     ILogger,
@@ -40,6 +39,7 @@ from faqd.deploy.engine.trt import (
     TensorRT,
     builder_here,
     heard,
+    how_to_install,
 )
 from faqd.deploy.onnx_model.scan import read_scanned
 from faqd.errors import UserError
@@ -134,7 +134,7 @@ def new_builder(trt: TensorRT, log: ILogger, messages: Messages) -> Builder:
         # The full TensorRT makes no builder where it finds no driver; pybind11 calls that a TypeError.
         why = messages.why() if messages.errors else str(error)
         raise UserError(
-            f"{trt} starts no builder here ({why}): it needs an NVIDIA GPU and driver. {INSTALL}"
+            f"{trt} starts no builder here ({why}): it needs an NVIDIA GPU and driver. {how_to_install()}"
         ) from error
 
 

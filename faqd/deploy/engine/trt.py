@@ -11,16 +11,19 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from faqd.errors import UserError, first_line
+from faqd.extras import install
 
 Name = Literal["tensorrt", "tensorrt_rtx"]
 NAMES: tuple[Name, ...] = ("tensorrt", "tensorrt_rtx")
 
 TITLES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 
-INSTALL = (
-    "On a Jetson TensorRT comes with JetPack (use a virtual environment with system site packages); on x86 with an "
-    "NVIDIA GPU: pip install 'faqd[tensorrt]'; to build and check without a GPU: pip install 'faqd[rtx]'"
-)
+
+def how_to_install() -> str:
+    return (
+        "On a Jetson TensorRT comes with JetPack (use a virtual environment with system site packages); on x86 with an "
+        f"NVIDIA GPU: {install('tensorrt')}; to build and check without a GPU: {install('rtx')}"
+    )
 
 
 # The bindings carry no types. These say to the reader, and to the test that holds every name we use against each
@@ -85,7 +88,7 @@ def installed(name: Name | None = None) -> TensorRT:
         if isinstance(found, TensorRT):
             return found
         reasons.append(f"{one}: {found}")
-    raise UserError(f"this needs TensorRT, which cannot be imported ({'; '.join(reasons)}). {INSTALL}")
+    raise UserError(f"this needs TensorRT, which cannot be imported ({'; '.join(reasons)}). {how_to_install()}")
 
 
 def builder_here(on_gpu: bool) -> tuple[TensorRT, str]:

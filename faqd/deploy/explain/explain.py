@@ -27,6 +27,7 @@ from faqd.deploy.explain.tensorrt_rules import Broken, Rule, first_broken, refus
 from faqd.deploy.onnx_model.integer_sums import integer_sums
 from faqd.deploy.onnx_model.load import load_model
 from faqd.errors import UserError
+from faqd.extras import install
 from faqd.files import sha256
 
 FORMAT = "faqd-explain"
@@ -217,7 +218,7 @@ def _seen(path: Path, named: onnx.ModelProto, *, crashes: bool) -> _Seen:
     try:
         trt = installed()
     except UserError:
-        note = "no TensorRT is installed here, so this is by rule; pip install 'faqd[rtx]' builds and looks"
+        note = f"no TensorRT is installed here, so this is by rule; {install('rtx')} builds and looks"
         return _Seen(note=note)
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, "network.onnx")

@@ -141,7 +141,7 @@ def test_an_engine_that_fits_is_said_to(engine: Path, monkeypatch: pytest.Monkey
     [
         (ADA, tensorrt("11.4.0"), {"TensorRT"}, "pip install tensorrt==10.13.3"),
         (ADA, tensorrt("1.7.1", "tensorrt_rtx"), {"TensorRT"}, "pip install tensorrt==10.13.3"),
-        (ADA, None, {"TensorRT"}, "faqd[tensorrt]"),
+        (ADA, None, {"TensorRT"}, "[tensorrt]'"),
         (TURING, tensorrt("10.13.3"), {"GPU"}, "build-engine"),
         (None, tensorrt("10.13.3"), {"GPU"}, ""),
     ],

@@ -341,7 +341,7 @@ def test_no_builder_without_a_driver_is_a_sentence() -> None:
         def Builder(log: Any) -> Any:
             raise TypeError("pybind11::init(): factory function returned nullptr")
 
-    with pytest.raises(UserError, match=r"TensorRT 10\.13\.3 starts no builder .*GPU.*faqd\[rtx\]"):
+    with pytest.raises(UserError, match=r"TensorRT 10\.13\.3 starts no builder .*GPU.*\[rtx\]"):
         engine.new_builder(TensorRT("tensorrt", NoDriver), None, Messages())
 
 
@@ -381,11 +381,11 @@ from faqd.deploy.cuda.cuda import device_or_none
 from faqd.deploy.engine.trt import installed
 from faqd.errors import UserError
 device, why = device_or_none()
-assert device is None and "faqd[device]" in why, why
+assert device is None and "[device]" in why, why
 try:
     installed()
 except UserError as error:
-    assert "JetPack" in str(error) and "faqd[tensorrt]" in str(error) and "faqd[rtx]" in str(error), error
+    assert "JetPack" in str(error) and "[tensorrt]" in str(error) and "[rtx]" in str(error), error
 else:
     raise AssertionError("tensorrt was blocked")
 """
