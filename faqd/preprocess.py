@@ -75,6 +75,14 @@ class Preprocess:
         mean, std = np.asarray(self.mean), np.asarray(self.std)
         return (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
 
+    def in_words(self) -> str:
+        """As a person checks it, in units of a pixel range 0..1."""
+        mean, std = (", ".join(f"{value:.6g}" for value in values) for values in (self.mean, self.std))
+        return (
+            f"{self.height} x {self.width} pixels (other sizes: {self.resize}), {self.channels}, "
+            f"(pixel / 255 - mean) / std with mean {mean} and std {std}"
+        )
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -103,6 +103,7 @@ def quantized_float(
     x = network_input(dataset.train.images[: max(2, calibration.images)], dataset.preprocess)
     captured = capture(taught.network, x[:2])
     batches = x[: calibration.images].split(BATCH)
+    say(f"{bits.weights}/{bits.activations} bits, scales chosen on {len(x[: calibration.images]):,} training images.")
     judged = network_input(dataset.select.images[:JUDGED_IMAGES], dataset.preprocess)
     untrained = best_without_training(
         captured,

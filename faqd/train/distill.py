@@ -55,6 +55,7 @@ from faqd.train.run.folder import (
 from faqd.train.run.lesson import Lesson, Teacher
 from faqd.train.run.plan import Plan, plan_of
 from faqd.train.run.prepared_student import PreparedStudent, measure_of, prepared_students, say_taps
+from faqd.train.run.understood import training_in_words
 from faqd.train.run.untrained_start import with_best_start
 
 FLOAT64_PIXELS = 2**19
@@ -173,6 +174,8 @@ def _distill_together(
     heads = heads_of(teacher_graph, lambda x: shown(x).outputs, calibration_batches(train, training.batch_size))
     outputs = {"outputs": {name: head.to_json() for name, head in heads.items()}}
     prepared = [replace(one, plan=_with_rate(one, heads, batches)) for one in prepared]
+    for sentence in dict.fromkeys(text for one in prepared for text in _in_words(one, batches)):
+        say(sentence)
     with ExitStack() as locks:
         if processes.is_rank_0:
             for plan in (one.plan for one in prepared):
@@ -180,6 +183,11 @@ def _distill_together(
                 locks.enter_context(held(plan.out))
                 write_tensors(plan.out / TEACHER_WEIGHTS, own_tensors(teacher.network))
         return _teach(prepared, batches, deadline, say)
+
+
+def _in_words(one: PreparedStudent, batches: Batches) -> Iterator[str]:
+    training = one.plan.recipe.training
+    return training_in_words(one.student.network, training, batches.iterations(training))
 
 
 def _calibrate(one: PreparedStudent, train: Images, device: torch.device) -> None:

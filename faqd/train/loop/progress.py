@@ -13,6 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 
 LINE_EVERY_S = 15.0
+FIRST_LINE_S = 2.0
+"""After so long the pace can be told."""
 
 
 class Report(Protocol):
@@ -24,7 +26,7 @@ class Report(Protocol):
 @contextmanager
 def reporting(titles: Sequence[str], total: int, done: int = 0) -> Iterator[Report]:
     """Report on stderr, so that --json - keeps standard output for itself: a line per title."""
-    console = Console(stderr=True)
+    console, started = Console(stderr=True), time.monotonic()
     if not sys.stderr.isatty():
         yield _plain(console, titles, total, done)
         return
@@ -35,15 +37,17 @@ def reporting(titles: Sequence[str], total: int, done: int = 0) -> Iterator[Repo
         TimeElapsedColumn(),
         TextColumn("ETA"),
         TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn("{task.fields[pace]}"),
         # On a narrow terminal it is this one that is cut short.
         TextColumn("{task.fields[text]}", table_column=Column(ratio=1, no_wrap=True)),
     )
     with Progress(*columns, console=console, expand=True) as progress:
-        tasks = {title: progress.add_task(title, total=total, completed=done, text="") for title in titles}
+        tasks = {title: progress.add_task(title, total=total, completed=done, text="", pace="") for title in titles}
 
         def live(iteration: int, news: Mapping[str, str]) -> None:
+            pace = f"{(time.monotonic() - started) / max(1, iteration - done):.2g} s each"
             for title, task in tasks.items():
-                progress.update(task, completed=iteration)
+                progress.update(task, completed=iteration, pace=pace)
                 if title in news:
                     progress.update(task, text=news[title])
 
@@ -52,19 +56,23 @@ def reporting(titles: Sequence[str], total: int, done: int = 0) -> Iterator[Repo
 
 def _plain(console: Console, titles: Sequence[str], total: int, done: int) -> Report:
     started = time.monotonic()
-    last = started
+    next_line = started + FIRST_LINE_S
     latest: dict[str, str] = {}
 
     def lines(iteration: int, news: Mapping[str, str]) -> None:
-        nonlocal last
+        nonlocal next_line
         now = time.monotonic()
         latest.update(news)
-        if iteration != total and now - last < LINE_EVERY_S:
+        # The first iteration is no pace: it warms up.
+        if iteration != total and (now < next_line or iteration - done < 2):
             return
-        last = now
-        left = (now - started) * (total - iteration) / max(1, iteration - done)
+        next_line = now + LINE_EVERY_S
+        each = (now - started) / max(1, iteration - done)
+        left = each * (total - iteration)
         for title in titles:
             text = f", {latest[title]}" if title in latest else ""
-            console.print(f"{title}: iteration {iteration}/{total}{text}, {left:.0f} s left", soft_wrap=True)
+            console.print(
+                f"{title}: iteration {iteration}/{total}{text}, {each:.2g} s each, {left:.0f} s left", soft_wrap=True
+            )
 
     return lines

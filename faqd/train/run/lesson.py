@@ -19,6 +19,7 @@ from faqd.train.data.sanity_checks import warn_of_images, warn_of_teacher
 from faqd.train.networks.load_weights import load_weights
 from faqd.train.networks.source import NetworkSource, is_program, is_users, user_source
 from faqd.train.run.folder import data_options, finished, load_teacher, run_preprocess
+from faqd.train.run.understood import data_in_words, network_in_words
 
 NEUTRAL = {"mean": 0.0, "std": 1.0}
 """What `none` stands for."""
@@ -54,6 +55,8 @@ def lesson_from(
     options = _as_taught(spec, data) if is_run else _as_given(data)
     dataset = load_dataset(options, with_labels=with_labels, say=say)
     teacher = Teacher(*load_teacher(Path(spec))) if is_run else _users_teacher(spec, weights, dataset, say)
+    for sentence in (*data_in_words(dataset), network_in_words(teacher.network, teacher.source.name)):
+        say(sentence)
     _refuse_misfit(teacher, dataset)
     warn_of_images(dataset, say)
     warn_of_teacher(teacher.network, teacher.source.name, dataset, say)
