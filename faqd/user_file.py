@@ -1,14 +1,16 @@
-"""The user's file, FILE.py:callable: executed once in a process, whoever asks for it."""
+"""The user's code, FILE.py:callable or module:callable: executed once in a process, whoever asks for it."""
 
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
+_MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 _executed: dict[tuple[Path, str], ModuleType] = {}
 """By path and SHA-256: a file that registers an operator, or a model by its name, can be executed only once."""
 _neighbours: dict[Path, dict[str, ModuleType]] = {}
@@ -30,10 +32,31 @@ def executed(path: Path, sha256: str, run: Callable[[Callable[[], None]], None])
     return _executed[path, sha256]
 
 
+def module_of(spec: str) -> tuple[str, str] | None:
+    """Module and name of `module:callable`; None for anything else, such as FILE.py:callable."""
+    if spec.rpartition(":")[0].endswith(".py") or _MODULE.fullmatch(spec) is None:
+        return None
+    module, _, name = spec.partition(":")
+    return module, name
+
+
+def not_there(module: str, error: BaseException | None) -> bool:
+    """Whether an import failed because there is no such module, and not within it."""
+    return isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
+
+
+def no_module(spec: str) -> str:
+    """What to do where there is no module of that name."""
+    module, _, name = spec.partition(":")
+    return (
+        f"no module {module} can be imported here. Install its package, or start in the folder that it lies in; a file "
+        f"is named with its ending, as {module.replace('.', '/')}.py:{name}."
+    )
+
+
 @contextmanager
-def importable(path: Path) -> Iterator[None]:
-    """Lets what lies beside the file be imported in the block, whatever other files imported under those names."""
-    folder = path.parent
+def importable(folder: Path) -> Iterator[None]:
+    """Lets what lies in the folder be imported in the block, whatever was imported under those names from others."""
     for other, modules in _neighbours.items():
         for name in [name for name in modules if other != folder and _lies_in(folder, name)]:
             sys.modules.pop(name, None)

@@ -68,7 +68,9 @@ bench_flags = flags(
             help="The CUDA binding to use for engines; only cuda-bindings has CUDA graphs.",
         ),
         click.option("--trust", is_flag=True, help="Load engines that do not match their record, or have none."),
-        click.option("--metric", metavar="FILE.py:fn", help="Judge outputs by fn(outputs, eval) -> dict of numbers."),
+        click.option(
+            "--metric", metavar="FILE.py:fn|module:fn", help="Judge outputs by fn(outputs, eval) -> dict of numbers."
+        ),
     ),
     section(
         "Timing",

@@ -74,9 +74,10 @@ def _verify_lines(proofs: dict[Target, Proof]) -> list[str]:
 
 def _run_lines(folder: Path, record: dict[str, Any]) -> list[str]:
     network = record["network"]
+    name = network["architecture"] or network.get("module") or network["file"]
     lines = [
         f"{record['kind']} run, made by faqd {record['faqd']}",
-        f"network {network['architecture'] or network['file']}, input {network['channels']} x {network['pixels']}",
+        f"network {name}, input {network['channels']} x {network['pixels']}",
         f"data {record['data']['source']}",
     ]
     if record["kind"] == "distill":

@@ -15,7 +15,10 @@ float_flags = flags(
     section(
         "Teacher",
         click.option(
-            "--teacher", required=True, metavar="RUN|FILE.py:callable|FILE.pt2", help="Quantize this float network."
+            "--teacher",
+            required=True,
+            metavar="RUN|FILE.py:callable|module:callable|FILE.pt2",
+            help="Quantize this float network.",
         ),
         click.option("--teacher-weights", type=FOLDER, help="Read its weights from a .safetensors, .pt or .pth file."),
     ),

@@ -162,10 +162,15 @@ def recipes(json_target: str | None) -> None:
 @cli.command()
 @section(
     "Network",
-    click.option("--teacher", required=True, metavar="RUN|FILE.py:callable|FILE.pt2", help="Look at this network."),
+    click.option(
+        "--teacher",
+        required=True,
+        metavar="RUN|FILE.py:callable|module:callable|FILE.pt2",
+        help="Look at this network.",
+    ),
     teacher_weights_option,
     arch_option("Look at this student of it instead, of the zoo or your own."),
-    click.option("--image-size", metavar="H[xW]", help="Feed a FILE.py network this size; a run knows its own."),
+    click.option("--image-size", metavar="H[xW]", help="Feed a network of your code this size; a run knows its own."),
     click.option("--input-channels", type=click.IntRange(1), default=3, help="Feed it so many channels."),
 )
 @section(

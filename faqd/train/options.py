@@ -29,7 +29,11 @@ def _absolute(context: click.Context, option: click.Parameter, spec: str | None)
 
 def arch_option(help_text: str, default: str | None = None) -> Callable[[Any], Any]:
     return click.option(
-        "--arch", metavar="NAME|FILE.py:callable", callback=_absolute, show_default=default, help=help_text
+        "--arch",
+        metavar="NAME|FILE.py:callable|module:callable",
+        callback=_absolute,
+        show_default=default,
+        help=help_text,
     )
 
 
@@ -74,7 +78,10 @@ teacher_flags = section(
     "Recipe and teacher",
     click.option("--recipe", default="default", help="Set everything; `recipes` lists them."),
     click.option(
-        "--teacher", required=True, metavar="RUN|FILE.py:callable|FILE.pt2", help="Learn from this float network."
+        "--teacher",
+        required=True,
+        metavar="RUN|FILE.py:callable|module:callable|FILE.pt2",
+        help="Learn from this float network.",
     ),
     teacher_weights_option,
     click.option(
@@ -224,7 +231,7 @@ step_flags = section(
     ),
     click.option(
         "--select",
-        metavar="FILE.py:function",
+        metavar="FILE.py:function|module:function",
         callback=_absolute,
         help="Keep the weights for which this measure of yours is largest, instead of the least distance.",
     ),

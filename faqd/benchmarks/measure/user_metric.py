@@ -1,4 +1,4 @@
-"""A measure of the user's own: `--metric FILE.py:fn`, for any task that top-1 does not fit.
+"""A measure of the user's own: `--metric FILE.py:fn` or `module:fn`, for any task that top-1 does not fit.
 
 fn(outputs, eval) -> dict: outputs maps the name of every output to its array; eval maps `images` (N, H, W, C uint8),
 `teacher` (output name to array) and `preprocess` (its record), and `labels` where there are any. What comes back maps
@@ -7,11 +7,13 @@ names to numbers. The arrays are read-only: copy what you want to change.
 
 from __future__ import annotations
 
+import importlib
 import math
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,7 @@ from numpy.typing import NDArray
 from faqd.bundle import Bundle, Evaluation
 from faqd.errors import UserError, first_line
 from faqd.files import sha256
-from faqd.user_file import executed, importable
+from faqd.user_file import executed, importable, module_of, no_module, not_there
 
 Array = NDArray[Any]
 
@@ -76,14 +78,25 @@ def images_judged(data: Evaluation) -> int:
 
 
 def load_metric(spec: str) -> Metric:
-    """Import FILE.py and take the function out of it; the user asked for that file, nothing else is imported."""
+    """Import FILE.py, or the module, and take the function out of it; the user asked for that, nothing else is
+    imported."""
     file, _, name = spec.rpartition(":")
+    module, path = (_module if module_of(spec) else _file)(spec, file)
+    if not name.isidentifier():
+        raise UserError(f"--metric {spec}: expected FILE.py:function or module:function.")
+    function = getattr(module, name, None)
+    if not callable(function):
+        there = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise UserError(f"--metric {spec}: no function {name} there; it has {', '.join(there) or 'none'}.")
+    return Metric(spec, path, sha256(path), function)
+
+
+def _file(spec: str, file: str) -> tuple[ModuleType, Path]:
     path = Path(file)
-    if path.suffix != ".py" or not name.isidentifier():
-        raise UserError(f"--metric {spec}: expected FILE.py:function.")
+    if path.suffix != ".py":
+        raise UserError(f"--metric {spec}: expected FILE.py:function or module:function.")
     if not path.is_file():
         raise UserError(f"--metric {spec}: no such file {path}.")
-    digest = sha256(path)
 
     def importing(execute: Callable[[], None]) -> None:
         try:
@@ -91,13 +104,21 @@ def load_metric(spec: str) -> Metric:
         except (Exception, SystemExit) as error:  # whatever the user's file raises
             raise UserError(f"--metric {spec}: importing it failed: {_where(error, path)}") from error
 
-    with importable(path.resolve()):
-        module = executed(path.resolve(), digest, importing)
-    function = getattr(module, name, None)
-    if not callable(function):
-        there = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise UserError(f"--metric {spec}: no function {name} there; it has {', '.join(there) or 'none'}.")
-    return Metric(spec, path, digest, function)
+    with importable(path.resolve().parent):
+        return executed(path.resolve(), sha256(path), importing), path
+
+
+def _module(spec: str, name: str) -> tuple[ModuleType, Path]:
+    try:
+        with importable(Path.cwd()):
+            module = importlib.import_module(name)
+    except (Exception, SystemExit) as error:
+        if not_there(name, error):
+            raise UserError(f"--metric {spec}: {no_module(spec)}") from None
+        raise UserError(f"--metric {spec}: importing it failed: {type(error).__name__}: {first_line(error)}") from error
+    if (file := getattr(module, "__file__", None)) is None:
+        raise UserError(f"--metric {spec}: {name} is in no file; name a module that is.")
+    return module, Path(file)
 
 
 def _read_only(values: Any) -> Any:

@@ -14,14 +14,16 @@ from faqd.errors import UserError
 from faqd.files import sha256
 from faqd.train.networks.own_tensors import with_own_memory
 from faqd.train.networks.program_file import SUFFIX, read_program
-from faqd.train.networks.user_code import users_function, users_network
+from faqd.train.networks.user_code import Code, code_of_module, users_function, users_network
 from faqd.train.networks.zoo import build_architecture, check_architecture
+from faqd.user_file import module_of
 
 
 @dataclass(frozen=True)
 class NetworkSource:
     """Either `architecture` from the zoo, or `file` and `callable` of the user's with the file's SHA-256; a file that
-    holds the network itself (torch.export.save) has no callable.
+    holds the network itself (torch.export.save) has no callable. In place of the file there may be a `module`, found
+    again by its name; the SHA-256 is then that of the file in it that defines the callable.
 
     channels, pixels: of the input. classes: width of the classifier, 0 for a user's own network, which knows it.
     """
@@ -33,11 +35,14 @@ class NetworkSource:
     file: str | None = None
     callable: str | None = None
     sha256: str | None = None
+    module: str | None = None
 
     @property
     def name(self) -> str:
         if self.architecture is not None:
             return self.architecture
+        if self.module is not None:
+            return f"{self.module}:{self.callable}"
         file = Path(str(self.file)).name
         return file if self.callable is None else f"{file}:{self.callable}"
 
@@ -45,24 +50,32 @@ class NetworkSource:
         """A freshly initialised network; UserError if the user's file changed since the run, or fails."""
         if self.architecture is not None:
             return build_architecture(self.architecture, self.channels, self.classes, max(self.pixels))
-        path = Path(str(self.file))
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; the run was made with the network in it.")
-        if sha256(path) != self.sha256:
+        code = self.code()
+        if code.sha256 != self.sha256:
             raise UserError(
-                f"{path}: changed since the run was made (SHA-256 differs). Code is only imported unchanged: restore "
+                f"{code}: changed since the run was made (SHA-256 differs). Code is only imported unchanged: restore "
                 "the file, or distil again with the new one."
             )
         if self.callable is None:
-            return read_program(path)
-        return with_own_memory(users_network(path, str(self.callable), str(self.sha256), self.example()))
+            return read_program(code.path)
+        return with_own_memory(users_network(code, self.callable, self.example()))
+
+    def code(self) -> Code:
+        """Where its code is now; UserError where there is none."""
+        if self.module is not None:
+            return code_of_module(self.module, str(self.callable), self.name)
+        path = Path(str(self.file))
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; the run was made with the network in it.")
+        return Code(path, sha256(path))
 
     def example(self, batch: int = 2) -> Tensor:
         """(batch, C, H, W) zeros: for tracing and shapes only."""
         return torch.zeros(batch, self.channels, *self.pixels)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        record = asdict(self)
+        return record if self.module is not None else {key: value for key, value in record.items() if key != "module"}
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> NetworkSource:
@@ -70,8 +83,8 @@ class NetworkSource:
 
 
 def is_users(spec: str) -> bool:
-    """Whether `spec` has the form FILE.py:callable or FILE.pt2."""
-    return spec.rpartition(":")[0].endswith(".py") or is_program(spec)
+    """Whether `spec` has the form FILE.py:callable, module:callable or FILE.pt2."""
+    return spec.rpartition(":")[0].endswith(".py") or is_program(spec) or module_of(spec) is not None
 
 
 def is_program(spec: str) -> bool:
@@ -80,7 +93,7 @@ def is_program(spec: str) -> bool:
 
 
 def architecture_source(arch: str, channels: int, pixels: tuple[int, int], classes: int) -> NetworkSource:
-    """What `--arch` names: a network of the zoo with `classes` outputs, or FILE.py:callable, which knows its own.
+    """What `--arch` names: a network of the zoo with `classes` outputs, or code of the user, which knows its own.
 
     UserError where there is none of that name; the user's file is not imported yet.
     """
@@ -91,17 +104,21 @@ def architecture_source(arch: str, channels: int, pixels: tuple[int, int], class
 
 
 def user_source(spec: str, channels: int, pixels: tuple[int, int], option: str = "--teacher") -> NetworkSource:
-    """The source that `FILE.py:callable` or `FILE.pt2` names. option: where the name was given, for messages."""
+    """The source that FILE.py:callable, module:callable or FILE.pt2 names. option: where it was given."""
     if is_program(spec):
         path = Path(spec)
         if not path.is_file():
             raise UserError(f"{path}: no such file (from {option} {spec}).")
         return NetworkSource(channels, pixels, 0, file=str(path.resolve()), sha256=sha256(path))
+    if (named := module_of(spec)) is not None:
+        code = code_of_module(*named, f"{option} {spec}")
+        return NetworkSource(channels, pixels, 0, callable=named[1], sha256=code.sha256, module=named[0])
     file, _, name = spec.rpartition(":")
     path = Path(file)
     if not is_users(spec) or not name.isidentifier():
         raise UserError(
-            f"{option} {spec}: expected {'a run folder, ' * (option == '--teacher')}FILE.py:callable or FILE.pt2."
+            f"{option} {spec}: expected {'a run folder, ' * (option == '--teacher')}FILE.py:callable, module:callable "
+            "or FILE.pt2."
         )
     if not path.is_file():
         raise UserError(f"{path}: no such file (from {option} {spec}); expected FILE.py:callable.")
@@ -109,8 +126,8 @@ def user_source(spec: str, channels: int, pixels: tuple[int, int], option: str =
 
 
 def user_function(spec: str, option: str) -> Callable[..., Any]:
-    """The function that `FILE.py:function` names; what it raises comes as a UserError with its line."""
+    """The function that FILE.py:function or module:function names; what it raises is a UserError with its line."""
     if is_program(spec):
-        raise UserError(f"{option} {spec}: expected FILE.py:function.")
+        raise UserError(f"{option} {spec}: expected FILE.py:function or module:function.")
     source = user_source(spec, 0, (0, 0), option)
-    return users_function(Path(str(source.file)), str(source.callable), str(source.sha256), f"{option} {spec}")
+    return users_function(source.code(), str(source.callable), f"{option} {spec}")

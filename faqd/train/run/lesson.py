@@ -46,7 +46,7 @@ class Lesson:
 def lesson_from(
     spec: str, weights: Path | None, data: dict[str, Any], *, with_labels: bool = False, say: Say = lambda _: None
 ) -> Lesson:
-    """The lesson of a command: `spec` is a finished run, FILE.py:callable with `weights`, or FILE.pt2.
+    """The lesson of a command: `spec` is a finished run, code of the user's with `weights`, or FILE.pt2.
 
     data: fields of DataOptions, None where the command line is silent; a run then says with what images and what
     preprocessing it was trained. UserError says what is missing, or where the two contradict each other.
@@ -69,7 +69,9 @@ def _is_run(spec: str, weights: Path | None) -> bool:
     if Path(spec).is_dir():
         return True
     if not is_users(spec):
-        raise UserError(f"--teacher {spec}: no such run folder, and neither FILE.py:callable nor FILE.pt2.")
+        raise UserError(
+            f"--teacher {spec}: no such run folder, and neither FILE.py:callable, module:callable nor FILE.pt2."
+        )
     if weights is None and not is_program(spec):
         raise UserError(f"--teacher {spec}: needs --teacher-weights FILE, the trained weights of that network.")
     user_source(spec, 1, (1, 1))  # refuses a wrong name before images are read
