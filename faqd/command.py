@@ -60,14 +60,21 @@ class Command(click.Command):
                 formatter.write_dl(sections[heading])
 
     def get_short_help_str(self, limit: int = 45) -> str:
-        first = (self.help or "").strip().split("\n\n")[0].split(". ")[0]
-        return f"{' '.join(first.split()).removesuffix('.')}."
+        return _first_sentence(self.help)
 
 
 class Group(click.Group):
     """Several of them under one name."""
 
     command_class = Command
+
+    def get_short_help_str(self, limit: int = 45) -> str:
+        return _first_sentence(self.help)
+
+
+def _first_sentence(text: str | None) -> str:
+    first = (text or "").strip().split("\n\n")[0].split(". ")[0]
+    return f"{' '.join(first.split()).removesuffix('.')}."
 
 
 def flags(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -106,6 +113,14 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> None:
     with ending_in_a_sentence(), _terminated_like_interrupted(), told(lambda text: click.echo(text, err=True)):
         # Without standalone mode click returns the code of an Exit instead of leaving with it.
         sys.exit(command.main(arguments, standalone_mode=False))
+
+
+def arguments_given() -> list[str]:
+    """Within a command, what stands behind its name: behind `faqd-bench`, or `faqd bench`."""
+    context, names = click.get_current_context(), 1
+    while context.parent is not None:
+        context, names = context.parent, names + 1
+    return sys.argv[names:]
 
 
 def wait_briefly() -> None:

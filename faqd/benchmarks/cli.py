@@ -12,7 +12,7 @@ import click
 
 from faqd.benchmarks.options import bench_flags
 from faqd.bundle import Bundle, load_bundle
-from faqd.command import SETTINGS, Command, emit_json, run, version_option
+from faqd.command import SETTINGS, Command, arguments_given, emit_json, run, version_option
 from faqd.errors import UserError
 from faqd.extras import install
 from faqd.files import write_json, written_beside
@@ -75,7 +75,7 @@ def _measure(bundles: Sequence[Path], gates: Gates, console: Console, options: d
         chosen,
         _options(options, gates),
         metric=metric,
-        command=["faqd-bench", *sys.argv[1:]],
+        command=["faqd-bench", *arguments_given()],
         progress=lambda line: console.print(f"... {line}", style="dim", markup=False),
     )
     if options["export_times"] and done.times is not None:

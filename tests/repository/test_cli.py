@@ -14,7 +14,8 @@ import pytest
 from click.testing import CliRunner
 
 from faqd.benchmarks.cli import bench_command
-from faqd.command import ending_in_a_sentence, run
+from faqd.cli import cli as faqd_cli
+from faqd.command import arguments_given, ending_in_a_sentence, run
 from faqd.deploy.cli import cli as deploy_cli
 from faqd.errors import UserError
 from faqd.extras import install
@@ -29,6 +30,7 @@ BUNDLE = "--out --eval-samples --float-type --input --for --license --min-fideli
 
 # Changing a line here changes what people have in their scripts: say so in the changelog.
 FLAGS = {
+    "faqd": "--version",
     "faqd-train": "--version",
     "faqd-train teacher": f"--recipe --arch {DATA} {SCHEDULE} {RUN}",
     "faqd-train distill": (
@@ -71,12 +73,19 @@ FLAGS = {
         "--from --compare --report --json --dump-profile --export-profile --export-times --version"
     ),
 }
-TOOLS: dict[str, click.Command] = {"faqd-train": train_cli, "faqd-deploy": deploy_cli, "faqd-bench": bench_command}
+TOOLS: dict[str, click.Command] = {
+    "faqd": faqd_cli,
+    "faqd-train": train_cli,
+    "faqd-deploy": deploy_cli,
+    "faqd-bench": bench_command,
+}
 
 
 def commands() -> Iterator[tuple[str, click.Command]]:
     for tool, command in TOOLS.items():
         yield tool, command
+        if command is faqd_cli:  # its commands are the others
+            continue
         for name, below in command.commands.items() if isinstance(command, click.Group) else ():
             yield f"{tool} {name}", below
 
@@ -85,6 +94,27 @@ def commands() -> Iterator[tuple[str, click.Command]]:
 def test_dash_h_is_help(tool: str) -> None:
     result = CliRunner().invoke(TOOLS[tool], ["-h"])
     assert result.exit_code == 0 and result.output.startswith("Usage:")
+
+
+def test_one_name_has_the_three_command_lines() -> None:
+    assert faqd_cli.commands == {"train": train_cli, "deploy": deploy_cli, "bench": bench_command}
+    listed = " ".join(CliRunner().invoke(faqd_cli, ["-h"]).output.partition("Commands:")[2].split())
+    assert "..." not in listed and all(f"{name} " in listed for name in faqd_cli.commands)
+
+
+def test_a_command_knows_its_arguments_under_either_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[list[str]] = []
+
+    @click.command()
+    @click.argument("words", nargs=-1)
+    def tell(words: tuple[str, ...]) -> None:
+        found.append(arguments_given())
+
+    above = click.Group("faqd", commands={"bench": tell})
+    for command, argv in ((tell, ["faqd-bench", "a", "b"]), (above, ["faqd", "bench", "a", "b"])):
+        monkeypatch.setattr("sys.argv", argv)
+        command.main(argv[1:], prog_name=argv[0], standalone_mode=False)
+        assert found.pop() == ["a", "b"]
 
 
 def options(command: click.Command) -> list[click.Option]:

@@ -17,6 +17,7 @@ import pytest
 
 from faqd.benchmarks.cli import bench_command
 from faqd.bundle import write_manifest
+from faqd.cli import cli as faqd_cli
 from faqd.deploy.cli import cli as deploy_cli
 from faqd.train.cli import cli as train_cli
 
@@ -28,7 +29,12 @@ DEVICE = ("cuda", "pycuda", "tensorrt", "tensorrt_rtx")
 ON_A_BOARD = ("board", "cuda", "engine", "runtime")
 BENCH = ("backends", "measure", "record", "report")
 
-TOOLS: dict[str, click.Command] = {"faqd-train": train_cli, "faqd-deploy": deploy_cli, "faqd-bench": bench_command}
+TOOLS: dict[str, click.Command] = {
+    "faqd": faqd_cli,
+    "faqd-train": train_cli,
+    "faqd-deploy": deploy_cli,
+    "faqd-bench": bench_command,
+}
 LINES = [
     [tool, *subcommand]
     for tool, command in TOOLS.items()
@@ -76,7 +82,7 @@ def test_every_help_works(line: list[str]) -> None:
     assert result.stdout.startswith(f"Usage: {' '.join(line)} ")
 
 
-@pytest.mark.parametrize("package", ["faqd.train", "faqd.deploy", "faqd.benchmarks", "faqd.demo"])
+@pytest.mark.parametrize("package", ["faqd", "faqd.train", "faqd.deploy", "faqd.benchmarks", "faqd.demo"])
 def test_a_tool_is_also_a_module(package: str) -> None:
     code = f"import runpy; sys.argv[1:] = ['--help']; runpy.run_module({package!r}, run_name='__main__')"
     result = python(code, without=TRAINING + ONNX + DEVICE)

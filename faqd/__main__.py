@@ -1,0 +1,3 @@
+from faqd.cli import main
+
+main()
