@@ -16,7 +16,7 @@ from faqd import __version__
 EXTRA_OF = {
     "torch": "train",
     "safetensors": "train",
-    "PIL": "train",
+    "PIL": "images",
     "sklearn": "train",
     "onnx": "onnx",
     "onnxscript": "onnx",

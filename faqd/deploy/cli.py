@@ -24,6 +24,7 @@ from faqd.deploy.options import (
     engine_flags,
     float_flags,
     min_fidelity_option,
+    predict_flags,
     shape_flags,
 )
 from faqd.errors import UserError
@@ -169,6 +170,35 @@ def inspect(folder: Path, json_target: str | None) -> None:
     if json_target is None:
         click.echo("\n".join(lines))
     emit_json(json_target, facts)
+
+
+@cli.command()
+@click.argument("bundle_folder", metavar="BUNDLE", type=FOLDER)
+@predict_flags
+def predict(
+    bundle_folder: Path, images: tuple[Path, ...], backend: Any, top: int, out: Path | None, json_target: str | None
+) -> None:
+    """Run the student of a bundle on pictures: classes and scores as lines, all outputs into a file.
+
+    Pictures are decoded, resized and normalised as they were in training.
+    """
+    from faqd.deploy import predict as predicting
+    from faqd.deploy.run_bundle import Engine
+
+    files = predicting.pictures(images)
+    with Engine(bundle_folder, backend) as engine:
+        _say(f"{engine.bundle.name} on {engine.runs_on}")
+        classes = engine.bundle.manifest["classes"]
+        kept = []
+        for one in predicting.predictions(engine, files, _say):
+            if json_target != "-":
+                click.echo(predicting.in_words(one, top, classes))
+            if out is not None or json_target is not None:
+                kept.append(one)
+    if out is not None:
+        predicting.write_npz(out, kept)
+    facts = {"bundle": engine.bundle.name, "runs_on": engine.runs_on}
+    emit_json(json_target, {**facts, "images": [predicting.to_json(one, top, classes) for one in kept]})
 
 
 @cli.command("build-engine")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from faqd.command import Finite, exclude_option, flags, json_option, section, strict_option
+from faqd.command import Finite, exclude_option, flags, json_option, section, strict_option, writable
 from faqd.data_flags import data_flags
 
 FOLDER = click.Path(path_type=Path)
@@ -97,6 +97,44 @@ bundle_flags = section(
     json_option,
 )
 """What a bundle is to hold, and where it goes."""
+
+predict_flags = flags(
+    section(
+        "Pictures",
+        click.option(
+            "--images",
+            type=FOLDER,
+            required=True,
+            multiple=True,
+            metavar="FILE|FOLDER",
+            help="Read this picture, or those in and below this folder; may be given several times.",
+        ),
+    ),
+    section(
+        "Output",
+        click.option(
+            "--top", type=click.IntRange(1), default=1, help="Name so many classes for each picture, the best first."
+        ),
+        click.option(
+            "--out",
+            type=click.Path(path_type=Path, dir_okay=False),
+            callback=writable,
+            metavar="FILE.npz",
+            help="Write all outputs to this file: arrays `files` and `student.OUTPUT`.",
+        ),
+        json_option,
+    ),
+    section(
+        "Runtime",
+        click.option(
+            "--backend",
+            type=click.Choice(["auto", "onnxruntime", "engine"]),
+            default="auto",
+            help="Run this; auto takes the engine where there are a GPU and an engine.",
+        ),
+    ),
+)
+"""Which pictures a bundle is run on, by what, and where its outputs go."""
 
 shape_flags = section(
     "Shapes",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,18 +18,19 @@ from faqd.proof import proof_of
 
 class Engine:
     """The student of a bundle. `runs_on` says what computes: `tensorrt` where there is an NVIDIA device and the engine
-    was built (`faqd-deploy build-engine`), else `onnxruntime`.
+    was built (`faqd-deploy build-engine`), else `onnxruntime`. backend: `onnxruntime` or `engine` to have that one.
 
-    UserError where the folder holds no bundle, or what would run was not proved.
+    UserError where the folder holds no bundle, what would run was not proved, or an engine that was asked for cannot
+    run here.
 
         engine = faqd.Engine("bundle")
         logits = engine(images)
     """
 
-    def __init__(self, folder: Path | str) -> None:
-        bundle = load_bundle(Path(folder))
+    def __init__(self, folder: Path | str, backend: Literal["auto", "onnxruntime", "engine"] = "auto") -> None:
+        self.bundle = bundle = load_bundle(Path(folder))
         plan = bundle.folder / engine_name(STUDENT_TENSORRT)
-        self.runs_on = "tensorrt" if plan.is_file() and device_or_none()[0] is not None else "onnxruntime"
+        self.runs_on = _runtime(plan, backend)
         proof = proof_of(bundle, "tensorrt" if self.runs_on == "tensorrt" else "onnxruntime")
         if proof.complaint is not None:
             raise UserError(f"{bundle.folder}: {proof.complaint}", exit_code=1)
@@ -66,3 +67,15 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _runtime(plan: Path, backend: str) -> Literal["tensorrt", "onnxruntime"]:
+    if backend == "onnxruntime":
+        return "onnxruntime"
+    device, why = device_or_none()
+    if plan.is_file() and device is not None:
+        return "tensorrt"
+    if backend == "engine":
+        needed = why if device is None else f"`faqd-deploy build-engine {plan.parent}` makes {plan.name}."
+        raise UserError(f"{plan}: cannot run here: {needed}")
+    return "onnxruntime"

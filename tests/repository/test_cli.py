@@ -59,6 +59,7 @@ FLAGS = {
     "faqd-deploy verify": "--min-fidelity --json",
     "faqd-deploy explain": "--rules-only --json",
     "faqd-deploy inspect": "--json",
+    "faqd-deploy predict": "--images --top --out --json --backend",
     "faqd-deploy build-engine": (
         "--all --force --min-shapes --opt-shapes --max-shapes --workspace --opt-level --timing-cache "
         "--frozen-timing-cache --version-compatible --hardware-compatibility --profiling-verbosity --json"
