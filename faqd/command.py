@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import click
 
 from faqd import __version__
-from faqd.errors import INTERRUPTED, Paused, UserError
+from faqd.errors import INTERRUPTED, TERMINATED, Paused, UserError
 from faqd.extras import EXTRA_OF, install
 from faqd.files import refuse_unwritable, write_json
 from faqd.notice import told
@@ -36,6 +37,7 @@ _OF_THE_SYSTEM = {
     errno.ENOTDIR: _NO_FOLDER,
     errno.EEXIST: _NO_FOLDER,
     errno.EISDIR: "a folder stands where a file is needed{where}: choose another name.",
+    errno.EFBIG: "a file would be larger than this shell (ulimit -f) or file system allows{where}: raise the limit.",
     errno.ENAMETOOLONG: "too long a file name{where}: choose a shorter one.",
 }
 
@@ -107,10 +109,10 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> None:
 
     Bad input ends in a sentence on stderr and the documented exit code.
 
-    0 done, or paused as told; 1 a gate, a verification or a build failed; 2 bad input or usage; 130 interrupted.
+    docs/commands.md has the codes in a table.
     """
     wait_briefly()
-    with ending_in_a_sentence(), _terminated_like_interrupted(), told(lambda text: click.echo(text, err=True)):
+    with _terminated_like_interrupted(), ending_in_a_sentence(), told(lambda text: click.echo(text, err=True)):
         # Without standalone mode click returns the code of an Exit instead of leaving with it.
         sys.exit(command.main(arguments, standalone_mode=False))
 
@@ -167,13 +169,25 @@ def ending_in_a_sentence() -> Iterator[None]:
 
 @contextmanager
 def _terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM, what a batch system or a container sends, cleans up as Ctrl-C does; by default nothing would."""
+    """SIGTERM, what a batch system or a container sends, cleans up as Ctrl-C does; by default nothing would. The exit
+    code is then the one that a shell has for it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    terminated = False
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal terminated
+        terminated = True
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
+    except SystemExit as end:
+        if terminated and end.code == INTERRUPTED:
+            end.code = TERMINATED
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
 

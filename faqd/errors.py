@@ -1,13 +1,14 @@
 """The one exception for what a user can put right, and what others say of a failure."""
 
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
 
 
 class UserError(ValueError):
     """An expected failure: the message says what, where and what to do.
 
     Only the command line turns it into a sentence, so that real bugs keep their traceback.
-    exit_code: 2 for bad input or usage, 1 where a gate, a verification or a build failed, 130 after Ctrl-C.
+    exit_code: 2 for bad input or usage, 1 where a gate, a verification or a build failed, 130 after Ctrl-C
+    (docs/commands.md).
     """
 
     def __init__(self, message: str, exit_code: int = 2) -> None:

@@ -200,7 +200,7 @@ def test_a_terminated_command_leaves_nothing_half_written(tmp_path: Path) -> Non
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as end:
         run(writes, [])
-    assert end.value.code == 130 and not list(tmp_path.iterdir())
+    assert end.value.code == 143 and not list(tmp_path.iterdir())
     assert signal.getsignal(signal.SIGTERM) is before
 
 
