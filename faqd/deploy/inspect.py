@@ -85,4 +85,4 @@ def _run_lines(folder: Path, record: dict[str, Any]) -> list[str]:
         lines.append(f"weights {recipe['weight_bits']} bits, activations {recipe['act_bits']} bits")
     finished = (folder / "weights.safetensors").is_file()
     losses = ", ".join(f"{name} {value:.4g}" for name, value in record.get("select", {}).items())
-    return [*lines, f"finished; on the select split: {losses}" if finished else "not finished"]
+    return [*lines, f"finished; on the validation split: {losses}" if finished else "not finished"]

@@ -32,12 +32,12 @@ def sensitivity(
 ) -> dict[str, Any]:
     """The record: every rounding alone, then the student with ever more of them left out.
 
-    data: fields of DataOptions. images: how many of the select split are looked at; no scale is chosen on them.
+    data: fields of DataOptions. images: how many of the validation split are looked at; no scale is chosen on them.
     """
     made = quantized_float(teacher, teacher_weights, data, bits, calibration, say)
     seen = made.select_images(images)
     if len(seen) < 2:
-        raise UserError("two images of the select split are needed at least; give more data.")
+        raise UserError("two images of the validation split are needed at least; give more data.")
     asked = Sensitivity(made.untrained.student, seen, made.batches, made.untrained.method)
     parts = asked.parts(_estimating(say))
     if not parts:

@@ -25,7 +25,7 @@ METHODS: tuple[Method, ...] = ("mse", "percentile")
 
 
 JUDGED_IMAGES = 32
-"""Of the select split, on which what is tried is compared."""
+"""Of the validation split, on which what is tried is compared."""
 EXACT = 1e-6
 """The distance of an equalized network in float; sums in another order make 1e-10."""
 

@@ -76,7 +76,7 @@ def teacher(recipe: str, json_target: str | None, **options: Any) -> None:
         record = train_teacher(
             chosen, DataOptions(**{**data, "source": chosen.data}), out, resume, say, processes, deadline
         )
-        say(f"{out}: {Path(chosen.arch).name}, {100 * record['select']['accuracy']:.2f} % on the select split.")
+        say(f"{out}: {Path(chosen.arch).name}, {100 * record['select']['accuracy']:.2f} % on the validation split.")
         if processes.is_rank_0:
             emit_json(json_target, record)
 

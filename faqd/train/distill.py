@@ -255,7 +255,7 @@ def _job(one: PreparedStudent, record: dict[str, Any]) -> Job:
 
 
 def _selected(jobs: list[Job], batches: Batches) -> tuple[dict[Path, dict[str, float]], dict[Path, UserError]]:
-    """The losses on the select split by run, and the error where one is not finite."""
+    """The losses on the validation split by run, and the error where one is not finite."""
     found, failed = {}, {}
     for job in jobs:
         try:

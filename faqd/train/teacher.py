@@ -34,7 +34,7 @@ def train_teacher(
     processes: ProcessGroup,
     deadline: float = math.inf,
 ) -> dict[str, Any]:
-    """Train with cross-entropy and write the run. Returns its record with the accuracy on the select split.
+    """Train with cross-entropy and write the run. Returns its record with the accuracy on the validation split.
 
     deadline: see `fit`.
     """

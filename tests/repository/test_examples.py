@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -93,3 +94,18 @@ def test_pictures(tmp_path: Path) -> None:
     assert distilled < untrained and names == "pictures: affinity.png, loss.png, maps.png"
     for name in ("affinity.png", "loss.png", "maps.png"):
         assert np.asarray(Image.open(tmp_path / "pictures" / name)).std() > 10
+
+
+HEADERS = ("/usr/include/x86_64-linux-gnu", "/usr/include/aarch64-linux-gnu", "/usr/local/cuda/include")
+"""Where packages put those of TensorRT and CUDA; FAQD_INCLUDE names other folders, with colons between."""
+
+
+def test_the_engine_in_cpp_compiles(tmp_path: Path) -> None:
+    folders = [Path(folder) for folder in (*os.environ.get("FAQD_INCLUDE", "").split(":"), *HEADERS) if folder]
+    found = {name for name in ("NvInfer.h", "cuda_runtime_api.h") for folder in folders if (folder / name).is_file()}
+    if len(found) < 2 or shutil.which("g++") is None:
+        pytest.skip("no g++, or no headers of TensorRT and CUDA (FAQD_INCLUDE)")
+    line = ["g++", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-deprecated-declarations", "-fsyntax-only"]
+    line += [str(EXAMPLES / "07_engine.cpp"), *(f"-isystem{folder}" for folder in folders)]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -14,6 +14,7 @@ from rich.console import Console
 from faqd.benchmarks.report.terminal import WIDTH, print_result
 from faqd.benchmarks.studies.ablation_table import markdown
 from faqd.files import read_json
+from faqd.train.recipes import Training, usual_training
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,6 +43,19 @@ def test_docs_show_what_the_defaults_do() -> None:
     rows = [row for file in sorted((ROOT / "results" / "defaults").glob("*.json")) for row in rows_of(file)]
     assert len(rows) > 5
     assert [row for row in rows if row not in text] == []
+
+
+def test_docs_show_what_commands_cost() -> None:
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    for row in read_json(ROOT / "results" / "costs" / "costs.json")["networks"]:
+        pixels = row["pixels"] ** 2
+        batch = usual_training(Training(20, 0, None, optimizer=None, frozen_norm=None), False, pixels).batch_size
+        told = [
+            f"{row[key]['seconds']:.0f} s, {row.get(peak, row[key]['peak_mib']) / 1024:.1f} GiB"
+            for key, peak in (("ptq", ""), ("distill_start", "distill_peak_mib"), ("export", ""))
+        ]
+        told.insert(2, f"{row['iteration_s']:.2f} s ({batch} images)")
+        assert f"| {row['network']}, {row['pixels']} | {' | '.join(told)} |" in text, told
 
 
 def rows_of(file: Path) -> list[str]:

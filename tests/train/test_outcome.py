@@ -21,26 +21,26 @@ def record(iteration: int, untrained: float | None, measure: float | None, **rec
     [
         (
             record(150, 0.38, 0.0164),
-            "training helped: on the select split fidelity 0.620 before, 0.984 after (of its teacher: kept).",
+            "training helped: on the validation split fidelity 0.620 before, 0.984 after (of its teacher: kept).",
         ),
         (
             record(25, 0.0018, 0.0017),
-            "training hardly helped: on the select split fidelity 0.9982 before, 0.9983 after (of its teacher: kept)"
-            + PTQ,
+            "training hardly helped: on the validation split fidelity 0.9982 before, 0.9983 after "
+            "(of its teacher: kept)" + PTQ,
         ),
         (
             record(102, 0.00028, 0.00023),
-            "training hardly helped: on the select split fidelity 0.99972 before, 0.99977 after (of its teacher: kept)"
-            + PTQ,
+            "training hardly helped: on the validation split fidelity 0.99972 before, 0.99977 after "
+            "(of its teacher: kept)" + PTQ,
         ),
         (
             record(0, 0.2, 0.2),
-            "training did not help, and the untrained student is kept: on the select split fidelity 0.800 (of its "
+            "training did not help, and the untrained student is kept: on the validation split fidelity 0.800 (of its "
             "teacher: lost something)" + PTQ,
         ),
         (
             record(0, 11.4, 11.4),
-            "training did not help, and the untrained student is kept: on the select split fidelity 0.000 (of its "
+            "training did not help, and the untrained student is kept: on the validation split fidelity 0.000 (of its "
             "teacher: ruined)" + PTQ,
         ),
         (

@@ -161,9 +161,9 @@ OPERATORS = (
         emit=_emit_joined,
         stands_for="concatenation, `stack`",
         treatment=Treatment(
-            "one grid and one scale for all tensors that meet in it, through splits and shuffles too; its own where "
-            "the image is one of them, or a map meets its own multiple or mean (`x / 2`, `(x + y) / 2`, an average, a "
-            "LeakyReLU of it)",
+            "all tensors that are joined share one grid and one scale, also where a split or a shuffle stands between. "
+            "The result has a scale of its own where the image is joined, or a map with its own multiple or mean "
+            "(`x / 2`, `(x + y) / 2`, an average, a LeakyReLU of it)",
             "on INT8",
             "on codes",
         ),

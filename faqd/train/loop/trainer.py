@@ -244,7 +244,7 @@ def _refuse_nan(losses: Mapping[str, Tensor | float], where: str) -> None:
 def select_losses(job: Job, batches: Batches) -> dict[str, float]:
     """The losses on the select split."""
     plain = mean_losses(answers(job.network, batches), job.losses, batches.data_seed)
-    _refuse_nan(plain, "on the select split")
+    _refuse_nan(plain, "on the validation split")
     return plain
 
 

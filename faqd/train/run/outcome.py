@@ -41,4 +41,4 @@ def _figures(recipe: dict[str, Any], before: float, after: float) -> str:
         return f"a loss of {before:.4g} untrained and {after:.4g} for what is kept"
     first, last = map(kept_at, (before, after))
     figures = rounded(last) if after == before else f"{rounded(first)} before, {rounded(last)} after"
-    return f"on the select split fidelity {figures} (of its teacher: {verdict(last)})"
+    return f"on the validation split fidelity {figures} (of its teacher: {verdict(last)})"
