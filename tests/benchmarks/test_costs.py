@@ -14,13 +14,13 @@ from tests.fixtures.toy_runs import faqd_deploy, succeeds
 def test_the_memory_is_that_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     for name, code in (
-        ("small", ""),
-        ("large", "x = bytes(200 << 20)\ny = x[::2]"),
+        ("small", "import time; time.sleep(0.3)"),
+        ("large", "x = b'x' * (200 << 20)\nimport time; time.sleep(0.3)"),
         ("fails", "raise SystemExit('no')"),
     ):
         (tmp_path / f"{name}.py").write_text(code)
     small, large = (cost([name], tmp_path)["peak_mib"] for name in ("small", "large"))
-    assert 180 < large - small < 400
+    assert 0 < small < 100 and 180 < large - small < 400
     with pytest.raises(UserError, match="fails: ended with an error: no"):
         cost(["fails"], tmp_path)
 

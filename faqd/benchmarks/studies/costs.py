@@ -6,7 +6,7 @@ weights and made pictures: neither weights nor pictures change what a command co
 
 from __future__ import annotations
 
-import os
+import re
 import shlex
 import subprocess
 import sys
@@ -32,21 +32,36 @@ NETWORKS = {"resnet20": 32, "resnet18": 224}
 """Of the zoo, with the side of their images in pixels."""
 IMAGES, CLASSES, SETTLED = 256, 10, 8
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+LOOK_EVERY_S = 0.05
 SHORT = 2
 """Iterations of the run that is taken off a longer one, so that one iteration is left and no start."""
 
 
 def cost(arguments: list[str], folder: Path) -> dict[str, float]:
-    """Wall-clock seconds and the peak of the resident memory of a command and of what it starts."""
+    """Wall-clock seconds and the peak of the resident memory of a command.
+
+    The kernel's ru_maxrss would not do: it counts what the parent held when it started the command.
+    """
     started = time.perf_counter()
     log = folder / "log.txt"
     with log.open("w") as stream:
         process = subprocess.Popen([sys.executable, "-m", *arguments], cwd=folder, stdout=stream, stderr=stream)
-        _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
+        peak = 0
+        while process.poll() is None:
+            peak = max(peak, _peak_kib(process.pid))
+            time.sleep(LOOK_EVERY_S)
     if process.returncode:
         raise UserError(f"{shlex.join(arguments)}: ended with an error: {log.read_text().splitlines()[-1]}")
-    return {"seconds": round(time.perf_counter() - started, 1), "peak_mib": used.ru_maxrss // 1024}
+    return {"seconds": round(time.perf_counter() - started, 1), "peak_mib": peak // 1024}
+
+
+def _peak_kib(process: int) -> int:
+    """The high-water mark of a process so far; 0 where it has none any more."""
+    try:
+        found = re.search(r"VmHWM:\s*(\d+)", Path(f"/proc/{process}/status").read_text())
+    except OSError:
+        return 0
+    return int(found[1]) if found else 0
 
 
 def lay_out(folder: Path, name: str, side: int) -> list[str]:
