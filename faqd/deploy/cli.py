@@ -129,18 +129,22 @@ def sensitivity(
 @min_fidelity_option
 @json_option
 def verify(bundle_folder: Path, min_fidelity: float | None, json_target: str | None) -> None:
-    """Prove a bundle again: torch, reference and onnxruntime, layer by layer. Exit code 1 if a bound does not hold."""
+    """Prove a bundle again: torch, reference and onnxruntime, layer by layer. Exit code 1 if a bound does not hold.
+
+    The result is kept in verify.json of the bundle, where that can be written to.
+    """
     from faqd.bundle import load_bundle
-    from faqd.deploy.conclusion import exit_if_failed, fidelity_lines
+    from faqd.deploy.conclusion import exit_if_failed, fidelity_lines, keep
     from faqd.deploy.verify.table import print_verification
-    from faqd.deploy.verify.verify import verify_bundle
+    from faqd.deploy.verify.verify import verified
 
     bundle = load_bundle(bundle_folder)
-    record = verify_bundle(bundle)
+    record = verified(bundle)
     if json_target is None:
         print_verification(record)
         click.echo("\n".join(fidelity_lines(bundle, record)))
     emit_json(json_target, record)
+    keep(bundle, record, _say)
     exit_if_failed(record, min_fidelity)
 
 
@@ -213,7 +217,16 @@ def predict(
 @shape_flags
 @builder_flags
 @engine_flags
-@section("Output", json_option)
+@section(
+    "Output",
+    click.option(
+        "--out",
+        type=click.Path(path_type=Path, file_okay=False),
+        show_default="the bundle, where the bench looks for them",
+        help="Write engines and their records to this folder.",
+    ),
+    json_option,
+)
 def build_engine(
     bundle_folder: Path,
     build_all: bool,
@@ -221,6 +234,7 @@ def build_engine(
     min_shapes: str | None,
     opt_shapes: str | None,
     max_shapes: str | None,
+    out: Path | None,
     json_target: str | None,
     **options: Any,
 ) -> None:
@@ -235,7 +249,7 @@ def build_engine(
         max_shapes=shapes_from_text("--max-shapes", max_shapes),
         **options,
     )
-    records = build_bundle(load_bundle(bundle_folder), all=build_all, force=force, options=chosen, say=_say)
+    records = build_bundle(load_bundle(bundle_folder), all=build_all, force=force, options=chosen, say=_say, out=out)
     emit_json(json_target, records)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
@@ -11,7 +11,7 @@ from faqd.bundle import VERIFY, Bundle, floats_in_words
 from faqd.command import emit_json
 from faqd.errors import UserError
 from faqd.fidelity import advice, in_words
-from faqd.files import read_json
+from faqd.files import read_json, write_json
 from faqd.proof import codes_in_words
 
 
@@ -29,6 +29,17 @@ def conclude(bundle: Bundle, json_target: str | None, min_fidelity: float | None
     click.echo("\n".join(lines), err=True)
     emit_json(json_target, bundle.manifest)
     exit_if_failed(record, min_fidelity)
+
+
+def keep(bundle: Bundle, record: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Write verify.json; of a bundle that cannot be written to, as in a read-only image, say so and go on: what was
+    found holds."""
+    path = bundle.folder / VERIFY
+    try:
+        write_json(path, record)
+    except OSError as error:
+        why = (error.strerror or type(error).__name__).lower()
+        say(f"warning: {path} is as it was, it cannot be written ({why}); --json FILE keeps this result elsewhere.")
 
 
 def fidelity_lines(bundle: Bundle, record: dict[str, Any]) -> Iterator[str]:

@@ -62,7 +62,7 @@ FLAGS = {
     "faqd-deploy predict": "--images --top --out --json --backend",
     "faqd-deploy build-engine": (
         "--all --force --min-shapes --opt-shapes --max-shapes --workspace --opt-level --timing-cache "
-        "--frozen-timing-cache --version-compatible --hardware-compatibility --profiling-verbosity --json"
+        "--frozen-timing-cache --version-compatible --hardware-compatibility --profiling-verbosity --out --json"
     ),
     "faqd-deploy doctor": "--json",
     "faqd-deploy selftest": "--cases --cuda --json",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from faqd.bundle import (
@@ -18,11 +19,13 @@ from faqd.deploy.engine.options import BuildOptions
 from faqd.deploy.engine.progress import Say
 from faqd.deploy.engine.record import engine_name
 from faqd.errors import UserError
-from faqd.files import sha256
+from faqd.files import refuse_unmakeable, sha256
 from faqd.proof import fidelity_of, proof_of
 
 
-def build_bundle(bundle: Bundle, *, all: bool, force: bool, options: BuildOptions, say: Say) -> list[dict[str, Any]]:
+def build_bundle(
+    bundle: Bundle, *, all: bool, force: bool, options: BuildOptions, say: Say, out: Path | None = None
+) -> list[dict[str, Any]]:
     """Build the student's engine, with `all` those of the float student and the teacher too; returns the records.
 
     What counts is the proof of the TensorRT file: that for onnxruntime on a CPU is another network.
@@ -30,6 +33,7 @@ def build_bundle(bundle: Bundle, *, all: bool, force: bool, options: BuildOption
     Both are FP16; a bundle without an FP16 teacher gets an FP32 one, and that is said.
 
     force: build although verify.json says failed or speaks of other files. UserError (exit code 1) otherwise.
+    out: the folder for engines and records instead of the bundle's, where the bench finds them.
     """
     if not bundle.has(STUDENT_TENSORRT):
         raise UserError(
@@ -37,6 +41,7 @@ def build_bundle(bundle: Bundle, *, all: bool, force: bool, options: BuildOption
             "--target onnxruntime, whose 8-bit activations do not fit TensorRT's INT8; "
             "train with --target tensorrt to get an engine."
         )
+    folder = _writable(bundle, out)
     names = [STUDENT_TENSORRT, *(_baselines(bundle, say) if all else ())]
     verify = _verified(bundle, force, say)
     if (kept := fidelity_of(bundle).get(STUDENT_TENSORRT)) is not None and kept["verdict"] != "kept":
@@ -47,7 +52,7 @@ def build_bundle(bundle: Bundle, *, all: bool, force: bool, options: BuildOption
         records.append(
             engine_from_onnx(
                 source,
-                source.with_name(engine_name(name)),
+                folder / engine_name(name),
                 options,
                 say,
                 sha256=bundle.manifest["files"][name]["sha256"],
@@ -56,6 +61,21 @@ def build_bundle(bundle: Bundle, *, all: bool, force: bool, options: BuildOption
             )
         )
     return records
+
+
+def _writable(bundle: Bundle, out: Path | None) -> Path:
+    """Where engines go; UserError, before minutes of building, where nothing can be written."""
+    if out is not None:
+        refuse_unmakeable(out)
+        return out
+    try:
+        refuse_unmakeable(bundle.folder)
+    except UserError as error:
+        raise UserError(
+            f"{bundle.folder}: engines cannot be written beside its files. Give --out FOLDER; for the bench, copy the "
+            "bundle to where it can be written."
+        ) from error
+    return bundle.folder
 
 
 def _baselines(bundle: Bundle, say: Say) -> list[str]:

@@ -48,12 +48,18 @@ _FLAVOUR_OF: dict[str, Target] = {file: flavour for files in (FILES, STUDENTS) f
 
 def verify_bundle(bundle: Bundle) -> dict[str, Any]:
     """Verify a bundle and write its verify.json. Returns the record; `passed` says whether every bound held."""
+    record = verified(bundle)
+    write_json(bundle.folder / names.VERIFY, record)
+    return record
+
+
+def verified(bundle: Bundle) -> dict[str, Any]:
+    """The record that verify.json is to hold: what an earlier one knows of other CPUs stays."""
     record = verification(bundle)
     for flavour, verdict in record["flavours"].items():
         if verdict["passed"] and proof_of(bundle, flavour).status in ("passed", "elsewhere"):
             earlier = read_json(bundle.folder / names.VERIFY)["flavours"][flavour]["cpu_kinds"]
             verdict["cpu_kinds"] = sorted({*earlier, *verdict["cpu_kinds"]})
-    write_json(bundle.folder / names.VERIFY, record)
     return record
 
 
