@@ -117,14 +117,6 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> None:
         sys.exit(command.main(arguments, standalone_mode=False))
 
 
-def arguments_given() -> list[str]:
-    """Within a command, what stands behind its name: behind `faqd-bench`, or `faqd bench`."""
-    context, names = click.get_current_context(), 1
-    while context.parent is not None:
-        context, names = context.parent, names + 1
-    return sys.argv[names:]
-
-
 def wait_briefly() -> None:
     """Let the threads of torch's OpenMP runtime sleep soon where they wait for each other, if the user has not said how
     they wait. To be called before torch is loaded: it reads the environment once.

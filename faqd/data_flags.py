@@ -16,6 +16,7 @@ data_flags = section(
     click.option(
         "--data",
         metavar="SOURCE",
+        multiple=True,
         help="Read digits, cifar10, cifar100, tiny-imagenet, folder:PATH (any tree of images) or npz:PATH.",
     ),
     click.option("--data-root", type=click.Path(path_type=Path), help="Look for a published data set in this folder."),
@@ -42,12 +43,41 @@ data_flags = section(
 def data_values(options: dict[str, Any]) -> dict[str, Any]:
     """Take the data options out of a command's keyword arguments, as fields of train.data.options.DataOptions."""
     taken = {name: options.pop(name) for name in _DATA_NAMES}
+    taken["data"] = _one_source(taken["data"])
+    _refuse_idle(taken)
     taken["source"], taken["root"] = _absolute(taken.pop("data")), taken.pop("data_root")
     taken["image_size"] = parse_size(taken["image_size"])
     taken["mean"], taken["std"] = _numbers("--mean", taken["mean"]), _numbers("--std", taken["std"])
     return taken
 
 
+def _one_source(sources: tuple[str, ...]) -> str | None:
+    """`--data` may stand on the line several times only so that the second one is not the only one that counts."""
+    if len(sources) > 1:
+        raise UserError(
+            f"--data {' and '.join(sources)}: give one source; folders can be linked into one, and it is searched "
+            "through links."
+        )
+    return sources[0] if sources else None
+
+
+def _refuse_idle(taken: dict[str, Any]) -> None:
+    """UserError where an option says nothing to the source that is named."""
+    if taken["data"] is None:
+        return
+    kind = taken["data"].partition(":")[0]
+    if kind not in PUBLISHED:
+        for option in ("download", "data_root"):
+            if taken[option]:
+                raise UserError(
+                    f"--{option.replace('_', '-')}: --data {taken['data']} is no published data set to look for "
+                    f"({', '.join(PUBLISHED)} are); leave it out."
+                )
+    if taken["labels"] and kind != "folder":
+        raise UserError(f"--labels: --data {taken['data']} has no subfolders to take classes from; leave it out.")
+
+
+PUBLISHED = ("cifar10", "cifar100", "tiny-imagenet")
 _DATA_NAMES = (
     "data",
     "data_root",

@@ -12,10 +12,11 @@ import click
 
 from faqd.benchmarks.options import bench_flags
 from faqd.bundle import Bundle, load_bundle
-from faqd.command import SETTINGS, Command, arguments_given, emit_json, run, version_option
+from faqd.command import SETTINGS, Command, emit_json, run, version_option
 from faqd.errors import UserError
 from faqd.extras import install
 from faqd.files import write_json, written_beside
+from faqd.given import arguments_given, refuse_all_but, refuse_idle
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,7 +26,13 @@ if TYPE_CHECKING:
     from faqd.benchmarks.record.gates import Gates
 
 STUDENT_ENGINE = "student.tensorrt.engine"
+_TIMING = (
+    *("--warm-up", "--duration", "--iterations", "--avg-runs", "--percentile", "--rounds", "--sweep", "--sustained"),
+    *("--energy-duration", "--power-rail", "--dump-profile", "--export-times", "--export-profile"),
+)
+"""What has nothing to do without timed queries."""
 _GATES = ("min_accuracy_ratio", "min_agreement", "max_p99_ms", "max_energy_mj")
+_GATE_OPTIONS = [f"--{name.replace('_', '-')}" for name in _GATES]
 
 
 @click.command(cls=Command, context_settings=SETTINGS)
@@ -47,6 +54,10 @@ def bench_command(
     given = [name for name, there in ways.items() if there]
     if len(given) != 1:
         raise UserError(f"give one of {', '.join(ways)}; found {' and '.join(given) or 'none'}.")
+    if stored is not None:
+        refuse_all_but(["--from", "--json", "--report", *_GATE_OPTIONS], "--from measures nothing")
+    if compare is not None:
+        refuse_all_but(["--compare", "--json"], "--compare measures nothing, and judges by no gate")
     console = console_for(sys.stderr if options["json_target"] == "-" else sys.stdout)
     gates = Gates(**{name: options.pop(name) for name in _GATES})
     if compare is not None:
@@ -63,8 +74,10 @@ def _measure(bundles: Sequence[Path], gates: Gates, console: Console, options: d
     from faqd.benchmarks.measure.user_metric import load_metric
     from faqd.benchmarks.report.trtexec_json import times_json
 
-    if options["skip_latency"] and (options["export_times"] or options["export_profile"]):
-        raise UserError("--export-times and --export-profile need timed queries, and --skip-latency leaves them out.")
+    if options["skip_latency"]:
+        refuse_idle(_TIMING, "--skip-latency times nothing")
+    if not options["energy_duration"]:
+        refuse_idle(["--power-rail"], "--energy-duration 0 measures no energy")
     metric = load_metric(options["metric"]) if options["metric"] else None
     loaded = [load_bundle(folder) for folder in bundles]
     asked = Asked(*(options.pop(field.name) for field in fields(Asked)))
@@ -151,9 +164,12 @@ def _backend(bundles: Sequence[Bundle], asked: Asked, options: dict[str, Any]) -
     if device is not None and (choice == "engine" or not without):
         from faqd.benchmarks.backends.engines import EngineBackend
 
+        refuse_idle(["--threads"], "engines compute on the GPU (--backend onnxruntime measures the CPU)")
         why = "asked for" if choice == "engine" else "a GPU and engines are here"
         return EngineBackend(device, why, asked.on_a_gpu(), cuda=cuda, trust=options["trust"])
     asked.refuse_without_gpu()
+    if choice == "onnxruntime":
+        refuse_idle(["--cuda", "--trust"], "--backend onnxruntime loads no engine")
     if choice == "onnxruntime":
         why = "asked for"
     elif device is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import click
 
 from faqd.command import Finite, flags, json_option, section, writable
+from faqd.errors import UserError
 
 
 class Numbers(click.ParamType):  # type: ignore[type-arg,unused-ignore] # Generic from click 8.4 on.
@@ -40,6 +42,15 @@ _FROM_ZERO = Finite(0)
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _TO_WRITE: dict[str, Any] = {"type": _FILE, "callback": writable}
 
+
+def _no_more_than_cores(context: click.Context, option: click.Parameter, threads: int) -> int:
+    """More threads than cores wait for each other, and what is measured is that."""
+    cores = len(os.sched_getaffinity(0))
+    if threads > cores:
+        raise UserError(f"--threads {threads}: this process may use {cores} core(s) of the machine; give at most that.")
+    return threads
+
+
 bench_flags = flags(
     section(
         "Networks",
@@ -53,6 +64,7 @@ bench_flags = flags(
             "--threads",
             type=click.IntRange(1),
             default=1,
+            callback=_no_more_than_cores,
             help="Threads of one query on the CPU.",
         ),
         click.option(

@@ -28,6 +28,7 @@ from faqd.deploy.options import (
     shape_flags,
 )
 from faqd.errors import UserError
+from faqd.given import refuse_idle
 
 if TYPE_CHECKING:
     from faqd.deploy.write_bundle import Calibration
@@ -92,6 +93,8 @@ def ptq(
     from faqd.deploy.write_bundle import quantize_after_training
 
     bits, chosen = _quantization(options)
+    if bits.target == "onnxruntime":
+        refuse_idle(["--float-type"], "--target onnxruntime writes no TensorRT file")
     asked = BundleOptions(eval_samples, float_type, input_form, servers, licence)
     bundle = quantize_after_training(teacher, teacher_weights, data_values(options), bits, chosen, out, asked, _say)
     conclude(bundle, json_target, min_fidelity)

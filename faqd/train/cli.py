@@ -22,6 +22,7 @@ from faqd.command import (
 )
 from faqd.data_flags import data_flags, data_values
 from faqd.extras import install
+from faqd.given import refuse_idle
 from faqd.train.options import (
     arch_option,
     bit_list,
@@ -95,6 +96,7 @@ def distill(recipe: str, teacher: str, teacher_weights: Path | None, json_target
     Defaults in parentheses are those of the recipe `default`; another recipe has its own.
     """
     from faqd.train import distill as distillation
+    from faqd.train.idle_options import refuse_idle_options
     from faqd.train.loop.distributed import process_group
     from faqd.train.recipes import distill_recipe, overridden
     from faqd.train.run.lesson import lesson_from
@@ -108,6 +110,7 @@ def distill(recipe: str, teacher: str, teacher_weights: Path | None, json_target
     act_bits = bit_list("--act-bits", options.pop("act_bits"))
     base = overridden(distill_recipe(recipe), {"data": data["source"], **options})
     variants = _variants(base, weight_bits, act_bits)
+    refuse_idle_options(variants)
     with process_group(device) as processes:
         say = _say if processes.is_rank_0 else _silent
         source = {**data, "source": base.data}
@@ -201,6 +204,8 @@ def inspect(json_target: str | None, **options: Any) -> None:
     from faqd.bundle import floats_in_words
     from faqd.train.inspect import inspect_network
 
+    if Path(options["teacher"]).is_dir():
+        refuse_idle(["--image-size", "--input-channels"], "a run knows its input")
     table = inspect_network(**options, say=_say)
     if json_target is None:
         click.echo(f"{'layer':34} {'operator':10} {'weights':12} {'inputs':14} shape")

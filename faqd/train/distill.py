@@ -187,7 +187,7 @@ def _distill_together(
 
 def _in_words(one: PreparedStudent, batches: Batches) -> Iterator[str]:
     training = one.plan.recipe.training
-    return training_in_words(one.student.network, training, batches.iterations(training))
+    return training_in_words(one.student.network, training, batches.iterations(training), len(batches.train.pixels))
 
 
 def _calibrate(one: PreparedStudent, train: Images, device: torch.device) -> None:

@@ -15,11 +15,12 @@ from click.testing import CliRunner
 
 from faqd.benchmarks.cli import bench_command
 from faqd.cli import cli as faqd_cli
-from faqd.command import arguments_given, ending_in_a_sentence, run
+from faqd.command import ending_in_a_sentence, run
 from faqd.deploy.cli import cli as deploy_cli
 from faqd.errors import UserError
 from faqd.extras import install
 from faqd.files import written_beside
+from faqd.given import arguments_given
 from faqd.train.cli import cli as train_cli
 from tests.fixtures.toy_runs import faqd_deploy, faqd_train, outcome_of, succeeds
 

@@ -39,11 +39,13 @@ def test_both_say_size_normalisation_splits_and_norms_before_anything_else(tmp_p
 def test_what_training_does_to_batch_norms() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     assert network_in_words(network, "n").endswith("1 layer (convolutions, linear), 1 batch norm.")
-    said = {part: list(training_in_words(network, Training(1, 8, 0.1, frozen_norm=part), 5)) for part in (0, 0.1, 1)}
+    said = {part: list(training_in_words(network, Training(1, 8, 0.1, frozen_norm=part), 5, 9)) for part in (0, 0.1, 1)}
     assert all("5 iterations of 8 images, learning rate 0.1" in first for first, _ in said.values())
     assert said[0][1] == "batch norm: statistics of each batch; estimated again with the final weights."
     assert "fixed for the last 10 %" in said[0.1][1] and "leaves as they are" in said[1][1]
-    assert len(list(training_in_words(network[0], Training(1, 8, 0.1), 5))) == 1
+    assert len(list(training_in_words(network[0], Training(1, 8, 0.1), 5, 8))) == 1
+    first, _ = training_in_words(network[0], Training(1, 8, 0.1), 5, 7)
+    assert first == "--batch-size 8: there are 7 training images; each iteration sees them all."
 
 
 def test_the_pace_is_told_after_a_few_iterations(

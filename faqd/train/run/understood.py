@@ -32,8 +32,10 @@ def network_in_words(network: nn.Module, name: str) -> str:
     )
 
 
-def training_in_words(network: nn.Module, training: Training, iterations: int) -> Iterator[str]:
-    """training: with nothing left open. iterations: of the whole run."""
+def training_in_words(network: nn.Module, training: Training, iterations: int, images: int) -> Iterator[str]:
+    """training: with nothing left open. iterations: of the whole run. images: to train on."""
+    if training.batch_size > images:
+        yield f"--batch-size {training.batch_size}: there are {images} training images; each iteration sees them all."
     yield (
         f"training: {iterations:,} iterations of {training.batch_size} images, learning rate "
         f"{resolved(training.lr):.3g} at its peak ({training.optimizer} steps)."
