@@ -17,6 +17,7 @@ from faqd.fidelity import Branch
 from faqd.files import read_json, sha256, write_json
 from faqd.preprocess import Preprocess
 from faqd.schema import COUNT, Each, Many, Maybe, unprintable, wrong
+from faqd.sweep import members
 
 FORMAT = "faqd-bundle"
 VERSION = 1
@@ -226,7 +227,7 @@ def save_probe_outputs(folder: Path, outputs: dict[str, dict[str, NDArray[np.flo
 def load_bundle(folder: Path) -> Bundle:
     """Read and check a bundle; UserError where it is missing, from a newer faqd, or a file was changed."""
     if not (folder / MANIFEST).is_file():
-        raise UserError(f"{folder}: not a bundle (no {MANIFEST}). `faqd-deploy export RUN --out {folder}` makes one.")
+        raise UserError(f"{folder}: not a bundle (no {MANIFEST}){_instead(folder)}")
     manifest = read_json(folder / MANIFEST)
     if (
         not isinstance(manifest, dict)
@@ -251,6 +252,17 @@ def load_bundle(folder: Path) -> Bundle:
         if sha256(path) != record["sha256"]:
             raise UserError(f"{path}: changed since the bundle was written (SHA-256 differs); export the run again.")
     return Bundle(folder, manifest)
+
+
+def _instead(folder: Path) -> str:
+    """What a folder is that is no bundle, and what to do."""
+    if folder.is_file():
+        return f"; it is a file: name the folder, {folder.parent}."
+    if (folder / "run.json").is_file():
+        return f"; it is a run, of which `faqd-deploy export {folder} --out BUNDLE` makes one."
+    if within := [found.name for found in members(folder, MANIFEST)]:
+        return f"; it holds bundles: name one of {', '.join(within)}."
+    return f". `faqd-deploy export RUN --out {folder if not folder.exists() else 'BUNDLE'}` makes one."
 
 
 def _complaints(manifest: dict[str, Any]) -> Iterator[str]:

@@ -29,6 +29,7 @@ from faqd.deploy.options import (
 )
 from faqd.errors import UserError
 from faqd.given import refuse_idle
+from faqd.sweep import members
 
 if TYPE_CHECKING:
     from faqd.deploy.write_bundle import Calibration
@@ -61,12 +62,22 @@ def export(
     min_fidelity: float | None,
     json_target: str | None,
 ) -> None:
-    """Write the bundle of a distilled student, and verify it."""
+    """Write the bundle of a distilled student, and verify it.
+
+    Of a folder of runs, as `distill` writes it for lists of bits and several seeds, it writes a folder of bundles.
+    """
+    from faqd.deploy import sweep
     from faqd.deploy.bundle_facts import BundleOptions
-    from faqd.deploy.conclusion import conclude
+    from faqd.deploy.conclusion import conclude, conclude_all
     from faqd.deploy.write_bundle import export_run
 
     options = BundleOptions(eval_samples, float_type, input_form, servers, licence)
+    if runs := members(run_folder, sweep.RUN_RECORD):
+        made, failed = sweep.exported(
+            runs, out, lambda run, target: export_run(run, target, options, _say, data_root), _say
+        )
+        conclude_all(made, failed, json_target, min_fidelity)
+        return
     bundle = export_run(run_folder, out, options, _say, data_root)
     conclude(bundle, json_target, min_fidelity)
 
@@ -170,10 +181,11 @@ def explain(source: Path, rules_only: bool, json_target: str | None) -> None:
 @click.argument("folder", metavar="RUN|BUNDLE", type=FOLDER)
 @json_option
 def inspect(folder: Path, json_target: str | None) -> None:
-    """Say what a run or a bundle is."""
+    """Say what a run or a bundle is, or the runs or bundles of a folder, as a table."""
     from faqd.deploy.inspect import inspect_folder
+    from faqd.deploy.sweep import inspected
 
-    facts, lines = inspect_folder(folder)
+    facts, lines = inspected(folder) or inspect_folder(folder)
     if json_target is None:
         click.echo("\n".join(lines))
     emit_json(json_target, facts)

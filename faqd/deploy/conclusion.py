@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import click
 
 from faqd.bundle import VERIFY, Bundle, floats_in_words
 from faqd.command import emit_json
+from faqd.deploy.sweep import bundle_row
 from faqd.errors import UserError
 from faqd.fidelity import advice, in_words
 from faqd.files import read_json, write_json
 from faqd.proof import codes_in_words
+from faqd.sweep import table
 
 
 def conclude(bundle: Bundle, json_target: str | None, min_fidelity: float | None) -> None:
@@ -29,6 +31,24 @@ def conclude(bundle: Bundle, json_target: str | None, min_fidelity: float | None
     click.echo("\n".join(lines), err=True)
     emit_json(json_target, bundle.manifest)
     exit_if_failed(record, min_fidelity)
+
+
+def conclude_all(
+    bundles: Sequence[Bundle], failed: Sequence[str], json_target: str | None, min_fidelity: float | None
+) -> None:
+    """The same for a folder of bundles: one table. failed: runs of which there is no bundle. UserError (exit code 1)
+    names those, and the bundles that are not proved or have kept too little."""
+    if bundles:
+        click.echo("\n".join(table([bundle_row(bundle) for bundle in bundles])), err=json_target == "-")
+    emit_json(json_target, [{"bundle": bundle.folder.name, **bundle.manifest} for bundle in bundles])
+    complaints = [f"{name}: no bundle" for name in failed]
+    for bundle in bundles:
+        try:
+            exit_if_failed(read_json(bundle.folder / VERIFY), min_fidelity)
+        except UserError as error:
+            complaints.append(f"{bundle.folder.name}: {error}")
+    if complaints:
+        raise UserError("\n".join(complaints), exit_code=1)
 
 
 def keep(bundle: Bundle, record: dict[str, Any], say: Callable[[str], None]) -> None:

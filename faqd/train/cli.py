@@ -23,6 +23,7 @@ from faqd.command import (
 from faqd.data_flags import data_flags, data_values
 from faqd.extras import install
 from faqd.given import refuse_idle
+from faqd.sweep import members, table
 from faqd.train.options import (
     arch_option,
     bit_list,
@@ -139,9 +140,19 @@ def distill(recipe: str, teacher: str, teacher_weights: Path | None, json_target
 @click.option("--data-root", type=click.Path(path_type=Path), help="Look for a published data set in this folder.")
 @json_option
 def evaluate(run_folder: Path, data_root: Path | None, json_target: str | None) -> None:
-    """Accuracy of a run's network on the eval split: for a student, of the deployed integers."""
-    from faqd.train.evaluate import evaluate_run
+    """Accuracy of a run's network on the eval split: for a student, of the deployed integers.
 
+    A folder of runs, as `distill` writes it for lists of bits and several seeds, gives one table.
+    """
+    from faqd.train.evaluate import evaluate_run, evaluate_runs, row
+    from faqd.train.run.folder import RECORD
+
+    if runs := members(run_folder, RECORD):
+        results = evaluate_runs(runs, data_root, _say)
+        if json_target is None:
+            click.echo("\n".join(table([row(each) for each in results])))
+        emit_json(json_target, results)
+        return
     result = evaluate_run(run_folder, data_root)
     if json_target is None:
         click.echo("\n".join(f"{name}: {value}" for name, value in result.items()))

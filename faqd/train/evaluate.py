@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from faqd.errors import UserError
 from faqd.quant import FLOAT_BITS
 from faqd.quantize.convert import convert
 from faqd.quantize.outputs import run_batches
 from faqd.quantize.student import Student
-from faqd.train.data.datasets import load_dataset
+from faqd.train.data.datasets import Say, load_dataset
 from faqd.train.run.folder import data_options, finished, load_teacher, network_input, run_preprocess
 from faqd.train.run.student import load_student
 
@@ -53,6 +55,32 @@ def evaluate_run(folder: Path, data_root: Path | None) -> dict[str, Any]:
         agreement = (measured["student"][scores].argmax(1) == wanted[scores].argmax(1)).float().mean()
         result["agreement"] = round(float(agreement), 6)
     return result
+
+
+def evaluate_runs(runs: Sequence[Path], data_root: Path | None, say: Say) -> list[dict[str, Any]]:
+    """The same for every finished run of a folder; of one that is not, that is said."""
+    found = []
+    for run in runs:
+        try:
+            found.append({"run": run.name, **evaluate_run(run, data_root)})
+        except UserError as error:
+            say(str(error))
+    if not found:
+        raise UserError(f"{runs[0].parent}: none of its {len(runs)} runs can be evaluated.")
+    return found
+
+
+def row(result: dict[str, Any]) -> dict[str, str]:
+    """Of one run, for a table of several."""
+    shares = {name: result.get(name) for name in ("student_accuracy", "teacher_accuracy", "agreement")}
+    told = {name.replace("_", " "): "–" if value is None else f"{100 * value:.2f} %" for name, value in shares.items()}
+    ratios = [value for value in result.get("snr_db", {}).values() if value is not None]
+    return {
+        "run": result["run"],
+        "images": str(result["images"]),
+        **told,
+        "least SNR": f"{min(ratios):.1f} dB" if ratios else "–",
+    }
 
 
 def _snr_db(found: Tensor, wanted: Tensor) -> float | None:

@@ -22,6 +22,7 @@ from faqd import __version__
 from faqd.errors import UserError
 from faqd.files import leftovers, read_json, sha256, write_json
 from faqd.preprocess import Preprocess
+from faqd.sweep import members
 from faqd.train.data.options import DataOptions
 from faqd.train.networks.own_tensors import own_tensors, put_tensors
 from faqd.train.networks.source import NetworkSource
@@ -109,7 +110,12 @@ def _flat(values: dict[str, Any], path: str = "") -> dict[str, Any]:
 
 def read_record(folder: Path) -> dict[str, Any]:
     if not (folder / RECORD).is_file():
-        raise UserError(f"{folder}: not a run folder (no {RECORD}); `faqd-train` makes one with --out.")
+        within = ", ".join(found.name for found in members(folder, RECORD))
+        if (folder / "manifest.json").is_file():
+            cure = "it is a bundle: name the run that it was made of"
+        else:
+            cure = f"it holds runs: name one of {within}" if within else "`faqd-train` makes one with --out"
+        raise UserError(f"{folder}: not a run folder (no {RECORD}); {cure}.")
     record: dict[str, Any] = read_json(folder / RECORD)
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise UserError(f"{folder / RECORD}: not the record of a run; give another folder.")
