@@ -7,21 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from faqd.command import (
-    SETTINGS,
-    Group,
-    emit_json,
-    json_option,
-    run,
-    section,
-    version_option,
-)
+from faqd.command import SETTINGS, Group, emit_json, json_option, run, section, version_option
 from faqd.data_flags import data_values
 from faqd.deploy.options import (
     FOLDER,
     builder_flags,
+    built_flags,
     bundle_flags,
     engine_flags,
+    engine_output_flags,
     float_flags,
     min_fidelity_option,
     predict_flags,
@@ -201,47 +195,20 @@ def predict(
 
     Pictures are decoded, resized and normalised as they were in training.
     """
-    from faqd.deploy import predict as predicting
-    from faqd.deploy.run_bundle import Engine
+    from faqd.deploy.predict import predict_pictures
 
-    files = predicting.pictures(images)
-    with Engine(bundle_folder, backend) as engine:
-        _say(f"{engine.bundle.name} on {engine.runs_on}")
-        classes = engine.bundle.manifest["classes"]
-        kept = []
-        for one in predicting.predictions(engine, files, _say):
-            if json_target != "-":
-                click.echo(predicting.in_words(one, top, classes))
-            if out is not None or json_target is not None:
-                kept.append(one)
-    if out is not None:
-        predicting.write_npz(out, kept)
-    facts = {"bundle": engine.bundle.name, "runs_on": engine.runs_on}
-    emit_json(json_target, {**facts, "images": [predicting.to_json(one, top, classes) for one in kept]})
+    show = None if json_target == "-" else click.echo
+    facts = predict_pictures(bundle_folder, images, backend, top, out, json_target is not None, show, _say)
+    emit_json(json_target, facts)
 
 
 @cli.command("build-engine")
 @click.argument("bundle_folder", metavar="BUNDLE", type=FOLDER)
-@section(
-    "What is built",
-    click.option(
-        "--all", "build_all", is_flag=True, help="Also build the float student and the teacher, both in FP16."
-    ),
-    click.option("--force", is_flag=True, help="Build although verify failed or is out of date."),
-)
+@built_flags
 @shape_flags
 @builder_flags
 @engine_flags
-@section(
-    "Output",
-    click.option(
-        "--out",
-        type=click.Path(path_type=Path, file_okay=False),
-        show_default="the bundle, where the bench looks for them",
-        help="Write engines and their records to this folder.",
-    ),
-    json_option,
-)
+@engine_output_flags
 def build_engine(
     bundle_folder: Path,
     build_all: bool,

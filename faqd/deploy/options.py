@@ -136,6 +136,23 @@ predict_flags = flags(
 )
 """Which pictures a bundle is run on, by what, and where its outputs go."""
 
+built_flags = section(
+    "What is built",
+    click.option(
+        "--all", "build_all", is_flag=True, help="Also build the float student and the teacher, both in FP16."
+    ),
+    click.option("--force", is_flag=True, help="Build although verify failed or is out of date."),
+)
+engine_output_flags = section(
+    "Output",
+    click.option(
+        "--out",
+        type=click.Path(path_type=Path, file_okay=False),
+        show_default="the bundle, where the bench looks for them",
+        help="Write engines and their records to this folder.",
+    ),
+    json_option,
+)
 shape_flags = section(
     "Shapes",
     click.option("--min-shapes", metavar="SHAPES", help="Accept these and above, as in images:1x3x32x32,other:1x8."),

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from faqd.deploy.engine.progress import Say
-from faqd.deploy.run_bundle import Engine
+from faqd.deploy.run_bundle import Backend, Engine
 from faqd.errors import UserError
 from faqd.files import written_beside
 from faqd.train.data.decode import decoded
@@ -31,6 +31,36 @@ class Prediction:
         """One for each class; None where there are several outputs, or the one has places."""
         values = next(iter(self.outputs.values()))
         return values if len(self.outputs) == 1 and values.ndim == 1 else None
+
+
+def predict_pictures(
+    folder: Path,
+    places: Sequence[Path],
+    backend: Backend,
+    top: int,
+    out: Path | None,
+    with_facts: bool,
+    show: Say | None,
+    say: Say,
+) -> dict[str, Any]:
+    """Run the student of a bundle on pictures, `show` a line for each, and write all outputs into the npz file `out`.
+
+    Returns what --json holds; without `with_facts` no picture is in it, so that any number of them can be looked at.
+    """
+    files = pictures(places)
+    kept: list[Prediction] = []
+    with Engine(folder, backend) as engine:
+        say(f"{engine.bundle.name} on {engine.runs_on}")
+        classes = engine.bundle.manifest["classes"]
+        for one in predictions(engine, files, say):
+            if show is not None:
+                show(in_words(one, top, classes))
+            if out is not None or with_facts:
+                kept.append(one)
+    if out is not None:
+        write_npz(out, kept)
+    images = [to_json(one, top, classes) for one in kept] if with_facts else []
+    return {"bundle": engine.bundle.name, "runs_on": engine.runs_on, "images": images}
 
 
 def pictures(places: Sequence[Path]) -> list[Path]:

@@ -15,6 +15,8 @@ from faqd.deploy.engine.record import engine_name
 from faqd.errors import UserError
 from faqd.proof import proof_of
 
+Backend = Literal["auto", "onnxruntime", "engine"]
+
 
 class Engine:
     """The student of a bundle. `runs_on` says what computes: `tensorrt` where there is an NVIDIA device and the engine
@@ -27,7 +29,7 @@ class Engine:
         logits = engine(images)
     """
 
-    def __init__(self, folder: Path | str, backend: Literal["auto", "onnxruntime", "engine"] = "auto") -> None:
+    def __init__(self, folder: Path | str, backend: Backend = "auto") -> None:
         self.bundle = bundle = load_bundle(Path(folder))
         plan = bundle.folder / engine_name(STUDENT_TENSORRT)
         self.runs_on = _runtime(plan, backend)
