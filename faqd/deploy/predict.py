@@ -130,4 +130,5 @@ def _best(scores: NDArray[np.float32], top: int) -> NDArray[np.int64]:
 
 
 def _name(index: int, classes: Sequence[str] | None) -> str:
-    return str(index) if classes is None else classes[index]
+    # Labels by number may end before the outputs do.
+    return classes[index] if classes is not None and index < len(classes) else str(index)

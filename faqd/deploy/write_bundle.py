@@ -31,7 +31,8 @@ from faqd.train.networks.own_tensors import own_tensors
 from faqd.train.networks.source import NetworkSource
 from faqd.train.networks.tensor_files import tensors_sha256
 from faqd.train.run.folder import WEIGHTS, data_options, finished, load_teacher, network_input, run_preprocess
-from faqd.train.run.lesson import Teacher, lesson_from
+from faqd.train.run.labels import refuse_other_labels, without_labels
+from faqd.train.run.lesson import Teacher, lesson_from, output_shapes
 from faqd.train.run.student import load_student
 
 OUTPUT_SCALE_IMAGES = 512
@@ -56,7 +57,7 @@ def export_run(run: Path, out: Path, options: BundleOptions, say: Say, data_root
     teacher, teacher_source, teacher_sha256 = load_teacher(run)
     if "output_scales" not in record:
         raise UserError(f"{run}: a student with 32-bit activations cannot be exported; use --act-bits 1 to 8.")
-    dataset = labelled_if_possible(data_options(record, data_root), say)
+    dataset = _labelled_for(teacher, teacher_source, labelled_if_possible(data_options(record, data_root), say), say)
     parts = Parts(
         "distilled",
         student,
@@ -213,6 +214,16 @@ def export(
     if failures := read_json(out / names.VERIFY)["failures"]:
         raise UserError(f"{out}: not proved: {failures[0]} (see {names.VERIFY}).", exit_code=1)
     return bundle
+
+
+def _labelled_for(teacher: nn.Module, source: NetworkSource, dataset: Dataset, say: Say) -> Dataset:
+    """Without labels that are not of the teacher's classes: nobody has looked at them in training."""
+    try:
+        refuse_other_labels(dataset, output_shapes(teacher, source, dataset.source), source.name)
+    except UserError as error:
+        say(f"The bundle is written without labels: {error}")
+        return without_labels(dataset)
+    return dataset
 
 
 def _evaluation(dataset: Dataset, options: BundleOptions) -> Evaluation:

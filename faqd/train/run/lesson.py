@@ -19,6 +19,7 @@ from faqd.train.data.sanity_checks import warn_of_images, warn_of_teacher
 from faqd.train.networks.load_weights import load_weights
 from faqd.train.networks.source import NetworkSource, is_program, is_users, user_source
 from faqd.train.run.folder import data_options, finished, load_teacher, run_preprocess
+from faqd.train.run.labels import refuse_other_labels
 from faqd.train.run.understood import data_in_words, network_in_words
 
 NEUTRAL = {"mean": 0.0, "std": 1.0}
@@ -136,7 +137,8 @@ def _users_teacher(spec: str, weights: Path | None, dataset: Dataset, say: Say) 
 
 
 def _refuse_misfit(teacher: Teacher, dataset: Dataset) -> None:
-    output_shapes(teacher.network, teacher.source, f"{dataset.source}; see --image-size and --channels")
+    shapes = output_shapes(teacher.network, teacher.source, f"{dataset.source}; see --image-size and --channels")
+    refuse_other_labels(dataset, shapes, teacher.source.name)
 
 
 @torch.no_grad()
