@@ -9,6 +9,7 @@ import click
 import pytest
 
 from faqd import errors
+from faqd.benchmarks.cli import bench_command
 from faqd.deploy.cli import cli as deploy_cli
 from faqd.train.cli import cli as train_cli
 from tests.repository.test_walls import ROOT
@@ -51,3 +52,37 @@ def test_every_command_is_listed_and_its_json_described() -> None:
 def test_the_table_has_the_exit_codes() -> None:
     codes = {int(code) for code in re.findall(r"^\| (\d+) \|", COMMANDS, re.MULTILINE)}
     assert codes == {0, 1, 2, errors.INTERRUPTED, errors.TERMINATED}
+
+
+LINES = re.compile(
+    r"`(?P<tool>faqd-train|faqd-deploy|faqd-bench|faqd train|faqd deploy|faqd bench)(?P<rest>[ \w./{}<>=,:|-]*)`"
+)
+TOOLS = {"train": train_cli, "deploy": deploy_cli, "bench": bench_command}
+
+
+def command_lines() -> list[tuple[str, str, str]]:
+    """(file, tool, what follows) of everything in backticks that begins as a command of ours, in pages and messages."""
+    sources = [*PAGES, *sorted((ROOT / "faqd").rglob("*.py")), *sorted((ROOT / "faqd").rglob("*.html"))]
+    return [
+        (str(path.relative_to(ROOT)), found["tool"][5:], found["rest"])
+        for path in sources
+        for found in LINES.finditer(re.sub(r'"\s*\n\s*f?"', "", path.read_text("utf-8")))
+    ]
+
+
+def test_commands_that_pages_and_messages_name_exist() -> None:
+    lines, wrong = command_lines(), []
+    assert len(lines) > 60
+    for path, tool, rest in lines:
+        command, words = TOOLS[tool], rest.replace("`", " ").split()
+        if isinstance(command, click.Group):
+            if not words or words[0].startswith(("-", "{")):
+                continue
+            named = [name for name in words[0].split("|") if name not in command.commands]
+            if named:
+                wrong.append(f"{path}: {tool} {rest}")
+                continue
+            command = command.commands[words[0].split("|")[0]]
+        known = {name for option in command.params for name in (*option.opts, *option.secondary_opts)} | {"--version"}
+        wrong += [f"{path}: {tool} {rest}" for word in words if word.startswith("--") and word not in known]
+    assert not wrong
