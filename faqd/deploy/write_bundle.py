@@ -69,7 +69,7 @@ def export_run(run: Path, out: Path, options: BundleOptions, say: Say, data_root
         teacher_sha256,
         run_preprocess(record),
         _evaluation(dataset, options),
-        network_input(dataset.train.images[:IMAGES], run_preprocess(record)),
+        network_input(dataset.train.pixels[:IMAGES], run_preprocess(record)),
         dataset.classes,
     )
     return put_bundle(parts, out, options, say)
@@ -87,7 +87,7 @@ class QuantizedFloat:
 
     def select_images(self, count: int) -> Tensor:
         """Network input of images that nothing was chosen on, `count` at most."""
-        return network_input(self.dataset.select.images[:count], self.dataset.preprocess)
+        return network_input(self.dataset.select.pixels[:count], self.dataset.preprocess)
 
 
 def quantized_float(
@@ -101,11 +101,11 @@ def quantized_float(
     """data: fields of DataOptions, None where the command line is silent and the teacher's run knows."""
     lesson = lesson_from(teacher, teacher_weights, data, with_labels=True, say=say)
     dataset, taught = lesson.dataset, lesson.teacher
-    x = network_input(dataset.train.images[: max(2, calibration.images)], dataset.preprocess)
+    x = network_input(dataset.train.pixels[: max(2, calibration.images)], dataset.preprocess)
     captured = capture(taught.network, x[:2])
     batches = x[: calibration.images].split(BATCH)
     say(f"{bits.weights}/{bits.activations} bits, scales chosen on {len(x[: calibration.images]):,} training images.")
-    judged = network_input(dataset.select.images[:JUDGED_IMAGES], dataset.preprocess)
+    judged = network_input(dataset.select.pixels[:JUDGED_IMAGES], dataset.preprocess)
     untrained = best_without_training(
         captured,
         bits,
@@ -227,7 +227,7 @@ def _labelled_for(teacher: nn.Module, source: NetworkSource, dataset: Dataset, s
 
 
 def _evaluation(dataset: Dataset, options: BundleOptions) -> Evaluation:
-    images, labels = dataset.eval.images, dataset.eval.labels
+    images, labels = dataset.eval.pixels, dataset.eval.labels
     return Evaluation(images[: options.eval_samples], None if labels is None else labels[: options.eval_samples], {})
 
 

@@ -71,9 +71,9 @@ def teacher(recipe: str, json_target: str | None, **options: Any) -> None:
     from faqd.train.recipes import overridden, teacher_recipe
     from faqd.train.teacher import train_teacher
 
-    data, out, device, resume, deadline = data_values(options), *place_values(options)
+    data, out, device, workers, resume, deadline = data_values(options), *place_values(options)
     chosen = overridden(teacher_recipe(recipe), {"data": data["source"], **options})
-    with process_group(device) as processes:
+    with process_group(device, workers) as processes:
         say = _say if processes.is_rank_0 else _silent
         record = train_teacher(
             chosen, DataOptions(**{**data, "source": chosen.data}), out, resume, say, processes, deadline
@@ -104,7 +104,7 @@ def distill(recipe: str, teacher: str, teacher_weights: Path | None, json_target
     from faqd.train.run.outcome import outcome
     from faqd.train.run.plan import with_seeds
 
-    data, out, device, resume, deadline = data_values(options), *place_values(options)
+    data, out, device, workers, resume, deadline = data_values(options), *place_values(options)
     taps, seeds = list(options.pop("taps")) or None, options.pop("seeds")
     options["exclude"] = options["exclude"] or None
     weight_bits = bit_list("--weight-bits", options.pop("weight_bits"))
@@ -112,7 +112,7 @@ def distill(recipe: str, teacher: str, teacher_weights: Path | None, json_target
     base = overridden(distill_recipe(recipe), {"data": data["source"], **options})
     variants = _variants(base, weight_bits, act_bits)
     refuse_idle_options(variants)
-    with process_group(device) as processes:
+    with process_group(device, workers) as processes:
         say = _say if processes.is_rank_0 else _silent
         source = {**data, "source": base.data}
         lesson = lesson_from(teacher, teacher_weights, source, with_labels=base.label_weight > 0, say=say)

@@ -217,13 +217,21 @@ def _teach(prepared: list[PreparedStudent], batches: Batches, deadline: float, s
     for one in prepared:
         run = one.plan.out
         if run not in failed:
-            results = {"taps": one.taps, "select": selected[run], "select_untrained": untrained.get(run)}
+            results: dict[str, Any] = {
+                "taps": one.taps,
+                "select": selected[run],
+                "select_untrained": untrained.get(run),
+            }
+            if batches.broken:
+                results["broken_images"] = dict(sorted(batches.broken.items()))
             if run in best:
                 results["kept"] = best[run].to_json()
                 say(kept_sentence(run, best[run], batches.iterations(one.plan.recipe.training)))
                 if _by_distance(one.plan.recipe) and best[run].measure >= CONSTANT:
                     say(f"{run}: {NOTHING_LEARNED}")
             batches.processes.from_rank_0(partial(_conclude, one, results, batches.train))
+    for sentence in batches.in_words():
+        say(sentence)
     return failed
 
 
@@ -282,7 +290,7 @@ def _dtype_effect(
 def _conclude(one: PreparedStudent, results: dict[str, Any], train: Images) -> None:
     plan, student = one.plan, one.student
     if plan.recipe.act_bits != FLOAT_BITS:
-        size = max(1, FLOAT64_PIXELS // train.pixels[0, 0].numel())
+        size = max(1, FLOAT64_PIXELS // math.prod(train.pixels.shape[2:]))
         results["output_scales"] = collect_output_scales(student, _reported(list(calibration_batches(train, size))))
     conclude(plan.out, results, student.network)
     finish(plan.out)

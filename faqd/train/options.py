@@ -60,6 +60,12 @@ def schedule_flags(epochs: str, batch_size: str, lr: str) -> Callable[[Any], Any
             help="Train here; auto takes a GPU if there is one.",
         ),
         click.option(
+            "--workers",
+            type=click.IntRange(0),
+            show_default="half of the cores, 8 at most",
+            help="Decode in so many processes what is too much for memory; 0 for none beside the one that trains.",
+        ),
+        click.option(
             "--time-limit",
             type=Finite(0, min_open=True),
             help="Stop after so many seconds, with a checkpoint; --resume goes on.",
@@ -238,14 +244,14 @@ step_flags = section(
 )
 
 
-def place_values(options: dict[str, Any]) -> tuple[Path, str, bool, float]:
+def place_values(options: dict[str, Any]) -> tuple[Path, str, int | None, bool, float]:
     """Take out of the options of a command what says where and how long to train and not what.
 
-    The folder, the device, whether to resume, and the time.monotonic() at which to pause.
+    The folder, the device, processes that decode, whether to resume, and the time.monotonic() at which to pause.
     """
     limit = options.pop("time_limit")
     deadline = math.inf if limit is None else time.monotonic() + limit
-    return options.pop("out"), options.pop("device"), options.pop("resume"), deadline
+    return options.pop("out"), options.pop("device"), options.pop("workers"), options.pop("resume"), deadline
 
 
 def bit_list(option: str, text: str | None) -> list[int | None]:

@@ -24,6 +24,9 @@ from faqd.train.recipes import TeacherRecipe, recipe_json
 from faqd.train.run.folder import asked_json, begin, conclude, data_json, held, is_done, read_record
 from faqd.train.run.lesson import output_shapes
 
+JUDGED_IMAGES = 10_000
+"""Of the select split, for the accuracy that is reported."""
+
 
 def train_teacher(
     recipe: TeacherRecipe,
@@ -60,6 +63,8 @@ def train_teacher(
             locks.enter_context(held(out))
         for error in fit([job], batches, deadline).failed.values():
             raise error
+        for sentence in batches.in_words():
+            say(sentence)
         selected = {**select_losses(job, batches), "accuracy": _accuracy(network, select)}
         return processes.from_rank_0(lambda: _conclude(out, selected, network))
 
@@ -81,7 +86,7 @@ def _source(recipe: TeacherRecipe, dataset: Dataset) -> NetworkSource:
             f"--data {dataset.source}: a teacher is trained with labels and there are none here. A folder has them as "
             "names of subfolders with --labels, an npz file as its array 'labels'."
         )
-    height, width, channels = dataset.train.images.shape[1:]
+    height, width, channels = dataset.train.pixels.shape[1:]
     source = architecture_source(recipe.arch, channels, (height, width), len(dataset.classes))
     if source.architecture is None:
         _refuse_outputs(source, dataset)
@@ -105,7 +110,7 @@ def _refuse_outputs(source: NetworkSource, dataset: Dataset) -> None:
 def _record(recipe: TeacherRecipe, data: DataOptions, dataset: Dataset, source: NetworkSource) -> dict[str, Any]:
     return {
         "kind": "teacher",
-        "asked": asked_json(recipe, data),
+        "asked": asked_json(recipe, data, dataset.files),
         "recipe": recipe_json(recipe),
         "data": data_json(data),
         "network": source.to_json(),
@@ -120,6 +125,8 @@ def _accuracy(network: nn.Module, images: Images) -> float:
     network.eval()
     hits = [
         (network(images.normalised(pixels)).argmax(1) == labels).sum()
-        for pixels, labels in zip(images.pixels.split(500), images.labels.split(500), strict=True)
+        for pixels, labels in zip(
+            images.parts(500, JUDGED_IMAGES), images.labels[:JUDGED_IMAGES].split(500), strict=True
+        )
     ]
-    return float(torch.stack(hits).sum()) / len(images.labels)
+    return float(torch.stack(hits).sum()) / len(images.labels[:JUDGED_IMAGES])

@@ -20,10 +20,11 @@ from PIL import Image
 
 from faqd.errors import UserError
 from faqd.train.data import cifar
-from faqd.train.data.datasets import Dataset, Split, load_dataset, split_by_content
+from faqd.train.data.datasets import Dataset, load_dataset
 from faqd.train.data.decode import read_picture
-from faqd.train.data.image_files import list_images
+from faqd.train.data.listed_files import listed
 from faqd.train.data.options import DataOptions
+from faqd.train.data.split import Split, split_by_content
 
 Pixels = NDArray[np.uint8]
 
@@ -413,8 +414,8 @@ def test_folders_are_found_behind_links_and_none_twice(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "images" / "again").symlink_to(tmp_path / "images")
-    plain = list_images(tmp_path / "elsewhere")
-    assert list_images(tmp_path / "images") == [f"a/{name}" for name in plain]
+    plain = listed(tmp_path / "elsewhere").names()
+    assert listed(tmp_path / "images").names() == [f"a/{name}" for name in plain]
 
 
 def test_folder_without_images(tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ from PIL.PngImagePlugin import PngInfo
 from faqd.errors import UserError
 from faqd.train.data.datasets import load_dataset
 from faqd.train.data.decode import read_picture
-from faqd.train.data.image_files import list_images, read_images
+from faqd.train.data.image_files import read_images
+from faqd.train.data.listed_files import listed
 from faqd.train.data.options import DataOptions
 
 
@@ -190,6 +191,6 @@ def test_pictures_that_show_nothing_are_told(tmp_path: Path) -> None:
         layers = [colours] if alpha is None else [colours, np.full((8, 8, 1), alpha, np.uint8)]
         Image.fromarray(np.concatenate(layers, 2)).save(tmp_path / name, lossless=True, exact=True)
     said: list[str] = []
-    read_images(tmp_path, list_images(tmp_path), None, said.append)
+    read_images(tmp_path, listed(tmp_path).names(), None, said.append)
     (told,) = said
     assert "2 of 4 images are transparent everywhere (a.png)" in told

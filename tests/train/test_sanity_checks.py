@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from faqd.errors import UserError
 from faqd.preprocess import Preprocess
 from faqd.quantize.capture.capture import capture
-from faqd.train.data.datasets import Augmentation, Dataset, Split, load_dataset
+from faqd.train.data.datasets import Augmentation, Dataset, load_dataset
 from faqd.train.data.options import DataOptions
 from faqd.train.data.sanity_checks import (
     refuse_kl_of_one,
@@ -23,6 +23,7 @@ from faqd.train.data.sanity_checks import (
     warn_of_taps,
     warn_of_teacher,
 )
+from faqd.train.data.split import Split
 from tests.fixtures.toy_runs import User, faqd_train, new_user
 
 

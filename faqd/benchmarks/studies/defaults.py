@@ -43,8 +43,10 @@ from faqd.quantize.convert import collect_output_scales, convert
 from faqd.quantize.outputs import run_batches
 from faqd.quantize.student import Student
 from faqd.quantize.without_training import JUDGED_IMAGES, best_without_training
-from faqd.train.data.datasets import Split, load_dataset
-from faqd.train.data.image_files import list_images, read_images
+from faqd.train.data.datasets import load_dataset
+from faqd.train.data.image_files import read_images
+from faqd.train.data.listed_files import listed
+from faqd.train.data.split import Split
 from faqd.train.distill import distill
 from faqd.train.loop.batches import splits_on
 from faqd.train.loop.calibration_images import calibration_batches
@@ -198,7 +200,7 @@ def _joined(splits: list[Split]) -> Split:
 
 def _files(folder: Path, images: NDArray[np.uint8], fit: Callable[..., NDArray[np.uint8]]) -> list[str]:
     """The file of each image: splits are cut by content, and so it is found again."""
-    files = list_images(folder)
+    files = listed(folder).names()
     read = read_images(folder, files, fit, say)
     named = {_digest(image): str(folder / files[index]) for image, index in zip(read.pixels, read.kept, strict=True)}
     return [named[_digest(image)] for image in images]

@@ -1,35 +1,30 @@
 """The data sets that a teacher and its student are trained on, split the same way for both.
 
-Everything is held in memory as uint8. Labels are read only where `with_labels` says so: nothing that a student
-sees, the order of its images included, can depend on them.
+Images are held in memory as uint8; those of a large folder are decoded when they are asked for. Labels are read only
+where `with_labels` says so: nothing that a student sees, the order of its images included, can depend on them.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from faqd.errors import UserError
 from faqd.preprocess import Preprocess
 from faqd.train.data import cifar
 from faqd.train.data import image_files as images
-from faqd.train.data.memory import refuse_beyond_memory
+from faqd.train.data.folder import read_folder
 from faqd.train.data.npz_files import read_npz
-from faqd.train.data.options import DataOptions, preprocess_of
+from faqd.train.data.options import DataOptions, fitted, preprocess_of
+from faqd.train.data.split import SHARE, Split, split_by_content
 
 Say = Callable[[str], None]
 
 DEFAULT_ROOT = Path("data")
 """Where published data sets are looked for without `--data-root`."""
-SHARE = 0.1
-"""Of a pool of images: what select gets, and once more what eval gets where no test set is published."""
 
 # Per channel over the training pixels, in units of a pixel range 0..1.
 DIGITS_MEAN_STD = ((0.3051,), (0.3760,))
@@ -38,20 +33,6 @@ CIFAR_MEAN_STD = {
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
 TINY_IMAGENET_MEAN_STD = ((0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821))
-
-
-@dataclass(frozen=True)
-class Split:
-    """images: (N, H, W, C) uint8, fitted by `Preprocess.fit`. labels: (N,) int64, None where they were not read."""
-
-    images: NDArray[np.uint8]
-    labels: NDArray[np.int64] | None
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def at(self, index: NDArray[Any] | slice) -> Split:
-        return Split(self.images[index], None if self.labels is None else self.labels[index])
 
 
 @dataclass(frozen=True)
@@ -70,6 +51,7 @@ class Dataset:
     """One data set, cut into what trains, what selects the model and what is reported.
 
     classes: names, None where the source has none or they were not read. skipped: image files that do not decode.
+    files: of a folder, what tells its list of files from another.
     """
 
     source: str
@@ -80,6 +62,7 @@ class Dataset:
     eval: Split
     augmentation: Augmentation
     skipped: tuple[str, ...]
+    files: str | None = None
 
 
 def load_dataset(options: DataOptions, *, with_labels: bool, say: Say = lambda _: None) -> Dataset:
@@ -95,7 +78,7 @@ def load_dataset(options: DataOptions, *, with_labels: bool, say: Say = lambda _
     if options.limit is not None and options.limit < 1:
         raise UserError(f"limit of training images {options.limit}: expected 1 or more.")
     dataset = _LOADERS[kind](options, where, with_labels, say)
-    return replace(dataset, train=dataset.train.at(slice(options.limit)))
+    return dataset if options.limit is None else replace(dataset, train=dataset.train.at(slice(options.limit)))
 
 
 def labelled_if_possible(options: DataOptions, say: Say) -> Dataset:
@@ -108,25 +91,6 @@ def labelled_if_possible(options: DataOptions, say: Say) -> Dataset:
         return dataset
 
 
-def split_by_content(pool: Split, *shares: float) -> list[Split]:
-    """Cut a pool at the SHA-256 of its images: one split per share, the last split gets the rest.
-
-    Neither a file's name, nor its label, nor its neighbours say where an image goes, and equal images go together.
-    Every split is in the order of the hashes, a random order that is the same everywhere.
-    """
-    heads = (hashlib.sha256(image).digest()[:8] for image in pool.images)
-    hashes = np.fromiter((int.from_bytes(head, "big") for head in heads), np.uint64, len(pool))
-    order = np.argsort(hashes, kind="stable")
-    bounds = np.array([int(share * 2**64) for share in accumulate(shares)], np.uint64)
-    splits = [pool.at(part) for part in np.split(order, np.searchsorted(hashes[order], bounds))]
-    if min(map(len, splits)) == 0:
-        raise UserError(
-            f"{len(pool)} images are too few, or too many of them are equal: split by content into "
-            f"{' + '.join(str(len(split)) for split in splits)}, and no part may be empty. Give more images."
-        )
-    return splits
-
-
 def _digits(options: DataOptions, where: str, with_labels: bool, say: Say) -> Dataset:
     # Imported here because it takes a second, which the other sources need not pay.
     from sklearn.datasets import load_digits
@@ -136,7 +100,7 @@ def _digits(options: DataOptions, where: str, with_labels: bool, say: Say) -> Da
     grey_NHW = np.rint(bunch.images * 255 / 16).astype(np.uint8)
     preprocess = preprocess_of(options, (8, 8), "grey", DIGITS_MEAN_STD)
     labels = bunch.target.astype(np.int64) if with_labels else None
-    pool = Split(_fitted(preprocess, grey_NHW[..., None]), labels)
+    pool = Split(fitted(preprocess, grey_NHW[..., None]), labels)
     # Fixed, and by RandomState: its stream is frozen, while that of numpy's Generator may change.
     evaluation, select, train = np.split(np.random.RandomState(0).permutation(len(pool)), [500, 630])
     return Dataset(
@@ -156,7 +120,7 @@ def _cifar(options: DataOptions, where: str, with_labels: bool, say: Say) -> Dat
     root = options.root or DEFAULT_ROOT
     published = cifar.load_cifar(options.source, root, download=options.download, with_labels=with_labels, say=say)
     preprocess = preprocess_of(options, (32, 32), "rgb", CIFAR_MEAN_STD[options.source])
-    pool, test = (Split(_fitted(preprocess, images), labels) for images, labels in published.batches)
+    pool, test = (Split(fitted(preprocess, images), labels) for images, labels in published.batches)
     select, train = split_by_content(pool, SHARE)
     return Dataset(
         source=options.source,
@@ -197,31 +161,16 @@ def _tiny_imagenet(options: DataOptions, where: str, with_labels: bool, say: Say
 
 
 def _folder(options: DataOptions, where: str, with_labels: bool, say: Say) -> Dataset:
-    folder = Path(where).expanduser()
-    files = images.list_images(folder)
-    # Names of folders are looked at wherever they count in the end: an export has labels, a distillation has none.
-    classes_of = images.class_names(folder, files) if options.labels else None
-    names = classes_of if with_labels else None
-    # Without --image-size the size is that of the images; what is wrong with the rest is still said before reading.
-    preprocess = preprocess_of(options, (1, 1), "rgb")
-    if options.image_size:
-        refuse_beyond_memory(options.source, len(files), preprocess.height, preprocess.width, len(preprocess.mean))
-    read = images.read_images(folder, files, preprocess.fit if options.image_size else None, say)
-    pixels = read.pixels
-    if options.image_size is None:
-        preprocess = replace(preprocess, height=pixels.shape[1], width=pixels.shape[2])
-        pixels = _fitted(preprocess, pixels)
-    classes = labels = None
-    if names is not None:
-        classes = tuple(sorted(set(names)))
-        labels = np.searchsorted(classes, [names[i] for i in read.kept]).astype(np.int64)
-    return _unpublished(options, preprocess, classes, Split(pixels, labels), read.skipped)
+    read = read_folder(options, Path(where).expanduser(), with_labels, say)
+    dataset = _unpublished(options, read.preprocess, read.classes, read.splits, read.skipped)
+    return replace(dataset, files=read.files)
 
 
 def _npz(options: DataOptions, where: str, with_labels: bool, say: Say) -> Dataset:
     pixels, labels, classes = read_npz(Path(where).expanduser(), with_labels=with_labels)
     preprocess = preprocess_of(options, pixels.shape[1:3], "grey" if pixels.shape[3] == 1 else "rgb")
-    return _unpublished(options, preprocess, classes, Split(_fitted(preprocess, pixels), labels), ())
+    pool = Split(fitted(preprocess, pixels), labels)
+    return _unpublished(options, preprocess, classes, split_by_content(pool, SHARE, SHARE), ())
 
 
 _LOADERS: dict[str, Callable[[DataOptions, str, bool, Say], Dataset]] = {
@@ -238,19 +187,11 @@ def _unpublished(
     options: DataOptions,
     preprocess: Preprocess,
     classes: tuple[str, ...] | None,
-    pool: Split,
+    splits: list[Split],
     skipped: tuple[str, ...],
 ) -> Dataset:
-    evaluation, select, train = split_by_content(pool, SHARE, SHARE)
+    evaluation, select, train = splits
     # Half the usual shift, and no mirroring: whether a mirrored image is still one of its kind (text, road signs,
     # organs are not) is known only to who knows the domain.
     augmentation = Augmentation(pad=preprocess.height // 16, flip=False)
     return Dataset(options.source, preprocess, classes, train, select, evaluation, augmentation, skipped)
-
-
-def _fitted(preprocess: Preprocess, images_NHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    if images_NHWC.shape[1:] == (preprocess.height, preprocess.width, 3) and preprocess.channels == "rgb":
-        return images_NHWC
-    rgb_NHWC = np.broadcast_to(images_NHWC, (*images_NHWC.shape[:3], 3))
-    # In C order, as the bytes of an image decide which split it goes to: np.stack keeps the order of a resized one.
-    return np.ascontiguousarray(np.stack([preprocess.fit(image) for image in rgb_NHWC]))

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from faqd.errors import UserError
-from faqd.train.data.decode import decoded
+from faqd.train.data.decode import Picture, decoded
+from faqd.train.data.findings import Findings, Say
+from faqd.train.data.listed_files import listed
+from faqd.train.data.pictures import Fit
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-BROKEN_PERCENT = 1
-"""More files than this that cannot be read say that something else is wrong."""
-BITS = 14
-"""Cameras have up to so many; 16-bit files in which no pixel has more are theirs, and dark."""
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"}
 """What no class is called, where all subfolders are called so."""
 REPORT_EVERY = 5000
@@ -46,29 +43,6 @@ class TinyImageNet:
     val_wnids: list[str]
 
 
-def list_images(folder: Path) -> list[str]:
-    """The image files below `folder`, relative, sorted; hidden ones are left out (file managers leave copies)."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder.")
-    below = (path.relative_to(folder) for path in _walked(folder) if path.suffix.lower() in SUFFIXES)
-    files = sorted(path.as_posix() for path in below if not any(part.startswith(".") for part in path.parts))
-    if not files:
-        raise UserError(f"{folder}: no image in it or below it; expected files that end in {', '.join(SUFFIXES)}.")
-    return files
-
-
-def _walked(folder: Path) -> Iterator[Path]:
-    """The files below `folder`, through links to folders too, but through none twice."""
-    seen = set()
-    for here, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(here)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        yield from (Path(here, name) for name in files)
-
-
 def class_names(folder: Path, files: Iterable[str]) -> list[str]:
     """The class of each file: the subfolder of `folder` that it lies in, however deep."""
     names = [file.split("/")[:-1] for file in files]
@@ -88,12 +62,7 @@ def class_names(folder: Path, files: Iterable[str]) -> list[str]:
     return [name[0] for name in names]
 
 
-def read_images(
-    folder: Path,
-    files: Sequence[str],
-    fit: Callable[[NDArray[np.uint8]], NDArray[np.uint8]] | None,
-    say: Callable[[str], None],
-) -> Images:
+def read_images(folder: Path, files: Sequence[str], fit: Fit | None, say: Say) -> Images:
     """Decode files and `fit` each; without `fit` all must have one size.
 
     What does not decode, or is too large to, is skipped and named; UserError where that is more than 1 %. `say` also
@@ -101,47 +70,44 @@ def read_images(
     """
     pixels: NDArray[np.uint8] | None = None
     kept: list[int] = []
-    skipped: dict[str, str] = {}
-    deep: list[int] = []
-    transparent: list[str] = []
+    findings = Findings()
+    for index, image in each_image(folder, files, fit, findings, say):
+        if pixels is None:
+            # One block from the start: a list of images would need their memory twice when it is stacked.
+            pixels = np.empty((len(files), *image.shape), np.uint8)
+        if image.shape != pixels.shape[1:]:
+            raise UserError(
+                f"{folder}: images of different sizes, {_size(pixels[0])} ({files[kept[0]]}) and {_size(image)} "
+                f"({files[index]}); say with --image-size what they are brought to."
+            )
+        pixels[len(kept)] = image
+        kept.append(index)
+    assert pixels is not None
+    return Images(pixels[: len(kept)], kept, tuple(findings.broken))
 
-    def read(file: str) -> NDArray[np.uint8] | str:
+
+def each_image(
+    folder: Path, files: Sequence[str], fit: Fit | None, findings: Findings, say: Say
+) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    """The images that decode and their places in `files`; then what is wrong with the others, as in `read_images`."""
+
+    def read(file: str) -> tuple[Picture | str, NDArray[np.uint8] | None]:
         picture = decoded(folder / file)
         if isinstance(picture, str):
-            return picture
-        if not picture.shows:
-            transparent.append(file)
-        if picture.deep is not None:
-            deep.append(picture.deep)
-        return picture.pixels if fit is None else fit(picture.pixels)
+            return picture, None
+        return replace(picture, pixels=picture.pixels[:0]), picture.pixels if fit is None else fit(picture.pixels)
 
     with ThreadPoolExecutor() as pool:
-        for index, image in enumerate(pool.map(read, files)):
+        for index, (picture, image) in enumerate(pool.map(read, files)):
             if index and index % REPORT_EVERY == 0:
                 say(f"{folder}: {index} of {len(files)} images read.")
-            if isinstance(image, str):
-                skipped[files[index]] = image
-                continue
-            if pixels is None:
-                # One block from the start: a list of images would need their memory twice when it is stacked.
-                pixels = np.empty((len(files), *image.shape), np.uint8)
-            if image.shape != pixels.shape[1:]:
-                raise UserError(
-                    f"{folder}: images of different sizes, {_size(pixels[0])} ({files[kept[0]]}) and {_size(image)} "
-                    f"({files[index]}); say with --image-size what they are brought to."
-                )
-            pixels[len(kept)] = image
-            kept.append(index)
-    if skipped:
-        _report(folder, skipped, len(files), say)
-    assert pixels is not None
-    _tell_of_dark_files(folder, deep, say)
-    if transparent:
-        say(
-            f"{folder}: {len(transparent)} of {len(files)} images are transparent everywhere ({min(transparent)}), so "
-            "that a viewer shows nothing; their colours are read as if they were not."
-        )
-    return Images(pixels[: len(kept)], kept, tuple(skipped))
+            findings.see(files[index], picture)
+            if image is not None:
+                yield index, image
+    findings.refuse_many_broken(folder, len(files))
+    if findings.broken:
+        say(f"{findings.broken_in_words(folder, len(files))}; skipped.")
+    findings.tell_strange(folder, len(files), say)
 
 
 def find_tiny_imagenet(root: Path) -> TinyImageNet:
@@ -156,7 +122,7 @@ def find_tiny_imagenet(root: Path) -> TinyImageNet:
             "--download does not fetch it."
         )
     rows = [line.split("\t") for line in (folder / listing).read_text(encoding="utf-8").splitlines() if line]
-    train = [f"train/{file}" for file in list_images(folder / "train")]
+    train = [f"train/{file}" for file in listed(folder / "train").names()]
     train_wnids = [file.split("/")[1] for file in train]
     classes = tuple(sorted(set(train_wnids)))
     if not rows or any(len(row) < 2 or row[1] not in classes for row in rows):
@@ -168,30 +134,5 @@ def find_tiny_imagenet(root: Path) -> TinyImageNet:
     return TinyImageNet(folder, classes, train, train_wnids, val, [row[1] for row in rows])
 
 
-def _tell_of_dark_files(folder: Path, deep: list[int], say: Callable[[str], None]) -> None:
-    """A sentence where no 16-bit file uses its 16 bits. deep: of each such file what Picture has."""
-    if deep and max(deep) < 2 ** (BITS - 8):
-        bits = 8 + max(deep).bit_length()
-        say(
-            f"{folder}: no pixel of the {len(deep)} images of 16 bits passes {2**bits - 1}, but for one in a thousand, "
-            f"as of {bits}-bit data; the upper 8 of 16 bits are taken, so that they load dark. Where they hold {bits} "
-            f"bits, write them again with values shifted up by {16 - bits} bits."
-        )
-
-
 def _size(image: NDArray[np.uint8]) -> str:
     return f"{image.shape[0]}x{image.shape[1]}"
-
-
-def _report(folder: Path, skipped: dict[str, str], count: int, say: Callable[[str], None]) -> None:
-    found = f"{folder}: " + ", ".join(_named(skipped, reason, count) for reason in dict.fromkeys(skipped.values()))
-    if 100 * len(skipped) > BROKEN_PERCENT * count:
-        raise UserError(
-            f"{found}; more than {BROKEN_PERCENT} % are too many to skip. Repair, shrink, convert or remove them."
-        )
-    say(f"{found}; skipped.")
-
-
-def _named(skipped: dict[str, str], reason: str, count: int) -> str:
-    files = [file for file, why in skipped.items() if why == reason]
-    return f"{len(files)} of {count} images {reason} ({', '.join(files[:5])}{', …' * (len(files) > 5)})"

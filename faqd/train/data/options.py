@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from faqd.errors import UserError
 from faqd.preprocess import Channels, Preprocess, Resize
 
@@ -56,6 +59,15 @@ def preprocess_of(
             raise UserError(f"--{name} {values}: expected units of a pixel range 0..1; divide --mean and --std by 255.")
     height, width = options.image_size or size
     return Preprocess(height, width, mean, std, options.resize or "stretch", channels)
+
+
+def fitted(preprocess: Preprocess, images_NHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Images of one size, grey or RGB, as the network will see them."""
+    if images_NHWC.shape[1:] == (preprocess.height, preprocess.width, 3) and preprocess.channels == "rgb":
+        return images_NHWC
+    rgb_NHWC = np.broadcast_to(images_NHWC, (*images_NHWC.shape[:3], 3))
+    # In C order, as the bytes of an image decide which split it goes to: np.stack keeps the order of a resized one.
+    return np.ascontiguousarray(np.stack([preprocess.fit(image) for image in rgb_NHWC]))
 
 
 def _per_channel(

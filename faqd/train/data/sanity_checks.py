@@ -18,7 +18,7 @@ from faqd.train.run.folder import network_input
 
 IMAGES = 16
 """Training images that a teacher is looked at with."""
-COMPARED_IMAGES = 1024
+COMPARED_IMAGES = 512
 """Training images that are held against each other."""
 BLACK, BRIGHT_SHARE = 32, 1e-3
 """Where fewer values than this share reach this one of 255, a viewer shows black."""
@@ -31,7 +31,7 @@ CONSTANT = 1e-6
 
 def warn_of_images(dataset: Dataset, say: Say) -> None:
     """Whether there is something to learn on the training images, as the network will see them."""
-    pixels = dataset.train.images[:COMPARED_IMAGES]
+    pixels = dataset.train.pixels[:COMPARED_IMAGES]
     different = len(_different(pixels))
     if different == 1 < len(pixels):
         raise UserError(
@@ -61,7 +61,7 @@ def warn_of_images(dataset: Dataset, say: Say) -> None:
 def warn_of_teacher(network: nn.Module, name: str, dataset: Dataset, say: Say) -> None:
     """Whether a float network in evaluation mode looks trained, and its outputs say something of the images."""
     _warn_of_statistics(network, name, say)
-    pixels = dataset.train.images[:COMPARED_IMAGES]
+    pixels = dataset.train.pixels[:COMPARED_IMAGES]
     x = network_input(pixels[_different(pixels)[:IMAGES]], dataset.preprocess)
     with torch.no_grad():
         returned = [network(some) for some in x.split(2)]

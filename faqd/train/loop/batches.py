@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -13,7 +14,9 @@ from faqd.errors import UserError
 from faqd.preprocess import Preprocess
 from faqd.train.data.augment import augment
 from faqd.train.data.datasets import Augmentation, Dataset
+from faqd.train.data.pictures import Pictures
 from faqd.train.loop.distributed import ProcessGroup
+from faqd.train.loop.feed import DecodedPixels, Feed
 from faqd.train.recipes import Training
 
 SELECT_IMAGES = 512
@@ -28,10 +31,11 @@ ORDER, AUGMENTATION, SELECTION, NORMS, PROJECTION, FORWARD = range(1, 7)
 class Images:
     """uint8 pixels (N, C, H, W), labels (N,) or None, and how they become input.
 
-    All on the training device; pixels in the host's memory where they would take too much of a GPU's.
+    All on the training device; pixels in the host's memory where they would take too much of a GPU's, and nowhere yet
+    where they are decoded when they are asked for.
     """
 
-    pixels: Tensor
+    pixels: Tensor | DecodedPixels
     labels: Tensor | None
     scale: Tensor
     offset: Tensor
@@ -42,13 +46,22 @@ class Images:
         x = pixels.to(self.scale.device, non_blocking=True).float() * self.scale + self.offset
         return x.contiguous(memory_format=torch.channels_last)
 
+    def parts(self, size: int, most: int) -> Iterator[Tensor]:
+        """The pixels of the first images, `most` of them, so many at a time."""
+        for start in range(0, min(most, len(self.pixels)), size):
+            yield self.pixels[start : min(start + size, most)]
+
 
 def images_on(
     device: torch.device, images_NHWC: object, labels: object, preprocess: Preprocess, augmentation: Augmentation
 ) -> Images:
-    """Put a split on the device whole, as uint8, where that leaves room for the training."""
-    pixels = torch.as_tensor(images_NHWC).permute(0, 3, 1, 2).contiguous()
-    pixels = pixels.to(device) if _fits(pixels, device) else pixels.pin_memory()
+    """Put a split on the device whole, as uint8, where that leaves room for the training; pictures stay files."""
+    pixels: Tensor | DecodedPixels
+    if isinstance(images_NHWC, Pictures):
+        pixels = DecodedPixels(images_NHWC)
+    else:
+        pixels = torch.as_tensor(images_NHWC).permute(0, 3, 1, 2).contiguous()
+        pixels = pixels.to(device) if _fits(pixels, device) else pixels.pin_memory()
     scale, offset = (torch.from_numpy(v).to(device).view(1, -1, 1, 1) for v in preprocess.affine())
     targets = None if labels is None else torch.as_tensor(labels).to(device)
     return Images(pixels, targets, scale, offset, augmentation)
@@ -61,7 +74,7 @@ def _fits(pixels: Tensor, device: torch.device) -> bool:
 def splits_on(device: torch.device, dataset: Dataset) -> tuple[Images, Images]:
     """The train and select splits on the device."""
     made = [
-        images_on(device, split.images, split.labels, dataset.preprocess, dataset.augmentation)
+        images_on(device, split.pixels, split.labels, dataset.preprocess, dataset.augmentation)
         for split in (dataset.train, dataset.select)
     ]
     return made[0], made[1]
@@ -98,7 +111,7 @@ class Batches:
     teacher: Callable[[Tensor], Target] | None
     processes: ProcessGroup
     _orders: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """The order of the current epoch, drawn once."""
+    """The orders of the current epochs, drawn once."""
 
     def __post_init__(self) -> None:
         if self.size % self.processes.size:
@@ -116,28 +129,60 @@ class Batches:
 
     def at(self, iteration: int) -> Batch:
         """This process's share of the batch."""
-        epoch, position = divmod(iteration, self.per_epoch)
-        index = self._order(epoch)[position * self.size : (position + 1) * self.size]
+        pixels = self._pixels(iteration).to(self.train.scale.device, non_blocking=True)
         # The whole batch in every process: an image is augmented as it would be in a single one.
         generator = stream(self.data_seed, AUGMENTATION, iteration)
-        pixels = self.train.pixels[index].to(self.train.scale.device, non_blocking=True)
         pixels = augment(pixels, self.train.augmentation, generator)
-        labels = None if self.train.labels is None else self.processes.shard(self.train.labels[index])
+        labels = None if self.train.labels is None else self.processes.shard(self.train.labels[self._index(iteration)])
         return self._batch(self.train.normalised(self.processes.shard(pixels)), labels)
 
-    def _order(self, epoch: int) -> Tensor:
+    @cached_property
+    def feed(self) -> Feed | None:
+        """What decodes training images ahead of their iteration; None where they are in memory."""
+        if isinstance(self.train.pixels, Tensor):
+            return None
+        pictures, processes = self.train.pixels.pictures, self.processes
+        return Feed(pictures, lambda i: self._index(i).tolist(), processes.workers, processes.device)
+
+    @property
+    def broken(self) -> dict[str, str]:
+        """Training files that were passed over so far, and what is wrong with each."""
+        return {} if isinstance(self.train.pixels, Tensor) else self.train.pixels.pictures.findings.broken
+
+    def in_words(self) -> list[str]:
+        """How the images came, of those that are decoded in training."""
+        passed_over = [
+            images.pixels.pictures.in_words()
+            for images in (self.train, self.select)
+            if isinstance(images.pixels, DecodedPixels)
+        ]
+        waited = [] if self.feed is None else [self.feed.in_words()]
+        return [*filter(None, passed_over), *waited]
+
+    def _pixels(self, iteration: int) -> Tensor:
+        if self.feed is not None:
+            return self.feed.at(iteration)
+        assert isinstance(self.train.pixels, Tensor)
+        return self.train.pixels[self._index(iteration)]
+
+    def _index(self, iteration: int) -> Tensor:
+        epoch, position = divmod(iteration, self.per_epoch)
         if epoch not in self._orders:
-            self._orders.clear()
+            # The feed is ahead, by an epoch at most where epochs are long.
+            for old in [known for known in self._orders if known < epoch - 1]:
+                del self._orders[old]
             drawn = torch.randperm(len(self.train.pixels), generator=stream(self.data_seed, ORDER, epoch))
             self._orders[epoch] = drawn.to(self.train.pixels.device)
-        return self._orders[epoch]
+        return self._orders[epoch][position * self.size : (position + 1) * self.size]
 
     def selection(self) -> Iterator[Batch]:
         """Unaugmented images of the select split, what model selection may look at, in parts of one batch's size."""
-        for start in range(0, min(SELECT_IMAGES, len(self.select.pixels)), self.size):
-            part = slice(start, min(start + self.size, SELECT_IMAGES))
+        start = 0
+        for pixels in self.select.parts(self.size, SELECT_IMAGES):
+            part = slice(start, start + len(pixels))
             labels = None if self.select.labels is None else self.select.labels[part]
-            yield self._batch(self.select.normalised(self.select.pixels[part]), labels)
+            yield self._batch(self.select.normalised(pixels), labels)
+            start += len(pixels)
 
     def _batch(self, x: Tensor, labels: Tensor | None) -> Batch:
         return Batch(x, labels, None if self.teacher is None else self.teacher(x))

@@ -13,5 +13,5 @@ CALIBRATION_IMAGES = 512
 
 def calibration_batches(images: Images, size: int = 128) -> Iterator[Tensor]:
     """Network inputs, so many at a time."""
-    for pixels in images.pixels[:CALIBRATION_IMAGES].split(size):
+    for pixels in images.parts(size, CALIBRATION_IMAGES):
         yield images.normalised(pixels)

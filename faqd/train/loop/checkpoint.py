@@ -28,7 +28,8 @@ class Position:
 
     iteration: how many are done. sums: of each loss since the epoch began. seconds: of training. threads: on the CPU;
     sums of floats depend on their number. loss_scale: state of torch's GradScaler, empty where the loss is not scaled.
-    best: what is known of the best weights so far, empty where they are not looked for.
+    best: what is known of the best weights so far, empty where they are not looked for. broken: files that were passed
+    over so far, where images are decoded in training, and what is wrong with each.
     """
 
     iteration: int = 0
@@ -37,6 +38,7 @@ class Position:
     threads: int = field(default_factory=torch.get_num_threads)
     loss_scale: dict[str, float] = field(default_factory=dict)
     best: dict[str, Any] = field(default_factory=dict)
+    broken: dict[str, str] = field(default_factory=dict)
 
 
 def save_checkpoint(

@@ -22,6 +22,8 @@ from faqd.errors import UserError
 T = TypeVar("T")
 
 CPU = torch.device("cpu")
+MOST_WORKERS = 8
+"""Of those that nobody asked for."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,14 @@ class ProcessGroup:
     """This process among all: its number, how many there are, and where it trains. Rank 0 alone writes and speaks.
 
     is_distributed: whether torch's process group is there, which a single process has under torchrun only.
+    workers: processes that decode images for this one, where those do not fit into memory; 0 for none.
     """
 
     rank: int = 0
     size: int = 1
     device: torch.device = CPU
     is_distributed: bool = False
+    workers: int = 1
 
     @property
     def is_rank_0(self) -> bool:
@@ -84,16 +88,20 @@ class ProcessGroup:
 
 
 @contextmanager
-def process_group(device: str) -> Iterator[ProcessGroup]:
+def process_group(device: str, workers: int | None = None) -> Iterator[ProcessGroup]:
     """This process alone; under torchrun among all the processes that it started.
 
-    device: auto, cpu or cuda. UserError for cuda where there is none, or fewer than processes on this machine.
+    device: auto, cpu or cuda. workers: None for half of the cores that this process has for itself, MOST_WORKERS at
+    most: the others train. UserError for cuda where there is none, or fewer than processes on this machine.
     """
     gpus = torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
     if device == "cuda" and not gpus:
         raise UserError("--device cuda: torch sees no CUDA GPU here; use --device cpu.")
+    if workers is None:
+        neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        workers = max(1, min(MOST_WORKERS, len(os.sched_getaffinity(0)) // (2 * neighbours)))
     if not distributed.is_torchelastic_launched():
-        yield ProcessGroup(device=torch.device("cuda" if gpus else "cpu"))
+        yield ProcessGroup(device=torch.device("cuda" if gpus else "cpu"), workers=workers)
         return
     number = int(os.environ["LOCAL_RANK"])
     if gpus and number >= gpus:
@@ -102,7 +110,7 @@ def process_group(device: str) -> Iterator[ProcessGroup]:
     if gpus:
         torch.cuda.set_device(here)
     distributed.init_process_group("nccl" if gpus else "gloo")
-    yield ProcessGroup(distributed.get_rank(), distributed.get_world_size(), here, is_distributed=True)
+    yield ProcessGroup(distributed.get_rank(), distributed.get_world_size(), here, True, workers)
     # Not after an error: the others may be waiting, and torchrun ends them. Its threads end with the last network that
     # was trained in parallel, some of which only the collector finds.
     gc.collect()

@@ -45,6 +45,8 @@ def fit(jobs: Sequence[Job], batches: Batches, deadline: float = math.inf) -> Fi
     best: dict[Path, Best] = {}
     try:
         trainers = [Trainer(job, batches.processes) for job in jobs]
+        for trainer in trainers:
+            batches.broken.update(trainer.start.broken)
         # Sums of floats depend on the number of threads: each goes on with its own.
         for threads in sorted({trainer.start.threads for trainer in trainers}):
             torch.set_num_threads(threads)
@@ -111,7 +113,7 @@ def _iterate(trainers: list[Trainer], batches: Batches, failed: dict[Path, UserE
             if saves:
                 for trainer in due:
                     if not trainer.broken:
-                        trainer.save(seconds)
+                        trainer.save(batches, seconds)
                 saved_at = time.monotonic()
             report(done, news)
             if pauses:

@@ -136,17 +136,19 @@ class Trainer:
             **{f"{name}_loss": value.item() / count for name, value in self.sums.items()},
             **{f"select_{name}_loss": value for name, value in select_losses(self.job, batches).items()},
             "seconds": round(self.start.seconds + seconds, 3),
+            **({} if batches.feed is None else {"waited": round(batches.feed.waited, 3)}),
         }
         self.sums = {}
         if self.processes.is_rank_0:
             with (self.job.run / METRICS).open("a", encoding="utf-8") as metrics:
                 metrics.write(json.dumps(line, allow_nan=False) + "\n")
 
-    def save(self, seconds: float) -> None:
+    def save(self, batches: Batches, seconds: float) -> None:
         sums = {name: value.item() for name, value in self.sums.items()}
         seconds += self.start.seconds
         best = self.best.to_json() if self.best.weights else {}
-        position = Position(self.iteration, sums, seconds, self.start.threads, self.scaler.state_dict(), best)
+        scale, broken = self.scaler.state_dict(), batches.broken
+        position = Position(self.iteration, sums, seconds, self.start.threads, scale, best, broken)
         save_checkpoint(self.job.run, self.job.network, self.optimizer, position, self.best.weights)
 
 
@@ -270,7 +272,7 @@ def settle_norms(network: nn.Module, images: Images, training: Training) -> None
         norm.momentum = None  # a plain average over the batches
         norm.train()
     generator = stream(training.data_seed, NORMS, 0)
-    for pixels in images.pixels[:NORM_IMAGES].split(max(2, training.batch_size)):
+    for pixels in images.parts(max(2, training.batch_size), NORM_IMAGES):
         if len(pixels) > 1:
             network(images.normalised(augment(pixels, images.augmentation, generator)))
     for norm, momentum in zip(norms, momenta, strict=True):

@@ -164,13 +164,15 @@ def load_teacher(folder: Path) -> tuple[nn.Module, NetworkSource, str]:
     return network, source, sha256(folder / name)
 
 
-def asked_json(recipe: Recipe, data: DataOptions) -> dict[str, Any]:
-    """What a run was asked for, as --resume compares it: not where data lie, nor what a recipe says of itself."""
+def asked_json(recipe: Recipe, data: DataOptions, files: str | None) -> dict[str, Any]:
+    """What a run was asked for, as --resume compares it: not where data lie, nor what a recipe says of itself.
+
+    files: what tells a folder from one with other images."""
     settings, source = recipe_json(recipe), data_json(data)
     for values, names in ((settings, ("about",)), (source, ("root", "download"))):
         for name in names:
             del values[name]
-    return {"recipe": settings, "data": source}
+    return {"recipe": settings, "data": source, **({"files": files} if files else {})}
 
 
 def data_json(options: DataOptions) -> dict[str, Any]:

@@ -127,7 +127,7 @@ def _listed(value: Any) -> str:
 
 
 def _users_teacher(spec: str, weights: Path | None, dataset: Dataset, say: Say) -> Teacher:
-    _, height, width, channels = dataset.train.images.shape
+    _, height, width, channels = dataset.train.pixels.shape
     source = user_source(spec, channels, (height, width))
     network = source.build()
     if weights is not None:

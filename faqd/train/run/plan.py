@@ -97,7 +97,7 @@ def has_affinity(recipe: DistillRecipe) -> bool:
 def _resolved(recipe: DistillRecipe, lesson: Lesson, source: NetworkSource) -> DistillRecipe:
     """`recipe` with what the teacher and the data decide, so that a reader of the run need not guess."""
     init = start_of(recipe, lesson.teacher)
-    height, width = lesson.dataset.train.images.shape[1:3]
+    height, width = lesson.dataset.train.pixels.shape[1:3]
     training = usual_training(recipe.training, init == "scratch", height * width)
     arch = source.architecture or recipe.arch
     logit = recipe.logit or ("relative" if training.optimizer == "relative" else "mse")
@@ -108,7 +108,12 @@ def _record(recipe: DistillRecipe, lesson: Lesson, source: NetworkSource, taps: 
     teacher = {"teacher": lesson.teacher.source.to_json(), "teacher_sha256": lesson.teacher.sha256}
     return {
         "kind": "distill",
-        "asked": {**asked_json(recipe, lesson.data), **teacher, "student": source.to_json(), "taps": taps},
+        "asked": {
+            **asked_json(recipe, lesson.data, lesson.dataset.files),
+            **teacher,
+            "student": source.to_json(),
+            "taps": taps,
+        },
         "recipe": recipe_json(recipe),
         "data": data_json(lesson.data),
         "network": source.to_json(),

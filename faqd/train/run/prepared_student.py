@@ -12,7 +12,7 @@ from faqd.errors import UserError
 from faqd.quantize.int8_share import floats_of
 from faqd.quantize.student import Student
 from faqd.train.data.datasets import Say
-from faqd.train.loop.batches import Images
+from faqd.train.loop.batches import SELECT_IMAGES, Images
 from faqd.train.loop.select import Measure, users_measure
 from faqd.train.losses.objective import Pairs
 from faqd.train.losses.taps import tap_costs, tap_names, tap_pairs
@@ -65,7 +65,7 @@ def measure_of(recipe: DistillRecipe, select: Images) -> Measure | None:
         return None
     if recipe.init == "scratch":
         raise UserError(f"--select {recipe.select}: a student from scratch keeps its last weights; leave it out.")
-    return users_measure(recipe.select, select.pixels.permute(0, 2, 3, 1).cpu().numpy())
+    return users_measure(recipe.select, select.pixels[:SELECT_IMAGES].permute(0, 2, 3, 1).cpu().numpy())
 
 
 def say_taps(prepared: Sequence[PreparedStudent], say: Say) -> None:

@@ -1,0 +1,87 @@
+"""Which image trains, which selects and which is reported: told by the image, never by its label or its neighbours."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from faqd.errors import UserError
+from faqd.train.data.listed_files import ListedFiles
+from faqd.train.data.pictures import Pictures
+
+SHARE = 0.1
+"""Of a pool of images: what select gets, and once more what eval gets where no test set is published."""
+SAME_SIZE_SHARE = 0.01
+"""More files than this of one size in bytes, as bitmaps are, are no copies of one another."""
+
+Keys = NDArray[np.uint64]
+
+
+@dataclass(frozen=True)
+class Split:
+    """pixels: (N, H, W, C) uint8, fitted by `Preprocess.fit`; pictures where they are decoded when they are asked for.
+    labels: (N,) int64, None where they were not read."""
+
+    pixels: NDArray[np.uint8] | Pictures
+    labels: NDArray[np.int64] | None
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    @property
+    def images(self) -> NDArray[np.uint8]:
+        """All of them, in memory."""
+        return self.pixels[:]
+
+    def at(self, index: NDArray[Any] | slice) -> Split:
+        pixels = self.pixels.at(index) if isinstance(self.pixels, Pictures) else self.pixels[index]
+        return Split(pixels, None if self.labels is None else self.labels[index])
+
+
+def split_by_content(pool: Split, *shares: float) -> list[Split]:
+    """Cut a pool at the SHA-256 of its images: one split per share, the last split gets the rest.
+
+    Neither a file's name, nor its label, nor its neighbours say where an image goes, and equal images go together.
+    Every split is in the order of the hashes, a random order that is the same everywhere.
+    """
+    keys = keys_of(pool.images)
+    return [pool.at(part) for part in cut(keys, keys, *shares)]
+
+
+def split_by_files(files: ListedFiles, *shares: float) -> list[NDArray[np.int64]]:
+    """Cut a list of files that are too many to be looked at: indices, one split per share, the last gets the rest.
+
+    A file's size says where it goes, so that copies go together whatever they are called; where more than one in a
+    hundred have one size, the names of those do. Every split is in the order of the hashes of names.
+    """
+    sizes, which, counts = np.unique(files.states[:, 0], return_inverse=True, return_counts=True)
+    names = keys_of(files.name(index).encode(errors="surrogateescape") for index in range(len(files)))
+    by_size = keys_of(str(size).encode() for size in sizes)[which]
+    keys = np.where(counts[which] > SAME_SIZE_SHARE * len(files), names, by_size)
+    return cut(keys, names, *shares)
+
+
+def keys_of(values: Iterable[Any]) -> Keys:
+    """The first 64 bits of the SHA-256 of each: bytes, or arrays in C order."""
+    heads = (hashlib.sha256(value).digest()[:8] for value in values)
+    return np.fromiter((int.from_bytes(head, "big") for head in heads), np.uint64)
+
+
+def cut(keys: Keys, order: Keys, *shares: float) -> list[NDArray[np.int64]]:
+    """Indices: one split per share of the range of keys, the last gets the rest; each sorted by `order`."""
+    bounds = np.array([int(share * 2**64) for share in accumulate(shares)], np.uint64)
+    sorted_ = np.argsort(order, kind="stable")
+    places = np.searchsorted(bounds, keys[sorted_], side="right")
+    splits = [sorted_[places == place] for place in range(len(bounds) + 1)]
+    if min(map(len, splits)) == 0:
+        raise UserError(
+            f"{len(keys)} images are too few, or too many of them are equal: split by content into "
+            f"{' + '.join(str(len(split)) for split in splits)}, and no part may be empty. Give more images."
+        )
+    return splits
