@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from faqd.train.data.listed_files import listed
 from faqd.train.data.pictures import PictureFiles, Pictures
 from faqd.train.loop.feed import Feed
 from faqd.train.loop.trainer import Trainer
-from tests.fixtures.toy_runs import Outcome, User, faqd_deploy, faqd_train, new_user, succeeds
+from tests.fixtures.toy_runs import PLAIN, Outcome, User, faqd_deploy, faqd_train, new_user, succeeds
 from tests.train.test_data import random_images, save_folder
 
 CPU = torch.device("cpu")
@@ -141,6 +143,18 @@ def test_a_run_on_pictures_is_the_run_in_memory(workers: int, user: User, whole:
     assert lines and all(0 <= json.loads(line)["waited"] <= 1 for line in lines)
 
 
+def test_labels_stay_with_the_pictures(tmp_path: Path) -> None:
+    for name, seed in (("ant", 0), ("bee", 1)):
+        save_folder(tmp_path / "images" / name, random_images(60, seed=seed))
+    data = ("--data", f"folder:{tmp_path / 'images'}", "--labels", *PLAIN, "--image-size", 8)
+    line = ("teacher", "--arch", "resnet8", *data, "--steps", 9, "--batch-size", 16, "--workers", 2)
+    succeeds(faqd_train(*line, "--out", tmp_path / "memory"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(folders, "IN_MEMORY", 0)
+        succeeds(faqd_train(*line, "--out", tmp_path / "pictures"))
+    assert_same(tmp_path / "pictures", tmp_path / "memory")
+
+
 def test_what_needs_no_training_and_what_is_reported_is_the_same(user: User, whole: Path, tmp_path: Path) -> None:
     said = []
     with pytest.MonkeyPatch.context() as patch:
@@ -157,10 +171,23 @@ def test_a_killed_run_on_pictures_goes_on_to_the_same_bits(user: User, whole: Pa
     run = tmp_path / "run"
     line = ["distill", *user.teacher, *user.data, "--batch-size", 16, *LINE, "--out", run, "--workers", 2]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    ended = subprocess.run([sys.executable, "-c", KILLED, *map(str, line)], env=environment, check=False)
-    assert ended.returncode == -9 and (run / "checkpoint-00000007").is_dir()
+    killed = subprocess.Popen([sys.executable, "-c", KILLED, *map(str, line)], env=environment, start_new_session=True)
+    assert killed.wait() == -9 and (run / "checkpoint-00000007").is_dir()
+    assert_ends(killed.pid)
     succeeds(streamed(user, run, "--workers", 1, "--resume"))
     assert_same(run, whole)
+
+
+def assert_ends(group: int) -> None:
+    """Nothing is left of a group of processes, now or soon."""
+    for _ in range(600):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    os.killpg(group, signal.SIGKILL)
+    pytest.fail("the processes that decode outlive the one that they decode for")
 
 
 def test_broken_files_are_counted_through_a_pause_and_named(user: User, tmp_path: Path) -> None:

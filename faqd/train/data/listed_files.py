@@ -8,6 +8,7 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,10 @@ class ListedFiles:
         return os.fsdecode(self.block[self.ends[index - 1] if index else 0 : self.ends[index]])
 
     def names(self) -> list[str]:
-        return [self.name(index) for index in range(len(self))]
+        return list(map(os.fsdecode, self.encoded_names()))
+
+    def encoded_names(self) -> Iterator[bytes]:
+        return (self.block[start:end] for start, end in pairwise([0, *self.ends.tolist()]))
 
     def is_as_listed(self, index: int) -> bool:
         """Whether the file has the size and the time that it was listed with."""

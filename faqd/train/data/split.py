@@ -61,7 +61,7 @@ def split_by_files(files: ListedFiles, *shares: float) -> list[NDArray[np.int64]
     hundred have one size, the names of those do. Every split is in the order of the hashes of names.
     """
     sizes, which, counts = np.unique(files.states[:, 0], return_inverse=True, return_counts=True)
-    names = keys_of(files.name(index).encode(errors="surrogateescape") for index in range(len(files)))
+    names = keys_of(files.encoded_names())
     by_size = keys_of(str(size).encode() for size in sizes)[which]
     keys = np.where(counts[which] > SAME_SIZE_SHARE * len(files), names, by_size)
     return cut(keys, names, *shares)

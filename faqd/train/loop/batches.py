@@ -118,6 +118,7 @@ class Batches:
             raise UserError(
                 f"--batch-size {self.size}: not a multiple of the {self.processes.size} processes that share a batch."
             )
+        _ = self.feed  # whose processes take seconds to start, while other work is done
 
     @property
     def per_epoch(self) -> int:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
+import os
 import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -56,7 +59,7 @@ class Feed:
         self._pins = device.type == "cuda"
         self._next: int | None = None
         self._loaded: Iterator[Loaded] = iter(())
-        self._waited, self._began = 0.0, time.monotonic()
+        self._waited, self._began, self._ended = 0.0, time.monotonic(), math.inf
         if workers:
             # Its first start takes seconds, which calibration can fill.
             _context().set_forkserver_preload([__name__])
@@ -78,7 +81,7 @@ class Feed:
             ) from error
         self._next = iteration + 1
         if starts:
-            self._waited, self._began = 0.0, time.monotonic()
+            self._waited, self._began, self._ended = 0.0, time.monotonic(), math.inf
         else:
             self._waited += time.monotonic() - asked
         for read in troubles:
@@ -99,14 +102,18 @@ class Feed:
                     # Its own: it would draw a number from everybody's.
                     generator=torch.Generator(),
                     multiprocessing_context=_context() if self._workers else None,
-                    worker_init_fn=_ignore_interrupts,
+                    worker_init_fn=_prepare,
                 )
             )
+
+    def close(self) -> None:
+        """End the processes, and the time that counts; `at` starts others."""
+        self._next, self._loaded, self._ended = None, iter(()), time.monotonic()
 
     @property
     def waited(self) -> float:
         """The share of the time since the first batch came in which an iteration waited for its images."""
-        return self._waited / max(1e-9, time.monotonic() - self._began)
+        return self._waited / max(1e-9, min(self._ended, time.monotonic()) - self._began)
 
     def in_words(self) -> str:
         share = f"training waited for images {100 * self.waited:.0f} % of the time"
@@ -123,9 +130,18 @@ def _context() -> multiprocessing.context.ForkServerContext:
     return multiprocessing.get_context("forkserver")
 
 
-def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the one that trains ends the others."""
+def _prepare(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal, and the one that trains ends the others. Where it was killed they end
+    by themselves: torch's own watch sees the fork server, which lives as long as its children do."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_the_trainer, daemon=True).start()
+
+
+def _end_with_the_trainer() -> None:
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None
+    trainer.join()
+    os._exit(1)
 
 
 def _batch(reads: list[Read]) -> Loaded:

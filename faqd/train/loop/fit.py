@@ -68,6 +68,9 @@ def fit(jobs: Sequence[Job], batches: Batches, deadline: float = math.inf) -> Fi
             "smaller one and another --out.",
             exit_code=1,
         ) from error
+    finally:
+        if batches.feed is not None:
+            batches.feed.close()
     return Fitted(failed, best)
 
 
