@@ -25,8 +25,9 @@ from faqd.train.data.pictures import Pictures, Read
 LONG_WAIT = 0.2
 """Of the time: with more than this spent waiting there is something to gain."""
 
-Loaded = tuple[Tensor, list[Read]]
-"""Pixels (B, C, H, W), and of the pictures those that were not read at once, without theirs."""
+Loaded = tuple[NDArray[np.uint8], list[Read]]
+"""Pixels (B, C, H, W), and of the pictures those that were not read at once, without theirs. An array, because tensors
+go through shared memory, of which a container has little."""
 
 
 class DecodedPixels:
@@ -42,7 +43,7 @@ class DecodedPixels:
         return len(self.pictures)
 
     def __getitem__(self, index: slice) -> Tensor:
-        return _channels_first(self.pictures[index])
+        return torch.from_numpy(_channels_first(self.pictures[index]))
 
 
 class Feed:
@@ -86,7 +87,8 @@ class Feed:
             self._waited += time.monotonic() - asked
         for read in troubles:
             self._pictures.see(read)
-        return pixels
+        batch = torch.from_numpy(pixels)
+        return batch.pin_memory() if self._pins else batch
 
     def _started(self, iteration: int) -> Iterator[Loaded]:
         with warnings.catch_warnings():
@@ -98,7 +100,6 @@ class Feed:
                     batch_sampler=map(self._positions, count(iteration)),
                     num_workers=self._workers,
                     collate_fn=_batch,
-                    pin_memory=self._pins,
                     # Its own: it would draw a number from everybody's.
                     generator=torch.Generator(),
                     multiprocessing_context=_context() if self._workers else None,
@@ -147,8 +148,8 @@ def _end_with_the_trainer() -> None:
 def _batch(reads: list[Read]) -> Loaded:
     troubles = [read.without_pixels() for read in reads if read.broken or read.pixels is None]
     pixels = [read.pixels for read in reads if read.pixels is not None]
-    return _channels_first(np.stack(pixels)) if len(pixels) == len(reads) else torch.empty(0), troubles
+    return _channels_first(np.stack(pixels)) if len(pixels) == len(reads) else np.empty(0, np.uint8), troubles
 
 
-def _channels_first(images_NHWC: NDArray[np.uint8]) -> Tensor:
-    return torch.from_numpy(images_NHWC).permute(0, 3, 1, 2).contiguous()
+def _channels_first(images_NHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return np.ascontiguousarray(images_NHWC.transpose(0, 3, 1, 2))
