@@ -68,6 +68,17 @@ def test_files_of_one_size_are_split_by_name_and_stay_where_they_are(tmp_path: P
     assert all(few < more for few, more in zip(before, after, strict=True))
 
 
+def test_the_first_of_a_split_are_like_the_rest(tmp_path: Path) -> None:
+    for number in range(1000):
+        (tmp_path / f"bitmap{number}.bmp").write_bytes(b"BM")
+        (tmp_path / f"photo{number}.jpg").write_bytes(b"?" * (10 + number))
+    files = listed(tmp_path)
+    for part in split_by_files(files, 0.2, 0.2):
+        first = [files.name(index).startswith("photo") for index in part[:200]]
+        # Four standard deviations of a fair coin.
+        assert abs(sum(first) - 100) < 29
+
+
 def both_ways(options: DataOptions, monkeypatch: pytest.MonkeyPatch) -> tuple[Dataset, Dataset]:
     """In memory, and decoded on demand."""
     whole = load_dataset(options, with_labels=True)

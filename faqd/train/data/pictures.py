@@ -123,4 +123,8 @@ class Pictures:
     def in_words(self) -> str | None:
         """What was passed over so far."""
         found = self.findings.broken_in_words(self.files.files.folder, len(self.files.files))
-        return f"{found}; each is replaced by the next that does." if self.findings.broken else None
+        return (
+            f"{found}, as far as they were read; each is replaced by the next that does."
+            if self.findings.broken
+            else None
+        )

@@ -58,19 +58,25 @@ def split_by_files(files: ListedFiles, *shares: float) -> list[NDArray[np.int64]
     """Cut a list of files that are too many to be looked at: indices, one split per share, the last gets the rest.
 
     A file's size says where it goes, so that copies go together whatever they are called; where more than one in a
-    hundred have one size, the names of those do. Every split is in the order of the hashes of names.
+    hundred have one size, the names of those do. Every split is in the order of other hashes of names: in that of the
+    same ones the first of the last split would be those that names did not send elsewhere.
     """
     sizes, which, counts = np.unique(files.states[:, 0], return_inverse=True, return_counts=True)
-    names = keys_of(files.encoded_names())
+    names, order, *_ = _digests(files.encoded_names()).T
     by_size = keys_of(str(size).encode() for size in sizes)[which]
     keys = np.where(counts[which] > SAME_SIZE_SHARE * len(files), names, by_size)
-    return cut(keys, names, *shares)
+    return cut(keys, order, *shares)
 
 
 def keys_of(values: Iterable[Any]) -> Keys:
     """The first 64 bits of the SHA-256 of each: bytes, or arrays in C order."""
-    heads = (hashlib.sha256(value).digest()[:8] for value in values)
-    return np.fromiter((int.from_bytes(head, "big") for head in heads), np.uint64)
+    return _digests(values)[:, 0]
+
+
+def _digests(values: Iterable[Any]) -> Keys:
+    """(N, 4): SHA-256 in parts of 64 bits."""
+    whole = b"".join(hashlib.sha256(value).digest() for value in values)
+    return np.frombuffer(whole, ">u8").astype(np.uint64).reshape(-1, 4)
 
 
 def cut(keys: Keys, order: Keys, *shares: float) -> list[NDArray[np.int64]]:
