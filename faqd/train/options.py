@@ -62,8 +62,8 @@ def schedule_flags(epochs: str, batch_size: str, lr: str) -> Callable[[Any], Any
         click.option(
             "--workers",
             type=click.IntRange(0),
-            show_default="half of the cores, 8 at most",
-            help="Decode in so many processes what is too much for memory; 0 for none beside the one that trains.",
+            help="Decode what is too much for memory in so many processes, 0 for none beside the one that trains; half "
+            "of the cores and 8 at most unless told.",
         ),
         click.option(
             "--time-limit",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from dataclasses import replace
@@ -13,6 +14,8 @@ import pytest
 from faqd.errors import UserError
 from faqd.train.data import folder as folders
 from faqd.train.data.datasets import Dataset, load_dataset
+from faqd.train.data.decode import Picture
+from faqd.train.data.image_files import read_images
 from faqd.train.data.listed_files import listed
 from faqd.train.data.options import DataOptions
 from faqd.train.data.pictures import Pictures
@@ -156,6 +159,19 @@ def test_a_file_that_changes_is_noticed(gone: bool, tmp_path: Path, monkeypatch:
         os.utime(tmp_path / name, ns=(0, 12345))
     with pytest.raises(UserError, match=f"{name}: changed, or gone, since the images were listed.*--resume"):
         dataset.eval.pixels[:2]
+
+
+def test_a_system_that_fails_to_read_is_no_broken_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, dataset = both_ways(sized(save_folder(tmp_path, random_images(60))), monkeypatch)
+
+    def fails(path: Path) -> Picture:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr("faqd.train.data.decode.read_picture", fails)
+    with pytest.raises(UserError, match=r"\d+\.png: cannot be read \(Input/output error\)"):
+        dataset.eval.pixels[:1]
+    with pytest.raises(OSError, match="Input/output error"):
+        read_images(tmp_path, listed(tmp_path).names(), None, print)
 
 
 def test_the_first_images_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

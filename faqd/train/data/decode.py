@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +51,9 @@ class Picture:
     shows: bool
     deep: int | None
 
+    def without_pixels(self) -> Picture:
+        return replace(self, pixels=np.empty((0, 0, 3), np.uint8))
+
 
 def read_picture(path: Path) -> Picture:
     """One image file, turned as its EXIF orientation says."""
@@ -88,7 +91,7 @@ def _upright(opened: Image.Image) -> Image.Image:
 
 
 def decoded(path: Path) -> Picture | str:
-    """The picture, or what is wrong with its file."""
+    """The picture, or what is wrong with its file. OSError where a system fails to read it, which may pass."""
     if not path.is_file():
         return "are no files, or links that lead nowhere"
     try:
@@ -97,7 +100,9 @@ def decoded(path: Path) -> Picture | str:
         assert Image.MAX_IMAGE_PIXELS is not None
         return f"have more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels, which is too large"
     # Pillow's decoders raise almost anything on a damaged file: SyntaxError, struct.error, EOFError, IndexError.
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         return _other_kind(path) or "do not decode"
 
 

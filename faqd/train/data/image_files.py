@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -95,7 +95,7 @@ def each_image(
         picture = decoded(folder / file)
         if isinstance(picture, str):
             return picture, None
-        return replace(picture, pixels=picture.pixels[:0]), picture.pixels if fit is None else fit(picture.pixels)
+        return picture.without_pixels(), picture.pixels if fit is None else fit(picture.pixels)
 
     with ThreadPoolExecutor() as pool:
         for index, (picture, image) in enumerate(pool.map(read, files)):

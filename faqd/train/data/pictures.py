@@ -60,12 +60,16 @@ class PictureFiles:
             file = int(self.index[(position + step) % len(self)])
             name = self.files.name(file)
             path = self.files.folder / name
-            picture = decoded(path)
+            try:
+                picture = decoded(path)
+            except OSError as error:
+                # No broken file: another time it may be read, and the run would be another one.
+                return Read(None, {}, failure=f"{path}: cannot be read ({error.strerror}).")
             # Asked when it was read: what changes before or meanwhile shows.
             if not self.files.is_as_listed(file):
                 return Read(None, {}, failure=f"{path}: changed, or gone, since the images were listed.")
             if isinstance(picture, Picture):
-                return Read(self.fit(picture.pixels), broken, name, replace(picture, pixels=picture.pixels[:0]))
+                return Read(self.fit(picture.pixels), broken, name, picture.without_pixels())
             broken[name] = picture
         return Read(None, broken, failure=f"{path}: the last of {len(broken)} image files in a row that {picture}.")
 
