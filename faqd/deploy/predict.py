@@ -15,7 +15,7 @@ from faqd.deploy.run_bundle import Backend, Engine
 from faqd.errors import UserError
 from faqd.files import written_beside
 from faqd.train.data.decode import decoded
-from faqd.train.data.image_files import list_images
+from faqd.train.data.listed_files import listed
 
 Outputs = dict[str, NDArray[np.float32]]
 
@@ -67,7 +67,7 @@ def pictures(places: Sequence[Path]) -> list[Path]:
     """The files that are named, and those in and below the folders that are."""
     found = []
     for place in places:
-        found += [place / name for name in list_images(place)] if place.is_dir() else [place]
+        found += [place / name for name in listed(place).names()] if place.is_dir() else [place]
     for path in found:
         if not path.exists():
             raise UserError(f"--images {path}: no such file or folder.")

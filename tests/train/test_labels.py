@@ -10,7 +10,8 @@ import pytest
 
 from faqd.errors import UserError
 from faqd.preprocess import Preprocess
-from faqd.train.data.datasets import Augmentation, Dataset, Split
+from faqd.train.data.datasets import Augmentation, Dataset
+from faqd.train.data.split import Split
 from faqd.train.run.labels import refuse_other_labels, without_labels
 from tests.fixtures.toy_runs import PLAIN, User, faqd_deploy, faqd_train, new_user, succeeds
 
