@@ -19,6 +19,12 @@ data_flags = section(
         multiple=True,
         help="Read digits, cifar10, cifar100, tiny-imagenet, folder:PATH (any tree of images) or npz:PATH.",
     ),
+    click.option(
+        "--eval-data",
+        metavar="SOURCE",
+        show_default="a tenth of --data",
+        help="Evaluate on folder:PATH or npz:PATH, and keep that in bundles; its labels are read for that alone.",
+    ),
     click.option("--data-root", type=click.Path(path_type=Path), help="Look for a published data set in this folder."),
     click.option("--download", is_flag=True, help="Fetch a published data set that is not there yet."),
     click.option("--image-size", metavar="H[xW]", help="Bring images to this size in pixels."),
@@ -33,7 +39,7 @@ data_flags = section(
     ),
     click.option("--mean", metavar="M[,M,M]", help="Subtract this from pixels in 0..1, per channel; or none."),
     click.option("--std", metavar="S[,S,S]", help="Divide by this after that, per channel; or none."),
-    click.option("--labels", is_flag=True, help="Take the subfolder names of a folder: source for classes."),
+    click.option("--labels", is_flag=True, help="Take the subfolder names of folder: sources for classes."),
     click.option("--limit", type=click.IntRange(1), help="Use only so many training images, for a quick try."),
 )
 
@@ -45,7 +51,10 @@ def data_values(options: dict[str, Any]) -> dict[str, Any]:
     taken = {name: options.pop(name) for name in _DATA_NAMES}
     taken["data"] = _one_source(taken["data"])
     _refuse_idle(taken)
-    taken["source"], taken["root"] = _absolute(taken.pop("data")), taken.pop("data_root")
+    taken["root"] = taken.pop("data_root")
+    for field, option in (("source", "data"), ("evaluation", "eval_data")):
+        given = taken.pop(option)
+        taken[field] = None if given is None else absolute_source(given)
     taken["image_size"] = parse_size(taken["image_size"])
     taken["mean"], taken["std"] = _numbers("--mean", taken["mean"]), _numbers("--std", taken["std"])
     return taken
@@ -73,13 +82,14 @@ def _refuse_idle(taken: dict[str, Any]) -> None:
                     f"--{option.replace('_', '-')}: --data {taken['data']} is no published data set to look for "
                     f"({', '.join(PUBLISHED)} are); leave it out."
                 )
-    if taken["labels"] and kind != "folder":
+    if taken["labels"] and kind != "folder" and not (taken["eval_data"] or "").startswith("folder:"):
         raise UserError(f"--labels: --data {taken['data']} has no subfolders to take classes from; leave it out.")
 
 
 PUBLISHED = ("cifar10", "cifar100", "tiny-imagenet")
 _DATA_NAMES = (
     "data",
+    "eval_data",
     "data_root",
     "download",
     "image_size",
@@ -92,9 +102,9 @@ _DATA_NAMES = (
 )
 
 
-def _absolute(source: str | None) -> str | None:
+def absolute_source(source: str) -> str:
     """The source with a path that holds from any folder, since a run remembers it."""
-    kind, _, where = (source or "").partition(":")
+    kind, _, where = source.partition(":")
     return f"{kind}:{Path(where).expanduser().resolve()}" if where else source
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from faqd.command import SETTINGS, Group, emit_json, json_option, run, section, version_option
-from faqd.data_flags import data_values
+from faqd.data_flags import absolute_source, data_values
 from faqd.deploy.options import (
     FOLDER,
     builder_flags,
@@ -42,11 +42,23 @@ def main() -> None:
 
 @cli.command()
 @click.argument("run_folder", metavar="RUN", type=FOLDER)
-@section("Data", click.option("--data-root", type=FOLDER, help="Look for a published data set in this folder."))
+@section(
+    "Data",
+    click.option("--data-root", type=FOLDER, help="Look for a published data set in this folder."),
+    click.option(
+        "--eval-data",
+        metavar="SOURCE",
+        show_default="the run's",
+        help="Evaluate on folder:PATH or npz:PATH, none of which the run has learned from.",
+    ),
+    click.option("--labels", is_flag=True, help="Take the subfolder names of that folder for classes."),
+)
 @bundle_flags
 def export(
     run_folder: Path,
     data_root: Path | None,
+    eval_data: str | None,
+    labels: bool,
     out: Path,
     eval_samples: int | None,
     float_type: Any,
@@ -66,13 +78,16 @@ def export(
     from faqd.deploy.write_bundle import export_run
 
     options = BundleOptions(eval_samples, float_type, input_form, servers, licence)
+    if labels and not eval_data:
+        raise UserError("--labels: the run knows whether its own images have labels; give it with --eval-data.")
+    evaluation = (absolute_source(eval_data), labels) if eval_data else None
     if runs := members(run_folder, sweep.RUN_RECORD):
         made, failed = sweep.exported(
-            runs, out, lambda run, target: export_run(run, target, options, _say, data_root), _say
+            runs, out, lambda run, target: export_run(run, target, options, _say, data_root, evaluation), _say
         )
         conclude_all(made, failed, json_target, min_fidelity)
         return
-    bundle = export_run(run_folder, out, options, _say, data_root)
+    bundle = export_run(run_folder, out, options, _say, data_root, evaluation)
     conclude(bundle, json_target, min_fidelity)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,18 @@ class Calibration:
     equalize: Equalize = "auto"
 
 
-def export_run(run: Path, out: Path, options: BundleOptions, say: Say, data_root: Path | None = None) -> Bundle:
-    """Lower the student of a finished distillation run into the bundle `out`, and verify it."""
+def export_run(
+    run: Path,
+    out: Path,
+    options: BundleOptions,
+    say: Say,
+    data_root: Path | None = None,
+    evaluation: tuple[str, bool] | None = None,
+) -> Bundle:
+    """Lower the student of a finished distillation run into the bundle `out`, and verify it.
+
+    evaluation: images in place of the run's own (`DataOptions.evaluation`, and its `labels`).
+    """
     _refuse_taken(out)
     check_servers(options.servers, options.input_form)
     record = finished(run)
@@ -57,7 +67,10 @@ def export_run(run: Path, out: Path, options: BundleOptions, say: Say, data_root
     teacher, teacher_source, teacher_sha256 = load_teacher(run)
     if "output_scales" not in record:
         raise UserError(f"{run}: a student with 32-bit activations cannot be exported; use --act-bits 1 to 8.")
-    dataset = _labelled_for(teacher, teacher_source, labelled_if_possible(data_options(record, data_root), say), say)
+    data = data_options(record, data_root)
+    asked = data if evaluation is None else replace(data, evaluation=evaluation[0], labels=evaluation[1])
+    trained = data.evaluation is None and evaluation is not None
+    dataset = _labelled_for(teacher, teacher_source, labelled_if_possible(asked, say, trained=trained), say)
     parts = Parts(
         "distilled",
         student,
@@ -99,7 +112,7 @@ def quantized_float(
     say: Say,
 ) -> QuantizedFloat:
     """data: fields of DataOptions, None where the command line is silent and the teacher's run knows."""
-    lesson = lesson_from(teacher, teacher_weights, data, with_labels=True, say=say)
+    lesson = lesson_from(teacher, teacher_weights, data, with_labels="eval", say=say)
     dataset, taught = lesson.dataset, lesson.teacher
     x = network_input(dataset.train.pixels[: max(2, calibration.images)], dataset.preprocess)
     captured = capture(taught.network, x[:2])

@@ -32,7 +32,7 @@ def evaluate_run(folder: Path, data_root: Path | None) -> dict[str, Any]:
     Without accuracy where the data has no labels, or other classes than the network has outputs.
     """
     record = finished(folder)
-    dataset = load_dataset(data_options(record, data_root), with_labels=True)
+    dataset = load_dataset(data_options(record, data_root), with_labels="eval")
     split = dataset.eval
     inputs = network_input(split.images, run_preprocess(record))
     teacher, _, _ = load_teacher(folder)

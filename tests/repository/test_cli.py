@@ -24,7 +24,7 @@ from faqd.given import arguments_given
 from faqd.train.cli import cli as train_cli
 from tests.fixtures.toy_runs import faqd_deploy, faqd_train, outcome_of, succeeds
 
-DATA = "--data --data-root --download --image-size --resize --channels --mean --std --labels --limit"
+DATA = "--data --eval-data --data-root --download --image-size --resize --channels --mean --std --labels --limit"
 SCHEDULE = "--epochs --steps --batch-size --lr --seed --data-seed --device --workers --time-limit"
 RUN = "--out --resume --json"
 BUNDLE = "--out --eval-samples --float-type --input --for --license --min-fidelity --json"
@@ -48,7 +48,7 @@ FLAGS = {
         "--exclude --strict --json"
     ),
     "faqd-deploy": "--version",
-    "faqd-deploy export": f"--data-root {BUNDLE}",
+    "faqd-deploy export": f"--data-root --eval-data --labels {BUNDLE}",
     "faqd-deploy ptq": (
         f"--teacher --teacher-weights {DATA} --weight-bits --act-bits --target --calibration --calibration-images "
         f"--equalize --exclude --strict {BUNDLE}"

@@ -137,7 +137,7 @@ def test_the_cut_is_where_the_published_hash_says() -> None:
 
 
 def test_too_few_images() -> None:
-    with pytest.raises(UserError, match="2 images are too few"):
+    with pytest.raises(UserError, match="2 images, 2 of them different, are too few for 3 parts"):
         split_by_content(Split(random_images(2), None), 0.1, 0.1)
 
 

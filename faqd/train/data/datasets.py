@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -16,10 +17,11 @@ from faqd.errors import UserError
 from faqd.preprocess import Preprocess
 from faqd.train.data import cifar
 from faqd.train.data import image_files as images
+from faqd.train.data.evaluation import read_evaluation, without_copies
 from faqd.train.data.folder import read_folder
 from faqd.train.data.npz_files import read_npz
 from faqd.train.data.options import DataOptions, fitted, preprocess_of
-from faqd.train.data.split import SHARE, Split, split_by_content
+from faqd.train.data.split import SHARE, Split, shares_of, split_by_content
 
 Say = Callable[[str], None]
 
@@ -65,11 +67,14 @@ class Dataset:
     files: str | None = None
 
 
-def load_dataset(options: DataOptions, *, with_labels: bool, say: Say = lambda _: None) -> Dataset:
+def load_dataset(
+    options: DataOptions, *, with_labels: bool | Literal["eval"], say: Say = lambda _: None, trained: bool = False
+) -> Dataset:
     """The data set that `options` names; UserError says what is missing or wrong with it.
 
     with_labels=False never reads a label, of no split. True gives the labels that there are: those of a folder
-    without `labels`, or of an npz file that has none, stay None.
+    without `labels`, or of an npz file that has none, stay None. "eval" does so for images that evaluate alone, where
+    they have a source of their own. trained: on this data set without such a source, before it was named.
     """
     kind, _, where = options.source.partition(":")
     if kind not in _LOADERS or (kind in ("folder", "npz")) != bool(where):
@@ -77,16 +82,51 @@ def load_dataset(options: DataOptions, *, with_labels: bool, say: Say = lambda _
         raise UserError(f"--data {options.source}: no such source; expected one of {known}.")
     if options.limit is not None and options.limit < 1:
         raise UserError(f"limit of training images {options.limit}: expected 1 or more.")
-    dataset = _LOADERS[kind](options, where, with_labels, say)
+    of_all = bool(with_labels) if options.evaluation is None else with_labels is True
+    dataset = _LOADERS[kind](replace(options, evaluation=None) if trained else options, where, of_all, say)
+    if options.evaluation is not None:
+        dataset = _with_evaluation(dataset, options, bool(with_labels), trained, say)
     return dataset if options.limit is None else replace(dataset, train=dataset.train.at(slice(options.limit)))
 
 
-def labelled_if_possible(options: DataOptions, say: Say) -> Dataset:
-    """Data that were learned from without labels, which nobody looked at: what is wrong with them is told."""
+def _with_evaluation(dataset: Dataset, options: DataOptions, with_labels: bool, trained: bool, say: Say) -> Dataset:
+    """The data set with evaluation images of their own: none of them trains or selects, or has done so."""
+    read = read_evaluation(options, dataset.preprocess, dataset.classes, with_labels, say)
+    learned = {name: getattr(dataset, name) for name in ("train", "select")}
+    in_memory = {name: split for name, split in learned.items() if isinstance(split.pixels, np.ndarray)}
+    found, evaluation = 0, read.split
+    for name, split in in_memory.items():
+        if trained:
+            kept = without_copies(evaluation, split.images)
+            found, evaluation = found + len(evaluation) - len(kept), kept
+        else:
+            learned[name] = without_copies(split, evaluation.images)
+            found += len(split) - len(learned[name])
+    if found:
+        did = "were learned from, and do not evaluate" if trained else f"are in {options.source} too, and only evaluate"
+        say(f"--eval-data {options.evaluation}: {found:,} of its images {did}.")
+    if empty := [name for name, split in {**learned, "eval": evaluation}.items() if not len(split)]:
+        raise UserError(
+            f"--eval-data {options.evaluation}: has the images of {options.source}, so that none is left "
+            f"{'to evaluate on' if empty == ['eval'] else 'to learn from'}; give others."
+        )
+    return replace(
+        dataset,
+        train=learned["train"],
+        select=learned["select"],
+        eval=evaluation,
+        classes=read.classes or dataset.classes,
+        skipped=(*dataset.skipped, *read.skipped),
+    )
+
+
+def labelled_if_possible(options: DataOptions, say: Say, *, trained: bool = False) -> Dataset:
+    """Data that were learned from without labels, which nobody looked at: what is wrong with them is told. trained: as
+    `load_dataset` has it."""
     try:
-        return load_dataset(options, with_labels=True, say=say)
+        return load_dataset(options, with_labels="eval", say=say, trained=trained)
     except UserError as error:
-        dataset = load_dataset(options, with_labels=False, say=say)
+        dataset = load_dataset(options, with_labels=False, say=say, trained=trained)
         say(f"The bundle is written without labels: {error}")
         return dataset
 
@@ -170,7 +210,7 @@ def _npz(options: DataOptions, where: str, with_labels: bool, say: Say) -> Datas
     pixels, labels, classes = read_npz(Path(where).expanduser(), with_labels=with_labels)
     preprocess = preprocess_of(options, pixels.shape[1:3], "grey" if pixels.shape[3] == 1 else "rgb")
     pool = Split(fitted(preprocess, pixels), labels)
-    return _unpublished(options, preprocess, classes, split_by_content(pool, SHARE, SHARE), ())
+    return _unpublished(options, preprocess, classes, split_by_content(pool, *shares_of(options)), ())
 
 
 _LOADERS: dict[str, Callable[[DataOptions, str, bool, Say], Dataset]] = {
@@ -190,8 +230,10 @@ def _unpublished(
     splits: list[Split],
     skipped: tuple[str, ...],
 ) -> Dataset:
-    evaluation, select, train = splits
+    *evaluation, select, train = splits
     # Half the usual shift, and no mirroring: whether a mirrored image is still one of its kind (text, road signs,
     # organs are not) is known only to who knows the domain.
     augmentation = Augmentation(pad=preprocess.height // 16, flip=False)
-    return Dataset(options.source, preprocess, classes, train, select, evaluation, augmentation, skipped)
+    # Without a part of its own it is what --eval-data names, which follows.
+    reported = evaluation[0] if evaluation else select
+    return Dataset(options.source, preprocess, classes, train, select, reported, augmentation, skipped)

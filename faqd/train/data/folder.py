@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from faqd.train.data.listed_files import ListedFiles, listed
 from faqd.train.data.memory import refuse_beyond_memory
 from faqd.train.data.options import DataOptions, fitted, preprocess_of
 from faqd.train.data.pictures import HEAD, PictureFiles, Pictures
-from faqd.train.data.split import SHARE, Split, cut, keys_of, split_by_content, split_by_files
+from faqd.train.data.split import Split, cut, keys_of, shares_of, split_by_content, split_by_files
 
 IN_MEMORY = 2**30
 """Bytes of pixels: a folder with more is decoded picture by picture, in every epoch anew."""
@@ -33,7 +34,8 @@ Labels = NDArray[np.int64] | None
 
 @dataclass(frozen=True)
 class Folder:
-    """splits: evaluation, select and train. files: the list in words. skipped: what cannot be read, of few files."""
+    """splits: evaluation, unless other images evaluate, select and train. files: the list in words. skipped: what
+    cannot be read, of few files."""
 
     preprocess: Preprocess
     classes: Classes
@@ -46,25 +48,27 @@ def read_folder(options: DataOptions, folder: Path, with_labels: bool, say: Say)
     """The images of `folder` in three splits, which depend on the files and not on how much memory there is."""
     files = listed(folder)
     # Names of folders are looked at wherever they count in the end: an export has labels, a distillation has none.
-    classes_of = class_names(folder, files.names()) if options.labels else None
+    named = options.labels and (with_labels or options.evaluation is None)
+    classes_of = class_names(folder, files.names()) if named else None
     names = classes_of if with_labels else None
     classes = None if names is None else tuple(sorted(set(names)))
     labels = None if names is None or classes is None else np.searchsorted(classes, names).astype(np.int64)
     preprocess = preprocess_of(options, (1, 1), "rgb")
     if options.image_size is None:
-        return _as_they_are(files, preprocess, classes, labels, say)
+        return _as_they_are(files, preprocess, classes, labels, shares_of(options), say)
     size = (preprocess.height, preprocess.width, len(preprocess.mean))
     refuse_beyond_memory(options.source, min(len(files), HEAD), *size)
     is_large = len(files) * int(np.prod(size)) > IN_MEMORY
-    skipped: tuple[str, ...] = ()
+    shares, skipped = shares_of(options), tuple[str, ...]()
     if len(files) > LOOKED_AT:
-        parts = split_by_files(files, SHARE, SHARE)
+        parts = split_by_files(files, *shares)
     elif is_large:
-        parts, skipped = _looked_at(files, preprocess, say)
+        parts, skipped = _looked_at(files, preprocess, shares, say)
     else:
         read = read_images(folder, files.names(), preprocess.fit, say)
-        return _small(files, preprocess, classes, labels, read.pixels, read)
-    parts[0] = parts[0][: max(FEWEST_REPORTED, REPORTED // int(np.prod(size)))]
+        return _small(files, preprocess, classes, labels, shares, read.pixels, read)
+    if options.evaluation is None:
+        parts[0] = parts[0][: max(FEWEST_REPORTED, REPORTED // int(np.prod(size)))]
     splits = [
         Split(Pictures(PictureFiles(files, part, preprocess.fit), size), None if labels is None else labels[part])
         for part in parts
@@ -76,7 +80,14 @@ def read_folder(options: DataOptions, folder: Path, with_labels: bool, say: Say)
     return Folder(preprocess, classes, splits, skipped, files.in_words())
 
 
-def _as_they_are(files: ListedFiles, preprocess: Preprocess, classes: Classes, labels: Labels, say: Say) -> Folder:
+def _as_they_are(
+    files: ListedFiles,
+    preprocess: Preprocess,
+    classes: Classes,
+    labels: Labels,
+    shares: Sequence[float],
+    say: Say,
+) -> Folder:
     """A small folder without --image-size: its images have one, which the first tells."""
 
     def unchanged(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -88,7 +99,7 @@ def _as_they_are(files: ListedFiles, preprocess: Preprocess, classes: Classes, l
         raise _needs_size(files)
     read = read_images(files.folder, files.names(), unchanged, say)
     preprocess = replace(preprocess, height=read.pixels.shape[1], width=read.pixels.shape[2])
-    return _small(files, preprocess, classes, labels, fitted(preprocess, read.pixels), read)
+    return _small(files, preprocess, classes, labels, shares, fitted(preprocess, read.pixels), read)
 
 
 def _needs_size(files: ListedFiles) -> UserError:
@@ -103,14 +114,17 @@ def _small(
     preprocess: Preprocess,
     classes: Classes,
     labels: Labels,
+    shares: Sequence[float],
     pixels: NDArray[np.uint8],
     read: Images,
 ) -> Folder:
     pool = Split(pixels, None if labels is None else labels[read.kept])
-    return Folder(preprocess, classes, split_by_content(pool, SHARE, SHARE), read.skipped, files.in_words())
+    return Folder(preprocess, classes, split_by_content(pool, *shares), read.skipped, files.in_words())
 
 
-def _looked_at(files: ListedFiles, preprocess: Preprocess, say: Say) -> tuple[list[NDArray[np.int64]], tuple[str, ...]]:
+def _looked_at(
+    files: ListedFiles, preprocess: Preprocess, shares: Sequence[float], say: Say
+) -> tuple[list[NDArray[np.int64]], tuple[str, ...]]:
     """The splits that `_small` would make, as indices; of each image only its hash is kept."""
     findings = Findings()
     kept: list[int] = []
@@ -119,7 +133,7 @@ def _looked_at(files: ListedFiles, preprocess: Preprocess, say: Say) -> tuple[li
         kept.append(index)
         keys.append(keys_of([np.ascontiguousarray(image)]))
     places, hashes = np.array(kept), np.concatenate(keys)
-    return [places[part] for part in cut(hashes, hashes, SHARE, SHARE)], tuple(findings.broken)
+    return [places[part] for part in cut(hashes, hashes, *shares)], tuple(findings.broken)
 
 
 def _in_memory(split: Split, say: Say) -> Split:

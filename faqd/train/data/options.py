@@ -20,7 +20,8 @@ class DataOptions:
 
     source: digits, cifar10, cifar100, tiny-imagenet, folder:PATH or npz:PATH. root: where published sets lie.
     mean, std: 'none' for mean 0 and std 1. labels: subfolder names are the classes (folder only).
-    limit: use that many training images only; they are a random choice, the same in every run.
+    limit: use that many training images only; they are a random choice, the same in every run. evaluation: folder:PATH
+    or npz:PATH, images that are evaluated on in place of a part of the source; `labels` are of these then, too.
     """
 
     source: str
@@ -33,6 +34,7 @@ class DataOptions:
     labels: bool = False
     download: bool = False
     limit: int | None = None
+    evaluation: str | None = None
 
 
 def preprocess_of(

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from faqd.errors import UserError
 from faqd.train.data.listed_files import ListedFiles
+from faqd.train.data.options import DataOptions
 from faqd.train.data.pictures import Pictures
 
 SHARE = 0.1
@@ -21,6 +22,11 @@ SAME_SIZE_SHARE = 0.01
 """More files than this of one size in bytes, as bitmaps are, are no copies of one another."""
 
 Keys = NDArray[np.uint64]
+
+
+def shares_of(options: DataOptions) -> tuple[float, ...]:
+    """What of a pool evaluates, unless other images do, and what selects; the rest trains."""
+    return (SHARE, SHARE) if options.evaluation is None else (SHARE,)
 
 
 @dataclass(frozen=True)
@@ -86,8 +92,19 @@ def cut(keys: Keys, order: Keys, *shares: float) -> list[NDArray[np.int64]]:
     places = np.searchsorted(bounds, keys[sorted_], side="right")
     splits = [sorted_[places == place] for place in range(len(bounds) + 1)]
     if min(map(len, splits)) == 0:
-        raise UserError(
-            f"{len(keys)} images are too few, or too many of them are equal: split by content into "
-            f"{' + '.join(str(len(split)) for split in splits)}, and no part may be empty. Give more images."
-        )
+        places = _by_rank(keys, *shares)[sorted_]
+        splits = [sorted_[places == place] for place in range(len(bounds) + 1)]
     return splits
+
+
+def _by_rank(keys: Keys, *shares: float) -> NDArray[np.intp]:
+    """Which split each key goes to where there are so few that a share of their range can be empty by chance: by their
+    order, one at least to each."""
+    unique, rank = np.unique(keys, return_inverse=True)
+    if len(unique) <= len(shares):
+        raise UserError(
+            f"{len(keys)} images, {len(unique)} of them different, are too few for {len(shares) + 1} parts; give "
+            f"{len(shares) + 1} at least, and some hundred for scales and results that mean something."
+        )
+    counts = [max(1, int(share * len(unique))) for share in shares]
+    return np.searchsorted(np.cumsum(counts), rank, side="right")

@@ -16,7 +16,7 @@ def refuse_other_labels(dataset: Dataset, shapes: Mapping[str, tuple[int, ...]],
     names may be fewer, for the last classes may just not be there.
     """
     (scores, *more) = shapes.values()
-    if dataset.train.labels is None or more or len(scores) != 2:
+    if dataset.eval.labels is None or more or len(scores) != 2:
         return
     classes = dataset.classes or ()
     numbers = tuple(map(str, range(len(classes))))

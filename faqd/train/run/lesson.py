@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,12 @@ class Lesson:
 
 
 def lesson_from(
-    spec: str, weights: Path | None, data: dict[str, Any], *, with_labels: bool = False, say: Say = lambda _: None
+    spec: str,
+    weights: Path | None,
+    data: dict[str, Any],
+    *,
+    with_labels: bool | Literal["eval"] = False,
+    say: Say = lambda _: None,
 ) -> Lesson:
     """The lesson of a command: `spec` is a finished run, code of the user's with `weights`, or FILE.pt2.
 

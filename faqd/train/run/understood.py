@@ -18,7 +18,9 @@ NORMS = nn.modules.batchnorm._BatchNorm
 def data_in_words(dataset: Dataset) -> Iterator[str]:
     yield f"{dataset.source}: {dataset.preprocess.in_words()}."
     counts = (len(split) for split in (dataset.train, dataset.select, dataset.eval))
-    labels = "no labels" if dataset.train.labels is None else f"labels of {len(dataset.classes or ())} classes"
+    classes = f"labels of {len(dataset.classes or ())} classes"
+    alone = "" if dataset.train.labels is not None else ", for evaluation alone"
+    labels = "no labels" if dataset.eval.labels is None else f"{classes}{alone}"
     yield "images: {:,} to train or calibrate on, {:,} to validate, {:,} for evaluation; {}.".format(*counts, labels)
 
 
