@@ -22,8 +22,7 @@ data_flags = section(
     click.option(
         "--eval-data",
         metavar="SOURCE",
-        show_default="a tenth of --data",
-        help="Evaluate on folder:PATH or npz:PATH, and keep that in bundles; its labels are read for that alone.",
+        help="Evaluate on folder:PATH or npz:PATH, not on a tenth of --data; its labels are read for that alone.",
     ),
     click.option("--data-root", type=click.Path(path_type=Path), help="Look for a published data set in this folder."),
     click.option("--download", is_flag=True, help="Fetch a published data set that is not there yet."),
