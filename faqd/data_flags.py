@@ -52,8 +52,7 @@ def data_values(options: dict[str, Any]) -> dict[str, Any]:
     _refuse_idle(taken)
     taken["root"] = taken.pop("data_root")
     for field, option in (("source", "data"), ("evaluation", "eval_data")):
-        given = taken.pop(option)
-        taken[field] = None if given is None else absolute_source(given)
+        taken[field] = absolute_source(taken.pop(option))
     taken["image_size"] = parse_size(taken["image_size"])
     taken["mean"], taken["std"] = _numbers("--mean", taken["mean"]), _numbers("--std", taken["std"])
     return taken
@@ -101,9 +100,18 @@ _DATA_NAMES = (
 )
 
 
-def absolute_source(source: str) -> str:
+MOVED_DATA = (
+    click.option(
+        "--data", metavar="SOURCE", show_default="where they were", help="Read the images of the run from here."
+    ),
+    click.option("--data-root", type=click.Path(path_type=Path), help="Look for a published data set in this folder."),
+)
+"""Where the images of a run are by now, for a section."""
+
+
+def absolute_source(source: str | None) -> str | None:
     """The source with a path that holds from any folder, since a run remembers it."""
-    kind, _, where = source.partition(":")
+    kind, _, where = (source or "").partition(":")
     return f"{kind}:{Path(where).expanduser().resolve()}" if where else source
 
 

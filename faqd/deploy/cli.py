@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from faqd.command import SETTINGS, Group, emit_json, json_option, run, section, version_option
-from faqd.data_flags import absolute_source, data_values
+from faqd.data_flags import MOVED_DATA, absolute_source, data_values
 from faqd.deploy.options import (
     FOLDER,
     builder_flags,
@@ -44,7 +44,7 @@ def main() -> None:
 @click.argument("run_folder", metavar="RUN", type=FOLDER)
 @section(
     "Data",
-    click.option("--data-root", type=FOLDER, help="Look for a published data set in this folder."),
+    *MOVED_DATA,
     click.option(
         "--eval-data",
         metavar="SOURCE",
@@ -56,6 +56,7 @@ def main() -> None:
 @bundle_flags
 def export(
     run_folder: Path,
+    data: str | None,
     data_root: Path | None,
     eval_data: str | None,
     labels: bool,
@@ -76,18 +77,20 @@ def export(
     from faqd.deploy.bundle_facts import BundleOptions
     from faqd.deploy.conclusion import conclude, conclude_all
     from faqd.deploy.write_bundle import export_run
+    from faqd.train.run.folder import MovedData
 
     options = BundleOptions(eval_samples, float_type, input_form, servers, licence)
     if labels and not eval_data:
         raise UserError("--labels: the run knows whether its own images have labels; give it with --eval-data.")
-    evaluation = (absolute_source(eval_data), labels) if eval_data else None
+    moved = MovedData(data_root, absolute_source(data))
+    evaluation = (str(absolute_source(eval_data)), labels) if eval_data else None
     if runs := members(run_folder, sweep.RUN_RECORD):
         made, failed = sweep.exported(
-            runs, out, lambda run, target: export_run(run, target, options, _say, data_root, evaluation), _say
+            runs, out, lambda run, target: export_run(run, target, options, _say, moved, evaluation), _say
         )
         conclude_all(made, failed, json_target, min_fidelity)
         return
-    bundle = export_run(run_folder, out, options, _say, data_root, evaluation)
+    bundle = export_run(run_folder, out, options, _say, moved, evaluation)
     conclude(bundle, json_target, min_fidelity)
 
 

@@ -30,7 +30,16 @@ from faqd.train.data.datasets import Dataset, labelled_if_possible
 from faqd.train.networks.own_tensors import own_tensors
 from faqd.train.networks.source import NetworkSource
 from faqd.train.networks.tensor_files import tensors_sha256
-from faqd.train.run.folder import WEIGHTS, data_options, finished, load_teacher, network_input, run_preprocess
+from faqd.train.run.folder import (
+    NOT_MOVED,
+    WEIGHTS,
+    MovedData,
+    data_options,
+    finished,
+    load_teacher,
+    network_input,
+    run_preprocess,
+)
 from faqd.train.run.labels import refuse_other_labels, without_labels
 from faqd.train.run.lesson import Teacher, lesson_from, output_shapes
 from faqd.train.run.student import load_student
@@ -53,12 +62,13 @@ def export_run(
     out: Path,
     options: BundleOptions,
     say: Say,
-    data_root: Path | None = None,
+    moved: MovedData = NOT_MOVED,
     evaluation: tuple[str, bool] | None = None,
 ) -> Bundle:
     """Lower the student of a finished distillation run into the bundle `out`, and verify it.
 
-    evaluation: images in place of the run's own (`DataOptions.evaluation`, and its `labels`).
+    moved: where its images are now. evaluation: images in place of those that it evaluates on
+    (`DataOptions.evaluation`, and its `labels`).
     """
     _refuse_taken(out)
     check_servers(options.servers, options.input_form)
@@ -67,14 +77,14 @@ def export_run(
     teacher, teacher_source, teacher_sha256 = load_teacher(run)
     if "output_scales" not in record:
         raise UserError(f"{run}: a student with 32-bit activations cannot be exported; use --act-bits 1 to 8.")
-    data = data_options(record, data_root)
+    data = data_options(record, moved)
     asked = data if evaluation is None else replace(data, evaluation=evaluation[0], labels=evaluation[1])
     trained = data.evaluation is None and evaluation is not None
     dataset = _labelled_for(teacher, teacher_source, labelled_if_possible(asked, say, trained=trained), say)
     parts = Parts(
         "distilled",
         student,
-        NetworkSource.from_json(record["network"]).name,
+        NetworkSource.from_json(record["network"], run).name,
         sha256(run / WEIGHTS),
         record["output_scales"],
         teacher,

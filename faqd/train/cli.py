@@ -20,7 +20,7 @@ from faqd.command import (
     strict_option,
     version_option,
 )
-from faqd.data_flags import data_flags, data_values
+from faqd.data_flags import MOVED_DATA, absolute_source, data_flags, data_values
 from faqd.extras import install
 from faqd.given import refuse_idle
 from faqd.sweep import members, table
@@ -137,23 +137,24 @@ def distill(recipe: str, teacher: str, teacher_weights: Path | None, json_target
 
 @cli.command("eval")
 @click.argument("run_folder", metavar="RUN", type=click.Path(path_type=Path))
-@click.option("--data-root", type=click.Path(path_type=Path), help="Look for a published data set in this folder.")
+@section("Data", *MOVED_DATA)
 @json_option
-def evaluate(run_folder: Path, data_root: Path | None, json_target: str | None) -> None:
+def evaluate(run_folder: Path, data: str | None, data_root: Path | None, json_target: str | None) -> None:
     """Accuracy of a run's network on the eval split: for a student, of the deployed integers.
 
     A folder of runs, as `distill` writes it for lists of bits and several seeds, gives one table.
     """
     from faqd.train.evaluate import evaluate_run, evaluate_runs, row
-    from faqd.train.run.folder import RECORD
+    from faqd.train.run.folder import RECORD, MovedData
 
+    moved = MovedData(data_root, absolute_source(data))
     if runs := members(run_folder, RECORD):
-        results = evaluate_runs(runs, data_root, _say)
+        results = evaluate_runs(runs, moved, _say)
         if json_target is None:
             click.echo("\n".join(table([row(each) for each in results])))
         emit_json(json_target, results)
         return
-    result = evaluate_run(run_folder, data_root)
+    result = evaluate_run(run_folder, moved)
     if json_target is None:
         click.echo("\n".join(f"{name}: {value}" for name, value in result.items()))
     emit_json(json_target, result)

@@ -15,7 +15,7 @@ from faqd.quantize.convert import convert
 from faqd.quantize.outputs import run_batches
 from faqd.quantize.student import Student
 from faqd.train.data.datasets import Say, load_dataset
-from faqd.train.run.folder import data_options, finished, load_teacher, network_input, run_preprocess
+from faqd.train.run.folder import MovedData, data_options, finished, load_teacher, network_input, run_preprocess
 from faqd.train.run.student import load_student
 
 BATCH = 250
@@ -26,13 +26,13 @@ def deployable(student: Student) -> Any:
     return student.network if student.config.activations == FLOAT_BITS else convert(student, "tensorrt")
 
 
-def evaluate_run(folder: Path, data_root: Path | None) -> dict[str, Any]:
+def evaluate_run(folder: Path, moved: MovedData) -> dict[str, Any]:
     """Accuracy and, for a student, agreement with the teacher, on the eval split; for each output its SNR in dB.
 
     Without accuracy where the data has no labels, or other classes than the network has outputs.
     """
     record = finished(folder)
-    dataset = load_dataset(data_options(record, data_root), with_labels="eval")
+    dataset = load_dataset(data_options(record, moved), with_labels="eval")
     split = dataset.eval
     inputs = network_input(split.images, run_preprocess(record))
     teacher, _, _ = load_teacher(folder)
@@ -57,12 +57,12 @@ def evaluate_run(folder: Path, data_root: Path | None) -> dict[str, Any]:
     return result
 
 
-def evaluate_runs(runs: Sequence[Path], data_root: Path | None, say: Say) -> list[dict[str, Any]]:
+def evaluate_runs(runs: Sequence[Path], moved: MovedData, say: Say) -> list[dict[str, Any]]:
     """The same for every finished run of a folder; of one that is not, that is said."""
     found = []
     for run in runs:
         try:
-            found.append({"run": run.name, **evaluate_run(run, data_root)})
+            found.append({"run": run.name, **evaluate_run(run, moved)})
         except UserError as error:
             say(str(error))
     if not found:

@@ -60,7 +60,7 @@ def inspect_network(
 
 def _source(teacher: str, image_size: str | None, channels: int) -> NetworkSource:
     if Path(teacher).is_dir():
-        return NetworkSource.from_json(read_record(Path(teacher))["network"])
+        return NetworkSource.from_json(read_record(Path(teacher))["network"], Path(teacher))
     size = parse_size(image_size)
     if size is None:
         raise UserError(f"--teacher {teacher}: give --image-size, the input size of that network.")

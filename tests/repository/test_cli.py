@@ -41,14 +41,14 @@ FLAGS = {
         "--columns --adaptors --tap --label-weight "
         f"{SCHEDULE} --optimizer --autocast --seeds --select {RUN}"
     ),
-    "faqd-train eval": "--data-root --json",
+    "faqd-train eval": "--data --data-root --json",
     "faqd-train recipes": "--json",
     "faqd-train inspect": (
         "--teacher --teacher-weights --arch --image-size --input-channels --weight-bits --act-bits --target --scales "
         "--exclude --strict --json"
     ),
     "faqd-deploy": "--version",
-    "faqd-deploy export": f"--data-root --eval-data --labels {BUNDLE}",
+    "faqd-deploy export": f"--data --data-root --eval-data --labels {BUNDLE}",
     "faqd-deploy ptq": (
         f"--teacher --teacher-weights {DATA} --weight-bits --act-bits --target --calibration --calibration-images "
         f"--equalize --exclude --strict {BUNDLE}"

@@ -65,7 +65,7 @@ def test_a_teacher_and_a_student_of_a_module_go_all_the_way(user: User) -> None:
 
 def test_a_module_is_held_to_the_file_that_defines_the_callable(user: User) -> None:
     source = user_source("zoo_of_mine:build", 3, (8, 8))
-    assert NetworkSource.from_json(source.to_json()) == source
+    assert NetworkSource.from_json(source.to_json(), Path("run")) == source
     Path("zoo_of_mine/net.py").write_text(NET + "\n# another\n")
     with pytest.raises(UserError, match=r"zoo_of_mine: changed since the run was made"):
         source.build()

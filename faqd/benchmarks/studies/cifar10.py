@@ -34,7 +34,7 @@ from faqd.train.evaluate import evaluate_run
 from faqd.train.loop.distributed import ProcessGroup, process_group
 from faqd.train.networks.zoo import check_architecture
 from faqd.train.recipes import cifar10_teacher, distill_cifar10
-from faqd.train.run.folder import METRICS, WEIGHTS, read_record
+from faqd.train.run.folder import METRICS, NOT_MOVED, WEIGHTS, read_record
 from faqd.train.run.lesson import lesson_from
 from faqd.train.teacher import train_teacher
 
@@ -85,7 +85,7 @@ def produce(
     lesson = lesson_from(str(teacher), None, {"root": experiment.data_root}, say=say)
     distill(members, lesson, None, True, say, processes, deadline)
     runs = [teacher, *(out for _, out in members)]
-    measured = {out: _kept(out / "eval.json", deadline, partial(evaluate_run, out, None)) for out in runs}
+    measured = {out: _kept(out / "eval.json", deadline, partial(evaluate_run, out, NOT_MOVED)) for out in runs}
 
     def timing() -> dict[str, Any]:
         forms = tuple(iteration.TARGETS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,10 @@ class NetworkSource:
             return code_of_module(self.module, str(self.callable), self.name)
         path = Path(str(self.file))
         if not path.is_file():
-            raise UserError(f"{path}: no such file; the run was made with the network in it.")
+            raise UserError(
+                f"{path}: no such file; the run was made with the network in it. Put the same file there, or beside "
+                "the run, where a moved one is looked for."
+            )
         return Code(path, sha256(path))
 
     def example(self, batch: int = 2) -> Tensor:
@@ -78,8 +81,24 @@ class NetworkSource:
         return record if self.module is not None else {key: value for key, value in record.items() if key != "module"}
 
     @classmethod
-    def from_json(cls, record: dict[str, Any]) -> NetworkSource:
-        return cls(**{**record, "pixels": tuple(record["pixels"])})
+    def from_json(cls, record: dict[str, Any], run: Path) -> NetworkSource:
+        """run: the folder of the record. It may have been moved with the file, which is looked for near it then."""
+        source = cls(**{**record, "pixels": tuple(record["pixels"])})
+        return source if source.file is None else replace(source, file=_where_it_is_now(source, run))
+
+
+def _where_it_is_now(source: NetworkSource, run: Path) -> str:
+    """The file at its old place, else the same one beside or above the run, by its name and as many folders as fit."""
+    file = str(source.file)
+    if Path(file).is_file():
+        return file
+    parts, here = Path(file).parts[1:], run.resolve()
+    for folder in (here, *here.parents):
+        for start in range(len(parts)):
+            found = folder.joinpath(*parts[start:])
+            if found.is_file() and sha256(found) == source.sha256:
+                return str(found)
+    return file
 
 
 def is_users(spec: str) -> bool:

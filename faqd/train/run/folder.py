@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +157,7 @@ def load_teacher(folder: Path) -> tuple[nn.Module, NetworkSource, str]:
     """Network, source and weights SHA-256 of the teacher in a finished run of either kind."""
     record = finished(folder)
     name = TEACHER_WEIGHTS if record["kind"] == "distill" else WEIGHTS
-    source = NetworkSource.from_json(record["teacher"] if record["kind"] == "distill" else record["network"])
+    source = NetworkSource.from_json(record["teacher"] if record["kind"] == "distill" else record["network"], folder)
     network = source.build()
     load_exactly(network, folder / name)
     network.eval()
@@ -179,14 +179,29 @@ def data_json(options: DataOptions) -> dict[str, Any]:
     return {**asdict(options), "root": str(options.root) if options.root else None}
 
 
-def data_options(record: dict[str, Any], root: Path | None = None) -> DataOptions:
-    """The data options of a run; `root` replaces the recorded place of published data sets."""
+@dataclass(frozen=True)
+class MovedData:
+    """Where the images of a run are now. root: of published data sets. source: of others, as DataOptions has it; the
+    same images, for they are split by what is in them."""
+
+    root: Path | None = None
+    source: str | None = None
+
+
+NOT_MOVED = MovedData()
+
+
+def data_options(record: dict[str, Any], moved: MovedData = NOT_MOVED) -> DataOptions:
+    """The data options of a run."""
     values = {**record["data"]}
     for key in ("image_size", "mean", "std"):
         if isinstance(values[key], list):
             values[key] = tuple(values[key])
     values["root"] = Path(values["root"]) if values["root"] else None
-    return replace(DataOptions(**values), root=root) if root else DataOptions(**values)
+    found = DataOptions(**values)
+    if moved.source is not None and ":" not in found.source:
+        raise UserError(f"--data {moved.source}: the run is of {found.source}; say with --data-root where that is.")
+    return replace(found, root=moved.root or found.root, source=moved.source or found.source)
 
 
 def run_preprocess(record: dict[str, Any]) -> Preprocess:

@@ -83,7 +83,7 @@ def _load_float(network: nn.Module, source: NetworkSource, folder: Path) -> None
     """Fill `network` with the float weights of a finished run of either kind, whatever its bits were."""
     if not folder.is_dir():
         raise UserError(f"--init {folder}: expected teacher, scratch or the folder of a run.")
-    if NetworkSource.from_json(finished(folder)["network"]) != source:
+    if NetworkSource.from_json(finished(folder)["network"], folder) != source:
         raise UserError(f"--init {folder}: that run trained another network than {source.name}.")
     if finished(folder).get("untrained", NO_PRODUCTS)["equalized"]:
         raise UserError(
@@ -125,7 +125,7 @@ def load_student(folder: Path) -> Student:
     record = read_record(folder)
     if record["kind"] != "distill":
         raise UserError(f"{folder}: holds a teacher; distil a student from it first, or use `faqd-deploy ptq`.")
-    source = NetworkSource.from_json(record["network"])
+    source = NetworkSource.from_json(record["network"], folder)
     bits = _bits(record["recipe"])
     captured = with_products(
         capture(source.build(), source.example()), record.get("untrained", NO_PRODUCTS)["equalized"]
