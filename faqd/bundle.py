@@ -165,7 +165,11 @@ class Bundle:
         labels = arrays.get("labels")
         if labels is not None and (labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]):
             raise UserError(f"{path}: has not one label for each image; export the run again.")
-        return Evaluation(images, labels, _of_numbers(path, outputs))
+        names, sizes = arrays.get("names"), arrays.get("sizes")
+        for found, kinds, shape in ((names, "U", images.shape[:1]), (sizes, "iu", (len(images), 2))):
+            if found is not None and (found.dtype.kind not in kinds or found.shape != shape):
+                raise UserError(f"{path}: has not one name and one size for each image; export the run again.")
+        return Evaluation(images, labels, _of_numbers(path, outputs), names, sizes)
 
     def probe_outputs(self) -> dict[str, dict[str, NDArray[np.float32]]]:
         """What `student` (its own modules with nothing rounded) and `teacher` gave in torch for the probes, by output;
@@ -199,16 +203,21 @@ def _of_numbers(path: Path, outputs: dict[str, NDArray[Any]]) -> dict[str, NDArr
 @dataclass(frozen=True)
 class Evaluation:
     """What eval.npz holds: fitted uint8 images (N, H, W, C), labels (N,) int64 if there are any, and per network
-    output the float teacher's values (first axis N, or fewer where dense outputs were capped)."""
+    output the float teacher's values (first axis N, fewer of dense ones). Of image files names (N,),
+    relative to their folder, and sizes (N, 2), height and width before they were fitted: what annotations go by."""
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int64] | None
     teacher: dict[str, NDArray[np.float32]]
+    names: NDArray[np.str_] | None = None
+    sizes: NDArray[np.int64] | None = None
 
     def save(self, path: Path) -> None:
         arrays: dict[str, Any] = {"images": self.images}
         if self.labels is not None:
             arrays["labels"] = self.labels.astype(np.int64)
+        if self.names is not None and self.sizes is not None:
+            arrays |= {"names": self.names, "sizes": self.sizes}
         arrays |= {_TEACHER_KEY + name: values for name, values in self.teacher.items()}
         np.savez(path, **arrays)
 

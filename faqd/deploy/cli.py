@@ -77,20 +77,20 @@ def export(
     from faqd.deploy.bundle_facts import BundleOptions
     from faqd.deploy.conclusion import conclude, conclude_all
     from faqd.deploy.write_bundle import export_run
-    from faqd.train.run.folder import MovedData
 
     options = BundleOptions(eval_samples, float_type, input_form, servers, licence)
     if labels and not eval_data:
         raise UserError("--labels: the run knows whether its own images have labels; give it with --eval-data.")
-    moved = MovedData(data_root, absolute_source(data))
     evaluation = (str(absolute_source(eval_data)), labels) if eval_data else None
+
+    def write(run: Path, target: Path) -> Any:
+        return export_run(run, target, options, _say, data_root, absolute_source(data), evaluation)
+
     if runs := members(run_folder, sweep.RUN_RECORD):
-        made, failed = sweep.exported(
-            runs, out, lambda run, target: export_run(run, target, options, _say, moved, evaluation), _say
-        )
+        made, failed = sweep.exported(runs, out, write, _say)
         conclude_all(made, failed, json_target, min_fidelity)
         return
-    bundle = export_run(run_folder, out, options, _say, moved, evaluation)
+    bundle = write(run_folder, out)
     conclude(bundle, json_target, min_fidelity)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -27,11 +28,13 @@ from faqd.quantize.convert import collect_output_scales
 from faqd.quantize.student import Student
 from faqd.quantize.without_training import JUDGED_IMAGES, CalibrationMethod, Equalize, Untrained, best_without_training
 from faqd.train.data.datasets import Dataset, labelled_if_possible
+from faqd.train.data.decode import size_of_picture
+from faqd.train.data.pictures import Pictures
+from faqd.train.data.split import Split
 from faqd.train.networks.own_tensors import own_tensors
 from faqd.train.networks.source import NetworkSource
 from faqd.train.networks.tensor_files import tensors_sha256
 from faqd.train.run.folder import (
-    NOT_MOVED,
     WEIGHTS,
     MovedData,
     data_options,
@@ -62,13 +65,14 @@ def export_run(
     out: Path,
     options: BundleOptions,
     say: Say,
-    moved: MovedData = NOT_MOVED,
+    data_root: Path | None = None,
+    source: str | None = None,
     evaluation: tuple[str, bool] | None = None,
 ) -> Bundle:
     """Lower the student of a finished distillation run into the bundle `out`, and verify it.
 
-    moved: where its images are now. evaluation: images in place of those that it evaluates on
-    (`DataOptions.evaluation`, and its `labels`).
+    data_root, source: where its images are now (`MovedData`). evaluation: images in place of those that it evaluates
+    on (`DataOptions.evaluation`, and its `labels`).
     """
     _refuse_taken(out)
     check_servers(options.servers, options.input_form)
@@ -77,7 +81,7 @@ def export_run(
     teacher, teacher_source, teacher_sha256 = load_teacher(run)
     if "output_scales" not in record:
         raise UserError(f"{run}: a student with 32-bit activations cannot be exported; use --act-bits 1 to 8.")
-    data = data_options(record, moved)
+    data = data_options(record, MovedData(data_root, source))
     asked = data if evaluation is None else replace(data, evaluation=evaluation[0], labels=evaluation[1])
     trained = data.evaluation is None and evaluation is not None
     dataset = _labelled_for(teacher, teacher_source, labelled_if_possible(asked, say, trained=trained), say)
@@ -250,8 +254,17 @@ def _labelled_for(teacher: nn.Module, source: NetworkSource, dataset: Dataset, s
 
 
 def _evaluation(dataset: Dataset, options: BundleOptions) -> Evaluation:
-    images, labels = dataset.eval.pixels, dataset.eval.labels
-    return Evaluation(images[: options.eval_samples], None if labels is None else labels[: options.eval_samples], {})
+    split = dataset.eval.at(slice(options.eval_samples))
+    images = split.images
+    if split.names is None or dataset.eval_folder is None or _has_replaced(split):
+        return Evaluation(images, split.labels, {})
+    sizes = np.array([size_of_picture(dataset.eval_folder / name) for name in split.names], np.int64)
+    return Evaluation(images, split.labels, {}, split.names, sizes)
+
+
+def _has_replaced(split: Split) -> bool:
+    """Whether other files were read in the place of broken ones, so that names say nothing."""
+    return isinstance(split.pixels, Pictures) and bool(split.pixels.findings.broken)
 
 
 def _refuse_taken(out: Path) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from faqd.benchmarks.measure.user_metric import load_metric
 from faqd.bundle import load_bundle
 from faqd.errors import UserError
 from faqd.train.data.datasets import load_dataset
@@ -173,3 +174,51 @@ def test_a_run_remembers_it_and_export_can_take_another(user: User, tmp_path: Pa
     left = len(load_bundle(tmp_path / "b").evaluation().images)
     assert 20 <= left < 40
     assert f"{80 - left} of its images were learned from, and do not evaluate." in " ".join(told.stderr.split())
+
+
+# Names and sizes ------------------------------------------------------------------------------------------------------
+
+
+def turned(folder: Path) -> Path:
+    """Pictures of several sizes, one of which lies on its side until its EXIF orientation is obeyed."""
+    for index in range(24):
+        image = Image.fromarray(np.full((10 + index, 40, 3), index, np.uint8))
+        exif = Image.Exif()
+        exif[274] = 6 if index % 2 else 1
+        (folder / "below").mkdir(parents=True, exist_ok=True)
+        image.save(folder / ("below" if index % 3 else "") / f"{index}.png", exif=exif)
+    return folder
+
+
+METRIC = """
+def found(outputs, found):
+    right = [name.endswith(f"{index}.png") for name, index in zip(found["names"], found["images"][:, 0, 0, 0])]
+    return {"right": sum(right) / len(right), "images": len(right), "wide": float((found["sizes"][:, 1] == 40).mean())}
+"""
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["eval-data", "a tenth"])
+def test_a_metric_knows_which_file_an_image_was(own: bool, user: User, tmp_path: Path) -> None:
+    pictures = turned(tmp_path / "pictures")
+    heap = ("--data", npz(tmp_path / "heap.npz", PIXELS), "--eval-data") if own else ("--data",)
+    line = ("ptq", *user.teacher, *PLAIN, *heap, f"folder:{pictures}", "--image-size", 8, "--out", tmp_path / "bundle")
+    succeeds(faqd_deploy(*line))
+    data = load_bundle(tmp_path / "bundle").evaluation()
+    assert data.names is not None and data.sizes is not None and (len(data.names) == 24) == own
+    for name, size in zip(data.names, data.sizes, strict=True):
+        index = int(Path(name).stem)
+        assert (pictures / name).is_file()
+        assert tuple(size) == ((40, 10 + index) if index % 2 else (10 + index, 40))
+    (tmp_path / "metric.py").write_text(METRIC)
+    measured = load_metric(f"{tmp_path / 'metric.py'}:found").of(
+        data.teacher, data, load_bundle(tmp_path / "bundle"), "x"
+    )
+    assert measured["right"] == 1 and measured["images"] == len(data.names)
+    assert measured["wide"] == float((data.sizes[:, 1] == 40).mean())
+
+
+def test_an_npz_file_has_no_names(user: User, tmp_path: Path) -> None:
+    line = ("ptq", *user.teacher, *PLAIN, "--data", npz(tmp_path / "heap.npz", PIXELS), "--out", tmp_path / "bundle")
+    succeeds(faqd_deploy(*line))
+    data = load_bundle(tmp_path / "bundle").evaluation()
+    assert data.names is None and data.sizes is None

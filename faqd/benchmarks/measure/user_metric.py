@@ -47,8 +47,8 @@ class Metric:
             "teacher": {name: values[:n] for name, values in data.teacher.items()},
             "preprocess": bundle.preprocess.to_json(),
         }
-        if data.labels is not None:
-            found["labels"] = data.labels[:n]
+        beside = {"labels": data.labels, "names": data.names, "sizes": data.sizes}
+        found |= {name: values[:n] for name, values in beside.items() if values is not None}
         result = self._run(_read_only({name: values[:n] for name, values in outputs.items()}), _read_only(found), who)
         if not isinstance(result, Mapping) or not result:
             raise UserError(f"--metric {self.spec}: returned {_kind(result)}; return a dict of names and numbers.")

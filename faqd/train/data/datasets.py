@@ -53,7 +53,7 @@ class Dataset:
     """One data set, cut into what trains, what selects the model and what is reported.
 
     classes: names, None where the source has none or they were not read. skipped: image files that do not decode.
-    files: of a folder, what tells its list of files from another.
+    files: of a folder, what tells its list of files from another. eval_folder: what names of `eval` are relative to.
     """
 
     source: str
@@ -65,6 +65,7 @@ class Dataset:
     augmentation: Augmentation
     skipped: tuple[str, ...]
     files: str | None = None
+    eval_folder: Path | None = None
 
 
 def load_dataset(
@@ -91,6 +92,7 @@ def load_dataset(
 
 def _with_evaluation(dataset: Dataset, options: DataOptions, with_labels: bool, trained: bool, say: Say) -> Dataset:
     """The data set with evaluation images of their own: none of them trains or selects, or has done so."""
+    assert options.evaluation is not None
     read = read_evaluation(options, dataset.preprocess, dataset.classes, with_labels, say)
     learned = {name: getattr(dataset, name) for name in ("train", "select")}
     in_memory = {name: split for name, split in learned.items() if isinstance(split.pixels, np.ndarray)}
@@ -115,6 +117,7 @@ def _with_evaluation(dataset: Dataset, options: DataOptions, with_labels: bool, 
         train=learned["train"],
         select=learned["select"],
         eval=evaluation,
+        eval_folder=None if evaluation.names is None else Path(options.evaluation.partition(":")[2]).expanduser(),
         classes=read.classes or dataset.classes,
         skipped=(*dataset.skipped, *read.skipped),
     )
@@ -203,7 +206,7 @@ def _tiny_imagenet(options: DataOptions, where: str, with_labels: bool, say: Say
 def _folder(options: DataOptions, where: str, with_labels: bool, say: Say) -> Dataset:
     read = read_folder(options, Path(where).expanduser(), with_labels, say)
     dataset = _unpublished(options, read.preprocess, read.classes, read.splits, read.skipped)
-    return replace(dataset, files=read.files)
+    return replace(dataset, files=read.files, eval_folder=Path(where).expanduser())
 
 
 def _npz(options: DataOptions, where: str, with_labels: bool, say: Say) -> Dataset:

@@ -22,6 +22,8 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """What brings an image upright, by its EXIF orientation."""
+TURNED_ASIDE = 5
+"""From this orientation on width and height change places."""
 ORIENTATION = 274
 """The EXIF tag of that."""
 BRIGHT_SHARE = 1e-3
@@ -76,6 +78,13 @@ def read_picture(path: Path) -> Picture:
 
 def _reach(pixels: NDArray[np.uint8]) -> int:
     return int(np.partition(pixels.ravel(), last := int((1 - BRIGHT_SHARE) * (pixels.size - 1)))[last])
+
+
+def size_of_picture(path: Path) -> tuple[int, int]:
+    """(height, width) of an image file that decodes, upright; only its metadata are read."""
+    with Image.open(path, formats=FORMATS) as opened:
+        turned = opened.getexif().get(ORIENTATION, 1) >= TURNED_ASIDE
+        return (opened.width, opened.height) if turned else (opened.height, opened.width)
 
 
 def _upright(opened: Image.Image) -> Image.Image:

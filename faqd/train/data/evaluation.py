@@ -47,26 +47,28 @@ def read_evaluation(
     skipped: tuple[str, ...] = ()
     if kind == "npz":
         pixels, labels, classes = read_npz(path, with_labels=with_labels)
-        pixels = fitted(preprocess, pixels)
+        pixels, names = fitted(preprocess, pixels), None
     else:
-        pixels, labels, classes, skipped = _folder(path, preprocess, with_labels and options.labels, say)
+        split, classes, skipped = _folder(path, preprocess, with_labels and options.labels, say)
+        pixels, labels, names = split.images, split.labels, split.names
     if labels is not None and classes is not None and known is not None and classes != known:
         labels, classes = _renumbered(labels, classes, known, options), known
-    return EvaluationImages(Split(pixels, labels), classes, skipped)
+    return EvaluationImages(Split(pixels, labels, names), classes, skipped)
 
 
 def _folder(
     folder: Path, preprocess: Preprocess, with_labels: bool, say: Say
-) -> tuple[NDArray[np.uint8], NDArray[np.int64] | None, Classes, tuple[str, ...]]:
+) -> tuple[Split, Classes, tuple[str, ...]]:
     files = listed(folder).names()
     refuse_beyond_memory(f"folder:{folder}", len(files), preprocess.height, preprocess.width, len(preprocess.mean))
-    names = class_names(folder, files) if with_labels else None
+    classes_of = class_names(folder, files) if with_labels else None
     read = read_images(folder, files, preprocess.fit, say)
-    if names is None:
-        return read.pixels, None, None, read.skipped
-    classes = tuple(sorted(set(names)))
-    labels = np.searchsorted(classes, [names[index] for index in read.kept]).astype(np.int64)
-    return read.pixels, labels, classes, read.skipped
+    names = np.array([files[index] for index in read.kept])
+    if classes_of is None:
+        return Split(read.pixels, None, names), None, read.skipped
+    classes = tuple(sorted(set(classes_of)))
+    labels = np.searchsorted(classes, [classes_of[index] for index in read.kept]).astype(np.int64)
+    return Split(read.pixels, labels, names), classes, read.skipped
 
 
 def _renumbered(

@@ -73,6 +73,8 @@ def read_folder(options: DataOptions, folder: Path, with_labels: bool, say: Say)
         Split(Pictures(PictureFiles(files, part, preprocess.fit), size), None if labels is None else labels[part])
         for part in parts
     ]
+    if options.evaluation is None:
+        splits[0] = replace(splits[0], names=np.array([files.name(index) for index in parts[0]]))
     if not is_large:
         splits = [_in_memory(split, say) for split in splits]
     else:
@@ -118,7 +120,8 @@ def _small(
     pixels: NDArray[np.uint8],
     read: Images,
 ) -> Folder:
-    pool = Split(pixels, None if labels is None else labels[read.kept])
+    names = np.array([files.name(index) for index in read.kept])
+    pool = Split(pixels, None if labels is None else labels[read.kept], names)
     return Folder(preprocess, classes, split_by_content(pool, *shares), read.skipped, files.in_words())
 
 
@@ -150,7 +153,7 @@ def _in_memory(split: Split, say: Say) -> Split:
     if passed_over := pictures.in_words():
         say(passed_over)
     pictures.findings.tell_strange(folder, len(pixels), say)
-    return Split(pixels, split.labels)
+    return Split(pixels, split.labels, None if pictures.findings.broken else split.names)
 
 
 def _look_at_first(split: Split, say: Say) -> None:

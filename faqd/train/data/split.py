@@ -32,10 +32,12 @@ def shares_of(options: DataOptions) -> tuple[float, ...]:
 @dataclass(frozen=True)
 class Split:
     """pixels: (N, H, W, C) uint8, fitted by `Preprocess.fit`; pictures where they are decoded when they are asked for.
-    labels: (N,) int64, None where they were not read."""
+    labels: (N,) int64, None where they were not read. names: (N,) of their files, relative to the folder, None where
+    they have none, or it is not known which of them was read."""
 
     pixels: NDArray[np.uint8] | Pictures
     labels: NDArray[np.int64] | None
+    names: NDArray[np.str_] | None = None
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -47,7 +49,8 @@ class Split:
 
     def at(self, index: NDArray[Any] | slice) -> Split:
         pixels = self.pixels.at(index) if isinstance(self.pixels, Pictures) else self.pixels[index]
-        return Split(pixels, None if self.labels is None else self.labels[index])
+        labels = None if self.labels is None else self.labels[index]
+        return Split(pixels, labels, None if self.names is None else self.names[index])
 
 
 def split_by_content(pool: Split, *shares: float) -> list[Split]:
