@@ -50,6 +50,7 @@ class Around(nn.Module):
         self.register_buffer("places", torch.randperm(64, generator=torch.Generator().manual_seed(0)))
         self.register_buffer("mask", torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))
         self.lstm, self.gru = nn.LSTM(8, 6, batch_first=True), nn.GRU(8, 4, batch_first=True, bidirectional=True)
+        self.conv3, self.norm3 = nn.Conv3d(1, 2, 3, padding=1), nn.BatchNorm3d(2)
         self.table, self.last = nn.Linear(1, 8), nn.LazyLinear(4)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -132,12 +133,33 @@ CASES: dict[str, Case] = {
     ),
     "cubic": lambda s, x: F.interpolate(x, (12, 5), mode="bicubic", align_corners=True),
     "cubic by a fraction": lambda s, x: F.interpolate(x, scale_factor=(0.7, 1.7), mode="bicubic"),
+    "softmax in a type that is stated": lambda s, x: tokens(x).softmax(-1, dtype=torch.float32),
+    "log softmax in a type that is stated": lambda s, x: F.log_softmax(x, 1, dtype=torch.float32),
+    "doubles for a while": lambda s, x: x.double().softmax(1).float(),
+    "a mask of floats": lambda s, x: (x > 0).float().mean(1, keepdim=True) * x,
+    "sums in a type that is stated": lambda s, x: x.sum(1, keepdim=True, dtype=torch.float32) * x,
+    "mirrored": lambda s, x: x.flip(3),
+    "turned": lambda s, x: x.flip(2, 3).softmax(1) + x.rot90(1, (2, 3)),
+    "sampled at places": lambda s, x: F.grid_sample(x, x[:, :2].permute(0, 2, 3, 1).tanh(), align_corners=False),
+    "sampled beyond the border": lambda s, x: F.grid_sample(
+        x, 1.5 * x[:, :2].permute(0, 2, 3, 1), padding_mode="border", align_corners=True
+    ),
+    "nearest pixels at places": lambda s, x: F.grid_sample(
+        x, x[:, :2].permute(0, 2, 3, 1).tanh(), mode="nearest", align_corners=True
+    ),
+    "three axes": lambda s, x: F.max_pool3d(s.norm3(s.conv3(x[:, None])), 2)[:, 0],
+    "averages over three axes": lambda s, x: F.avg_pool3d(x[:, None], 2)[:, 0],
+    "responses of neighbours": lambda s, x: F.local_response_norm(x, 3),
     "uneven windows": lambda s, x: F.adaptive_avg_pool2d(x, (3, 5)),
     "length of its own": lambda s, x: torch.cat(
         [s.bias.reshape(1, 8, 1).expand(len(x), -1, 1), x.flatten(2).softmax(2)], 2
     ),
 }
-INTEGER = ("weights that are computed", "resized by a fraction, recomputed")
+INTEGER = (
+    "weights that are computed",
+    "resized by a fraction, recomputed",
+    "sums in a type that is stated",
+)
 """Cases that have an integer form after all."""
 
 

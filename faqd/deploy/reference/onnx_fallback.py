@@ -31,11 +31,27 @@ FLOAT_OPERATORS = frozenset(_NAMES.split()) - registry.OPERATORS.keys()
 """Without what has an arithmetic of its own."""
 
 
+_RENAMED = {("GridSample", b"bilinear"): (b"linear", 20)}
+"""Operators, and modes of theirs, that ONNX's reference knows by the name of a later opset alone."""
+
+
+def _as_it_is_called_now(node: onnx.NodeProto, opsets: Any) -> tuple[onnx.NodeProto, Any]:
+    mode = next((attribute.s for attribute in node.attribute if attribute.name == "mode"), b"")
+    if (node.op_type, mode) not in _RENAMED:
+        return node, opsets
+    name, opset = _RENAMED[node.op_type, mode]
+    renamed = onnx.NodeProto()
+    renamed.CopyFrom(node)
+    next(attribute for attribute in renamed.attribute if attribute.name == "mode").s = name
+    return renamed, [onnx.helper.make_opsetid("", opset)]
+
+
 def computed_in_float(node: onnx.NodeProto, operands: list[Any], opsets: Any) -> tuple[Any, ...]:
     """The results of `node` for `operands` (arrays, Grids, None where an input is left out), in float64."""
     if any(a.name == "mode" and a.s in (b"cubic", b"bicubic") for a in node.attribute):
         raise ValueError("known only without cubic interpolation")
     feeds = {name: real(value) for name, value in zip(node.input, operands, strict=True) if name}
+    node, opsets = _as_it_is_called_now(node, opsets)
     inputs = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.DOUBLE, None) for name in feeds]
     outputs = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.DOUBLE, None) for name in node.output if name]
     graph = onnx.helper.make_graph([node], "one", inputs, outputs)

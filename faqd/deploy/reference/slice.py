@@ -37,13 +37,20 @@ def _slice(operands: list[Value], attributes: Attributes) -> Value:
     def cut(values: NDArray[Any]) -> NDArray[Any]:
         index = [slice(None)] * values.ndim
         for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
-            if step < 1:
-                raise ValueError("known only with steps above zero")
-            index[int(axis)] = slice(int(start), int(end), int(step))
+            index[int(axis)] = _places(int(start), int(end), int(step), values.shape[int(axis)])
         kept: NDArray[Any] = values[tuple(index)]
         return kept
 
     return moved(x, cut)
+
+
+def _places(start: int, end: int, step: int, size: int) -> slice:
+    """What ONNX means: backwards, an end before the first value is any number below -size, which Python counts from the
+    last one."""
+    if step > 0:
+        return slice(start, end, step)
+    end += size if end < 0 else 0
+    return slice(start, end if end >= 0 else None, step)
 
 
 def _gather(operands: list[Value], attributes: Attributes) -> Value:

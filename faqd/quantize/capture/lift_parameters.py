@@ -19,7 +19,7 @@ from torch._ops import OpOverload
 from faqd.quantize import nodes
 from faqd.quantize.operators.arithmetic import Scaled
 from faqd.quantize.operators.layer import layer_with
-from faqd.quantize.operators.norm import FixedNorm1d, FixedNorm2d, norm_with
+from faqd.quantize.operators.norm import fixed_norm, norm_with
 from faqd.quantize.operators.shape import Constant
 
 
@@ -215,7 +215,7 @@ def norm_of_constants(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None
     if (gamma is not None or beta is not None) and not bool((factor > 0).all()):
         return None
     node.args = (made,)
-    kind = FixedNorm2d if len(nodes.shape(node)) == 4 else FixedNorm1d
+    kind = fixed_norm(len(nodes.shape(node)))
     factor, offset = (value.expand_as(whole).reshape(-1) for value in (factor, offset))
     return kind(factor, offset, gamma, beta)
 

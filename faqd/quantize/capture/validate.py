@@ -72,7 +72,7 @@ def _refusal(traced: fx.GraphModule, node: fx.Node) -> str | None:
 
 def _misplaced(node: fx.Node) -> str | None:
     """What torch does with pixels, or windows, that no ONNX operator does."""
-    if word_of(node).startswith("avg_pool"):
+    if word_of(node) in ("avg_pool1d", "avg_pool2d"):
         return "divisor_override with ceil_mode has no ONNX operator; scale the result of a plain average instead."
     return None
 

@@ -49,9 +49,15 @@ def retyped(traced: fx.GraphModule, before: torch.dtype, after: torch.dtype) -> 
     for node in traced.graph.nodes:
         if node.op != "call_function":
             continue
-        given = (node.args, dict(node.kwargs))
+        args, kwargs = list(node.args), dict(node.kwargs)
         schema = getattr(getattr(node.target, "_schema", None), "arguments", ())
-        silent = any(argument.name == "dtype" for argument in schema) and given[1].get("dtype") is None
-        if silent and nodes.is_tensor(node) and node.meta["tensor_meta"].dtype == before:
-            given[1]["dtype"] = before  # which is the default where it is made
-        node.args, node.kwargs = tree_map_only(torch.dtype, lambda kind: after if kind == before else kind, given)
+        place = next((index for index, argument in enumerate(schema) if argument.name == "dtype"), None)
+        if place is not None and nodes.is_tensor(node) and node.meta["tensor_meta"].dtype == before:
+            # The default where it is made.
+            if place >= len(args):
+                kwargs["dtype"] = kwargs.get("dtype") or before
+            else:
+                args[place] = args[place] or before
+        node.args, node.kwargs = tree_map_only(
+            torch.dtype, lambda kind: after if kind == before else kind, (tuple(args), kwargs)
+        )

@@ -12,7 +12,7 @@ from faqd.quantize.operators.emit import Emission, Value
 from faqd.quantize.operators.row import Call, ExactForm, Operator, Pieces, parameter
 from faqd.quantize.operators.treatment import Treatment
 
-NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
+NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class _Fixed(nn.modules.batchnorm._BatchNorm):
@@ -47,6 +47,15 @@ class FixedNorm2d(_Fixed, nn.BatchNorm2d):
     pass
 
 
+class FixedNorm3d(_Fixed, nn.BatchNorm3d):
+    pass
+
+
+def fixed_norm(dimensions: int) -> type[_Fixed]:
+    """Of tensors with so many axes."""
+    return {4: FixedNorm2d, 5: FixedNorm3d}.get(dimensions, FixedNorm1d)
+
+
 class ChannelAffine(nn.Module):
     """A batch norm that no layer can take in: x * factor + offset, float32 numbers in a shape that meets channels."""
 
@@ -77,7 +86,7 @@ def _batch_norm(call: Call) -> Any:
 
 def norm_with(own: dict[str, Tensor], dimensions: int, eps: float, momentum: float) -> nn.Module:
     """The batch norm around tensors of the network's own, by the names that torch.nn gives them, in evaluation mode."""
-    kind = nn.BatchNorm2d if dimensions == 4 else nn.BatchNorm1d
+    kind = {4: nn.BatchNorm2d, 5: nn.BatchNorm3d}.get(dimensions, nn.BatchNorm1d)
     affine = "weight" in own or "bias" in own
     norm: nn.Module = kind(len(own["running_mean"]), affine=affine, eps=eps, momentum=momentum)
     norm.requires_grad_(False)  # what is not given; what is comes as it is
