@@ -42,6 +42,7 @@ def _checked(path: Path) -> tuple[onnx.ModelProto, bytes]:
     data = read_scanned(path)
     try:
         model = onnx.ModelProto.FromString(data)
+        _free_sizes(model.graph)
         for complaint in _unbounded(model.graph):
             raise UserError(f"{path}: {complaint}.")
         for values_too in (False, True):  # Sizes alone first: values of shapes are propagated only where those are few.
@@ -55,6 +56,14 @@ def _checked(path: Path) -> tuple[onnx.ModelProto, bytes]:
     for complaint in _bad_quantization(Graph(model), Graph(found)):
         raise UserError(f"{path}: {complaint}.")
     return model, data
+
+
+def _free_sizes(graph: onnx.GraphProto) -> None:
+    """-1 for a free size, as Paddle's exporter writes it, in onnx's own way: shape inference takes it for a number."""
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for size in value.type.tensor_type.shape.dim:
+            if size.dim_value == -1:
+                size.ClearField("dim_value")
 
 
 def _unbounded(graph: onnx.GraphProto) -> Iterator[str]:

@@ -35,6 +35,9 @@ OPSETS = range(7, 31)
 DOMAINS = ("", "ai.onnx", "com.microsoft")
 """com.microsoft: the quantized operators that onnxruntime's tools write beside the standard ones."""
 
+_FREE = 2**64 - 1
+"""-1 in 64 bits, which is what Paddle's exporter writes for a free size."""
+
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 _ONE_FILE = (
@@ -195,7 +198,8 @@ class _Scanner:
             sizes = self.fields(begin, end) if field == 1 else ()
             for what, kind, at, past in sizes:
                 if what == 1 and kind == _VARINT:
-                    elements *= max(1, self.varint(at, past)[0])  # a negative size reads as a huge one
+                    size = self.varint(at, past)[0]  # a negative size reads as a huge one
+                    elements *= 1 if size == _FREE else max(1, size)
         if elements > MAX_ELEMENTS:
             raise self.refusal("a tensor is declared larger than anything that runs here")
 

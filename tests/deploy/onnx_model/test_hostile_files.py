@@ -449,6 +449,16 @@ def test_the_scan_alone_keeps_a_parser_from_other_files(tmp_path: Path) -> None:
                 read_scanned(shelve(name, tmp_path / "x.onnx"))
 
 
+def test_a_free_size_may_be_minus_one(tmp_path: Path) -> None:
+    """As Paddle's exporter writes it; for others it is no size."""
+    model = good()
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = -1
+    path = tmp_path / "free.onnx"
+    path.write_bytes(model.SerializeToString())
+    assert not load_model(path).graph.input[0].type.tensor_type.shape.dim[0].HasField("dim_value")
+
+
 def test_damage_anywhere_ends_in_a_sentence_or_does_no_harm(tmp_path: Path) -> None:
     whole = good().SerializeToString()
     generator = np.random.default_rng(0)
