@@ -6,7 +6,6 @@ the network's own becomes its numbers. Nodes keep their names, their places and 
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -14,6 +13,7 @@ from torch import Tensor, fx, nn
 from faqd.quantize import nodes
 from faqd.quantize.capture.lift_parameters import join_constants, norm_of_constants, with_own_tensors
 from faqd.quantize.capture.settle_sizes import crop, with_whole_windows
+from faqd.quantize.capture.written_out import is_near, written_out
 from faqd.quantize.operators.arithmetic import Scaled
 from faqd.quantize.operators.clamp import Clamp
 from faqd.quantize.operators.shape import Reshape
@@ -38,6 +38,9 @@ def standardise(traced: fx.GraphModule) -> None:
         if isinstance(nodes.module_of(traced, node), nn.Linear) and len(nodes.shape(node)) > 2:
             _on_rows(traced, node, names[node])
     for node in traced.graph.nodes:
+        if nodes.is_tensor(node) and (found := written_out(traced, node)) is not None:
+            node.args, node.kwargs = found[:1], {}
+            _call(traced, node, nodes.places(traced)[node], found[1])
         for join in (_hard_sigmoid, _gated, _divided_gate, _frozen_norm):
             join(traced, node)
     traced.graph.eliminate_dead_code()
@@ -101,7 +104,7 @@ def _tensors(node: fx.Node) -> list[fx.Node]:
 def _is_scaled(module: nn.Module | None, factor: float, offset: float) -> bool:
     if not isinstance(module, Scaled) or not isinstance(module.factor, float) or not isinstance(module.offset, float):
         return False
-    return math.isclose(module.factor, factor) and module.offset == offset
+    return is_near(module.factor, factor) and module.offset == offset
 
 
 def _is_relu6_of_x_plus_3(traced: fx.GraphModule, node: Any) -> bool:
