@@ -17,7 +17,7 @@ float_flags = flags(
         click.option(
             "--teacher",
             required=True,
-            metavar="RUN|FILE.py:callable|module:callable|FILE.pt2",
+            metavar="RUN|FILE.py:callable|module:callable|FILE.pt2|FILE.onnx",
             help="Quantize this float network.",
         ),
         click.option("--teacher-weights", type=FOLDER, help="Read its weights from a .safetensors, .pt or .pth file."),

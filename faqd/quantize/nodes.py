@@ -25,6 +25,8 @@ MOVES: tuple[Role, ...] = ("reshape", "concat")
 """What codes pass through."""
 _TRACERS = (str(Path(torch.__file__).parent), str(Path(__file__).with_name("capture")))
 """Where code lies that stands between the user's and a node."""
+_READER = "from_onnx"
+"""The folder of what a network of an ONNX file is made of: no line of the user's is in it, the place names his node."""
 
 
 def propagate(traced: fx.GraphModule, example: Tensor) -> None:
@@ -221,8 +223,11 @@ def line_of_code(node: fx.Node) -> str:
 
 def innermost(frames: list[tuple[str, int]]) -> str:
     """The last frame that is not a tracer's, as ` (file:line)`."""
-    outside = [f"{file}:{line}" for file, line in frames if not file.startswith(_TRACERS)]
-    return f" ({outside[-1]})" if outside else ""
+    outside = [(file, line) for file, line in frames if not file.startswith(_TRACERS)]
+    if not outside or Path(outside[-1][0]).parent.name == _READER:
+        return ""
+    file, line = outside[-1]
+    return f" ({file}:{line})"
 
 
 def with_taps(traced: fx.GraphModule, names: list[str]) -> fx.GraphModule:

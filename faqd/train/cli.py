@@ -180,7 +180,7 @@ def recipes(json_target: str | None) -> None:
     click.option(
         "--teacher",
         required=True,
-        metavar="RUN|FILE.py:callable|module:callable|FILE.pt2",
+        metavar="RUN|FILE.py:callable|module:callable|FILE.pt2|FILE.onnx",
         help="Look at this network.",
     ),
     teacher_weights_option,

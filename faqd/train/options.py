@@ -30,7 +30,7 @@ def _absolute(context: click.Context, option: click.Parameter, spec: str | None)
 def arch_option(help_text: str, default: str | None = None) -> Callable[[Any], Any]:
     return click.option(
         "--arch",
-        metavar="NAME|FILE.py:callable|module:callable",
+        metavar="NAME|FILE.py:callable|module:callable|FILE.pt2|FILE.onnx",
         callback=_absolute,
         show_default=default,
         help=help_text,
@@ -86,7 +86,7 @@ teacher_flags = section(
     click.option(
         "--teacher",
         required=True,
-        metavar="RUN|FILE.py:callable|module:callable|FILE.pt2",
+        metavar="RUN|FILE.py:callable|module:callable|FILE.pt2|FILE.onnx",
         help="Learn from this float network.",
     ),
     teacher_weights_option,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from faqd.errors import UserError
+from faqd.extras import EXTRA_OF, install
 from faqd.files import sha256
 from faqd.train.networks.own_tensors import with_own_memory
 from faqd.train.networks.program_file import SUFFIX, read_program
@@ -18,12 +19,14 @@ from faqd.train.networks.user_code import Code, code_of_module, users_function, 
 from faqd.train.networks.zoo import build_architecture, check_architecture
 from faqd.user_file import module_of
 
+ONNX_SUFFIX = ".onnx"
+
 
 @dataclass(frozen=True)
 class NetworkSource:
     """Either `architecture` from the zoo, or `file` and `callable` of the user's with the file's SHA-256; a file that
-    holds the network itself (torch.export.save) has no callable. In place of the file there may be a `module`, found
-    again by its name; the SHA-256 is then that of the file in it that defines the callable.
+    holds the network itself (torch.export.save, ONNX) has no callable. In place of the file there may be a `module`,
+    found again by its name; the SHA-256 is then that of the file in it that defines the callable.
 
     channels, pixels: of the input. classes: width of the classifier, 0 for a user's own network, which knows it.
     """
@@ -57,8 +60,14 @@ class NetworkSource:
                 "the file, or distil again with the new one."
             )
         if self.callable is None:
-            return read_program(code.path)
+            return self._read(code.path)
         return with_own_memory(users_network(code, self.callable, self.example()))
+
+    def _read(self, path: Path) -> nn.Module:
+        if not is_onnx(str(path)):
+            return read_program(path)
+        network: nn.Module = _onnx_reader(path).read_onnx(path, self.channels, self.pixels)
+        return network
 
     def code(self) -> Code:
         """Where its code is now; UserError where there is none."""
@@ -102,13 +111,33 @@ def _where_it_is_now(source: NetworkSource, run: Path) -> str:
 
 
 def is_users(spec: str) -> bool:
-    """Whether `spec` has the form FILE.py:callable, module:callable or FILE.pt2."""
+    """Whether `spec` has the form FILE.py:callable, module:callable, FILE.pt2 or FILE.onnx."""
     return spec.rpartition(":")[0].endswith(".py") or is_program(spec) or module_of(spec) is not None
 
 
 def is_program(spec: str) -> bool:
-    """Whether `spec` has the form FILE.pt2: a network with its weights."""
-    return spec.endswith(SUFFIX)
+    """Whether `spec` has the form FILE.pt2 or FILE.onnx: a network with its weights."""
+    return spec.endswith(SUFFIX) or is_onnx(spec)
+
+
+def is_onnx(spec: str) -> bool:
+    return spec.endswith(ONNX_SUFFIX)
+
+
+def onnx_input(spec: str) -> tuple[int, tuple[int, int]] | None:
+    """(channels, (H, W)) of the images of FILE.onnx; None where it leaves one of them free."""
+    found: tuple[int, tuple[int, int]] | None = _onnx_reader(Path(spec)).input_size(Path(spec))
+    return found
+
+
+def _onnx_reader(path: Path) -> Any:
+    """The module that reads ONNX; who trains needs no onnx, unless it is for this."""
+    try:
+        from faqd.train.networks.from_onnx import read
+    except ModuleNotFoundError as error:
+        extra = EXTRA_OF.get(str(error.name), "onnx")
+        raise UserError(f"{path}: to read it takes {error.name}; {install(extra)} brings it.") from error
+    return read
 
 
 def architecture_source(arch: str, channels: int, pixels: tuple[int, int], classes: int) -> NetworkSource:
@@ -123,7 +152,7 @@ def architecture_source(arch: str, channels: int, pixels: tuple[int, int], class
 
 
 def user_source(spec: str, channels: int, pixels: tuple[int, int], option: str = "--teacher") -> NetworkSource:
-    """The source that FILE.py:callable, module:callable or FILE.pt2 names. option: where it was given."""
+    """The source that FILE.py:callable, module:callable, FILE.pt2 or FILE.onnx names. option: where it was given."""
     if is_program(spec):
         path = Path(spec)
         if not path.is_file():
@@ -136,8 +165,8 @@ def user_source(spec: str, channels: int, pixels: tuple[int, int], option: str =
     path = Path(file)
     if not is_users(spec) or not name.isidentifier():
         raise UserError(
-            f"{option} {spec}: expected {'a run folder, ' * (option == '--teacher')}FILE.py:callable, module:callable "
-            "or FILE.pt2."
+            f"{option} {spec}: expected {'a run folder, ' * (option == '--teacher')}FILE.py:callable, module:callable, "
+            "FILE.pt2 or FILE.onnx."
         )
     if not path.is_file():
         raise UserError(f"{path}: no such file (from {option} {spec}); expected FILE.py:callable.")

@@ -119,6 +119,6 @@ def check_architecture(name: str) -> None:
     """UserError for a name that is not in the zoo."""
     if name not in ARCHITECTURES:
         raise UserError(
-            f"--arch {name}: unknown; choose {', '.join(ARCHITECTURES)}, or give your own as FILE.py:callable or "
-            "module:callable."
+            f"--arch {name}: unknown; choose {', '.join(ARCHITECTURES)}, or give your own as FILE.py:callable, "
+            "module:callable, FILE.pt2 or FILE.onnx."
         )

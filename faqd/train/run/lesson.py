@@ -52,7 +52,8 @@ def lesson_from(
     with_labels: bool | Literal["eval"] = False,
     say: Say = lambda _: None,
 ) -> Lesson:
-    """The lesson of a command: `spec` is a finished run, code of the user's with `weights`, or FILE.pt2.
+    """The lesson of a command: `spec` is a finished run, code of the user's with `weights`, FILE.pt2 or
+    FILE.onnx.
 
     data: fields of DataOptions, None where the command line is silent; a run then says with what images and what
     preprocessing it was trained. UserError says what is missing, or where the two contradict each other.
@@ -76,7 +77,8 @@ def _is_run(spec: str, weights: Path | None) -> bool:
         return True
     if not is_users(spec):
         raise UserError(
-            f"--teacher {spec}: no such run folder, and neither FILE.py:callable, module:callable nor FILE.pt2."
+            f"--teacher {spec}: no such run folder, and neither FILE.py:callable, module:callable, FILE.pt2 nor "
+            "FILE.onnx."
         )
     if weights is None and not is_program(spec):
         raise UserError(f"--teacher {spec}: needs --teacher-weights FILE, the trained weights of that network.")

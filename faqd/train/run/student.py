@@ -37,7 +37,7 @@ def start_of(recipe: DistillRecipe, teacher: Teacher) -> str:
 
 def student_source(arch: str | None, teacher: Teacher) -> NetworkSource:
     """The student's network: the teacher's own, or `arch`: one of the zoo with the teacher's number of outputs, or a
-    FILE.py:callable or module:callable. UserError where its outputs are not those of the teacher."""
+    FILE.py:callable, module:callable, FILE.pt2 or FILE.onnx. UserError where its outputs are not the teacher's."""
     if arch is None or arch == teacher.source.architecture:
         return teacher.source
     theirs = output_shapes(teacher.network, teacher.source, "as the student's")
@@ -46,7 +46,7 @@ def student_source(arch: str | None, teacher: Teacher) -> NetworkSource:
     if source.architecture is not None and (len(shapes) > 1 or len(shapes[0]) != 2):
         raise UserError(
             f"--arch {arch}: the teacher has no single vector of class scores that the zoo could imitate; give a "
-            "student with its outputs as FILE.py:callable or module:callable."
+            "student with its outputs as FILE.py:callable, module:callable, FILE.pt2 or FILE.onnx."
         )
     if source.architecture is None and source != teacher.source:
         ours = output_shapes(source.build().eval(), source, "as the teacher's")
