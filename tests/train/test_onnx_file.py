@@ -164,7 +164,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "two inputs": (_two_inputs, r"has 2 inputs \(x, second\)"),
     "control flow": (_branches, r"network of its own \(If, Loop or Scan\)"),
     "a domain": (_custom, "operators of the domain 'mine'"),
-    "weights elsewhere": (_outside, "keeps tensor 'w' in another file"),
+    "weights elsewhere": (_outside, "keeps tensors in '../weights.bin', outside of its folder"),
     "damaged": (_damaged, "not a valid ONNX file"),
     "unknown": (
         lambda path: written(path, [node("Det", "x", "a"), node("Hardmax", "x")]),
@@ -193,6 +193,40 @@ def test_what_is_not_read_is_refused_by_name(name: str, tmp_path: Path) -> None:
     make, sentence = REFUSED[name]
     with pytest.raises(UserError, match=sentence):
         read_onnx(make(tmp_path / "net.onnx"), 3, (8, 8))
+
+
+def beside(path: Path, location: str) -> Path:
+    """A file whose weights are in another one, which says that it lies at `location`."""
+    model = onnx.load(written(path, [node("Conv", "x w")], {"w": weights(4, 3, 3, 3)}))
+    onnx.save_model(model, path, save_as_external_data=True, location="net.data", size_threshold=0)
+    model = onnx.load(path, load_external_data=False)
+    next(e for e in model.graph.initializer[0].external_data if e.key == "location").value = location
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def test_weights_may_lie_beside_the_file(tmp_path: Path) -> None:
+    """As torch's own exporter puts them."""
+    path = beside(tmp_path / "net.onnx", "net.data")
+    found = read_onnx(path, 3, (8, 8)).state_dict()["the_conv.weight"]
+    np.testing.assert_array_equal(found.numpy(), weights(4, 3, 3, 3))
+    record = user_source(str(path), 3, (8, 8)).to_json()
+    data = bytearray((tmp_path / "net.data").read_bytes())
+    data[3] ^= 1
+    (tmp_path / "net.data").write_bytes(data)
+    with pytest.raises(UserError, match="changed since the run was made"):
+        NetworkSource.from_json(record).build()
+
+
+@pytest.mark.parametrize("location", ["../net.data", "/etc/passwd", "link", "nothing", "", "short"])
+def test_weights_that_lie_elsewhere_are_not_read(location: str, tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    path = beside(tmp_path / "here/net.onnx", location)
+    (tmp_path / "here/net.data").rename(tmp_path / "net.data")
+    (tmp_path / "here/link").symlink_to(tmp_path / "net.data")
+    (tmp_path / "here/short").write_bytes(b"few")
+    with pytest.raises(UserError, match=r"outside of its folder|leads out|no such file beside it|not of one export"):
+        read_onnx(path, 3, (8, 8))
 
 
 def test_a_free_size_has_to_be_given(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
+from faqd.deploy.onnx_model.beside import join
 from faqd.deploy.onnx_model.graph import Graph, attributes_of, operand, scale_of
 from faqd.deploy.onnx_model.inference import inferred
 from faqd.deploy.onnx_model.scan import MAX_ELEMENTS, read_scanned
@@ -28,9 +29,12 @@ _SIZED_BY = {
 _INDICES = (onnx.TensorProto.INT64, onnx.TensorProto.INT32)
 
 
-def load_model(path: Path) -> onnx.ModelProto:
-    """Read and fully check an ONNX file; UserError (exit code 2) if it is damaged, hostile or no network of ours."""
-    return _checked(path)[0]
+def load_model(path: Path, *, beside: bool = False) -> onnx.ModelProto:
+    """Read and fully check an ONNX file; UserError (exit code 2) if it is damaged, hostile or no network of ours.
+
+    beside: its tensors may be in other files of its folder; they are brought into the model.
+    """
+    return _checked(path, beside)[0]
 
 
 def load_bytes(path: Path) -> bytes:
@@ -38,10 +42,12 @@ def load_bytes(path: Path) -> bytes:
     return _checked(path)[1]
 
 
-def _checked(path: Path) -> tuple[onnx.ModelProto, bytes]:
-    data = read_scanned(path)
+def _checked(path: Path, beside: bool = False) -> tuple[onnx.ModelProto, bytes]:
+    data = read_scanned(path, beside=beside)
     try:
         model = onnx.ModelProto.FromString(data)
+        if beside:
+            join(path, model)
         _free_sizes(model.graph)
         for complaint in _unbounded(model.graph):
             raise UserError(f"{path}: {complaint}.")

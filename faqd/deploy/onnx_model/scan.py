@@ -46,32 +46,43 @@ _ONE_FILE = (
 )
 
 
-def read_scanned(path: Path) -> bytes:
-    """The bytes of an ONNX file that a parser may be given; UserError (exit code 2) where it should not be."""
+def read_scanned(path: Path, *, beside: bool = False) -> bytes:
+    """The bytes of an ONNX file that a parser may be given; UserError (exit code 2) where it should not be.
+
+    beside: stored tensors may be in other files, which the caller looks at.
+    """
     if not path.is_file():
         raise UserError(f"{path}: no such file.")
     size = path.stat().st_size
     if size > MAX_BYTES:
         raise UserError(f"{path}: {size / 1e9:.1f} GB; an ONNX file has at most 2 GB.")
     data = path.read_bytes()
-    scan(data, str(path))
+    scan(data, str(path), beside=beside)
     return data
 
 
-def scan(data: bytes, where: str) -> None:
-    """The same for bytes at hand; where: how to call them in messages."""
-    scanner = _Scanner(data, where)
+def locations(path: Path) -> list[str]:
+    """The files that an ONNX file says it keeps tensors in."""
+    return scan(path.read_bytes(), str(path), beside=True)
+
+
+def scan(data: bytes, where: str, *, beside: bool = False) -> list[str]:
+    """The same for bytes at hand; where: how to call them in messages. Returns the other files that they name."""
+    scanner = _Scanner(data, where, beside)
     if not data:
         raise scanner.damaged("it is empty")
     scanner.message(0, len(data), _MODEL)
     if not scanner.nodes:
         raise scanner.damaged("it holds no network")
+    return sorted(scanner.locations)
 
 
 class _Scanner:
-    def __init__(self, data: bytes, where: str) -> None:
+    def __init__(self, data: bytes, where: str, beside: bool) -> None:
         self._data = data
         self._where = where
+        self._beside = beside
+        self.locations: set[str] = set()
         self.nodes = 0
         self._fields = 0
 
@@ -203,8 +214,11 @@ class _Scanner:
         if elements > MAX_ELEMENTS:
             raise self.refusal("a tensor is declared larger than anything that runs here")
 
-    def tensor(self, start: int, stop: int) -> None:
-        elements, name = 1, ""
+    def stored(self, start: int, stop: int) -> None:
+        self.tensor(start, stop, self._beside)
+
+    def tensor(self, start: int, stop: int, beside: bool = False) -> None:
+        elements, name, elsewhere = 1, "", False
         for field, kind, begin, end in self.fields(start, stop):
             if field == 1:  # dims, one by one or packed
                 at = begin
@@ -216,13 +230,22 @@ class _Scanner:
             elif field == 8 and kind == _BYTES:
                 name = self.text(begin, end)
             elif field == 13 or (field == 14 and self.varint(begin, end)[0] != 0):
+                if beside:
+                    elsewhere = elsewhere or field == 14
+                    self.locations.update(self.location(begin, end) if field == 13 else ())
+                    continue
                 raise self.refusal(f"keeps tensor {name!r} in another file; {_ONE_FILE}")
         # The densest element types have four elements in a byte.
-        if elements > 4 * (stop - start):
+        if elements > (MAX_ELEMENTS if elsewhere else 4 * (stop - start)):
             raise self.refusal(
                 f"tensor {name!r} claims {elements:,} elements in {stop - start:,} bytes; the file is damaged or "
                 "hostile"
             )
+
+    def location(self, start: int, stop: int) -> list[str]:
+        """Where another file is, of an entry that says so."""
+        entry = {field: self.text(begin, end) for field, kind, begin, end in self.fields(start, stop) if kind == _BYTES}
+        return [entry.get(2, "")] if entry.get(1) == "location" else []
 
 
 Reader = Callable[[_Scanner, int, int], None]
@@ -238,7 +261,7 @@ _MODEL: dict[int, Reader] = {
 _GRAPH: dict[int, Reader] = {
     1: _Scanner.node,
     2: _Scanner.name,
-    5: _Scanner.tensor,
+    5: _Scanner.stored,
     11: _Scanner.value,
     12: _Scanner.value,
     13: _Scanner.value,

@@ -79,7 +79,7 @@ class NetworkSource:
                 f"{path}: no such file; the run was made with the network in it. Put the same file there, or beside "
                 "the run, where a moved one is looked for."
             )
-        return Code(path, sha256(path))
+        return Code(path, _sha256(path))
 
     def example(self, batch: int = 2) -> Tensor:
         """(batch, C, H, W) zeros: for tracing and shapes only."""
@@ -130,6 +130,11 @@ def onnx_input(spec: str) -> tuple[int, tuple[int, int]] | None:
     return found
 
 
+def _sha256(path: Path) -> str:
+    """Of all that the network is in: an ONNX file may keep its weights in others."""
+    return str(_onnx_reader(path).onnx_sha256(path)) if is_onnx(str(path)) else sha256(path)
+
+
 def _onnx_reader(path: Path) -> Any:
     """The module that reads ONNX; who trains needs no onnx, unless it is for this."""
     try:
@@ -157,7 +162,7 @@ def user_source(spec: str, channels: int, pixels: tuple[int, int], option: str =
         path = Path(spec)
         if not path.is_file():
             raise UserError(f"{path}: no such file (from {option} {spec}).")
-        return NetworkSource(channels, pixels, 0, file=str(path.resolve()), sha256=sha256(path))
+        return NetworkSource(channels, pixels, 0, file=str(path.resolve()), sha256=_sha256(path))
     if (named := module_of(spec)) is not None:
         code = code_of_module(*named, f"{option} {spec}")
         return NetworkSource(channels, pixels, 0, callable=named[1], sha256=code.sha256, module=named[0])

@@ -13,9 +13,10 @@ from typing import Any
 import onnx
 from torch import Tensor, nn
 
+from faqd.deploy.onnx_model.beside import joined_sha256
 from faqd.deploy.onnx_model.load import load_model
+from faqd.deploy.onnx_model.scan import locations
 from faqd.errors import UserError
-from faqd.files import sha256
 from faqd.train.networks.from_onnx import functions, layers, recurrent, resize, shapes, windows
 from faqd.train.networks.from_onnx.builder import BATCH, Builder, Ref, Rule
 from faqd.train.networks.from_onnx.compare import compare
@@ -39,7 +40,7 @@ def read_onnx(path: Path, channels: int, pixels: tuple[int, int]) -> nn.Module:
 
     UserError where the file is damaged, where it holds what is not read, or computes something else when read.
     """
-    model = load_model(path)
+    model = load_model(path, beside=True)
     _refuse_quantized(path, model)
     value = _image(path, model)
     sizes = [size.dim_value if size.dim_value > 0 else None for size in value.type.tensor_type.shape.dim]
@@ -50,7 +51,7 @@ def read_onnx(path: Path, channels: int, pixels: tuple[int, int]) -> nn.Module:
     builder = Builder(model, str(path), RULES, shape, sizes[0])
     builder.walk()
     outputs = _outputs(path, builder)
-    key = (sha256(path), channels, pixels)
+    key = (onnx_sha256(path), channels, pixels)
     if key not in _compared:
         compare(path, model, builder, outputs, shape)
         _compared.add(key)
@@ -58,9 +59,14 @@ def read_onnx(path: Path, channels: int, pixels: tuple[int, int]) -> nn.Module:
     return _ChannelsLast(network) if last else network
 
 
+def onnx_sha256(path: Path) -> str:
+    """Of the file and of those that it keeps tensors in."""
+    return joined_sha256(path, locations(path))
+
+
 def input_size(path: Path) -> tuple[int, tuple[int, int]] | None:
     """(channels, (H, W)) where the file says them; None where one is free."""
-    sizes = [size.dim_value for size in _image(path, load_model(path)).type.tensor_type.shape.dim]
+    sizes = [size.dim_value for size in _image(path, load_model(path, beside=True)).type.tensor_type.shape.dim]
     if len(sizes) != 4 or min(sizes[1:]) <= 0:
         return None
     channels, height, width = (sizes[3], *sizes[1:3]) if sizes[3] in (1, 3) and sizes[1] > 4 else sizes[1:]
