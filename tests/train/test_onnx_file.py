@@ -181,6 +181,18 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
         "picks images",
     ),
     "computed weights": (lambda path: written(path, [node("Conv", "x x")]), r"the/conv \(Conv\) computes its input 1"),
+    "images behind": (
+        lambda path: written(path, [node("Transpose", "x", perm=[1, 0, 2, 3])]),
+        "its output y has its images along axis 1",
+    ),
+    "the images mixed": (
+        lambda path: written(path, [node("ReduceMean", "x", keepdims=0)]),
+        "its output y has its images among others",
+    ),
+    "a second result": (
+        lambda path: written(path, [node("Dropout", "x", "a y"), node("Cast", "y", "z", to=1)], output="z"),
+        "second result",
+    ),
     "a constant output": (
         lambda path: written(path, [node("Relu", "x", "a"), node("Relu", "c")], {"c": weights(2)}),
         "its output y is the same for every image",

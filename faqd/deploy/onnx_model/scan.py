@@ -4,7 +4,8 @@ Parsers of ONNX follow a file: they open the other files it names, allocate what
 This reads the protobuf wire format itself, field by field, in bounded time and memory, and refuses a file that
 
 - is no whole protobuf message, holds no network, or is larger than a protobuf may be,
-- keeps a tensor in another file, wherever that is: a file that names no other cannot lead outside its folder,
+- keeps a tensor in another file, wherever that is: a file that names no other cannot lead outside its folder (that of
+  a teacher may name some in its folder, see beside.py),
 - claims a tensor larger than the bytes that it holds, sparse ones included,
 - has names that are no UTF-8 or hold control characters, which would reach terminals and engines,
 - declares an input or another tensor that no runtime could hold,

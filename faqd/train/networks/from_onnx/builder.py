@@ -151,6 +151,8 @@ class Node:
         self.builder, self.proto = builder, proto
         self.name = proto.name or f"{proto.op_type}_{proto.output[0]}"
         self.opset = builder.opset
+        if missing := [name for name in proto.input if name and name not in builder.values]:
+            raise self.refusal(f"reads {missing[0]}, a second result of another node that is not read")
         self.inputs: list[Value | None] = [builder.values[name] if name else None for name in proto.input]
         self.attributes: dict[str, Any] = attributes_of(proto)
         self._place: str | None = None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from faqd.deploy.onnx_model.session import OnnxSession
-from faqd.errors import UserError
+from faqd.errors import UserError, first_line
 from faqd.train.networks.from_onnx.builder import Builder, Ref
 
 NEAR = 1e-5
@@ -40,7 +40,11 @@ def compare(
             raise
         images = images[:1]
         wanted = session.run({builder.image: images.numpy()})
-    _refuse_other(path, network(images), wanted, ending, "onnxruntime computes of the file")
+    try:
+        found = network(images)
+    except Exception as error:  # what torch raises for values, which sizes alone do not tell
+        raise UserError(f"{path}: read, it fails: {first_line(error)}. Please report the file.") from error
+    _refuse_other(path, found, wanted, ending, "onnxruntime computes of the file")
     more = torch.cat([images, images.flip(-1)])
     parts = [network(part) for part in more.split(len(images))]
     joined = {name: torch.cat([part[name] for part in parts]).numpy() for name in outputs}

@@ -160,10 +160,12 @@ def _refuse_unknown(path: Path, model: onnx.ModelProto, image: str) -> None:
 def _outputs(path: Path, builder: Builder) -> dict[str, str]:
     found: dict[str, str] = {}
     for output in builder.graph.output:
-        value = builder.values[output.name]
+        value = builder.values.get(output.name)
+        if value is None:
+            raise UserError(f"{path}: its output {output.name} is a second result of a node, which is not read.")
         if not isinstance(value, Ref):
             raise UserError(f"{path}: its output {output.name} is the same for every image; take it out of the file.")
-        if value.shape[0] != BATCH:
+        if value.shape[:1] != (BATCH,):
             axes = [axis for axis, size in enumerate(value.shape) if size == BATCH]
             where = f"along axis {axes[0]}" if axes else "among others of an axis"
             raise UserError(
