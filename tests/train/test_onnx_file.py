@@ -223,11 +223,19 @@ def test_weights_may_lie_beside_the_file(tmp_path: Path) -> None:
     found = read_onnx(path, 3, (8, 8)).state_dict()["the_conv.weight"]
     np.testing.assert_array_equal(found.numpy(), weights(4, 3, 3, 3))
     record = user_source(str(path), 3, (8, 8)).to_json()
+    (tmp_path / "moved").mkdir()
+    for name in ("net.onnx", "net.data"):
+        (tmp_path / name).rename(tmp_path / "moved" / name)
+    moved = NetworkSource.from_json(record, tmp_path / "moved/run")
+    assert moved.file == str(tmp_path / "moved/net.onnx")
+    moved.build()
+    for name in ("net.onnx", "net.data"):
+        (tmp_path / "moved" / name).rename(tmp_path / name)
     data = bytearray((tmp_path / "net.data").read_bytes())
     data[3] ^= 1
     (tmp_path / "net.data").write_bytes(data)
     with pytest.raises(UserError, match="changed since the run was made"):
-        NetworkSource.from_json(record).build()
+        NetworkSource.from_json(record, tmp_path).build()
 
 
 @pytest.mark.parametrize("location", ["../net.data", "/etc/passwd", "link", "nothing", "", "short"])
@@ -250,7 +258,7 @@ def test_a_free_size_has_to_be_given(tmp_path: Path) -> None:
 def test_a_file_that_changed_is_no_teacher_of_a_run(tmp_path: Path) -> None:
     path = written(tmp_path / "net.onnx", [node("Relu", "x")])
     record = user_source(str(path), 3, (8, 8)).to_json()
-    NetworkSource.from_json(record).build()
+    NetworkSource.from_json(record, tmp_path).build()
     written(path, [node("Sigmoid", "x")])
     with pytest.raises(UserError, match="changed since the run was made"):
-        NetworkSource.from_json(record).build()
+        NetworkSource.from_json(record, tmp_path).build()

@@ -105,9 +105,16 @@ def _where_it_is_now(source: NetworkSource, run: Path) -> str:
     for folder in (here, *here.parents):
         for start in range(len(parts)):
             found = folder.joinpath(*parts[start:])
-            if found.is_file() and sha256(found) == source.sha256:
+            if found.is_file() and _is(found, source.sha256):
                 return str(found)
     return file
+
+
+def _is(path: Path, digest: str | None) -> bool:
+    try:
+        return _sha256(path) == digest
+    except UserError:  # an ONNX file by that name that is damaged, or whose weights are not beside it
+        return False
 
 
 def is_users(spec: str) -> bool:
