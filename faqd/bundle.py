@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from faqd import __version__
 from faqd.errors import UserError
-from faqd.fidelity import Branch
+from faqd.fidelity import Branch, all_probabilities
 from faqd.files import read_json, sha256, write_json
 from faqd.preprocess import Preprocess
 from faqd.schema import COUNT, Each, Many, Maybe, unprintable, wrong
@@ -139,6 +139,10 @@ class Bundle:
         """What its outputs are made of; nothing for bundles of before."""
         outputs = self.manifest["outputs"]
         return {each["name"]: tuple(map(Branch.from_json, each["branches"])) for each in outputs if "branches" in each}
+
+    def is_probability(self, name: str) -> bool:
+        """Whether an output is what comes out of a sigmoid or a softmax, as far as this bundle says."""
+        return all_probabilities(self.branches.get(name, ()))
 
     def path(self, name: str) -> Path:
         """The path of a file of the bundle; UserError if this bundle was made without it."""

@@ -61,6 +61,11 @@ class Branch:
         return cls(start, end, record["probability"], tuple(record.get("variance", ())))
 
 
+def all_probabilities(branches: Sequence[Branch]) -> bool:
+    """Whether an output is what comes out of a sigmoid or a softmax, as a whole."""
+    return bool(branches) and all(branch.probability for branch in branches)
+
+
 Branches = Mapping[str, Sequence[Branch]]
 """By the name of the output. One that is not there is a single branch, of no probabilities."""
 

@@ -15,11 +15,13 @@ from faqd.deploy.lower import lower
 from faqd.deploy.onnx_model.session import OnnxSession
 from faqd.deploy.verify.bundle_networks import flavours
 from faqd.deploy.verify.layers import verify_file
-from faqd.deploy.verify.outputs import outputs_of, snr_db
+from faqd.deploy.verify.outputs import float_snr_db, outputs_of
 from faqd.deploy.verify.torch_values import float_outputs_in_torch, stored_outputs
 from faqd.deploy.verify.verify import FLOAT_SNR_DB
 from faqd.errors import UserError
+from faqd.fidelity import all_probabilities
 from faqd.quant import FLOAT_BITS
+from faqd.quantize.branches import branches_of
 from faqd.quantize.capture.capture import capture
 from faqd.quantize.capture.fuse_batch_norm import fused
 from faqd.quantize.convert import collect_output_scales, convert
@@ -63,11 +65,12 @@ def _rehearse_float_networks(student: Student, teacher: nn.Module | None, x: Ten
         names.FLOAT_STUDENT: (onnx_from_deployed(convert(here, "float"), x, {}), float_outputs_in_torch(here, x)),
         names.TEACHER: (onnx_from_network(fused(taught), x, {}), stored_outputs(taught, x)),
     }
+    branches = branches_of(taught)
     float16_from_float32(files[names.FLOAT_STUDENT][0])
     for name, (model, wanted) in files.items():
         found = outputs_of(OnnxSession(model.SerializeToString()), x.numpy())
         for output, values in wanted.items():
-            ratio = snr_db(found[output], values)
+            ratio = float_snr_db(found[output], values, all_probabilities(branches[output]))
             if ratio is not None and ratio < FLOAT_SNR_DB:
                 raise UserError(
                     f"{name} of this student would be {ratio:.0f} dB from torch's {output}, and at least "

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -36,6 +37,16 @@ def conv(padding_mode: Any) -> nn.Conv2d:
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
 def test_an_excluded_convolution_keeps_its_padding(mode: str) -> None:
     network = lively(net(conv(mode)), 1)
+    check(network)
+
+
+def test_a_bias_that_is_next_to_nothing_is_nothing_in_both_files() -> None:
+    network = lively(net(conv("zeros")), 1)
+    layer = next(module for module in network.modules() if isinstance(module, nn.Conv2d))
+    with torch.no_grad():
+        assert layer.bias is not None
+        layer.bias[:3] = torch.tensor([1e-40, -3e-38, 1e-33])
+        layer.weight[:3] = 0
     check(network)
 
 

@@ -22,7 +22,7 @@ from faqd.deploy.verify.agreement import agreement_failures, float16_failures
 from faqd.deploy.verify.bundle_networks import flavours_in, load_network, refuse_other_files, torch_digests
 from faqd.deploy.verify.float16 import changed, verify_float16
 from faqd.deploy.verify.layers import trace_of, verify_trace
-from faqd.deploy.verify.outputs import Outputs, compare_outputs, outputs_of, snr_db
+from faqd.deploy.verify.outputs import Outputs, compare_outputs, float_snr_db, outputs_of
 from faqd.deploy.verify.segments import Trace, place_of
 from faqd.deploy.verify.test_vectors import probe_inputs
 from faqd.errors import UserError
@@ -231,7 +231,9 @@ def _against_torch(
             raise UserError(f"{bundle.path(file)}: its output {name} is not of the shape of torch's; export again.")
         finite = np.flatnonzero(np.isfinite(values.reshape(len(values), -1)).all(1))
         ratios = [
-            snr_db(found[name][rows], values[rows]) for kind in kinds if len(rows := np.intersect1d(kind, finite))
+            float_snr_db(found[name][rows], values[rows], bundle.is_probability(name))
+            for kind in kinds
+            if len(rows := np.intersect1d(kind, finite))
         ]
         snr[name] = min((ratio for ratio in ratios if ratio is not None), default=None)
     return {"images": max(map(len, wanted.values())), "snr_db": snr, "failures": _too_far(file, snr)}
@@ -243,7 +245,9 @@ def _evaluation_failures(bundle: Bundle, images: NDArray[Any], wanted: Outputs) 
     _refuse_other_outputs(bundle, names.TEACHER, list(found), wanted)
     rows = {name: min(len(images), len(values)) for name, values in wanted.items()}
     snr = {
-        name: snr_db(found[name][:n], wanted[name][:n]) if found[name].shape[1:] == wanted[name].shape[1:] else -np.inf
+        name: float_snr_db(found[name][:n], wanted[name][:n], bundle.is_probability(name))
+        if found[name].shape[1:] == wanted[name].shape[1:]
+        else -np.inf
         for name, n in rows.items()
     }
     return [f"{names.EVAL}: {text}" for text in _too_far(names.TEACHER, snr)]

@@ -21,6 +21,8 @@ from faqd.quantize.quantizers.weight import largest_pairs, within_pairs
 from faqd.quantize.student import input_quantizer
 
 LARGEST_INT32 = 2**31 - 1
+SMALLEST_BIAS = 2.0**-100
+"""A float bias below is nothing: it is left of a dead channel, and float32 has no power of two for its last bits."""
 ROOM = 2**30
 """What sums may come to, so that int32 holds a bias of that size beside them."""
 
@@ -136,7 +138,7 @@ def _float_layer(layer: Any, weight: Tensor, bias: Tensor) -> nn.Module:
         geometry = {name: getattr(layer, name) for name in (*names, "padding_mode")}
         folded = kind(layer.in_channels, layer.out_channels, layer.kernel_size, **geometry)
     folded.weight = nn.Parameter(output_first(layer, weight).float())
-    folded.bias = nn.Parameter(bias.float())
+    folded.bias = nn.Parameter(torch.where(bias.abs() < SMALLEST_BIAS, 0.0, bias).float())
     return folded  # type: ignore[no-any-return]
 
 

@@ -165,8 +165,9 @@ def _emit_float(emission: Emission) -> Value:
 def _bias_in_two(emission: Emission, bias: Tensor) -> Value:
     """The bias of a layer that stays float in the onnxruntime flavour, as an int32 mantissa and a power of two.
 
-    That is the same bias to the last bit. With a float one, an optimizer of onnxruntime (WeightBiasQuantization) turns
-    the weights of a layer that reads codes into int8; it passes over a bias that is no plain tensor.
+    That is the same bias to the last bit, for none is smaller than 2^-100 (`fold_batch_norm`). With a float one, an
+    optimizer of onnxruntime (WeightBiasQuantization) turns the weights of a layer that reads codes into int8; it passes
+    over a bias that is no plain tensor.
     """
     exponent = bias.detach().double().frexp().exponent.clamp_min(-100) - _MANTISSA_BITS
     mantissa = bias.detach().double().ldexp(-exponent).round().to(torch.int32)

@@ -9,6 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from faqd.deploy.verify.agreement import agreement_failures, float16_failures
+from faqd.deploy.verify.outputs import float_snr_db
 from faqd.quant import Target
 
 IMAGES, CLASSES = 64, 10
@@ -29,6 +30,16 @@ def apart(wanted: NDArray[np.float32], decibels: float) -> NDArray[np.float32]:
 TEACHER = values(0)
 ALIKE = np.repeat(TEACHER[:1], IMAGES, 0)
 STUDENT = apart(TEACHER, 20)
+
+
+def test_probabilities_next_to_zero_are_judged_by_what_a_sigmoid_can_do() -> None:
+    wanted = np.full((4, 1, 8, 8), 3e-8, np.float32)
+    near, far = wanted + np.float32(1e-7), wanted + np.float32(2e-6)
+    assert float_snr_db(near, wanted, True) is None
+    ratio = float_snr_db(far, wanted, True)
+    assert ratio is not None and ratio < 0
+    logits = float_snr_db(near, wanted, False)
+    assert logits is not None and logits < 0
 
 
 @pytest.mark.parametrize(
