@@ -47,7 +47,7 @@ data_flags = section(
 
 def data_values(options: dict[str, Any]) -> dict[str, Any]:
     """Take the data options out of a command's keyword arguments, as fields of train.data.options.DataOptions."""
-    taken = {name: options.pop(name) for name in _DATA_NAMES}
+    taken = {name: options.pop(name) for name in DATA_NAMES}
     taken["data"] = _one_source(taken["data"])
     _refuse_idle(taken)
     taken["root"] = taken.pop("data_root")
@@ -85,7 +85,7 @@ def _refuse_idle(taken: dict[str, Any]) -> None:
 
 
 PUBLISHED = ("cifar10", "cifar100", "tiny-imagenet")
-_DATA_NAMES = (
+DATA_NAMES = (
     "data",
     "eval_data",
     "data_root",
@@ -98,6 +98,7 @@ _DATA_NAMES = (
     "labels",
     "limit",
 )
+"""The options of `data_flags`, as keyword arguments."""
 
 
 MOVED_DATA = (

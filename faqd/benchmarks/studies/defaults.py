@@ -32,7 +32,7 @@ from faqd import __version__
 from faqd.benchmarks.measure.environment import environment
 from faqd.benchmarks.studies.resumable import claim, going_on, say, training_seconds
 from faqd.command import emit_json, json_option, run
-from faqd.data_flags import data_values
+from faqd.data_flags import DATA_NAMES, data_values
 from faqd.deploy.export.torch_to_onnx import onnx_from_deployed
 from faqd.deploy.onnx_model.session import OnnxSession
 from faqd.deploy.verify.bundle_networks import flavours
@@ -59,7 +59,6 @@ from faqd.train.run.folder import network_input
 from faqd.train.run.lesson import Lesson, lesson_from
 from faqd.train.run.student import load_student, recipe_bits
 
-DATA_OPTIONS = ("data", "data_root", "download", "image_size", "resize", "channels", "mean", "std", "labels", "limit")
 BATCH_PIXELS = 2**19
 """What is judged at once."""
 
@@ -112,7 +111,7 @@ def held_out_of(entry: dict[str, Any], folder: Path, lesson: Lesson) -> HeldOut:
     """What the students of an entry are judged by."""
     split, options, preprocess = lesson.dataset.eval, lesson.data, lesson.dataset.preprocess
     if "judged_on" in entry:
-        source = data_values({**dict.fromkeys(DATA_OPTIONS), "data": _source(entry["judged_on"], folder)})["source"]
+        source = data_values({**dict.fromkeys(DATA_NAMES), "data": _source(entry["judged_on"], folder)})["source"]
         options = replace(options, source=source, image_size=(preprocess.height, preprocess.width), limit=None)
         all_of_it = load_dataset(options, with_labels=True, say=say)
         split = _joined([all_of_it.train, all_of_it.select, all_of_it.eval])
@@ -182,15 +181,16 @@ def cell(
 def _data_of(entry: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Its options as fields of DataOptions; where data lie is relative to `folder`."""
     given = entry["data"]
-    options = {**dict.fromkeys(DATA_OPTIONS), "labels": False, "download": False, **given}
+    options = {**dict.fromkeys(DATA_NAMES), "labels": False, "download": False, **given}
     options["data"] = _source(given["data"], folder)
     options["data_root"] = folder / given["data_root"] if "data_root" in given else None
     return data_values(options)
 
 
-def _source(source: str, folder: Path) -> str:
+def _source(source: str, folder: Path) -> tuple[str]:
+    """As `--data` gives it, which may stand on a line several times."""
     kind, _, where = source.partition(":")
-    return f"{kind}:{folder / where}" if where else kind
+    return (f"{kind}:{folder / where}" if where else kind,)
 
 
 def _joined(splits: list[Split]) -> Split:
