@@ -120,9 +120,10 @@ def to_json(one: Prediction, top: int, classes: Sequence[str] | None) -> dict[st
 
 def write_npz(path: Path, made: Sequence[Prediction]) -> None:
     """`files` (N,) and for every output `student.NAME` (N, ...), as eval.npz names the teacher's."""
-    arrays = {f"student.{name}": np.stack([one.outputs[name] for one in made]) for name in made[0].outputs}
+    arrays: dict[str, Any] = {"files": np.array([one.file for one in made])}
+    arrays |= {f"student.{name}": np.stack([one.outputs[name] for one in made]) for name in made[0].outputs}
     with written_beside(path) as temporary, temporary.open("wb") as stream:
-        np.savez(stream, files=np.array([one.file for one in made]), **arrays)  # type: ignore[arg-type,unused-ignore]
+        np.savez(stream, **arrays)
 
 
 def _best(scores: NDArray[np.float32], top: int) -> NDArray[np.int64]:

@@ -193,7 +193,7 @@ class _File:
             scaled = node.op_type == "Mul" and any(operand in self._constants for operand in node.input)
             if node.op_type not in _MOVES and not scaled:
                 return False
-            name = next(operand for operand in node.input if operand not in self._constants)
+            name = next((operand for operand in node.input if operand not in self._constants), "")
         return False
 
     def _is_worth_measuring(self, members: list[int]) -> bool:

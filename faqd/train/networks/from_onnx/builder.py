@@ -198,6 +198,13 @@ class Node:
             raise self.refusal(f"has a constant for its input {index}")
         return value
 
+    def of_axes(self, kinds: dict[int, Any]) -> Any:
+        """Of modules by the number of axes that they read, the one for the first tensor."""
+        rank = len(self.ref().shape)
+        if rank not in kinds:
+            raise self.refusal(f"reads a tensor of {rank} axes; taken are those of {', '.join(map(str, kinds))}")
+        return kinds[rank]
+
     def constant(self, index: int) -> NDArray[Any] | None:
         """None where there is no such input; what depends on the image is refused."""
         value = self.at(index)

@@ -29,15 +29,8 @@ def _weight(node: Node, index: int = 1) -> NDArray[Any]:
     return value
 
 
-def _kind(node: Node, kinds: dict[int, Any]) -> Any:
-    rank = len(node.ref().shape)
-    if rank not in kinds:
-        raise node.refusal(f"reads a tensor of {rank} axes; taken are those of {', '.join(map(str, kinds))}")
-    return kinds[rank]
-
-
 def _convolution(node: Node) -> Any:
-    weight, kind = _weight(node), _kind(node, _CONVOLUTIONS)
+    weight, kind = _weight(node), node.of_axes(_CONVOLUTIONS)
     added, bias = _bias(node, len(weight), (len(weight), *[1] * (weight.ndim - 2)))
     window = Window(node, weight.shape[2:])
     x = node.ref() if window.is_even else padded(node, node.ref(), window, 0.0)
@@ -67,7 +60,7 @@ def _bias(node: Node, channels: int, shape: tuple[int, ...]) -> tuple[str, NDArr
 
 def _transposed(node: Node) -> Any:
     """What is cut off less at the end than at the beginning is output padding of torch's; what more, a slice."""
-    weight, kind = _weight(node), _kind(node, _TRANSPOSED)
+    weight, kind = _weight(node), node.of_axes(_TRANSPOSED)
     groups, rank = int(node.setting("group", default=1)), weight.ndim - 2
     channels = weight.shape[1] * groups
     added, bias = _bias(node, channels, (channels, *[1] * rank))
@@ -155,7 +148,7 @@ def _batch_norm(node: Node) -> Any:
         raise node.refusal("is one in training mode; export the network for inference")
     names = ("weight", "bias", "running_mean", "running_var")
     values = {name: _weight(node, index) for index, name in enumerate(names, 1)}
-    kind, eps = _kind(node, _NORMS), float(node.setting("epsilon", default=1e-5))
+    kind, eps = node.of_axes(_NORMS), float(node.setting("epsilon", default=1e-5))
     return node.shared(lambda: _with(kind(len(values["weight"]), eps), **values), node.ref())
 
 
@@ -172,7 +165,7 @@ def _layer_norm(node: Node) -> Any:
 
 
 def _instance_norm(node: Node) -> Any:
-    weight, kind = _weight(node), _kind(node, _INSTANCE_NORMS)
+    weight, kind = _weight(node), node.of_axes(_INSTANCE_NORMS)
     eps = float(node.setting("epsilon", default=1e-5))
     return node.module(_with(kind(len(weight), eps, affine=True), weight=weight, bias=_weight(node, 2)), node.ref())
 

@@ -31,7 +31,7 @@ class OnnxNetwork(nn.Module):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         values: dict[str, Any] = {self._image: x}
         for call in self._calls:
-            result = self._modules[call.module](*[values[name] for name in call.inputs])  # type: ignore[misc]
+            result = self.get_submodule(call.module)(*[values[name] for name in call.inputs])
             results = (result,) if len(call.outputs) == 1 else result
             values.update(zip(call.outputs, results, strict=True))
             for name in call.read_last:

@@ -53,13 +53,14 @@ def padded(node: Node, x: Ref, window: Window, value: float) -> Ref:
 def _max_pool(node: Node) -> Any:
     if len([name for name in node.proto.output if name]) > 1:
         raise node.refusal("also returns where its maxima are, which is not read")
-    window, x, padding = Window(node, node.setting("kernel_shape")), node.ref(), 0
+    window, x = Window(node, node.setting("kernel_shape")), node.ref()
+    padding: Any = 0
     half = all(2 * pad <= width for pad, width in zip(window.before, window.kernel, strict=True))
     if window.is_even and half:
-        padding = window.before  # type: ignore[assignment]
+        padding = window.before
     else:  # torch pads both sides alike, and half a window at most
         x = padded(node, x, window, -math.inf)
-    kind = _kind(node, _MAX)
+    kind = node.of_axes(_MAX)
     ceil = bool(node.setting("ceil_mode", default=0))
     return node.module(kind(window.kernel, window.strides, padding, window.dilations, ceil_mode=ceil), x)
 
@@ -74,18 +75,11 @@ def _average_pool(node: Node) -> Any:
     padding = window.before if window.is_even else (0,) * len(window.kernel)
     x = x if window.is_even else padded(node, x, window, 0.0)
     ceil = bool(node.setting("ceil_mode", default=0))
-    return node.module(_kind(node, _AVERAGE)(window.kernel, window.strides, padding, ceil, counts), x)
+    return node.module(node.of_axes(_AVERAGE)(window.kernel, window.strides, padding, ceil, counts), x)
 
 
 def _global(kinds: dict[int, Any]) -> Rule:
-    return lambda node: node.module(_kind(node, kinds)(1), node.ref())
-
-
-def _kind(node: Node, kinds: dict[int, Any]) -> Any:
-    rank = len(node.ref().shape)
-    if rank not in kinds:
-        raise node.refusal(f"reads a tensor of {rank} axes; taken are those of {', '.join(map(str, kinds))}")
-    return kinds[rank]
+    return lambda node: node.module(node.of_axes(kinds)(1), node.ref())
 
 
 def _pad(node: Node) -> Any:
