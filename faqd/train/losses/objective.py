@@ -15,6 +15,7 @@ from faqd.train.loop.batches import Batch, Target
 from faqd.train.loop.select import Answers, Measure, mean_losses
 from faqd.train.loop.trainer import Job, Losses
 from faqd.train.losses.adaptors import Adapted
+from faqd.train.losses.correlation import Correlation, beyond_a_constant
 from faqd.train.losses.distillation import affinity_loss, logit_loss
 from faqd.train.losses.heads import Heads, distance
 from faqd.train.losses.layouts import with_maps
@@ -101,17 +102,25 @@ def _losses_of(
 
 
 def _measure_of(
-    recipe: DistillRecipe, losses: Callable[[Any, Batch, torch.Generator], Losses], heads: Heads | None
+    recipe: DistillRecipe, losses: Callable[[Any, Batch, torch.Generator], Losses], heads: Heads
 ) -> Measure:
-    """The distance of the outputs, or the whole loss where labels count."""
+    """The distance of the outputs and beyond 1 their correlation, or the whole loss where labels count."""
 
     def measure(answers: Answers) -> float:
         if recipe.label_weight:
             return sum(mean_losses(answers, losses, recipe.training.data_seed).values())
-        values = mean_losses(answers, distances_to(heads), recipe.training.data_seed).values()
-        return sum(values) / len(values)
+        correlation = Correlation(heads)
+        values = mean_losses(_seen(answers, correlation), distances_to(heads), recipe.training.data_seed).values()
+        return beyond_a_constant(sum(values) / len(values), correlation.value())
 
     return measure
+
+
+def _seen(answers: Answers, correlation: Correlation) -> Answers:
+    for answer, batch in answers:
+        assert batch.target is not None
+        correlation.see(named_outputs(answer[0]), batch.target.outputs)
+        yield answer, batch
 
 
 def _logit_distances(
