@@ -21,7 +21,7 @@ from faqd.quantize.branches import branches_of
 from faqd.quantize.convert import Deployed
 from faqd.quantize.int8_share import floats_of
 from faqd.quantize.operators.layer import IntegerLayer
-from faqd.quantize.outputs import INPUT, returned_at
+from faqd.quantize.outputs import called_input, returned_at
 from faqd.quantize.student import Student, student_table
 from faqd.quantize.without_training import Untrained
 
@@ -102,7 +102,7 @@ def manifest_facts(
         "unrounded_layers": {runtime: each.unrounded for runtime, each in changes.items() if each.unrounded},
         "float_type": options.float_type,
         "float32_parts": [{"nodes": list(part.nodes), "reason": part.reason} for part in float32],
-        "input": _input(parts.preprocess, options.input_form),
+        "input": {"name": called_input(parts.student.network), **_input(parts.preprocess, options.input_form)},
     }
 
 
@@ -136,9 +136,8 @@ def _input(preprocess: Preprocess, form: InputForm) -> dict[str, Any]:
     channels, pixels = len(preprocess.mean), [preprocess.height, preprocess.width]
     if form == "uint8-nhwc":
         order = "grey" if preprocess.channels == "grey" else "rgb"
-        return {"name": INPUT, "shape": ["batch", *pixels, channels], "dtype": "uint8", "channels": order}
+        return {"shape": ["batch", *pixels, channels], "dtype": "uint8", "channels": order}
     return {
-        "name": INPUT,
         "shape": ["batch", channels, *pixels],
         "dtype": "float32",
         "channels": preprocess.channels,

@@ -14,13 +14,14 @@ from faqd.quantize.nodes import unused
 SINGLE = "logits"
 """The name of an only output, and the beginning of the names of a tuple's."""
 INPUT = "input"
-"""What the input is called in every file, so that no output can be."""
+"""What the input is called in a file, where the network has no name for it (`called_input`)."""
+_CALLED = "faqd_called"
 
 
 def named_outputs(returned: Any) -> dict[str, Any]:
     """The leaves of what a network returns, in torch's order: `logits`; `logits_0`, `logits_1` of a tuple; the keys of
-    a dictionary or of a named tuple; `boxes_0` where a dictionary holds a list. A name that is taken gets _1, _2 ...
-    appended."""
+    a dictionary or of a named tuple; `boxes_0` where a dictionary holds a list. Other characters than those of a tensor
+    in an ONNX file (letters, digits, _ . / : -) become _. A name that is taken gets _1, _2 ... appended."""
     taken, front = {INPUT}, _front(returned)
     return {unused("_".join(map(_word, (*front, *keys))), taken): value for keys, value in _leaves(returned)}
 
@@ -37,6 +38,23 @@ def renamed(returned: Any) -> dict[str, str]:
     plain = ["_".join(map(str, (*front, *keys))) for keys, _ in _leaves(returned)]
     found = returned_at(returned)
     return {name: found[name] for name, keys in zip(found, plain, strict=True) if name != keys}
+
+
+def call_input(network: fx.GraphModule, name: str) -> None:
+    """Let the image of a captured network be called `name` in files."""
+    _image(network).meta[_CALLED] = name
+
+
+def called_input(network: fx.GraphModule) -> str:
+    """What the image of a captured network is called in files."""
+    name: str = _image(network).meta.get(_CALLED, INPUT)
+    return name
+
+
+def _image(network: fx.GraphModule) -> fx.Node:
+    (image,) = (node for node in network.graph.nodes if node.op == "placeholder")
+    found: fx.Node = image
+    return found
 
 
 def graph_outputs(network: fx.GraphModule) -> dict[str, Any]:
@@ -73,4 +91,4 @@ def _front(returned: Any) -> tuple[str, ...]:
 
 
 def _word(key: Any) -> str:
-    return re.sub(r"\W", "_", str(key)) or "_"
+    return re.sub(r"[^\w./:-]", "_", str(key)) or "_"

@@ -280,7 +280,7 @@ RETURNED: dict[str, tuple[Callable[[Tensor, Tensor], object], list[str]]] = {
     "as it is": (lambda k, x: (k, k.flatten(1)), ["logits_0", "logits_1"]),
     "the input": (lambda k, x: (k, x), ["logits_0", "logits_1"]),
     "no name": (lambda k, x: {"": k, "input": {"": k}}, ["_", "input__"]),
-    "names of other letters": (lambda k, x: {"a b/c": k, "π": k, None: k}, ["a_b_c", "π", "None"]),
+    "names of other letters": (lambda k, x: {"a b/c": k, "π": k, None: k}, ["a_b/c", "π", "None"]),
     "a named tuple": (lambda k, x: Named(k, k), ["scores", "boxes"]),
     "a class of dictionaries": (lambda k, x: Kind(a=k, b=[k]), ["a", "b_0"]),
     "names that meet": (lambda k, x: {"input": k, "a": {"b": k}, "a_b": k}, ["input_1", "a_b", "a_b_1"]),

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from faqd.fidelity import Branch
+from faqd.train.loop.select import Best
 from faqd.train.losses.correlation import Correlation, beyond_a_constant
 from faqd.train.losses.heads import Head, Heads, distance
-from faqd.train.loop.select import Best
 
 
 def _heads(*branches: Branch) -> Heads:

@@ -99,6 +99,32 @@ def test_it_becomes_a_proved_bundle(name: str, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "bundle/verify.json").read_text())["passed"]
 
 
+def test_applications_find_the_tensors_by_the_names_that_they_know(tmp_path: Path) -> None:
+    """Of frameworks that write slashes and colons; in the teacher's file and with pixels as input too."""
+    names = {"x": "serving/image:0", "y": "save_model/scale_0.tmp-1", "z": "boxes/1"}
+    layers = [node("Conv", "x w", pads=[1, 1, 1, 1]), node("Sigmoid", "y", "z")]
+    model = onnx.load(written(tmp_path / "plain.onnx", layers, {"w": weights(4, 3, 3, 3)}))
+    graph = model.graph
+    graph.output.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, (1, 4, 8, 8)))
+    for entry in graph.node:
+        for field in (entry.input, entry.output):
+            field[:] = [names.get(tensor, tensor) for tensor in field]
+    for value in (*graph.input, *graph.output):
+        value.name = names[value.name]
+    onnx.save(model, tmp_path / "net.onnx")
+    images = write_images(tmp_path / "images", pixels=16)
+    line = ("--data", f"folder:{images}", "--image-size", 8, *PLAIN, "--eval-samples", 8)
+    for form in ("float32-nchw", "uint8-nhwc"):
+        bundle = tmp_path / form
+        succeeds(faqd_deploy("ptq", "--teacher", tmp_path / "net.onnx", *line, "--input", form, "--out", bundle))
+        manifest = json.loads((bundle / "manifest.json").read_text())
+        assert manifest["input"]["name"] == names["x"]
+        for file in bundle.glob("*.onnx"):
+            written_graph = onnx.load(file).graph
+            assert [value.name for value in written_graph.input] == [names["x"]]
+            assert [value.name for value in written_graph.output] == [names["y"], names["z"]]
+
+
 def test_it_is_a_teacher_for_every_command(tmp_path: Path) -> None:
     file = tmp_path / "net.onnx"
     exported("residual", "any number of images", file)

@@ -13,7 +13,6 @@ from faqd import __version__
 from faqd.deploy.export.tensor_facts import BATCH, TensorFacts
 from faqd.quantize.nodes import unused
 from faqd.quantize.operators.emit import OPSET
-from faqd.quantize.outputs import INPUT
 
 _WORDS = {"Clip": "clip", "Relu": "rectified", "QuantizeLinear": "codes", "DequantizeLinear": "real"}
 _TYPES = {
@@ -24,12 +23,13 @@ _TYPES = {
 
 
 class OnnxFile:
-    """What rows of operators write into (`emit.File`). outputs: the names that its outputs will have."""
+    """What rows of operators write into (`emit.File`). name: of the input, the image. outputs: the names that its
+    outputs will have."""
 
-    def __init__(self, image: TensorFacts, outputs: Sequence[str]) -> None:
-        self.input = ir.Value(name=INPUT, type=ir.TensorType(ir.DataType.FLOAT), shape=_shape(image))
+    def __init__(self, name: str, image: TensorFacts, outputs: Sequence[str]) -> None:
+        self.input = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=_shape(image))
         self.graph = ir.Graph([self.input], [], nodes=[], opset_imports={"": OPSET}, name="faqd")
-        self._taken = {INPUT, *outputs}
+        self._taken = {name, *outputs}
         self._numbers: dict[str, ir.Value] = {}
 
     def operator(

@@ -18,7 +18,7 @@ from faqd.quantize import nodes
 from faqd.quantize.convert import Deployed
 from faqd.quantize.operators.emit import Emission
 from faqd.quantize.operators.registry import emission_of
-from faqd.quantize.outputs import graph_outputs
+from faqd.quantize.outputs import called_input, graph_outputs
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class _Writer:
         self._others: list[fx.Node] = []
         """Nodes that no row writes and nothing that is written has read yet."""
         image = next(node for node in network.graph.nodes if node.op == "placeholder")
-        self._file = OnnxFile(facts[image], list(self._outputs))
+        self._file = OnnxFile(called_input(network), facts[image], list(self._outputs))
         self._values[image] = self._file.input
 
     def model(self) -> ir.Model:

@@ -13,7 +13,7 @@ from faqd.errors import UserError, first_line
 from faqd.quantize.capture.program import in_standard_terms
 from faqd.quantize.capture.standardize import standardise
 from faqd.quantize.nodes import propagate
-from faqd.quantize.outputs import named_outputs
+from faqd.quantize.outputs import INPUT, call_input, named_outputs
 
 
 def capture(network: nn.Module, example: Tensor) -> fx.GraphModule:
@@ -35,6 +35,7 @@ def capture(network: nn.Module, example: Tensor) -> fx.GraphModule:
     propagate(traced, example)
     standardise(traced)
     propagate(traced, example)
+    call_input(traced, getattr(network, "image_name", INPUT))
     for images in (noise, noise[:1]):  # a size that is one may choose another way through the network
         _refuse_another(network, traced, images)
     return traced

@@ -26,7 +26,7 @@ def beyond_a_constant(distance: float, correlation: float) -> float:
 
 
 class Correlation:
-    """Pearson's, of one student's outputs with the teacher's over batches: the mean over outputs, branches and channels.
+    """Pearson's, of a student's outputs with the teacher's over batches: the mean over outputs, branches and channels.
 
     Probabilities of one branch count as one channel, as in their distance. A channel in which either never changes has
     0.

@@ -20,16 +20,18 @@ class Called:
 
 
 class OnnxNetwork(nn.Module):
-    """calls: of its modules, in order. outputs: name in the file -> value. A dictionary of the outputs comes back."""
+    """calls: of its modules, in order. image: the name of the input in the file, which files made of this network keep.
+    outputs: name in the file -> value. A dictionary of the outputs comes back."""
 
     def __init__(self, modules: dict[str, nn.Module], calls: list[Called], image: str, outputs: dict[str, str]) -> None:
         super().__init__()
         for name, module in modules.items():
             self.add_module(name, module)
-        self._calls, self._image, self._outputs = _with_ends(calls, set(outputs.values())), image, outputs
+        self._calls, self._outputs = _with_ends(calls, set(outputs.values())), outputs
+        self.image_name = image
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        values: dict[str, Any] = {self._image: x}
+        values: dict[str, Any] = {self.image_name: x}
         for call in self._calls:
             result = self.get_submodule(call.module)(*[values[name] for name in call.inputs])
             results = (result,) if len(call.outputs) == 1 else result

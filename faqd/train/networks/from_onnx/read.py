@@ -20,6 +20,7 @@ from faqd.errors import UserError
 from faqd.train.networks.from_onnx import functions, layers, recurrent, resize, shapes, windows
 from faqd.train.networks.from_onnx.builder import BATCH, Builder, Ref, Rule
 from faqd.train.networks.from_onnx.compare import compare
+from faqd.train.networks.from_onnx.network import OnnxNetwork
 
 RULES: dict[str, Rule] = {
     **layers.RULES,
@@ -55,8 +56,8 @@ def read_onnx(path: Path, channels: int, pixels: tuple[int, int]) -> nn.Module:
     if key not in _compared:
         compare(path, model, builder, outputs, shape)
         _compared.add(key)
-    network = builder.network(value.name, outputs).eval()
-    return _ChannelsLast(network) if last else network
+    network = builder.network(value.name, outputs)
+    return (_ChannelsLast(network) if last else network).eval()
 
 
 def onnx_sha256(path: Path) -> str:
@@ -76,9 +77,9 @@ def input_size(path: Path) -> tuple[int, tuple[int, int]] | None:
 class _ChannelsLast(nn.Module):
     """A network of images (N, H, W, C), for (N, C, H, W)."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: OnnxNetwork) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.image_name = network, network.image_name
 
     def forward(self, x: Tensor) -> Any:
         return self.network(x.permute(0, 2, 3, 1))
