@@ -28,7 +28,7 @@ from faqd.quantize.convert import collect_output_scales
 from faqd.quantize.student import Student
 from faqd.quantize.without_training import JUDGED_IMAGES, CalibrationMethod, Equalize, Untrained, best_without_training
 from faqd.train.data.datasets import Dataset, labelled_if_possible
-from faqd.train.data.decode import size_of_picture
+from faqd.train.data.listing import numbers_of
 from faqd.train.data.pictures import Pictures
 from faqd.train.data.split import Split
 from faqd.train.networks.own_tensors import own_tensors
@@ -256,9 +256,10 @@ def _labelled_for(teacher: nn.Module, source: NetworkSource, dataset: Dataset, s
 def _evaluation(dataset: Dataset, options: BundleOptions) -> Evaluation:
     split = dataset.eval.at(slice(options.eval_samples))
     images = split.images
-    if split.names is None or dataset.eval_folder is None or _has_replaced(split):
+    if split.names is None or dataset.eval_files is None or _has_replaced(split):
         return Evaluation(images, split.labels, {})
-    sizes = np.array([size_of_picture(dataset.eval_folder / name) for name in split.names], np.int64)
+    files = dataset.eval_files
+    sizes = np.array([files.picture_size(number) for number in numbers_of(files, split.names)], np.int64)
     return Evaluation(images, split.labels, {}, split.names, sizes)
 
 

@@ -109,7 +109,7 @@ def test_an_image_that_evaluates_is_not_learned_from(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("evaluation", "says"),
     [
-        ("digits", "expected folder:PATH or npz:PATH"),
+        ("digits", "expected one of npz:PATH, folder:PATH"),
         ("npz:nothing.npz", "no such file"),
         ("same", "has the images of"),
     ],

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from faqd.errors import UserError
-from faqd.train.data import folder as folders
+from faqd.train.data import pool as pools
 from faqd.train.data.listed_files import listed
 from faqd.train.data.pictures import PictureFiles, Pictures
 from faqd.train.loop.feed import Feed
@@ -31,11 +31,11 @@ KILLED = """
 import os, signal, sys
 from faqd.command import run
 from faqd.train.cli import cli
-from faqd.train.data import folder
+from faqd.train.data import pool
 from faqd.train.loop import fit
 from faqd.train.loop.trainer import Trainer
 
-folder.IN_MEMORY, fit.CHECKPOINT_EVERY_S = 0, 0.0
+pool.IN_MEMORY, fit.CHECKPOINT_EVERY_S = 0, 0.0
 plain = Trainer.step
 
 def step(trainer, batch, total):
@@ -119,7 +119,7 @@ def whole(user: User, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def streamed(user: User, out: Path, *more: object) -> Outcome:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(folders, "IN_MEMORY", 0)
+        patch.setattr(pools, "IN_MEMORY", 0)
         return user.distill(out, *LINE, *more)
 
 
@@ -150,7 +150,7 @@ def test_labels_stay_with_the_pictures(tmp_path: Path) -> None:
     line = ("teacher", "--arch", "resnet8", *data, "--steps", 9, "--batch-size", 16, "--workers", 2)
     succeeds(faqd_train(*line, "--out", tmp_path / "memory"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(folders, "IN_MEMORY", 0)
+        patch.setattr(pools, "IN_MEMORY", 0)
         succeeds(faqd_train(*line, "--out", tmp_path / "pictures"))
     assert_same(tmp_path / "pictures", tmp_path / "memory")
 
@@ -158,8 +158,8 @@ def test_labels_stay_with_the_pictures(tmp_path: Path) -> None:
 def test_what_needs_no_training_and_what_is_reported_is_the_same(user: User, whole: Path, tmp_path: Path) -> None:
     said = []
     with pytest.MonkeyPatch.context() as patch:
-        for name, limit in (("memory", folders.IN_MEMORY), ("pictures", 0)):
-            patch.setattr(folders, "IN_MEMORY", limit)
+        for name, limit in (("memory", pools.IN_MEMORY), ("pictures", 0)):
+            patch.setattr(pools, "IN_MEMORY", limit)
             succeeds(faqd_deploy("ptq", *user.teacher, *user.data, "--image-size", 8, "--out", tmp_path / name))
             said.append(succeeds(faqd_train("eval", whole)).stdout)
     assert said[0] == said[1] and "images: " in said[0]
@@ -195,8 +195,8 @@ def test_broken_files_are_counted_through_a_pause_and_named(user: User, tmp_path
     for number in (3, 50, 80, 110):
         (there.folder / "images" / f"{number:04}.png").write_bytes(b"torn" * number)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(folders, "LOOKED_AT", 10)
-        patch.setattr(folders, "BROKEN_PERCENT", 50)
+        patch.setattr(pools, "LOOKED_AT", 10)
+        patch.setattr(pools, "BROKEN_PERCENT", 50)
         succeeds(streamed(there, tmp_path / "run", "--time-limit", 0.001))
         # The toy folder is all read in calibration; of a large one these would have been in batches before the pause.
         path = tmp_path / "run" / "checkpoint-00000001" / "position.json"

@@ -191,6 +191,6 @@ def test_pictures_that_show_nothing_are_told(tmp_path: Path) -> None:
         layers = [colours] if alpha is None else [colours, np.full((8, 8, 1), alpha, np.uint8)]
         Image.fromarray(np.concatenate(layers, 2)).save(tmp_path / name, lossless=True, exact=True)
     said: list[str] = []
-    read_images(tmp_path, listed(tmp_path).names(), None, said.append)
+    read_images(listed(tmp_path), None, said.append)
     (told,) = said
     assert "2 of 4 images are transparent everywhere (a.png)" in told

@@ -200,9 +200,9 @@ def _joined(splits: list[Split]) -> Split:
 
 def _files(folder: Path, images: NDArray[np.uint8], fit: Callable[..., NDArray[np.uint8]]) -> list[str]:
     """The file of each image: splits are cut by content, and so it is found again."""
-    files = listed(folder).names()
-    read = read_images(folder, files, fit, say)
-    named = {_digest(image): str(folder / files[index]) for image, index in zip(read.pixels, read.kept, strict=True)}
+    files = listed(folder)
+    read = read_images(files, fit, say)
+    named = {_digest(image): files.where(index) for image, index in zip(read.pixels, read.kept, strict=True)}
     return [named[_digest(image)] for image in images]
 
 

@@ -1,7 +1,8 @@
 """The data sets that a teacher and its student are trained on, split the same way for both.
 
-Images are held in memory as uint8; those of a large folder are decoded when they are asked for. Labels are read only
-where `with_labels` says so: nothing that a student sees, the order of its images included, can depend on them.
+Images are held in memory as uint8; where they are too many for that, they are decoded when they are asked for. Labels
+are read only where `with_labels` says so: nothing that a student sees, the order of its images included, can depend on
+them.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ from faqd.preprocess import Preprocess
 from faqd.train.data import cifar
 from faqd.train.data import image_files as images
 from faqd.train.data.evaluation import read_evaluation, without_copies
-from faqd.train.data.folder import read_folder
+from faqd.train.data.listed_files import chosen
+from faqd.train.data.listing import Listing
 from faqd.train.data.npz_files import read_npz
 from faqd.train.data.options import DataOptions, fitted, preprocess_of
+from faqd.train.data.pool import read_pool
+from faqd.train.data.sources.open import STREAMED, open_source
 from faqd.train.data.split import SHARE, Split, shares_of, split_by_content
 
 Say = Callable[[str], None]
@@ -53,7 +57,7 @@ class Dataset:
     """One data set, cut into what trains, what selects the model and what is reported.
 
     classes: names, None where the source has none or they were not read. skipped: image files that do not decode.
-    files: of a folder, what tells its list of files from another. eval_folder: what names of `eval` are relative to.
+    files: what tells a list of images from another. eval_files: the list that `eval` was taken of, where it has names.
     """
 
     source: str
@@ -65,7 +69,7 @@ class Dataset:
     augmentation: Augmentation
     skipped: tuple[str, ...]
     files: str | None = None
-    eval_folder: Path | None = None
+    eval_files: Listing | None = None
 
 
 def load_dataset(
@@ -78,8 +82,8 @@ def load_dataset(
     they have a source of their own. trained: on this data set without such a source, before it was named.
     """
     kind, _, where = options.source.partition(":")
-    if kind not in _LOADERS or (kind in ("folder", "npz")) != bool(where):
-        known = ", ".join(name + (":PATH" if name in ("folder", "npz") else "") for name in _LOADERS)
+    if kind not in _LOADERS or (kind not in PUBLISHED_KINDS) != bool(where):
+        known = ", ".join(name + (":PATH" if name not in PUBLISHED_KINDS else "") for name in _LOADERS)
         raise UserError(f"--data {options.source}: no such source; expected one of {known}.")
     if options.limit is not None and options.limit < 1:
         raise UserError(f"limit of training images {options.limit}: expected 1 or more.")
@@ -99,10 +103,10 @@ def _with_evaluation(dataset: Dataset, options: DataOptions, with_labels: bool, 
     found, evaluation = 0, read.split
     for name, split in in_memory.items():
         if trained:
-            kept = without_copies(evaluation, split.images)
+            kept = without_copies(evaluation, split)
             found, evaluation = found + len(evaluation) - len(kept), kept
         else:
-            learned[name] = without_copies(split, evaluation.images)
+            learned[name] = without_copies(split, evaluation)
             found += len(split) - len(learned[name])
     if found:
         did = "were learned from, and do not evaluate" if trained else f"are in {options.source} too, and only evaluate"
@@ -117,7 +121,7 @@ def _with_evaluation(dataset: Dataset, options: DataOptions, with_labels: bool, 
         train=learned["train"],
         select=learned["select"],
         eval=evaluation,
-        eval_folder=None if evaluation.names is None else Path(options.evaluation.partition(":")[2]).expanduser(),
+        eval_files=None if evaluation.names is None else read.files,
         classes=read.classes or dataset.classes,
         skipped=(*dataset.skipped, *read.skipped),
     )
@@ -185,7 +189,7 @@ def _tiny_imagenet(options: DataOptions, where: str, with_labels: bool, say: Say
     pools: list[Split] = []
     skipped: list[str] = []
     for listed, wnids in ((files.train, files.train_wnids), (files.val, files.val_wnids)):
-        read = images.read_images(files.folder, listed, preprocess.fit, say)
+        read = images.read_images(chosen(files.folder, listed), preprocess.fit, say)
         labels = np.array([code_of[wnids[i]] for i in read.kept], np.int64) if with_labels else None
         pools.append(Split(read.pixels, labels))
         skipped += read.skipped
@@ -203,10 +207,19 @@ def _tiny_imagenet(options: DataOptions, where: str, with_labels: bool, say: Say
     )
 
 
-def _folder(options: DataOptions, where: str, with_labels: bool, say: Say) -> Dataset:
-    read = read_folder(options, Path(where).expanduser(), with_labels, say)
+def _streamed(options: DataOptions, where: str, with_labels: bool, say: Say) -> Dataset:
+    opened = open_source(
+        options.source.partition(":")[0],
+        where,
+        with_labels=with_labels,
+        by_folders=options.labels,
+        # Names of folders are looked at wherever they count in the end: an export has labels, a distillation has none.
+        refuses_labels=options.evaluation is None,
+        say=say,
+    )
+    read = read_pool(options, opened, say)
     dataset = _unpublished(options, read.preprocess, read.classes, read.splits, read.skipped)
-    return replace(dataset, files=read.files, eval_folder=Path(where).expanduser())
+    return replace(dataset, files=read.files, eval_files=opened.files if opened.files.is_named else None)
 
 
 def _npz(options: DataOptions, where: str, with_labels: bool, say: Say) -> Dataset:
@@ -221,9 +234,11 @@ _LOADERS: dict[str, Callable[[DataOptions, str, bool, Say], Dataset]] = {
     "cifar10": _cifar,
     "cifar100": _cifar,
     "tiny-imagenet": _tiny_imagenet,
-    "folder": _folder,
     "npz": _npz,
+    **dict.fromkeys(STREAMED, _streamed),
 }
+PUBLISHED_KINDS = ("digits", "cifar10", "cifar100", "tiny-imagenet")
+"""What is named without a path."""
 
 
 def _unpublished(

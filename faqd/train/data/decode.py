@@ -1,10 +1,12 @@
-"""One picture file: decoded, upright, RGB, or what it is instead."""
+"""One picture: decoded, upright, RGB, or what its file is instead."""
 
 from __future__ import annotations
 
+import io
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,9 +59,9 @@ class Picture:
         return replace(self, pixels=np.empty((0, 0, 3), np.uint8))
 
 
-def read_picture(path: Path) -> Picture:
-    """One image file, turned as its EXIF orientation says."""
-    with Image.open(path, formats=FORMATS) as opened:
+def read_picture(file: Path | bytes) -> Picture:
+    """One image file, or what is in it, turned as its EXIF orientation says."""
+    with Image.open(_opened(file), formats=FORMATS) as opened:
         # Asked before it is decoded: of 16-bit colour Pillow keeps the high bytes and forgets that there were others.
         is_deep = opened.mode.startswith("I") or any("16" in str(tile.args) for tile in opened.tile)
         image = _upright(opened)
@@ -80,11 +82,15 @@ def _reach(pixels: NDArray[np.uint8]) -> int:
     return int(np.partition(pixels.ravel(), last := int((1 - BRIGHT_SHARE) * (pixels.size - 1)))[last])
 
 
-def size_of_picture(path: Path) -> tuple[int, int]:
+def size_of_picture(file: Path | bytes) -> tuple[int, int]:
     """(height, width) of an image file that decodes, upright; only its metadata are read."""
-    with Image.open(path, formats=FORMATS) as opened:
+    with Image.open(_opened(file), formats=FORMATS) as opened:
         turned = opened.getexif().get(ORIENTATION, 1) >= TURNED_ASIDE
         return (opened.width, opened.height) if turned else (opened.height, opened.width)
+
+
+def _opened(file: Path | bytes) -> Path | BinaryIO:
+    return file if isinstance(file, Path) else io.BytesIO(file)
 
 
 def _upright(opened: Image.Image) -> Image.Image:
@@ -99,12 +105,12 @@ def _upright(opened: Image.Image) -> Image.Image:
     return opened.transpose(turn) if turn is not None else opened
 
 
-def decoded(path: Path) -> Picture | str:
+def decoded(file: Path | bytes) -> Picture | str:
     """The picture, or what is wrong with its file. OSError where a system fails to read it, which may pass."""
-    if not path.is_file():
+    if isinstance(file, Path) and not file.is_file():
         return "are no files, or links that lead nowhere"
     try:
-        return read_picture(path)
+        return read_picture(file)
     except Image.DecompressionBombError:
         assert Image.MAX_IMAGE_PIXELS is not None
         return f"have more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels, which is too large"
@@ -112,12 +118,12 @@ def decoded(path: Path) -> Picture | str:
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        return _other_kind(path) or "do not decode"
+        return _other_kind(file) or "do not decode"
 
 
-def _other_kind(path: Path) -> str | None:
+def _other_kind(file: Path | bytes) -> str | None:
     """What a file is that only has the name of an image of FORMATS."""
-    with path.open("rb") as stream:
+    with file.open("rb") if isinstance(file, Path) else io.BytesIO(file) as stream:
         head = stream.read(32)
     if not head:
         return "are empty files"

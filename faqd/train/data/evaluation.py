@@ -3,33 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from faqd.errors import UserError
 from faqd.preprocess import Preprocess
-from faqd.train.data.image_files import class_names, read_images
-from faqd.train.data.listed_files import listed
-from faqd.train.data.memory import refuse_beyond_memory
+from faqd.train.data.image_files import read_images
+from faqd.train.data.listing import Listing
 from faqd.train.data.npz_files import read_npz
 from faqd.train.data.options import DataOptions, fitted
-from faqd.train.data.split import Split, keys_of
+from faqd.train.data.pool import is_beyond_memory, streamed
+from faqd.train.data.sources.open import STREAMED, open_source
+from faqd.train.data.sources.opened import Classes, Opened
+from faqd.train.data.split import Split, keys_of_split
 
 Say = Callable[[str], None]
-Classes = tuple[str, ...] | None
 
 
 @dataclass(frozen=True)
 class EvaluationImages:
-    """classes: what labels count, None where there are none. skipped: files that do not decode."""
+    """classes: what labels count, None where there are none. skipped: files that do not decode. files: the list that
+    they were taken of, None of an npz file."""
 
     split: Split
     classes: Classes
     skipped: tuple[str, ...]
+    files: Listing | None = None
 
 
 def read_evaluation(
@@ -41,34 +43,35 @@ def read_evaluation(
     where there are others.
     """
     kind, _, where = str(options.evaluation).partition(":")
-    if kind not in ("folder", "npz") or not where:
-        raise UserError(f"--eval-data {options.evaluation}: expected folder:PATH or npz:PATH.")
-    path = Path(where).expanduser()
-    skipped: tuple[str, ...] = ()
+    if kind not in ("npz", *STREAMED) or not where:
+        expected = ", ".join(f"{name}:PATH" for name in ("npz", *STREAMED))
+        raise UserError(f"--eval-data {options.evaluation}: expected one of {expected}.")
     if kind == "npz":
-        pixels, labels, classes = read_npz(path, with_labels=with_labels)
-        pixels, names = fitted(preprocess, pixels), None
+        pixels, labels, classes = read_npz(Path(where).expanduser(), with_labels=with_labels)
+        read = EvaluationImages(Split(fitted(preprocess, pixels), labels), classes, ())
     else:
-        split, classes, skipped = _folder(path, preprocess, with_labels and options.labels, say)
-        pixels, labels, names = split.images, split.labels, split.names
-    if labels is not None and classes is not None and known is not None and classes != known:
-        labels, classes = _renumbered(labels, classes, known, options), known
-    return EvaluationImages(Split(pixels, labels, names), classes, skipped)
+        opened = open_source(
+            kind, where, with_labels=with_labels, by_folders=options.labels, refuses_labels=False, say=say
+        )
+        read = _all_of(opened, preprocess, say)
+    labels, classes = read.split.labels, read.classes
+    if labels is None or classes is None or known is None or classes == known:
+        return read
+    renumbered = _renumbered(labels, classes, known, options)
+    return replace(read, split=replace(read.split, labels=renumbered), classes=known)
 
 
-def _folder(
-    folder: Path, preprocess: Preprocess, with_labels: bool, say: Say
-) -> tuple[Split, Classes, tuple[str, ...]]:
-    files = listed(folder).names()
-    refuse_beyond_memory(f"folder:{folder}", len(files), preprocess.height, preprocess.width, len(preprocess.mean))
-    classes_of = class_names(folder, files) if with_labels else None
-    read = read_images(folder, files, preprocess.fit, say)
-    names = np.array([files[index] for index in read.kept])
-    if classes_of is None:
-        return Split(read.pixels, None, names), None, read.skipped
-    classes = tuple(sorted(set(classes_of)))
-    labels = np.searchsorted(classes, [classes_of[index] for index in read.kept]).astype(np.int64)
-    return Split(read.pixels, labels, names), classes, read.skipped
+def _all_of(opened: Opened, preprocess: Preprocess, say: Say) -> EvaluationImages:
+    """In memory, or decoded when they are asked for where they are too many."""
+    files, labels = opened.files, opened.labels
+    if is_beyond_memory(files, preprocess):
+        split = streamed(files, np.arange(len(files)), preprocess, labels)
+        named = replace(split, names=np.array(list(map(files.name, range(len(files)))))) if files.is_named else split
+        return EvaluationImages(named, opened.classes, (), files)
+    read = read_images(files, preprocess.fit, say)
+    names = np.array([files.name(index) for index in read.kept]) if files.is_named else None
+    split = Split(read.pixels, None if labels is None else labels[read.kept], names)
+    return EvaluationImages(split, opened.classes, read.skipped, files)
 
 
 def _renumbered(
@@ -82,6 +85,6 @@ def _renumbered(
     return np.array([known.index(name) for name in classes], np.int64)[labels]
 
 
-def without_copies(split: Split, others: NDArray[Any]) -> Split:
-    """The images of a split in memory that are not among others."""
-    return split.at(~np.isin(keys_of(split.images), keys_of(others)))
+def without_copies(split: Split, others: Split) -> Split:
+    """The images of a split that are not among others; all of both are looked at."""
+    return split.at(np.flatnonzero(~np.isin(keys_of_split(split), keys_of_split(others))))

@@ -1,8 +1,8 @@
-"""What a user brings: folders of image files, found and read; the tree of Tiny ImageNet."""
+"""Images that are read at once, and what is wrong with the others; classes of folders, the tree of Tiny ImageNet."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from faqd.errors import UserError
-from faqd.train.data.decode import Picture, decoded
-from faqd.train.data.findings import Findings, Say
+from faqd.train.data.decode import Picture
+from faqd.train.data.findings import Findings
 from faqd.train.data.listed_files import listed
+from faqd.train.data.listing import Listing, Say
 from faqd.train.data.pictures import Fit
 
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"}
@@ -62,8 +63,8 @@ def class_names(folder: Path, files: Iterable[str]) -> list[str]:
     return [name[0] for name in names]
 
 
-def read_images(folder: Path, files: Sequence[str], fit: Fit | None, say: Say) -> Images:
-    """Decode files and `fit` each; without `fit` all must have one size.
+def read_images(files: Listing, fit: Fit | None, say: Say) -> Images:
+    """Decode images and `fit` each; without `fit` all must have one size.
 
     What does not decode, or is too large to, is skipped and named; UserError where that is more than 1 %. `say` also
     tells of 16-bit files that use fewer bits, and of images that show nothing.
@@ -71,14 +72,14 @@ def read_images(folder: Path, files: Sequence[str], fit: Fit | None, say: Say) -
     pixels: NDArray[np.uint8] | None = None
     kept: list[int] = []
     findings = Findings()
-    for index, image in each_image(folder, files, fit, findings, say):
+    for index, image in each_image(files, fit, findings, say):
         if pixels is None:
             # One block from the start: a list of images would need their memory twice when it is stacked.
             pixels = np.empty((len(files), *image.shape), np.uint8)
         if image.shape != pixels.shape[1:]:
             raise UserError(
-                f"{folder}: images of different sizes, {_size(pixels[0])} ({files[kept[0]]}) and {_size(image)} "
-                f"({files[index]}); say with --image-size what they are brought to."
+                f"{files.title}: images of different sizes, {_size(pixels[0])} ({files.name(kept[0])}) and "
+                f"{_size(image)} ({files.name(index)}); say with --image-size what they are brought to."
             )
         pixels[len(kept)] = image
         kept.append(index)
@@ -87,27 +88,30 @@ def read_images(folder: Path, files: Sequence[str], fit: Fit | None, say: Say) -
 
 
 def each_image(
-    folder: Path, files: Sequence[str], fit: Fit | None, findings: Findings, say: Say
+    files: Listing, fit: Fit | None, findings: Findings, say: Say
 ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
     """The images that decode and their places in `files`; then what is wrong with the others, as in `read_images`."""
 
-    def read(file: str) -> tuple[Picture | str, NDArray[np.uint8] | None]:
-        picture = decoded(folder / file)
+    def read(index: int) -> tuple[Picture | str, NDArray[np.uint8] | None]:
+        try:
+            picture = files.picture(index)
+        except OSError as error:
+            raise UserError(f"{files.where(index)}: cannot be read ({error.strerror}).") from error
         if isinstance(picture, str):
             return picture, None
         return picture.without_pixels(), picture.pixels if fit is None else fit(picture.pixels)
 
     with ThreadPoolExecutor() as pool:
-        for index, (picture, image) in enumerate(pool.map(read, files)):
+        for index, (picture, image) in enumerate(pool.map(read, range(len(files)))):
             if index and index % REPORT_EVERY == 0:
-                say(f"{folder}: {index} of {len(files)} images read.")
-            findings.see(files[index], picture)
+                say(f"{files.title}: {index} of {len(files)} images read.")
+            findings.see(files.name(index), picture)
             if image is not None:
                 yield index, image
-    findings.refuse_many_broken(folder, len(files))
+    findings.refuse_many_broken(files.title, len(files))
     if findings.broken:
-        say(f"{findings.broken_in_words(folder, len(files))}; skipped.")
-    findings.tell_strange(folder, len(files), say)
+        say(f"{findings.broken_in_words(files.title, len(files))}; skipped.")
+    findings.tell_strange(files.title, len(files), say)
 
 
 def find_tiny_imagenet(root: Path) -> TinyImageNet:

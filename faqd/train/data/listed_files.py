@@ -5,18 +5,18 @@ from __future__ import annotations
 import hashlib
 import os
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from faqd.errors import UserError
+from faqd.train.data.decode import Picture, decoded, size_of_picture
+from faqd.train.data.listing import SUFFIXES, Names, Say
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 _SUFFIXES = tuple(map(os.fsencode, SUFFIXES))
 State = tuple[int, int]
 """Size in bytes and time of the last change in ns; of what is no file, or a link that leads nowhere, ABSENT."""
@@ -25,39 +25,55 @@ ABSENT: State = (-1, 0)
 
 @dataclass(frozen=True)
 class ListedFiles:
-    """Image files below `folder`, sorted by their names. states: (N, 2), of each its State.
+    """Image files below `folder`, sorted by their names, which are relative to it. states: (N, 2), of each its State.
 
-    The names stand in one block, each up to its place in `ends`: a million Python strings would be copied page by page
-    into every worker process that counts its references to them.
+    A `Listing`.
     """
 
     folder: Path
-    block: bytes
-    ends: NDArray[np.int64]
+    encoded: Names
     states: NDArray[np.int64]
+    is_named = True
+    is_quick = False
+
+    @property
+    def title(self) -> str:
+        return str(self.folder)
 
     def __len__(self) -> int:
-        return len(self.ends)
+        return len(self.encoded)
 
     def name(self, index: int) -> str:
-        """Relative to the folder."""
-        return os.fsdecode(self.block[self.ends[index - 1] if index else 0 : self.ends[index]])
+        return os.fsdecode(self.encoded[index])
 
     def names(self) -> list[str]:
-        return list(map(os.fsdecode, self.encoded_names()))
+        return list(map(os.fsdecode, self.encoded))
 
     def encoded_names(self) -> Iterator[bytes]:
-        return (self.block[start:end] for start, end in pairwise([0, *self.ends.tolist()]))
+        return iter(self.encoded)
+
+    def where(self, index: int) -> str:
+        return str(self.path(index))
+
+    def path(self, index: int) -> Path:
+        return self.folder / self.name(index)
+
+    def sizes(self, say: Say) -> NDArray[np.int64]:
+        return self.states[:, 0]
+
+    def picture(self, index: int) -> Picture | str:
+        return decoded(self.path(index))
+
+    def picture_size(self, index: int) -> tuple[int, int]:
+        return size_of_picture(self.path(index))
 
     def is_as_listed(self, index: int) -> bool:
-        """Whether the file has the size and the time that it was listed with."""
-        return _state(self.folder / self.name(index)) == tuple(self.states[index].tolist())
+        return state_of(self.path(index)) == tuple(self.states[index].tolist())
 
     def in_words(self) -> str:
-        """What tells this list from one that grew, or whose files were changed."""
         newest = datetime.fromtimestamp(int(self.states[:, 1].max()) // 10**9, timezone.utc)
-        digest = hashlib.sha256(self.block)
-        for numbers in (self.ends, self.states):
+        digest = hashlib.sha256(self.encoded.block)
+        for numbers in (self.encoded.ends, self.states):
             digest.update(np.ascontiguousarray(numbers).data)
         return f"{len(self):,} files, the newest of {newest:%Y-%m-%d %H:%M:%S} UTC, {digest.hexdigest()[:16]}"
 
@@ -66,7 +82,8 @@ def listed(folder: Path) -> ListedFiles:
     """The image files below `folder`, through links to folders too; hidden ones are left out (file managers leave
     copies)."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder.")
+        found = " It is a file; is it npz:, npy:, shards: or parquet: ?" if folder.is_file() else ""
+        raise UserError(f"{folder}: no such folder.{found}")
     names: list[bytes] = []
     states = array("q")
     for name, state in _walked(os.fsencode(folder), b"", set()):
@@ -74,8 +91,13 @@ def listed(folder: Path) -> ListedFiles:
         states.extend(state)
     if not names:
         raise UserError(f"{folder}: no image in it or below it; expected files that end in {', '.join(SUFFIXES)}.")
-    ends = np.cumsum([len(name) for name in names], dtype=np.int64)
-    return ListedFiles(folder, b"".join(names), ends, np.frombuffer(states, np.int64).reshape(-1, 2))
+    return ListedFiles(folder, Names.of(names), np.frombuffer(states, np.int64).reshape(-1, 2))
+
+
+def chosen(folder: Path, names: Sequence[str]) -> ListedFiles:
+    """Files of a folder that are known by their names, in this order."""
+    states = np.array([state_of(folder / name) for name in names], np.int64)
+    return ListedFiles(folder, Names.of(map(os.fsencode, names)), states.reshape(-1, 2))
 
 
 def _walked(folder: bytes, prefix: bytes, seen: set[bytes]) -> Iterator[tuple[bytes, State]]:
@@ -93,7 +115,7 @@ def _walked(folder: bytes, prefix: bytes, seen: set[bytes]) -> Iterator[tuple[by
         if key.endswith(b"/"):
             yield from _walked(keys[key].path, prefix + key, seen)
         elif key.lower().endswith(_SUFFIXES):
-            yield prefix + key, _state(keys[key])
+            yield prefix + key, state_of(keys[key])
 
 
 def _is_folder(entry: os.DirEntry[bytes]) -> bool:
@@ -103,7 +125,7 @@ def _is_folder(entry: os.DirEntry[bytes]) -> bool:
         return False
 
 
-def _state(file: Path | os.DirEntry[bytes]) -> State:
+def state_of(file: Path | os.DirEntry[bytes]) -> State:
     try:
         found = file.stat()
     except OSError:

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from faqd.errors import UserError
-from faqd.train.data.decode import Picture, decoded
+from faqd.train.data.decode import Picture
 from faqd.train.data.findings import Findings
-from faqd.train.data.listed_files import ListedFiles
+from faqd.train.data.listing import Listing
 
 HEAD = 512
 """The first so many of a split are looked at again and again, for scales and for the best weights: they are kept."""
@@ -47,7 +47,7 @@ class PictureFiles:
     index: of each in `files`. A file that does not decode is replaced by the next of the split that does.
     """
 
-    files: ListedFiles
+    files: Listing
     index: NDArray[np.int64]
     fit: Fit
 
@@ -58,20 +58,22 @@ class PictureFiles:
         broken: dict[str, str] = {}
         for step in range(min(len(self), MOST_BROKEN)):
             file = int(self.index[(position + step) % len(self)])
-            name = self.files.name(file)
-            path = self.files.folder / name
+            name, where = self.files.name(file), self.files.where(file)
+            failed = None
             try:
-                picture = decoded(path)
+                picture = self.files.picture(file)
             except OSError as error:
-                # No broken file: another time it may be read, and the run would be another one.
-                return Read(None, {}, failure=f"{path}: cannot be read ({error.strerror}).")
+                failed = error
             # Asked when it was read: what changes before or meanwhile shows.
             if not self.files.is_as_listed(file):
-                return Read(None, {}, failure=f"{path}: changed, or gone, since the images were listed.")
+                return Read(None, {}, failure=f"{where}: changed, or gone, since the images were listed.")
+            if failed is not None:
+                # No broken file: another time it may be read, and the run would be another one.
+                return Read(None, {}, failure=f"{where}: cannot be read ({failed.strerror}).")
             if isinstance(picture, Picture):
                 return Read(self.fit(picture.pixels), broken, name, picture.without_pixels())
             broken[name] = picture
-        return Read(None, broken, failure=f"{path}: the last of {len(broken)} image files in a row that {picture}.")
+        return Read(None, broken, failure=f"{where}: the last of {len(broken)} image files in a row that {picture}.")
 
 
 class Pictures:
@@ -126,7 +128,7 @@ class Pictures:
 
     def in_words(self) -> str | None:
         """What was passed over so far."""
-        found = self.findings.broken_in_words(self.files.files.folder, len(self.files.files))
+        found = self.findings.broken_in_words(self.files.files.title, len(self.files.files))
         return (
             f"{found}, as far as they were read; each is replaced by the next that does."
             if self.findings.broken

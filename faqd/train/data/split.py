@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from faqd.errors import UserError
-from faqd.train.data.listed_files import ListedFiles
+from faqd.train.data.listing import Listing, Say
 from faqd.train.data.options import DataOptions
-from faqd.train.data.pictures import Pictures
+from faqd.train.data.pictures import BLOCK, Pictures
 
 SHARE = 0.1
 """Of a pool of images: what select gets, and once more what eval gets where no test set is published."""
@@ -63,18 +63,24 @@ def split_by_content(pool: Split, *shares: float) -> list[Split]:
     return [pool.at(part) for part in cut(keys, keys, *shares)]
 
 
-def split_by_files(files: ListedFiles, *shares: float) -> list[NDArray[np.int64]]:
-    """Cut a list of files that are too many to be looked at: indices, one split per share, the last gets the rest.
+def split_by_files(files: Listing, *shares: float, say: Say = lambda _: None) -> list[NDArray[np.int64]]:
+    """Cut a list of images that are too many to be looked at: indices, one split per share, the last gets the rest.
 
     A file's size says where it goes, so that copies go together whatever they are called; where more than one in a
     hundred have one size, the names of those do. Every split is in the order of other hashes of names: in that of the
     same ones the first of the last split would be those that names did not send elsewhere.
     """
-    sizes, which, counts = np.unique(files.states[:, 0], return_inverse=True, return_counts=True)
+    sizes, which, counts = np.unique(files.sizes(say), return_inverse=True, return_counts=True)
     names, order, *_ = _digests(files.encoded_names()).T
     by_size = keys_of(str(size).encode() for size in sizes)[which]
     keys = np.where(counts[which] > SAME_SIZE_SHARE * len(files), names, by_size)
     return cut(keys, order, *shares)
+
+
+def keys_of_split(split: Split) -> Keys:
+    """Of its images, so many at a time."""
+    parts = [keys_of(split.pixels[start : start + BLOCK]) for start in range(0, len(split), BLOCK)]
+    return np.concatenate([np.empty(0, np.uint64), *parts])
 
 
 def keys_of(values: Iterable[Any]) -> Keys:
