@@ -73,10 +73,10 @@ $(PYTHON):
 # pip may be missing from a .venv that something else made, or that was interrupted.
 $(INSTALLED): setup.cfg constraints.txt | $(PYTHON)
 	@$(PYTHON) -m pip --version > /dev/null 2>&1 || $(PYTHON) -m ensurepip --upgrade > /dev/null
-	@echo "Installing into $(VENV): about 440 MB of packages, 1.7 GB on disk, with the CPU build of torch."
+	@echo "Installing into $(VENV): about 500 MB of packages, 1.9 GB on disk, with the CPU build of torch."
 	@case "$$(uname -s) $$(uname -m)" in "Linux x86_64") \
 	echo "Where pip takes the CUDA build of torch instead, it is several GB: PIP_FLAGS in the Makefile says how to choose.";; esac
-	$(PIP_INSTALL) --editable '.[train,onnx,rtx,device,nvml,dev]'
+	$(PIP_INSTALL) --editable '.[train,parquet,onnx,rtx,device,nvml,dev]'
 	@touch $@
 
 $(DEVICE): $(INSTALLED)

@@ -17,12 +17,14 @@ data_flags = section(
         "--data",
         metavar="SOURCE",
         multiple=True,
-        help="Read digits, cifar10, cifar100, tiny-imagenet, folder:PATH (any tree of images) or npz:PATH.",
+        help="Read digits, cifar10, cifar100, tiny-imagenet, folder:PATH (any tree of images), npz:PATH, npy:PATH, "
+        "shards:PATTERN (tar files), parquet:PATTERN or arrow:PATTERN; paths may be URLs such as s3://.",
     ),
     click.option(
         "--eval-data",
         metavar="SOURCE",
-        help="Evaluate on folder:PATH or npz:PATH, not on a tenth of --data; its labels are read for that alone.",
+        help="Evaluate on folder:PATH or another source as --data has them, not on a tenth of --data; its labels are "
+        "read for that alone.",
     ),
     click.option("--data-root", type=click.Path(path_type=Path), help="Look for a published data set in this folder."),
     click.option("--download", is_flag=True, help="Fetch a published data set that is not there yet."),
@@ -111,8 +113,10 @@ MOVED_DATA = (
 
 
 def absolute_source(source: str | None) -> str | None:
-    """The source with a path that holds from any folder, since a run remembers it."""
+    """The source with a path that holds from any folder, since a run remembers it; of what is no path as it is."""
     kind, _, where = (source or "").partition(":")
+    if "://" in where or where.startswith("pipe:") or where == "-":
+        return source
     return f"{kind}:{Path(where).expanduser().resolve()}" if where else source
 
 

@@ -18,6 +18,8 @@ EXTRA_OF = {
     "safetensors": "train",
     "PIL": "images",
     "sklearn": "train",
+    "fsspec": "train",
+    "pyarrow": "parquet",
     "onnx": "onnx",
     "onnxscript": "onnx",
     "onnx_ir": "onnx",

@@ -49,7 +49,7 @@ def main() -> None:
         "--eval-data",
         metavar="SOURCE",
         show_default="the run's",
-        help="Evaluate on folder:PATH or npz:PATH, none of which the run has learned from.",
+        help="Evaluate on folder:PATH or another source as --data has them, none of which the run has learned from.",
     ),
     click.option("--labels", is_flag=True, help="Take the subfolder names of that folder for classes."),
 )

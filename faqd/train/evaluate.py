@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from faqd.errors import UserError
+from faqd.preprocess import Preprocess
 from faqd.quant import FLOAT_BITS
 from faqd.quantize.convert import convert
 from faqd.quantize.outputs import run_batches
 from faqd.quantize.student import Student
 from faqd.train.data.datasets import Say, load_dataset
+from faqd.train.data.split import Split
 from faqd.train.run.folder import MovedData, data_options, finished, load_teacher, network_input, run_preprocess
 from faqd.train.run.student import load_student
 
@@ -34,13 +36,13 @@ def evaluate_run(folder: Path, moved: MovedData) -> dict[str, Any]:
     record = finished(folder)
     dataset = load_dataset(data_options(record, moved), with_labels="eval")
     split = dataset.eval
-    inputs = network_input(split.images, run_preprocess(record))
-    teacher, _, _ = load_teacher(folder)
-    wanted = run_batches(teacher, inputs, BATCH)
-    result: dict[str, Any] = {"images": len(inputs)}
-    measured = {"teacher": wanted}
+    networks: dict[str, Any] = {"teacher": load_teacher(folder)[0]}
     if record["kind"] == "distill":
-        measured = {"student": run_batches(deployable(load_student(folder)), inputs, BATCH), "teacher": wanted}
+        networks = {"student": deployable(load_student(folder)), **networks}
+    measured = _outputs(networks, split, run_preprocess(record))
+    wanted = measured["teacher"]
+    result: dict[str, Any] = {"images": len(split)}
+    if "student" in measured:
         result["snr_db"] = {name: _snr_db(measured["student"][name], wanted[name]) for name in wanted}
     scores = next((name for name, values in wanted.items() if values.dim() == 2), None)
     shapes = {name: tuple(values.shape[1:]) for name, values in wanted.items()}
@@ -55,6 +57,19 @@ def evaluate_run(folder: Path, moved: MovedData) -> dict[str, Any]:
         agreement = (measured["student"][scores].argmax(1) == wanted[scores].argmax(1)).float().mean()
         result["agreement"] = round(float(agreement), 6)
     return result
+
+
+def _outputs(networks: dict[str, Any], split: Split, preprocess: Preprocess) -> dict[str, dict[str, Tensor]]:
+    """Of each network by name, for all images of a split, which are decoded once."""
+    parts: dict[str, list[dict[str, Tensor]]] = {name: [] for name in networks}
+    for start in range(0, len(split), BATCH):
+        inputs = network_input(split.pixels[start : start + BATCH], preprocess)
+        for name, network in networks.items():
+            parts[name].append(run_batches(network, inputs, BATCH))
+    return {
+        name: {output: torch.cat([part[output] for part in found]) for output in found[0]}
+        for name, found in parts.items()
+    }
 
 
 def evaluate_runs(runs: Sequence[Path], moved: MovedData, say: Say) -> list[dict[str, Any]]:

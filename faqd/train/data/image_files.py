@@ -44,7 +44,7 @@ class TinyImageNet:
     val_wnids: list[str]
 
 
-def class_names(folder: Path, files: Iterable[str]) -> list[str]:
+def class_names(folder: str, files: Iterable[str]) -> list[str]:
     """The class of each file: the subfolder of `folder` that it lies in, however deep."""
     names = [file.split("/")[:-1] for file in files]
     if not all(names):

@@ -29,7 +29,8 @@ def read_npz(
             f"{path}: 'images' is {pixels.dtype} of shape {pixels.shape}; "
             "expected uint8 of shape (N, height, width, 1 or 3), N above 0, RGB or grey pixels 0..255."
         )
-    return np.ascontiguousarray(pixels), *_npz_labels(path, arrays, len(pixels))
+    labels = checked_labels(str(path), arrays.get("labels"), arrays.get("classes"), len(pixels))
+    return np.ascontiguousarray(pixels), *labels
 
 
 def _npz_arrays(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
@@ -54,10 +55,10 @@ def _npz_arrays(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
     raise UserError(f"{path}: a single array; expected an npz file, written with numpy.savez(path, images=...).")
 
 
-def _npz_labels(
-    path: Path, arrays: dict[str, NDArray[Any]], count: int
+def checked_labels(
+    path: str, labels: NDArray[Any] | None, names: NDArray[Any] | None, count: int
 ) -> tuple[NDArray[np.int64] | None, tuple[str, ...] | None]:
-    labels, names = arrays.get("labels"), arrays.get("classes")
+    """Labels (count,) and the names of their classes, which are numbers where there are none. path: for sentences."""
     if names is not None and (names.dtype.kind != "U" or names.ndim != 1):
         raise UserError(f"{path}: 'classes' is {names.dtype} of shape {names.shape}; expected a list of strings.")
     if labels is None:

@@ -18,10 +18,10 @@ from faqd.preprocess import Channels, Preprocess, Resize
 class DataOptions:
     """What the command line says about data; None stands for what is usual for the source.
 
-    source: digits, cifar10, cifar100, tiny-imagenet, folder:PATH or npz:PATH. root: where published sets lie.
+    source: digits, cifar10, cifar100, tiny-imagenet, or KIND:PATH of docs/sources.md. root: where published sets lie.
     mean, std: 'none' for mean 0 and std 1. labels: subfolder names are the classes (folder only).
-    limit: use that many training images only; they are a random choice, the same in every run. evaluation: folder:PATH
-    or npz:PATH, images that are evaluated on in place of a part of the source; `labels` are of these then, too.
+    limit: use that many training images only; they are a random choice, the same in every run. evaluation: another
+    KIND:PATH, images that are evaluated on in place of a part of the source; `labels` are of these then, too.
     """
 
     source: str
