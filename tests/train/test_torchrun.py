@@ -10,15 +10,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from faqd.errors import UserError
 from faqd.train.data.datasets import Augmentation
+from faqd.train.data.listed_files import listed
+from faqd.train.data.pictures import PictureFiles, Pictures
 from faqd.train.loop.batches import Batches, Images
 from faqd.train.loop.distributed import ProcessGroup
+from faqd.train.loop.feed import DecodedPixels
 from faqd.train.networks.tensor_files import read_tensors
 from tests.fixtures.toy_runs import User, new_user, succeeds
+from tests.train.test_data import random_images, save_folder
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
 TOLERANCE = 5e-3
@@ -40,6 +45,16 @@ def step(trainer, batch, total):
 
 Trainer.step = step
 run(cli, sys.argv[1:])
+"""
+STREAMED = """
+import sys
+from faqd.command import run
+from faqd.train.cli import cli
+from faqd.train.data import folder
+
+folder.IN_MEMORY = 0
+if __name__ == "__main__":  # the processes that decode load this file too
+    run(cli, sys.argv[1:])
 """
 ENDED = """
 import sys
@@ -66,6 +81,10 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
 
 
+def alone(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=ENVIRONMENT)
+
+
 @pytest.fixture(scope="module")
 def together(user: User, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("together") / "all"
@@ -79,7 +98,7 @@ def together(user: User, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def metrics(run: Path) -> list[dict[str, Any]]:
     lines = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in entry.items() if key != "seconds"} for entry in lines]
+    return [{key: value for key, value in entry.items() if key not in ("seconds", "waited")} for entry in lines]
 
 
 def test_two_processes_reproduce_the_losses_of_one(user: User, together: Path, tmp_path: Path) -> None:
@@ -118,6 +137,35 @@ def test_no_thread_of_the_group_outlives_the_run(user: User, tmp_path: Path) -> 
     assert re.findall(r"\[.*?\]", result.stdout) == ["[]", "[]"], result.stdout
 
 
+def test_two_processes_on_pictures_train_what_they_do_in_memory(user: User, together: Path, tmp_path: Path) -> None:
+    script, out = tmp_path / "streamed.py", tmp_path / "all"
+    script.write_text(STREAMED)
+    result = torchrun(str(script), *line(user, out, "--image-size", 8, "--workers", 1))
+    assert result.returncode == 0, result.stderr
+    assert "training waited for images " in result.stderr
+    for name in ("w2a4-s0", "w4a4-s0"):
+        assert metrics(out / name) == metrics(together / name)
+        ours, wanted = (run / name / "weights.safetensors" for run in (out, together))
+        assert ours.read_bytes() == wanted.read_bytes()
+
+
+def test_files_that_either_process_passed_over_are_named(tmp_path: Path) -> None:
+    there, script = new_user(tmp_path / "user"), tmp_path / "streamed.py"
+    for number in range(0, 120, 10):
+        (there.folder / "images" / f"{number:04}.png").write_bytes(b"torn" * (number + 1))
+    # Before training hardly anything is read, so that only the process whose share has a file meets it.
+    few = "from faqd.train.data import pictures\nfrom faqd.train.loop import calibration_images\n"
+    few += "folder.HEAD = pictures.HEAD = calibration_images.CALIBRATION_IMAGES = 4\nfolder.LOOKED_AT = 4\n"
+    script.write_text(STREAMED.replace("folder.IN_MEMORY", f"{few}folder.BROKEN_PERCENT = 50\nfolder.IN_MEMORY"))
+    said = []
+    for name, run in (("two", torchrun), ("one", alone)):
+        more = ("--image-size", 8, "--weight-bits", 4, "--workers", 0)
+        result = run(str(script), *line(there, tmp_path / name, *more))
+        assert result.returncode == 0, result.stderr
+        said.append(json.loads((tmp_path / name / "run.json").read_text())["broken_images"])
+    assert said[0] == said[1] and len(said[0]) > 5
+
+
 def test_processes_share_the_batch_that_one_would_have() -> None:
     pixels = torch.arange(24 * 16, dtype=torch.uint8).view(24, 1, 4, 4)
     images = Images(pixels, torch.arange(24), torch.tensor(1.0), torch.tensor(0.0), Augmentation(pad=1, flip=True))
@@ -128,3 +176,22 @@ def test_processes_share_the_batch_that_one_would_have() -> None:
         assert part.x.equal(whole.x[rank::2]) and part.labels is not None and part.labels.equal(whole.labels[rank::2])
     with pytest.raises(UserError, match="--batch-size 9: not a multiple of the 2 processes"):
         Batches(images, images, 9, 3, None, ProcessGroup(0, 2))
+
+
+def test_a_process_decodes_its_share_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_folder(tmp_path, random_images(24))
+    files = listed(tmp_path)
+    read: list[int] = []
+    plain = PictureFiles.__getitem__
+    monkeypatch.setattr(PictureFiles, "__getitem__", lambda self, i: [read.append(i), plain(self, i)][1])
+    one = torch.tensor(1.0)
+
+    def batches(rank: int, size: int) -> Batches:
+        pictures = Pictures(PictureFiles(files, np.arange(24), lambda image: image), (8, 8, 3))
+        images = Images(DecodedPixels(pictures), None, one, one, Augmentation(pad=1, flip=True))
+        return Batches(images, images, 8, 3, None, ProcessGroup(rank, size, workers=0))
+
+    whole, of_whole = batches(0, 1).at(4).x, list(read)
+    for rank in range(4):
+        read.clear()
+        assert batches(rank, 4).at(4).x.equal(whole[rank::4]) and read == of_whole[rank::4]

@@ -129,13 +129,13 @@ class Batches:
         return training.steps or training.epochs * self.per_epoch
 
     def at(self, iteration: int) -> Batch:
-        """This process's share of the batch."""
+        """This process's share of the batch, which is all that it decodes."""
         pixels = self._pixels(iteration).to(self.train.scale.device, non_blocking=True)
-        # The whole batch in every process: an image is augmented as it would be in a single one.
         generator = stream(self.data_seed, AUGMENTATION, iteration)
-        pixels = augment(pixels, self.train.augmentation, generator)
-        labels = None if self.train.labels is None else self.processes.shard(self.train.labels[self._index(iteration)])
-        return self._batch(self.train.normalised(self.processes.shard(pixels)), labels)
+        whole = len(self._index(iteration))
+        pixels = augment(pixels, self.train.augmentation, generator, self.processes.share, whole)
+        labels = None if self.train.labels is None else self.train.labels[self._own(iteration)]
+        return self._batch(self.train.normalised(pixels), labels)
 
     @cached_property
     def feed(self) -> Feed | None:
@@ -143,12 +143,17 @@ class Batches:
         if isinstance(self.train.pixels, Tensor):
             return None
         pictures, processes = self.train.pixels.pictures, self.processes
-        return Feed(pictures, lambda i: self._index(i).tolist(), processes.workers, processes.device)
+        return Feed(pictures, lambda i: self._own(i).tolist(), processes.workers, processes.device)
 
     @property
     def broken(self) -> dict[str, str]:
         """Training files that were passed over so far, and what is wrong with each."""
         return {} if isinstance(self.train.pixels, Tensor) else self.train.pixels.pictures.findings.broken
+
+    def share_findings(self) -> None:
+        """Tell every process which files the others passed over, for each reads others."""
+        if self.feed is not None:
+            self.broken.update(self.processes.union(self.broken))
 
     def in_words(self) -> list[str]:
         """How the images came, of those that are decoded in training."""
@@ -164,7 +169,10 @@ class Batches:
         if self.feed is not None:
             return self.feed.at(iteration)
         assert isinstance(self.train.pixels, Tensor)
-        return self.train.pixels[self._index(iteration)]
+        return self.train.pixels[self._own(iteration)]
+
+    def _own(self, iteration: int) -> Tensor:
+        return self._index(iteration)[self.processes.share]
 
     def _index(self, iteration: int) -> Tensor:
         epoch, position = divmod(iteration, self.per_epoch)

@@ -44,9 +44,10 @@ class ProcessGroup:
     def is_rank_0(self) -> bool:
         return self.rank == 0
 
-    def shard(self, values: Tensor) -> Tensor:
+    @property
+    def share(self) -> slice:
         """The rows of a whole batch that are this process's: every size-th from its rank on."""
-        return values[self.rank :: self.size]
+        return slice(self.rank, None, self.size)
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean over all processes, the same to the last bit in each."""
@@ -70,6 +71,14 @@ class ProcessGroup:
             raise UserError(*box[1])
         result: T = box[0]
         return result
+
+    def union(self, found: dict[str, str]) -> dict[str, str]:
+        """What any of the processes found."""
+        if not self.is_distributed:
+            return found
+        of_each: list[dict[str, str]] = [{} for _ in range(self.size)]
+        distributed.all_gather_object(of_each, found)
+        return {name: what for each in of_each for name, what in each.items()}
 
     def data_parallel(self, network: nn.Module, all_used: bool) -> nn.Module:
         """`network` as its forward pass is to be called, so that gradients are the mean over all processes.

@@ -96,6 +96,8 @@ def _iterate(trainers: list[Trainer], batches: Batches, failed: dict[Path, UserE
             seconds = time.monotonic() - began_at
             ends_epoch = done % batches.per_epoch == 0 or done == total
             looks = ends_epoch or done % CHECK_EVERY == 0
+            if looks:
+                batches.share_findings()
             # Several processes look at the same iterations, so that they give a run up at the same one.
             may_save = done < total and (looks or not batches.processes.is_distributed)
             pauses = may_save and batches.processes.from_rank_0(lambda: time.monotonic() >= deadline)
