@@ -74,9 +74,9 @@ def teacher(recipe: str, json_target: str | None, **options: Any) -> None:
     data, out, device, workers, resume, deadline = data_values(options), *place_values(options)
     chosen = overridden(teacher_recipe(recipe), {"data": data["source"], **options})
     with process_group(device, workers) as processes:
-        say = _say if processes.is_rank_0 else _silent
+        say, goes_on = _say if processes.is_rank_0 else _silent, resume or processes.is_restart
         record = train_teacher(
-            chosen, DataOptions(**{**data, "source": chosen.data}), out, resume, say, processes, deadline
+            chosen, DataOptions(**{**data, "source": chosen.data}), out, goes_on, say, processes, deadline
         )
         say(f"{out}: {Path(chosen.arch).name}, {100 * record['select']['accuracy']:.2f} % on the validation split.")
         if processes.is_rank_0:
@@ -113,14 +113,14 @@ def distill(recipe: str, teacher: str, teacher_weights: Path | None, json_target
     variants = _variants(base, weight_bits, act_bits)
     refuse_idle_options(variants)
     with process_group(device, workers) as processes:
-        say = _say if processes.is_rank_0 else _silent
+        say, goes_on = _say if processes.is_rank_0 else _silent, resume or processes.is_restart
         source = {**data, "source": base.data}
         lesson = lesson_from(teacher, teacher_weights, source, with_labels=base.label_weight > 0, say=say)
         seeded = with_seeds(variants, seeds, lesson.teacher)
         names = [f"w{each.weight_bits}a{each.act_bits}-s{each.training.seed}" for each in seeded]
         runs = [out / name for name in names] if len(seeded) > 1 else [out]
         records = distillation.distill(
-            list(zip(seeded, runs, strict=True)), lesson, taps, resume, say, processes, deadline, _rehearsal(say)
+            list(zip(seeded, runs, strict=True)), lesson, taps, goes_on, say, processes, deadline, _rehearsal(say)
         )
         for each, run_folder, record in zip(seeded, runs, records, strict=True):
             before = record.get("select_untrained") or {}

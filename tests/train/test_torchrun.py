@@ -39,7 +39,7 @@ from faqd.train.loop.trainer import Trainer
 plain, loop.CHECKPOINT_EVERY_S, loop.CHECK_EVERY = Trainer.step, 0.0, 1
 
 def step(trainer, batch, total):
-    if trainer.iteration == 7 and trainer.processes.rank == 1:
+    if trainer.iteration == 7 and trainer.processes.rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
     plain(trainer, batch, total)
 
@@ -116,14 +116,35 @@ def test_two_processes_reproduce_the_losses_of_one(user: User, together: Path, t
 def test_processes_that_were_killed_resume_to_the_same_bits(user: User, together: Path, tmp_path: Path) -> None:
     script, out = tmp_path / "killed.py", tmp_path / "all"
     script.write_text(KILLED)
-    assert torchrun(str(script), *line(user, out)).returncode != 0
+    result = torchrun(str(script), *line(user, out))
+    # Who trained with it ends in a sentence, whether it notices or is ended by torchrun.
+    assert result.returncode != 0 and re.search("error: (another of the processes|.*interrupted)", result.stderr)
+    assert "fit.py" not in result.stderr
     assert {path.name for path in out.glob("*/checkpoint-*")} == {"checkpoint-00000007"}
     result = torchrun("-m", "faqd.train", *line(user, out, "--resume"))
     assert result.returncode == 0, result.stderr
+    assert_same(out, together)
+
+
+def assert_same(out: Path, together: Path) -> None:
     for name in ("w2a4-s0", "w4a4-s0"):
         assert metrics(out / name) == metrics(together / name)
         ours, wanted = (read_tensors(run / name / "weights.safetensors") for run in (out, together))
         assert all(ours[key].equal(wanted[key]) for key in wanted)
+
+
+def test_torchrun_starts_a_killed_process_again_and_ends_with_the_same_bits(
+    user: User, together: Path, tmp_path: Path
+) -> None:
+    script, out = tmp_path / "killed.py", tmp_path / "all"
+    script.write_text(KILLED)
+    result = torchrun("--max-restarts", "1", str(script), *line(user, out))
+    assert result.returncode == 0, result.stderr
+    assert "(exitcode: -9) local_rank: 1" in result.stderr
+    assert_same(out, together)
+    # Without a kill a folder that holds a run is refused as ever.
+    result = torchrun("-m", "faqd.train", *line(user, out))
+    assert result.returncode != 0 and "already holds a run" in result.stderr
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the threads' names from /proc")
@@ -143,10 +164,7 @@ def test_two_processes_on_pictures_train_what_they_do_in_memory(user: User, toge
     result = torchrun(str(script), *line(user, out, "--image-size", 8, "--workers", 1))
     assert result.returncode == 0, result.stderr
     assert "training waited for images " in result.stderr
-    for name in ("w2a4-s0", "w4a4-s0"):
-        assert metrics(out / name) == metrics(together / name)
-        ours, wanted = (run / name / "weights.safetensors" for run in (out, together))
-        assert ours.read_bytes() == wanted.read_bytes()
+    assert_same(out, together)
 
 
 def test_files_that_either_process_passed_over_are_named(tmp_path: Path) -> None:

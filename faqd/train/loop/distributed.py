@@ -32,6 +32,7 @@ class ProcessGroup:
 
     is_distributed: whether torch's process group is there, which a single process has under torchrun only.
     workers: processes that decode images for this one, where those do not fit into memory; 0 for none.
+    is_restart: whether torchrun started all again because one of them ended.
     """
 
     rank: int = 0
@@ -39,6 +40,7 @@ class ProcessGroup:
     device: torch.device = CPU
     is_distributed: bool = False
     workers: int = 1
+    is_restart: bool = False
 
     @property
     def is_rank_0(self) -> bool:
@@ -118,9 +120,36 @@ def process_group(device: str, workers: int | None = None) -> Iterator[ProcessGr
     here = torch.device("cuda", number) if gpus else torch.device("cpu")
     if gpus:
         torch.cuda.set_device(here)
-    distributed.init_process_group("nccl" if gpus else "gloo")
-    yield ProcessGroup(distributed.get_rank(), distributed.get_world_size(), here, True, workers)
+    rank, size = _join("nccl" if gpus else "gloo")
+    # Each machine counts the restarts that it asked for itself.
+    restarts = torch.tensor(_restarts(), device=here)
+    distributed.all_reduce(restarts, distributed.ReduceOp.MAX)
+    try:
+        yield ProcessGroup(rank, size, here, True, workers, bool(restarts))
+    except RuntimeError as error:
+        if isinstance(error, distributed.DistError) or "gloo/transport" in str(error):
+            raise UserError(
+                "another of the processes that train together ended, and said why if it could. Go on with --resume; "
+                "torchrun --max-restarts 3 does so by itself.",
+                exit_code=1,
+            ) from error
+        raise
     # Not after an error: the others may be waiting, and torchrun ends them. Its threads end with the last network that
     # was trained in parallel, some of which only the collector finds.
     gc.collect()
     distributed.destroy_process_group()
+
+
+def _join(backend: str) -> tuple[int, int]:
+    """Meet the other processes: (rank, size)."""
+    store, rank, size = next(iter(distributed.rendezvous("env://")))
+    # torchrun's store outlives the processes, and with it the addresses of those that ended
+    # (https://github.com/pytorch/pytorch/issues/135712). Several machines may count restarts differently.
+    if size == int(os.environ["LOCAL_WORLD_SIZE"]):
+        store = distributed.PrefixStore(f"restart-{_restarts()}", store)
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
+    return rank, size
+
+
+def _restarts() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
