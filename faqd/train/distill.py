@@ -30,7 +30,7 @@ from faqd.quantize.outputs import named_outputs
 from faqd.quantize.student import Student
 from faqd.train.data.datasets import Say
 from faqd.train.data.sanity_checks import warn_of_taps
-from faqd.train.loop.batches import Batches, Images, splits_on
+from faqd.train.loop.batches import Batches, Images, refuse_uneven, splits_on
 from faqd.train.loop.calibration_images import calibration_batches
 from faqd.train.loop.distributed import ProcessGroup
 from faqd.train.loop.fit import finish, fit
@@ -94,6 +94,7 @@ def distill(
     own run; the error comes once the others are done. Paused at the deadline: see `fit`.
     """
     plans = [plan_of(recipe, out, lesson, taps) for recipe, out in members]
+    refuse_uneven(plans[0].recipe.training, len(lesson.dataset.train), processes)
     done = processes.from_rank_0(lambda: [is_done(plan.out, plan.record, resume) for plan in plans])
     for plan in (plan for plan, is_finished in zip(plans, done, strict=True) if is_finished):
         say(f"{plan.out}: this run is finished.")
@@ -138,7 +139,7 @@ def _all_of(failed: dict[Path, UserError], asked: int) -> UserError:
 def _schedule(plan: Plan) -> tuple[int | str, ...]:
     """What students must have in common to see the same batches, and the same teacher, to the end."""
     training = plan.recipe.training
-    schedule = training.data_seed, training.batch_size, training.steps or 0, training.epochs
+    schedule = training.data_seed, training.batch_size, training.accumulate, training.steps or 0, training.epochs
     return *schedule, plan.recipe.teacher_dtype
 
 
@@ -163,7 +164,7 @@ def _distill_together(
     training, dtype = plans[0].recipe.training, plans[0].recipe.teacher_dtype
     effect = _dtype_effect(dtype, teacher_graph, theirs, train, say, processes)
     shown = target_of(teacher_graph, theirs, processes.device, dtype)
-    batches = Batches(train, select, training.batch_size, training.data_seed, shown, processes)
+    batches = Batches(train, select, training.batch_size, training.data_seed, shown, processes, training.accumulate)
     say_taps(prepared, say)
     warn_of_taps(teacher_graph, theirs, images, say)
     for one in prepared:
@@ -171,7 +172,7 @@ def _distill_together(
         if rehearse is not None and not (one.plan.out / RECORD).is_file():
             another = None if one.plan.source == teacher.source else teacher.network
             processes.from_rank_0(partial(rehearse, one.student, another, images, say))
-    heads = heads_of(teacher_graph, lambda x: shown(x).outputs, calibration_batches(train, training.batch_size))
+    heads = heads_of(teacher_graph, lambda x: shown(x).outputs, calibration_batches(train, batches.part_size))
     outputs = {"outputs": {name: head.to_json() for name, head in heads.items()}}
     prepared = [replace(one, plan=_with_rate(one, heads, batches)) for one in prepared]
     for sentence in dict.fromkeys(text for one in prepared for text in _in_words(one, batches)):

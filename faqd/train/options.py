@@ -49,6 +49,12 @@ def schedule_flags(epochs: str, batch_size: str, lr: str) -> Callable[[Any], Any
             "--batch-size", type=click.IntRange(2), show_default=batch_size, help="Take so many images per iteration."
         ),
         click.option(
+            "--accumulate",
+            type=click.IntRange(1),
+            show_default="1",
+            help="Compute the gradient of a batch in so many parts, one after another, where memory is short.",
+        ),
+        click.option(
             "--lr", type=Finite(0, min_open=True), show_default=lr, help="Use this learning rate at its peak."
         ),
         click.option("--seed", type=SEED, show_default="0", help="Draw the initial weights with this seed."),

@@ -23,12 +23,12 @@ OptimizerName = Literal["sgd", "relative"]
 class Training:
     """The schedule. Iterations are epochs of the data, or exactly `steps`; the rate falls to zero as a cosine.
 
-    batch_size: 0 for one that suits the size of the images. optimizer: sgd, or relative, whose steps are shares of
-    what is learned. lr: the peak rate. momentum, weight_decay and clip_norm (of the total gradient, None for no
-    clipping) are those of sgd. warmup: the first part, in which the rate rises. frozen_norm: the last part, in which
-    batch-norm statistics stand still; 1 keeps them as they came. For optimizer, lr, warmup and frozen_norm a recipe
-    may leave None: where the student starts then decides (`usual_training`), and how far from its teacher for the lr of
-    relative steps (`relative_rate`).
+    batch_size: 0 for one that suits the size of the images. accumulate: into how many parts a batch is cut, one after
+    another. optimizer: sgd, or relative, whose steps are shares of what is learned. lr: the peak rate. momentum,
+    weight_decay and clip_norm (of the total gradient, None for no clipping) are those of sgd. warmup: the first part,
+    in which the rate rises. frozen_norm: the last part, in which batch-norm statistics stand still; 1 keeps them as
+    they came. For optimizer, lr, warmup and frozen_norm a recipe may leave None: where the student starts then decides
+    (`usual_training`), and how far from its teacher for the lr of relative steps (`relative_rate`).
     """
 
     epochs: int
@@ -43,6 +43,7 @@ class Training:
     warmup: float | None = 0.0
     seed: int = 0
     data_seed: int = 0
+    accumulate: int = 1
 
 
 RELATIVE_WARMUP = 0.05

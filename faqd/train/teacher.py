@@ -15,10 +15,11 @@ from faqd.errors import UserError
 from faqd.train.data.datasets import Dataset, Say, load_dataset
 from faqd.train.data.options import DataOptions
 from faqd.train.data.sanity_checks import refuse_one_class, warn_of_images
-from faqd.train.loop.batches import Batch, Batches, Images, splits_on
+from faqd.train.loop.accumulate import Losses
+from faqd.train.loop.batches import Batch, Batches, Images, refuse_uneven, splits_on
 from faqd.train.loop.distributed import ProcessGroup
 from faqd.train.loop.fit import finish, fit
-from faqd.train.loop.trainer import Job, Losses, select_losses
+from faqd.train.loop.trainer import Job, select_losses
 from faqd.train.networks.source import NetworkSource, architecture_source
 from faqd.train.recipes import TeacherRecipe, recipe_json
 from faqd.train.run.folder import asked_json, begin, conclude, data_json, held, is_done, read_record
@@ -46,6 +47,7 @@ def train_teacher(
     source = _source(recipe, dataset)
     refuse_one_class(dataset, "faqd-train teacher")
     warn_of_images(dataset, say)
+    refuse_uneven(recipe.training, len(dataset.train), processes)
     record = _record(recipe, data, dataset, source)
     if processes.from_rank_0(lambda: is_done(out, record, resume)):
         say(f"{out}: this run is finished.")
@@ -55,7 +57,7 @@ def train_teacher(
     network = source.build()
     network.to(processes.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     train, select = splits_on(processes.device, dataset)
-    batches = Batches(train, select, training.batch_size, training.data_seed, None, processes)
+    batches = Batches(train, select, training.batch_size, training.data_seed, None, processes, training.accumulate)
     job = Job("teacher", out, network, list(network.parameters()), [], _cross_entropy, lambda: None, training)
     with ExitStack() as locks:
         if processes.is_rank_0:

@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
+from faqd.train.loop.accumulate import backward
+from faqd.train.loop.batches import Batch
 from faqd.train.loop.distributed import ProcessGroup
-from faqd.train.loop.trainer import _objective, _rate
+from faqd.train.loop.trainer import _rate
 from faqd.train.recipes import Training, open_training, relative_rate, usual_training
 
 
@@ -48,10 +51,14 @@ def test_a_warm_up_never_passes_the_peak(total: int) -> None:
 
 
 def test_balanced_terms_count_alike_whatever_their_units() -> None:
-    def gradient(units: float, balanced: dict[str, float]) -> list[float]:
-        x = torch.tensor([0.5, 2.0, 3.0, 4.0], requires_grad=True)
-        losses = {"logit a": units * x[0] ** 2, "logit b": units * x[1] ** 2, "affinity": x[2], "label": x[3] ** 2}
-        _objective(losses, balanced, ProcessGroup()).backward()
+    def gradient(units: float, balanced: dict[str, float], at: tuple[float, ...] = (0.5, 2.0, 3.0, 4.0)) -> list[float]:
+        x = nn.Parameter(torch.tensor(at))
+
+        def losses_of(_: Batch) -> dict[str, Tensor]:
+            return {"logit a": units * x[0] ** 2, "logit b": units * x[1] ** 2, "affinity": x[2], "label": x[3] ** 2}
+
+        whole = [Batch(x, None, None)]
+        backward(whole, losses_of, nn.ParameterList([x]), balanced, lambda loss: loss, ProcessGroup())
         assert x.grad is not None
         found: list[float] = x.grad.tolist()
         return found
@@ -61,6 +68,4 @@ def test_balanced_terms_count_alike_whatever_their_units() -> None:
     wanted = [1 / 4.25, 4 / 4.25, 2 / 3, 8.0]
     assert [gradient(units, balanced) for units in (1, 1000)] == [pytest.approx(wanted)] * 2
     assert gradient(2, {}) == pytest.approx([2, 8, 1, 8])
-    zero = torch.zeros((), requires_grad=True)
-    _objective({"logit": zero**2}, {"logit": 1.0}, ProcessGroup()).backward()
-    assert zero.grad is not None and zero.grad.item() == 0
+    assert gradient(1, {"logit": 1.0}, (0.0, 0.0, 3.0, 4.0))[:2] == [0, 0]

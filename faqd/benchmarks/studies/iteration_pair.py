@@ -18,10 +18,11 @@ from faqd.quantize.config import QuantConfig
 from faqd.quantize.prepare import insert_quantizers
 from faqd.quantize.student import Student
 from faqd.train.data.datasets import Augmentation
+from faqd.train.loop.accumulate import Losses
 from faqd.train.loop.batches import Batch, Batches, Images, Target
 from faqd.train.loop.distributed import ProcessGroup
 from faqd.train.loop.teacher_forward import target_of
-from faqd.train.loop.trainer import Losses, Trainer, settle_norms
+from faqd.train.loop.trainer import Trainer, settle_norms
 from faqd.train.losses.objective import distill_job
 from faqd.train.losses.taps import tap_pairs
 from faqd.train.networks.source import NetworkSource

@@ -12,10 +12,11 @@ from torch.nn import functional
 from faqd.benchmarks.studies.scenes import targets_of
 from faqd.train.data.datasets import Augmentation, Say, load_dataset
 from faqd.train.data.options import DataOptions
+from faqd.train.loop.accumulate import Losses
 from faqd.train.loop.batches import Batch, Batches, images_on
 from faqd.train.loop.distributed import ProcessGroup
 from faqd.train.loop.fit import finish, fit
-from faqd.train.loop.trainer import Job, Losses
+from faqd.train.loop.trainer import Job
 from faqd.train.networks.source import user_source
 from faqd.train.networks.tensor_files import write_tensors
 from faqd.train.recipes import Training

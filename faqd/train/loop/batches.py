@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -87,6 +87,19 @@ class Target:
     outputs: dict[str, Tensor]
     maps: dict[str, Tensor]
 
+    def at(self, part: slice) -> Target:
+        """That of some of the images."""
+        return Target(*({name: value[part] for name, value in each.items()} for each in (self.outputs, self.maps)))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Target]) -> Target:
+        """That of all images of several parts."""
+        outputs, maps = (
+            {name: torch.cat([getattr(part, kind)[name] for part in parts]) for name in getattr(parts[0], kind)}
+            for kind in ("outputs", "maps")
+        )
+        return cls(outputs, maps)
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -96,12 +109,24 @@ class Batch:
     labels: Tensor | None
     target: Target | None
 
+    def parts(self, count: int) -> list[Batch]:
+        """Cut into so many of equal size."""
+        if count == 1:
+            return [self]
+        size = len(self.x) // count
+        return [self._at(slice(start, start + size)) for start in range(0, len(self.x), size)]
+
+    def _at(self, part: slice) -> Batch:
+        target = None if self.target is None else self.target.at(part)
+        return Batch(self.x[part], None if self.labels is None else self.labels[part], target)
+
 
 @dataclass(frozen=True)
 class Batches:
     """The batch of every iteration, a function of (data seed, iteration) alone; one pass of the teacher for each.
 
-    size: images in all processes together. teacher: network input to target, without gradient.
+    size: images in all processes together. teacher: network input to target, without gradient. accumulate: parts of a
+    process's share that a network sees one after another.
     """
 
     train: Images
@@ -110,14 +135,11 @@ class Batches:
     data_seed: int
     teacher: Callable[[Tensor], Target] | None
     processes: ProcessGroup
+    accumulate: int = 1
     _orders: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     """The orders of the current epochs, drawn once."""
 
     def __post_init__(self) -> None:
-        if self.size % self.processes.size:
-            raise UserError(
-                f"--batch-size {self.size}: not a multiple of the {self.processes.size} processes that share a batch."
-            )
         _ = self.feed  # whose processes take seconds to start, while other work is done
 
     @property
@@ -135,7 +157,12 @@ class Batches:
         whole = len(self._index(iteration))
         pixels = augment(pixels, self.train.augmentation, generator, self.processes.share, whole)
         labels = None if self.train.labels is None else self.train.labels[self._own(iteration)]
-        return self._batch(self.train.normalised(pixels), labels)
+        return self._batch(self.train.normalised(pixels), labels, self.accumulate)
+
+    @property
+    def part_size(self) -> int:
+        """How many images a network may be given at once."""
+        return max(1, self.size // self.accumulate)
 
     @cached_property
     def feed(self) -> Feed | None:
@@ -185,16 +212,35 @@ class Batches:
         return self._orders[epoch][position * self.size : (position + 1) * self.size]
 
     def selection(self) -> Iterator[Batch]:
-        """Unaugmented images of the select split, what model selection may look at, in parts of one batch's size."""
+        """Unaugmented images of the select split, what model selection may look at, in parts that fit."""
         start = 0
-        for pixels in self.select.parts(self.size, SELECT_IMAGES):
+        for pixels in self.select.parts(self.part_size, SELECT_IMAGES):
             part = slice(start, start + len(pixels))
             labels = None if self.select.labels is None else self.select.labels[part]
             yield self._batch(self.select.normalised(pixels), labels)
             start += len(pixels)
 
-    def _batch(self, x: Tensor, labels: Tensor | None) -> Batch:
-        return Batch(x, labels, None if self.teacher is None else self.teacher(x))
+    def _batch(self, x: Tensor, labels: Tensor | None, parts: int = 1) -> Batch:
+        if self.teacher is None:
+            return Batch(x, labels, None)
+        targets = [self.teacher(part.x) for part in Batch(x, None, None).parts(parts)]
+        return Batch(x, labels, targets[0] if parts == 1 else Target.joined(targets))
+
+
+def refuse_uneven(training: Training, images: int, processes: ProcessGroup) -> None:
+    """UserError where the batch cannot be cut into equal parts, of which gradients are a plain mean. images: to train
+    on."""
+    taken, parts = min(training.batch_size, images), processes.size * training.accumulate
+    if taken % parts == 0:
+        return
+    sharing = f"{processes.size} processes that share a batch"
+    if training.accumulate == 1:
+        what = f"--batch-size {taken}: not a multiple of the {sharing}"
+    else:
+        among = f" in each of {sharing}" if processes.size > 1 else ""
+        what = f"--accumulate {training.accumulate}: {taken} images do not make so many equal parts{among}"
+    cure = f"--batch-size {taken // parts * parts}" if taken >= parts else "fewer of them"
+    raise UserError(f"{what}; give {cure}.")
 
 
 def stream(seed: int, use: int, *position: int) -> torch.Generator:

@@ -142,11 +142,11 @@ def process_group(device: str, workers: int | None = None) -> Iterator[ProcessGr
 
 def _join(backend: str) -> tuple[int, int]:
     """Meet the other processes: (rank, size)."""
-    store, rank, size = next(iter(distributed.rendezvous("env://")))
+    store, rank, size = next(iter(distributed.rendezvous("env://")))  # type: ignore[attr-defined]  # public, and not in __all__
     # torchrun's store outlives the processes, and with it the addresses of those that ended
     # (https://github.com/pytorch/pytorch/issues/135712). Several machines may count restarts differently.
     if size == int(os.environ["LOCAL_WORLD_SIZE"]):
-        store = distributed.PrefixStore(f"restart-{_restarts()}", store)
+        store = distributed.PrefixStore(f"restart-{_restarts()}", store)  # type: ignore[attr-defined]
     distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
     return rank, size
 

@@ -64,8 +64,9 @@ def fit(jobs: Sequence[Job], batches: Batches, deadline: float = math.inf) -> Fi
         raise UserError(_interrupted([job.run for job in jobs]), exit_code=INTERRUPTED) from None
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"{jobs[0].run}: the GPU has too little memory for --batch-size {batches.size}; start again with a "
-            "smaller one and another --out.",
+            f"{jobs[0].run}: the GPU has too little memory for --batch-size {batches.size}"
+            f"{f' in {batches.accumulate} parts' * (batches.accumulate > 1)}; start again with --accumulate "
+            f"{2 * batches.accumulate}, or with a smaller one, and another --out.",
             exit_code=1,
         ) from error
     finally:

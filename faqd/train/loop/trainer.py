@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from faqd.errors import UserError
 from faqd.files import leftovers, remove, written_beside
 from faqd.train.data.augment import augment
+from faqd.train.loop.accumulate import Losses, backward
 from faqd.train.loop.batches import FORWARD, NORMS, PROJECTION, Batch, Batches, Images, stream
 from faqd.train.loop.checkpoint import BEST, Position, checkpoints, iteration_of, load_checkpoint, save_checkpoint
 from faqd.train.loop.distributed import ProcessGroup
@@ -28,9 +29,6 @@ NORM_IMAGES = 5000
 LOSS_SCALE = 2.0**12
 """Where the scale of a float16 loss starts; torch's own 2^16 costs the first iterations, whose gradients overflow."""
 NORM_LAYERS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
-
-Losses = dict[str, Tensor]
-"""Weighted loss terms by name, whose first word is what they are of."""
 
 
 @dataclass(frozen=True)
@@ -97,19 +95,21 @@ class Trainer:
         # What the network itself may draw, as for dropout, is then the same for a run that was resumed or had company.
         torch.manual_seed(stream(training.seed, FORWARD, self.iteration, self.processes.rank).initial_seed())
         generator = stream(training.seed, PROJECTION, self.iteration, self.processes.rank)
-        with torch.autocast(batch.x.device.type, job.autocast, enabled=job.autocast is not None):
-            answer = self._forward(batch.x)
-        losses = job.losses(answer, batch, generator)
+
+        def losses_of(part: Batch) -> Losses:
+            with torch.autocast(part.x.device.type, job.autocast, enabled=job.autocast is not None):
+                answer = self._forward(part.x)
+            return job.losses(answer, part, generator)
+
         self.optimizer.zero_grad(set_to_none=True)
-        values = torch.stack(list(losses.values()))
-        self.scaler.scale(_objective(losses, job.balanced, self.processes)).backward()
+        parts = batch.parts(training.accumulate)
+        losses = backward(parts, losses_of, self._forward, job.balanced, self.scaler.scale, self.processes)
         if training.clip_norm is not None and training.optimizer == "sgd":
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_([*job.decayed, *job.free], training.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         job.after_step()
-        losses = dict(zip(losses, self.processes.mean(values.detach()).unbind(), strict=True))
         self.sums = {name: value + self.sums[name] if self.sums else value for name, value in losses.items()}
         self.iteration += 1
         self._unseen[self.iteration] = losses
@@ -150,22 +150,6 @@ class Trainer:
         scale, broken = self.scaler.state_dict(), batches.broken
         position = Position(self.iteration, sums, seconds, self.start.threads, scale, best, broken)
         save_checkpoint(self.job.run, self.job.network, self.optimizer, position, self.best.weights)
-
-
-def _objective(losses: Losses, balanced: Mapping[str, float], processes: ProcessGroup) -> Tensor:
-    """What is minimised: the sum of the terms, where those of one balanced word count as its weight times their share
-    of what they are now, in all processes together."""
-    whole: dict[str, Tensor] = {}
-    for name, value in losses.items():
-        word = name.partition(" ")[0]
-        whole[word] = whole[word] + value if word in whole else value
-    sizes = processes.mean(torch.stack([value.detach() for value in whole.values()]).clone())
-    tiny = torch.finfo(sizes.dtype).tiny
-    terms = [
-        balanced[word] * value / size.clamp_min(tiny) if word in balanced else value
-        for (word, value), size in zip(whole.items(), sizes, strict=True)
-    ]
-    return torch.stack(terms).sum()
 
 
 def _optimizer(job: Job) -> torch.optim.Optimizer:
@@ -272,7 +256,7 @@ def settle_norms(network: nn.Module, images: Images, training: Training) -> None
         norm.momentum = None  # a plain average over the batches
         norm.train()
     generator = stream(training.data_seed, NORMS, 0)
-    for pixels in images.parts(max(2, training.batch_size), NORM_IMAGES):
+    for pixels in images.parts(max(2, training.batch_size // training.accumulate), NORM_IMAGES):
         if len(pixels) > 1:
             network(images.normalised(augment(pixels, images.augmentation, generator)))
     for norm, momentum in zip(norms, momenta, strict=True):

@@ -11,9 +11,10 @@ from torch.nn import functional
 
 from faqd.quantize.outputs import named_outputs
 from faqd.quantize.student import Student
+from faqd.train.loop.accumulate import Losses
 from faqd.train.loop.batches import Batch, Target
 from faqd.train.loop.select import Answers, Measure, mean_losses
-from faqd.train.loop.trainer import Job, Losses
+from faqd.train.loop.trainer import Job
 from faqd.train.losses.adaptors import Adapted
 from faqd.train.losses.correlation import Correlation, beyond_a_constant
 from faqd.train.losses.distillation import affinity_loss, logit_loss

@@ -39,7 +39,7 @@ def training_in_words(network: nn.Module, training: Training, iterations: int, i
     if training.batch_size > images:
         yield f"--batch-size {training.batch_size}: there are {images} training images; each iteration sees them all."
     yield (
-        f"training: {iterations:,} iterations of {training.batch_size} images, learning rate "
+        f"training: {iterations:,} iterations of {training.batch_size} images{_parts(training)}, learning rate "
         f"{resolved(training.lr):.3g} at its peak ({training.optimizer} steps)."
     )
     if not any(isinstance(module, NORMS) for module in network.modules()):
@@ -50,6 +50,10 @@ def training_in_words(network: nn.Module, training: Training, iterations: int, i
         return
     fixed = f", fixed for the last {100 * frozen:g} % of training" if frozen else ""
     yield f"batch norm: statistics of each batch{fixed}; estimated again with the final weights."
+
+
+def _parts(training: Training) -> str:
+    return f" in {training.accumulate} parts" if training.accumulate > 1 else ""
 
 
 def _counted(count: int, what: str) -> str:
