@@ -106,10 +106,10 @@ def distill(recipe: str, teacher: str, teacher_weights: Path | None, json_target
 
     data, out, device, workers, resume, deadline = data_values(options), *place_values(options)
     taps, seeds = list(options.pop("taps")) or None, options.pop("seeds")
-    options["exclude"] = options["exclude"] or None
+    options["exclude"], cache = options["exclude"] or None, options.pop("cache_teacher")
     weight_bits = bit_list("--weight-bits", options.pop("weight_bits"))
     act_bits = bit_list("--act-bits", options.pop("act_bits"))
-    base = overridden(distill_recipe(recipe), {"data": data["source"], **options})
+    base = overridden(distill_recipe(recipe), {"data": data["source"], "teacher_cache": cache and True, **options})
     variants = _variants(base, weight_bits, act_bits)
     refuse_idle_options(variants)
     with process_group(device, workers) as processes:
@@ -120,7 +120,15 @@ def distill(recipe: str, teacher: str, teacher_weights: Path | None, json_target
         names = [f"w{each.weight_bits}a{each.act_bits}-s{each.training.seed}" for each in seeded]
         runs = [out / name for name in names] if len(seeded) > 1 else [out]
         records = distillation.distill(
-            list(zip(seeded, runs, strict=True)), lesson, taps, goes_on, say, processes, deadline, _rehearsal(say)
+            list(zip(seeded, runs, strict=True)),
+            lesson,
+            taps,
+            goes_on,
+            say,
+            processes,
+            deadline,
+            _rehearsal(say),
+            cache,
         )
         for each, run_folder, record in zip(seeded, runs, records, strict=True):
             before = record.get("select_untrained") or {}

@@ -36,6 +36,7 @@ from faqd.train.loop.distributed import ProcessGroup
 from faqd.train.loop.fit import finish, fit
 from faqd.train.loop.progress import reporting
 from faqd.train.loop.select import Answers, kept_sentence, mean_losses
+from faqd.train.loop.teacher_cache import TeacherCache, facts_of, refuse_uncacheable, summary, written_cache
 from faqd.train.loop.teacher_forward import dtype_effect, target_of
 from faqd.train.loop.trainer import Job, select_losses
 from faqd.train.losses.heads import Heads, heads_from, heads_of
@@ -84,9 +85,11 @@ def distill(
     processes: ProcessGroup,
     deadline: float = math.inf,
     rehearse: Rehearsal | None = None,
+    cache: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Distil a student for every recipe and write each run into its folder. Returns their records.
 
+    cache: the folder of `--cache-teacher`.
     rehearse: raises what would keep a student from being exported, before anything is trained or written.
 
     Students with one data seed, batch size and length learn side by side from one pass of the teacher; each ends as
@@ -94,6 +97,8 @@ def distill(
     own run; the error comes once the others are done. Paused at the deadline: see `fit`.
     """
     plans = [plan_of(recipe, out, lesson, taps) for recipe, out in members]
+    if cache is not None:
+        refuse_uncacheable(lesson.dataset.augmentation, plans[0].recipe.training)
     refuse_uneven(plans[0].recipe.training, len(lesson.dataset.train), processes)
     done = processes.from_rank_0(lambda: [is_done(plan.out, plan.record, resume) for plan in plans])
     for plan in (plan for plan, is_finished in zip(plans, done, strict=True) if is_finished):
@@ -101,10 +106,10 @@ def distill(
     waiting = [plan for plan, is_finished in zip(plans, done, strict=True) if not is_finished]
     failed: dict[Path, UserError] = {}
     if waiting:
-        train, select = splits_on(processes.device, lesson.dataset)
+        train, select = splits_on(processes.device, lesson.dataset, plans[0].recipe.training.views)
         for _, together in groupby(sorted(waiting, key=_schedule), key=_schedule):
             failed |= _distill_together(
-                list(together), lesson.teacher, train, select, taps, say, processes, deadline, rehearse
+                list(together), lesson.teacher, train, select, taps, say, processes, deadline, rehearse, cache
             )
     if failed:
         raise _all_of(failed, len(plans))
@@ -153,6 +158,7 @@ def _distill_together(
     processes: ProcessGroup,
     deadline: float,
     rehearse: Rehearsal | None,
+    cache: Path | None,
 ) -> dict[Path, UserError]:
     measures = [measure_of(plan.recipe, select) for plan in plans]
     images = train.normalised(train.pixels[:REHEARSED_IMAGES]).cpu().contiguous()
@@ -175,12 +181,17 @@ def _distill_together(
     heads = heads_of(teacher_graph, lambda x: shown(x).outputs, calibration_batches(train, batches.part_size))
     outputs = {"outputs": {name: head.to_json() for name, head in heads.items()}}
     prepared = [replace(one, plan=_with_rate(one, heads, batches)) for one in prepared]
+    cached: dict[str, Any] = {}
+    if cache is not None:
+        facts = facts_of(teacher.source.to_json(), teacher.sha256, dtype, train, theirs)
+        kept = processes.from_rank_0(partial(written_cache, cache, facts, train, shown, batches, training, say))
+        batches, cached = replace(batches, cache=TeacherCache(kept, processes.device)), {"teacher_cache": summary(kept)}
     for sentence in dict.fromkeys(text for one in prepared for text in _in_words(one, batches)):
         say(sentence)
     with ExitStack() as locks:
         if processes.is_rank_0:
             for plan in (one.plan for one in prepared):
-                begin(plan.out, {**plan.record, **effect, **outputs})
+                begin(plan.out, {**plan.record, **effect, **outputs, **cached})
                 locks.enter_context(held(plan.out))
                 write_tensors(plan.out / TEACHER_WEIGHTS, own_tensors(teacher.network))
         return _teach(prepared, batches, deadline, say)

@@ -58,6 +58,12 @@ def schedule_flags(epochs: str, batch_size: str, lr: str) -> Callable[[Any], Any
             "--lr", type=Finite(0, min_open=True), show_default=lr, help="Use this learning rate at its peak."
         ),
         click.option("--seed", type=SEED, show_default="0", help="Draw the initial weights with this seed."),
+        click.option(
+            "--views",
+            type=click.IntRange(1),
+            show_default="new ones every time",
+            help="Show each image in so many fixed crops, the first of which is the image as it is.",
+        ),
         click.option("--data-seed", type=SEED, show_default="0", help="Draw order and augmentation with this seed."),
         click.option(
             "--device",
@@ -98,6 +104,12 @@ teacher_flags = section(
     teacher_weights_option,
     click.option(
         "--teacher-dtype", type=click.Choice(["fp32", "bf16"]), show_default="fp32", help="Run the teacher in this."
+    ),
+    click.option(
+        "--cache-teacher",
+        metavar="DIR",
+        type=click.Path(path_type=Path, file_okay=False),
+        help="Keep what the teacher says of each training image in files here, and read it from there; with --views.",
     ),
 )
 student_flags = section(

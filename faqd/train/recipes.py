@@ -24,11 +24,12 @@ class Training:
     """The schedule. Iterations are epochs of the data, or exactly `steps`; the rate falls to zero as a cosine.
 
     batch_size: 0 for one that suits the size of the images. accumulate: into how many parts a batch is cut, one after
-    another. optimizer: sgd, or relative, whose steps are shares of what is learned. lr: the peak rate. momentum,
-    weight_decay and clip_norm (of the total gradient, None for no clipping) are those of sgd. warmup: the first part,
-    in which the rate rises. frozen_norm: the last part, in which batch-norm statistics stand still; 1 keeps them as
-    they came. For optimizer, lr, warmup and frozen_norm a recipe may leave None: where the student starts then decides
-    (`usual_training`), and how far from its teacher for the lr of relative steps (`relative_rate`).
+    another. views: the crops and mirrorings in which an image is shown, None for new ones every time. optimizer: sgd,
+    or relative, whose steps are shares of what is learned. lr: the peak rate. momentum, weight_decay and clip_norm (of
+    the total gradient, None for no clipping) are those of sgd. warmup: the first part, in which the rate rises.
+    frozen_norm: the last part, in which batch-norm statistics stand still; 1 keeps them as they came. For optimizer,
+    lr, warmup and frozen_norm a recipe may leave None: where the student starts then decides (`usual_training`), and
+    how far from its teacher for the lr of relative steps (`relative_rate`).
     """
 
     epochs: int
@@ -44,6 +45,7 @@ class Training:
     seed: int = 0
     data_seed: int = 0
     accumulate: int = 1
+    views: int | None = None
 
 
 RELATIVE_WARMUP = 0.05
@@ -101,6 +103,7 @@ class DistillRecipe:
     student is that network. The record of a run has them filled in. exclude: regular expressions of places kept float.
     strict: whether what has no integer form is refused.
     scale_step: the share of itself by which an activation's scale may change in one iteration, None for any.
+    teacher_cache: whether what the teacher says of a training image is read from files.
     calibration, equalize: how a student with its teacher's weights begins (`faqd.quantize.without_training`).
     logit: None for relative with relative steps, and for mse with sgd. select: FILE.py:function, the measure by which
     the best weights are told; None for the distance of the outputs.
@@ -130,6 +133,7 @@ class DistillRecipe:
     affinity_floor: float = 0.0
     columns: int = 15
     teacher_dtype: TeacherDtype = "fp32"
+    teacher_cache: bool = False
     autocast: Autocast = "none"
     adaptors: bool = False
     label_weight: float = 0.0

@@ -56,7 +56,7 @@ def train_teacher(
     torch.manual_seed(training.seed)
     network = source.build()
     network.to(processes.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    train, select = splits_on(processes.device, dataset)
+    train, select = splits_on(processes.device, dataset, training.views)
     batches = Batches(train, select, training.batch_size, training.data_seed, None, processes, training.accumulate)
     job = Job("teacher", out, network, list(network.parameters()), [], _cross_entropy, lambda: None, training)
     with ExitStack() as locks:

@@ -25,7 +25,7 @@ from faqd.train.cli import cli as train_cli
 from tests.fixtures.toy_runs import faqd_deploy, faqd_train, outcome_of, succeeds
 
 DATA = "--data --eval-data --data-root --download --image-size --resize --channels --mean --std --labels --limit"
-SCHEDULE = "--epochs --steps --batch-size --accumulate --lr --seed --data-seed --device --workers --time-limit"
+SCHEDULE = "--epochs --steps --batch-size --accumulate --lr --seed --views --data-seed --device --workers --time-limit"
 RUN = "--out --resume --json"
 BUNDLE = "--out --eval-samples --float-type --input --for --license --min-fidelity --json"
 
@@ -35,7 +35,7 @@ FLAGS = {
     "faqd-train": "--version",
     "faqd-train teacher": f"--recipe --arch {DATA} {SCHEDULE} {RUN}",
     "faqd-train distill": (
-        f"--recipe --teacher --teacher-weights --teacher-dtype {DATA} "
+        f"--recipe --teacher --teacher-weights --teacher-dtype --cache-teacher {DATA} "
         "--arch --init --weight-bits --act-bits --target --scales --rounding --scale-gradient --calibration --equalize "
         "--exclude --strict --logit --logit-weight --temperature --affinity --affinity-weight --affinity-floor "
         "--columns --adaptors --tap --label-weight "

@@ -17,7 +17,7 @@ COMMANDS = {
     **{f"{tool} {name}": command for tool, group in GROUPS.items() for name, command in group.commands.items()},
 }
 LEFT_OPEN = {
-    "teacher": {"--resize"},
+    "teacher": {"--resize", "--views"},
     "distill": {
         "--arch",
         "--init",
@@ -25,6 +25,7 @@ LEFT_OPEN = {
         "--adaptors",
         "--tap",
         "--batch-size",
+        "--views",
         "--lr",
         "--optimizer",
         "--resize",

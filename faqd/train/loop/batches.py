@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from faqd.errors import UserError
 from faqd.preprocess import Preprocess
-from faqd.train.data.augment import augment
+from faqd.train.data.augment import augment, shifted, views
 from faqd.train.data.datasets import Augmentation, Dataset
 from faqd.train.data.pictures import Pictures
 from faqd.train.loop.distributed import ProcessGroup
@@ -31,6 +31,8 @@ ORDER, AUGMENTATION, SELECTION, NORMS, PROJECTION, FORWARD = range(1, 7)
 class Images:
     """uint8 pixels (N, C, H, W), labels (N,) or None, and how they become input.
 
+    views: (V, 3), those of `faqd.train.data.augment.views` where an image is shown in no others.
+
     All on the training device; pixels in the host's memory where they would take too much of a GPU's, and nowhere yet
     where they are decoded when they are asked for.
     """
@@ -40,6 +42,20 @@ class Images:
     scale: Tensor
     offset: Tensor
     augmentation: Augmentation
+    views: Tensor | None = None
+
+    def augmented(
+        self, pixels: Tensor, generator: torch.Generator, share: slice = slice(None), whole: int | None = None
+    ) -> Tensor:
+        """Pixels as `augment` makes them, or in the views that are drawn."""
+        if self.views is None:
+            return augment(pixels, self.augmentation, generator, share, whole)
+        drawn = self.drawn_views(generator, len(pixels) if whole is None else whole)[share]
+        return shifted(pixels, self.augmentation, self.views[drawn])
+
+    def drawn_views(self, generator: torch.Generator, count: int) -> Tensor:
+        """Numbers (count,) of views; of an image that has one, 0."""
+        return torch.randint(1 if self.views is None else len(self.views), (count,), generator=generator)
 
     def normalised(self, pixels: Tensor) -> Tensor:
         """Network input on the training device."""
@@ -71,13 +87,14 @@ def _fits(pixels: Tensor, device: torch.device) -> bool:
     return device.type != "cuda" or pixels.nbytes <= torch.cuda.mem_get_info(device)[0] * SHARE_OF_FREE
 
 
-def splits_on(device: torch.device, dataset: Dataset) -> tuple[Images, Images]:
-    """The train and select splits on the device."""
+def splits_on(device: torch.device, dataset: Dataset, count: int | None = None) -> tuple[Images, Images]:
+    """The train and select splits on the device. count: of views, None for any augmentation."""
     made = [
         images_on(device, split.pixels, split.labels, dataset.preprocess, dataset.augmentation)
         for split in (dataset.train, dataset.select)
     ]
-    return made[0], made[1]
+    fixed = None if count is None else views(dataset.augmentation, count)
+    return replace(made[0], views=fixed), made[1]
 
 
 @dataclass(frozen=True)
@@ -126,7 +143,7 @@ class Batches:
     """The batch of every iteration, a function of (data seed, iteration) alone; one pass of the teacher for each.
 
     size: images in all processes together. teacher: network input to target, without gradient. accumulate: parts of a
-    process's share that a network sees one after another.
+    process's share that a network sees one after another. cache: positions and views of training images to target.
     """
 
     train: Images
@@ -136,6 +153,7 @@ class Batches:
     teacher: Callable[[Tensor], Target] | None
     processes: ProcessGroup
     accumulate: int = 1
+    cache: Callable[[Tensor, Tensor], Target] | None = None
     _orders: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     """The orders of the current epochs, drawn once."""
 
@@ -155,8 +173,12 @@ class Batches:
         pixels = self._pixels(iteration).to(self.train.scale.device, non_blocking=True)
         generator = stream(self.data_seed, AUGMENTATION, iteration)
         whole = len(self._index(iteration))
-        pixels = augment(pixels, self.train.augmentation, generator, self.processes.share, whole)
+        pixels = self.train.augmented(pixels, generator, self.processes.share, whole)
         labels = None if self.train.labels is None else self.train.labels[self._own(iteration)]
+        if self.cache is not None:
+            drawn = self.train.drawn_views(stream(self.data_seed, AUGMENTATION, iteration), whole)
+            target = self.cache(self._own(iteration).cpu(), drawn[self.processes.share])
+            return Batch(self.train.normalised(pixels), labels, target)
         return self._batch(self.train.normalised(pixels), labels, self.accumulate)
 
     @property

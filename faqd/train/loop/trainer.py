@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from faqd.errors import UserError
 from faqd.files import leftovers, remove, written_beside
-from faqd.train.data.augment import augment
 from faqd.train.loop.accumulate import Losses, backward
 from faqd.train.loop.batches import FORWARD, NORMS, PROJECTION, Batch, Batches, Images, stream
 from faqd.train.loop.checkpoint import BEST, Position, checkpoints, iteration_of, load_checkpoint, save_checkpoint
@@ -258,7 +257,7 @@ def settle_norms(network: nn.Module, images: Images, training: Training) -> None
     generator = stream(training.data_seed, NORMS, 0)
     for pixels in images.parts(max(2, training.batch_size // training.accumulate), NORM_IMAGES):
         if len(pixels) > 1:
-            network(images.normalised(augment(pixels, images.augmentation, generator)))
+            network(images.normalised(images.augmented(pixels, generator)))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         norm.eval()
