@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 
 from faqd.benchmarks.measure.user_metric import load_metric
 from faqd.train.networks.source import user_function
+from tests.fixtures.toy_runs import faqd_train, new_user, succeeds
 from tests.repository.test_walls import ROOT
 
 EXAMPLES = ROOT / "examples"
@@ -94,6 +96,40 @@ def test_pictures(tmp_path: Path) -> None:
     assert distilled < untrained and names == "pictures: affinity.png, loss.png, maps.png"
     for name in ("affinity.png", "loss.png", "maps.png"):
         assert np.asarray(Image.open(tmp_path / "pictures" / name)).std() > 10
+
+
+def test_a_sweep_of_jobs(tmp_path: Path) -> None:
+    """Two at a time, one of them killed; started again, it is the folder that one command writes."""
+    user, out = new_user(tmp_path / "user"), tmp_path / "runs"
+    options = [*map(str, (*user.teacher, *user.data)), "--batch-size", "16", "--steps", "8"]
+    setting = {"WEIGHTS": "2 4", "ACTIVATIONS": "4", "SEEDS": "0 1", "OUT": str(out)}
+    setting |= {"FAQD_TRAIN": f"{sys.executable} -m faqd.train", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment, script = {**os.environ, **setting}, str(EXAMPLES / "08_sweep.sh")
+
+    def started(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([script, *arguments], capture_output=True, text=True, env=environment)
+
+    assert started("count").stdout == "4\n"
+    none = started("4", *options)
+    assert none.returncode == 2 and "error: cell 4: there are 4" in none.stderr
+    with subprocess.Popen([script, "2", *options], env=environment, stderr=subprocess.DEVNULL) as crashing:
+        while not (out / "w4a4-s0" / "run.json").is_file() and crashing.poll() is None:
+            time.sleep(0.01)
+        crashing.kill()
+    assert crashing.returncode == -9 and not (out / "w4a4-s0" / "weights.safetensors").exists()
+    assert started("0", *options).returncode == 0
+    finished = (out / "w2a4-s0" / "weights.safetensors").stat()
+    line = ["xargs", "-P", "2", "-I", "N", script, "N", *options]
+    swept = subprocess.run(line, input="0\n1\n2\n3\n", capture_output=True, text=True, env=environment)
+    assert swept.returncode == 0 and "w2a4-s0: this run is finished" in swept.stderr, swept.stderr
+    assert (out / "w2a4-s0" / "weights.safetensors").stat() == finished
+    lists = ("--weight-bits", "2,4", "--act-bits", 4, "--seeds", 2)
+    succeeds(user.distill(tmp_path / "one", *lists))
+    for run in sorted((tmp_path / "one").iterdir()):
+        for name in ("weights.safetensors", "run.json"):
+            assert (out / run.name / name).read_bytes() == (run / name).read_bytes()
+    assert succeeds(user.distill(out, *lists, "--resume")).stderr.count("this run is finished") == 4
+    assert succeeds(faqd_train("eval", out)).stdout.count("w4a4-s") == 2
 
 
 HEADERS = ("/usr/include/x86_64-linux-gnu", "/usr/include/aarch64-linux-gnu", "/usr/local/cuda/include")
