@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from faqd import __version__
 from faqd.errors import UserError
-from faqd.fidelity import Branch, all_probabilities
+from faqd.fidelity import RECORD, Branch, all_probabilities
 from faqd.files import read_json, sha256, write_json
 from faqd.preprocess import Preprocess
 from faqd.schema import COUNT, Each, Many, Maybe, unprintable, wrong
@@ -66,6 +66,8 @@ _OPTIONAL = {
     "as_trained": Maybe(_COMPARED),
     "rounding": Maybe(str),
     "float32_parts": Many(_FLOAT32_PART),
+    "proof": Each(("passed", "failed")),
+    "fidelity": Each(RECORD),
     **FLOATS,
 }
 WORTH_INT8 = 0.5

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from faqd.schema import COUNT, Each, Maybe
 from faqd.share import Share
 
 Array = NDArray[Any]
@@ -23,6 +24,16 @@ Outputs = Mapping[str, Array]
 Verdict = Literal["kept", "lost something", "ruined"]
 VERDICTS: tuple[Verdict, ...] = ("ruined", "lost something", "kept")
 """From the worst to the best."""
+
+_SHARE = {"value": float, "low": float, "high": float, "count": float, "n": COUNT}
+RECORD = {
+    "images": COUNT,
+    "fidelity": Each(float),
+    "least": float,
+    "verdict": VERDICTS,
+    "top1_agreement": Maybe(_SHARE),
+}
+"""What `compared_with_teacher` makes, for whoever reads it back."""
 
 KEPT = 0.97
 """From here on a student has kept its teacher's task. Of those in results/defaults, of published networks, the ones

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from faqd.bundle import MANIFEST, STUDENT_ONNXRUNTIME, STUDENT_TENSORRT, VERIFY, Bundle
 from faqd.cpu import cpu_kind
-from faqd.fidelity import VERDICTS
+from faqd.fidelity import RECORD
 from faqd.files import read_json, sha256
 from faqd.quant import Target
-from faqd.schema import COUNT, Each, Many, Maybe, unprintable, wrong
+from faqd.schema import Each, Many, unprintable, wrong
 
 FORMAT = "faqd-verify"
 VERSION = 2
@@ -74,25 +75,23 @@ def _judged(verdict: dict[str, Any], flavour: Target, again: str) -> Proof:
     return Proof("passed", None)
 
 
-_SHARE = {"value": float, "low": float, "high": float, "count": float, "n": COUNT}
-_FIDELITY = {
-    "images": COUNT,
-    "fidelity": Each(float),
-    "least": float,
-    "verdict": VERDICTS,
-    "top1_agreement": Maybe(_SHARE),
-}
+def for_manifest(verify: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a verification, what the manifest of the bundle is to say: what was found when it was written."""
+    verdicts = verify["flavours"].items()
+    proof = {flavour: "passed" if verdict["passed"] else "failed" for flavour, verdict in verdicts}
+    return {"proof": proof, "fidelity": verify["fidelity"]}
 
 
 def fidelity_of(bundle: Bundle) -> dict[str, dict[str, Any]]:
-    """What verify.json says of how much of the teacher each file has kept (`faqd.fidelity`); nothing where it speaks of
-    other files, or is of before."""
+    """How much of the teacher each file has kept (`faqd.fidelity`): by verify.json where it speaks of these files, else
+    by the manifest, which is of when they were written. Nothing of bundles of before."""
+    written: dict[str, dict[str, Any]] = bundle.manifest.get("fidelity", {})
     proofs = proofs_of(bundle).values()
     if not proofs or any(proof.status in ("missing", "stale") for proof in proofs):
-        return {}
+        return written
     record = read_json(bundle.folder / VERIFY)
-    if next(wrong(record, {"fidelity": Each(_FIDELITY)}), None) is not None or unprintable(record) is not None:
-        return {}
+    if next(wrong(record, {"fidelity": Each(RECORD)}), None) is not None or unprintable(record) is not None:
+        return written
     found: dict[str, dict[str, Any]] = record["fidelity"]
     return found
 
@@ -105,6 +104,14 @@ def codes_in_words(record: dict[str, Any]) -> str:
     verb = "differs" if differing == 1 else "differ"
     ties = " by one, at ties" if differing else ""
     return f"the files compute the student: {codes:,} codes compared, {differing:,} {verb}{ties}"
+
+
+def standing_of(bundle: Bundle) -> dict[str, Any]:
+    """Both for a record: `proof`, a status by flavour, as it is here and now, and `fidelity` by file."""
+    return {
+        "proof": {flavour: proof.status for flavour, proof in proofs_of(bundle).items()},
+        "fidelity": fidelity_of(bundle),
+    }
 
 
 def proofs_of(bundle: Bundle) -> dict[Target, Proof]:

@@ -25,9 +25,10 @@ from faqd.deploy.lower import Lowered, lower
 from faqd.deploy.verify.bundle_networks import flavours
 from faqd.deploy.verify.test_vectors import probe_inputs
 from faqd.deploy.verify.torch_values import as_trained, float_outputs_in_torch, stored_outputs
-from faqd.deploy.verify.verify import CEIL_NOTE, agreement_images, verify_bundle
-from faqd.files import written_beside
+from faqd.deploy.verify.verify import CEIL_NOTE, agreement_images, verification
+from faqd.files import sha256, write_json, written_beside
 from faqd.preprocess import Preprocess
+from faqd.proof import for_manifest
 from faqd.quant import Target
 from faqd.quantize import nodes
 from faqd.quantize.capture.capture import capture
@@ -126,12 +127,16 @@ def _put_float_networks(parts: Parts, files: _Files, inputs: Tensor, options: Bu
 
 
 def _proved(files: _Files, facts: dict[str, Any], say: Say) -> Bundle:
-    """The bundle with its manifest, verified; in FP32 where FP16 does not hold the proof."""
-    bundle = write_manifest(files.folder, facts, files.made_from)
+    """The bundle, verified; in FP32 where FP16 does not hold the proof. Its manifest is written once more in the end,
+    with what was found, and verify.json names that one."""
     say("verifying")
-    if beyond := verify_bundle(bundle).get("float16", {}).get("failures"):
+    record = verification(write_manifest(files.folder, facts, files.made_from))
+    if beyond := record.get("float16", {}).get("failures"):
         say(f"{names.STUDENT_TENSORRT} stays FP32 outside of its integers: {beyond[0].partition(';')[0]}")
         shutil.copyfile(files.folder / names.STUDENT_TENSORRT_FP32, files.folder / names.STUDENT_TENSORRT)
-        bundle = write_manifest(files.folder, {**facts, "float_type": "fp32", "float32_parts": []}, files.made_from)
-        verify_bundle(bundle)
+        facts = {**facts, "float_type": "fp32", "float32_parts": []}
+        record = verification(write_manifest(files.folder, facts, files.made_from))
+    bundle = write_manifest(files.folder, {**facts, **for_manifest(record)}, files.made_from)
+    record["manifest_sha256"] = sha256(files.folder / names.MANIFEST)
+    write_json(files.folder / names.VERIFY, record)
     return bundle

@@ -10,7 +10,7 @@ from faqd.deploy.onnx_model.scan import read_scanned
 from faqd.errors import UserError
 from faqd.fidelity import in_words
 from faqd.files import read_json
-from faqd.proof import Proof, fidelity_of, proofs_of
+from faqd.proof import Proof, proofs_of, standing_of
 from faqd.quant import Target
 
 RUN_RECORD = "run.json"
@@ -48,8 +48,10 @@ def _bundle(folder: Path) -> tuple[dict[str, Any], list[str]]:
     lines += ["", *floats_in_words(facts), *float32_in_words(reasons)]
     for name, record in facts["files"].items():
         lines.append(f"{name:30} {record['bytes']:>10} bytes  sha256 {record['sha256'][:16]}")
-    kept = fidelity_of(bundle)
-    return {**facts, "fidelity": kept}, [*lines, *_verify_lines(proofs_of(bundle)), *(in_words(kept) if kept else ())]
+    standing = standing_of(bundle)
+    kept = standing["fidelity"]
+    lines += [*_verify_lines(proofs_of(bundle)), *(in_words(kept) if kept else ())]
+    return {**facts, **standing}, lines
 
 
 _SAID = {

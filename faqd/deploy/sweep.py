@@ -9,7 +9,7 @@ from typing import Any
 from faqd.bundle import MANIFEST, Bundle, load_bundle
 from faqd.errors import UserError
 from faqd.files import read_json
-from faqd.proof import fidelity_of, proofs_of
+from faqd.proof import fidelity_of, proofs_of, standing_of
 from faqd.sweep import members, table
 
 RUN_RECORD, RUN_WEIGHTS = "run.json", "weights.safetensors"
@@ -40,7 +40,7 @@ def inspected(folder: Path) -> tuple[list[dict[str, Any]], list[str]] | None:
     """(facts, lines) of a folder of bundles or runs; None where it is none."""
     if bundles := members(folder, MANIFEST):
         loaded = [load_bundle(path) for path in bundles]
-        facts = [{"bundle": one.folder.name, **one.manifest, "fidelity": fidelity_of(one)} for one in loaded]
+        facts = [{"bundle": one.folder.name, **one.manifest, **standing_of(one)} for one in loaded]
         return facts, table([bundle_row(one) for one in loaded])
     if runs := members(folder, RUN_RECORD):
         records = [{"run": path.name, **read_json(path / RUN_RECORD)} for path in runs]

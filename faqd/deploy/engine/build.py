@@ -56,12 +56,14 @@ def engine_from_onnx(
     *,
     sha256: str | None = None,
     verify: dict[str, Any] | None = None,
+    fidelity: dict[str, Any] | None = None,
     expected_int8: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Build `engine` and its record, both whole or absent; returns the record.
 
-    sha256: what the ONNX file must be. verify: what the record says of the proof of that file. expected_int8: the
-    layers that should run in INT8; fewer of them is said with names. UserError with exit code 1 where the build fails.
+    sha256: what the ONNX file must be. verify, fidelity: what the record says of the proof of that file, and of how
+    much of the teacher it has kept. expected_int8: the layers that should run in INT8; fewer of them is said with
+    names. UserError with exit code 1 where the build fails.
     """
     content = _content(onnx, sha256)
     device, no_device = cuda.device_or_none()
@@ -108,6 +110,7 @@ def engine_from_onnx(
         "not_int8": not_int8(kernels),
         "warnings": messages.warnings,
         "verify": verify,
+        "fidelity": fidelity,
         "build_s": round(seconds, 3),
     }
     # The record is put in place first: an engine beside another engine's record is never loaded.

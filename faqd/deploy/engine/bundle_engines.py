@@ -19,6 +19,7 @@ from faqd.deploy.engine.options import BuildOptions
 from faqd.deploy.engine.progress import Say
 from faqd.deploy.engine.record import engine_name
 from faqd.errors import UserError
+from faqd.fidelity import rounded
 from faqd.files import refuse_unmakeable, sha256
 from faqd.proof import fidelity_of, proof_of
 
@@ -44,8 +45,12 @@ def build_bundle(
     folder = _writable(bundle, out)
     names = [STUDENT_TENSORRT, *(_baselines(bundle, say) if all else ())]
     verify = _verified(bundle, force, say)
-    if (kept := fidelity_of(bundle).get(STUDENT_TENSORRT)) is not None and kept["verdict"] != "kept":
-        say(f"warning: of its teacher, this student has {kept['verdict']} (fidelity {kept['least']:.4f}).")
+    kept = fidelity_of(bundle).get(STUDENT_TENSORRT)
+    if kept is not None:
+        proved = "is proved" if verify is not None and verify["passed"] else "is not proved"
+        warning = "" if kept["verdict"] == "kept" else "warning: "
+        of_teacher = f"of its teacher: {kept['verdict']}, fidelity {rounded(kept['least'])}"
+        say(f"{warning}{STUDENT_TENSORRT} {proved}; {of_teacher}.")
     records = []
     for name in names:
         source = bundle.path(name)
@@ -57,6 +62,7 @@ def build_bundle(
                 say,
                 sha256=bundle.manifest["files"][name]["sha256"],
                 verify=verify,
+                fidelity=kept if name == STUDENT_TENSORRT else None,
                 expected_int8=_expected_int8(bundle) if name == STUDENT_TENSORRT else None,
             )
         )

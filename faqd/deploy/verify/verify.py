@@ -27,7 +27,7 @@ from faqd.deploy.verify.segments import Trace, place_of
 from faqd.deploy.verify.test_vectors import probe_inputs
 from faqd.errors import UserError
 from faqd.fidelity import compared_with_teacher
-from faqd.files import read_json, sha256, write_json
+from faqd.files import read_json, sha256
 from faqd.proof import FORMAT, STUDENTS, VERSION, proof_of
 from faqd.quant import Target
 
@@ -46,15 +46,9 @@ FILES: dict[Target, str] = {"tensorrt": names.STUDENT_TENSORRT_FP32, "onnxruntim
 _FLAVOUR_OF: dict[str, Target] = {file: flavour for files in (FILES, STUDENTS) for flavour, file in files.items()}
 
 
-def verify_bundle(bundle: Bundle) -> dict[str, Any]:
-    """Verify a bundle and write its verify.json. Returns the record; `passed` says whether every bound held."""
-    record = verified(bundle)
-    write_json(bundle.folder / names.VERIFY, record)
-    return record
-
-
 def verified(bundle: Bundle) -> dict[str, Any]:
-    """The record that verify.json is to hold: what an earlier one knows of other CPUs stays."""
+    """The record that verify.json is to hold; `passed` says whether every bound held. What an earlier one knows of
+    other CPUs stays."""
     record = verification(bundle)
     for flavour, verdict in record["flavours"].items():
         if verdict["passed"] and proof_of(bundle, flavour).status in ("passed", "elsewhere"):

@@ -266,9 +266,12 @@ def make_bundle(
 @needs_rtx
 def test_a_bundle_is_built_and_its_record_bound_to_the_verification(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "bundle")
-    write_verify(bundle)
+    kept = {"images": 9, "fidelity": {"y": 0.9876}, "least": 0.9876, "verdict": "kept", "top1_agreement": None}
+    write_verify(bundle, fidelity={STUDENT_TENSORRT: kept})
     said: list[str] = []
     records = build_bundle(bundle, all=True, force=False, options=BuildOptions(), say=said.append)
+    assert f"{STUDENT_TENSORRT} is proved; of its teacher: kept, fidelity 0.988." in said
+    assert [record["fidelity"] for record in records] == [kept, None, None]
     assert [record["engine"]["file"] for record in records] == [
         "student.tensorrt.engine",
         "student.float.fp16.engine",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -85,12 +86,41 @@ def test_a_minimum_is_an_exit_code(user: User, good: tuple[Path, str], ruined: t
 def test_what_is_said_of_other_files_is_not_repeated(user: User) -> None:
     out = user.folder / "changed"
     succeeds(faqd_deploy("ptq", *user.teacher, *user.data, "--out", out))
-    assert fidelity_of(load_bundle(out))
+    written = load_bundle(out).manifest["fidelity"]
     record = json.loads((out / VERIFY).read_text())
-    (out / VERIFY).write_text(json.dumps({**record, "manifest_sha256": "0" * 64}))
-    assert fidelity_of(load_bundle(out)) == {}
-    (out / VERIFY).write_text(json.dumps({**record, "fidelity": {STUDENT_TENSORRT: {"verdict": "splendid"}}}))
-    assert fidelity_of(load_bundle(out)) == {}
+    newer = {file: {**each, "least": 0.5} for file, each in record["fidelity"].items()}
+    for said, wanted in (
+        ({"fidelity": newer}, newer),
+        ({"fidelity": newer, "manifest_sha256": "0" * 64}, written),
+        ({"fidelity": {STUDENT_TENSORRT: {"verdict": "splendid"}}}, written),
+    ):
+        (out / VERIFY).write_text(json.dumps({**record, **said}))
+        assert fidelity_of(load_bundle(out)) == wanted
+    (out / VERIFY).unlink()
+    assert fidelity_of(load_bundle(out)) == written
+
+
+def test_the_manifest_says_both_and_is_the_one_that_is_proved(user: User, good: tuple[Path, str]) -> None:
+    out, _ = good
+    manifest, record = (json.loads((out / name).read_text()) for name in (MANIFEST, VERIFY))
+    assert manifest["proof"] == {"tensorrt": "passed", "onnxruntime": "passed"}
+    assert manifest["fidelity"] == record["fidelity"] and record["manifest_sha256"] == sha256(out / MANIFEST)
+    facts = json.loads(succeeds(faqd_deploy("inspect", out, "--json", "-")).stdout)
+    assert facts == manifest, "what inspect finds here and now is what was found when it was written"
+    before = (out / MANIFEST).read_bytes()
+    succeeds(faqd_deploy("verify", out))
+    assert (out / MANIFEST).read_bytes() == before
+
+
+@pytest.mark.parametrize(("key", "value"), [("proof", {"tensorrt": "splendid"}), ("fidelity", {STUDENT_TENSORRT: 1})])
+def test_a_manifest_that_says_something_else_is_damaged(
+    user: User, good: tuple[Path, str], key: str, value: object
+) -> None:
+    out = Path(shutil.copytree(good[0], user.folder / f"damaged-{key}"))
+    manifest = json.loads((out / MANIFEST).read_text())
+    (out / MANIFEST).write_text(json.dumps({**manifest, key: value}))
+    outcome = faqd_deploy("inspect", out)
+    assert outcome.code == 2 and f"damaged, {key}/" in outcome.stderr
 
 
 def test_outputs_of_another_teacher_are_refused(user: User) -> None:
