@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from faqd.bundle import MANIFEST, STUDENT_ONNXRUNTIME, STUDENT_TENSORRT, VERIFY, Bundle
 from faqd.cpu import cpu_kind
@@ -20,8 +20,15 @@ VERSION = 2
 STUDENTS: dict[Target, str] = {"tensorrt": STUDENT_TENSORRT, "onnxruntime": STUDENT_ONNXRUNTIME}
 """The file of each flavour that is deployed."""
 
+EQUAL_CODES = 0.9999
+"""Least share of all codes on which onnxruntime and the reference agree; no code may differ by more than one."""
+
 _VERDICT = {"passed": bool, "every_cpu": bool, "cpu_kinds": Many(str)}
 _FILES = {"onnx_sha256": dict}
+
+
+Status = Literal["passed", "failed", "stale", "missing", "elsewhere"]
+STATUSES: tuple[str, ...] = get_args(Status)
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,7 @@ class Proof:
     one could make other sums of it. complaint: a sentence; None where it passed.
     """
 
-    status: Literal["passed", "failed", "stale", "missing", "elsewhere"]
+    status: Status
     complaint: str | None
 
 
@@ -96,10 +103,46 @@ def fidelity_of(bundle: Bundle) -> dict[str, dict[str, Any]]:
     return found
 
 
+def compared_codes(verdict: Mapping[str, Any]) -> dict[str, int]:
+    """Of one flavour in verify.json: how many codes onnxruntime and the reference made, how many differ, and by what at
+    most."""
+    modes = [layer[mode] for layer in verdict["layers"] for mode in ("plain", "optimised") if mode in layer]
+    made = [mode for mode in modes if "codes" in mode]
+    return {
+        "codes": sum(mode["codes"] for mode in made),
+        "differing": sum(mode["differing"] for mode in made),
+        "largest_difference": max((mode["largest_difference"] for mode in made), default=0),
+    }
+
+
+_CODES = {"codes": float, "differing": float, "largest_difference": float}
+
+
+def proof_facts(bundle: Bundle) -> dict[str, dict[str, Any]]:
+    """For a record, by the file that is deployed: `status`, and the codes that were compared, where verify.json speaks
+    of these files and counts them."""
+    found: dict[str, dict[str, Any]] = {}
+    for flavour, proof in proofs_of(bundle).items():
+        counts: dict[str, int | None] = dict.fromkeys(_CODES)
+        if proof.status not in ("missing", "stale"):
+            verdict = read_json(bundle.folder / VERIFY).get("flavours", {}).get(flavour, {})
+            layers = verdict.get("layers") if isinstance(verdict, dict) else None
+            if isinstance(layers, list) and layers and all(map(_are_counted, layers)):
+                counts |= compared_codes(verdict)
+        found[STUDENTS[flavour]] = {"status": proof.status, **counts}
+    return found
+
+
+def _are_counted(layer: Any) -> bool:
+    if not isinstance(layer, dict):
+        return False
+    modes = [layer[mode] for mode in ("plain", "optimised") if mode in layer]
+    return all(isinstance(mode, dict) and ("codes" not in mode or not any(wrong(mode, _CODES))) for mode in modes)
+
+
 def codes_in_words(record: dict[str, Any]) -> str:
     """What a verification that passed has compared."""
-    layers = [layer for flavour in record["flavours"].values() for layer in flavour["layers"]]
-    compared = [layer[mode] for layer in layers for mode in ("plain", "optimised") if "codes" in layer.get(mode, {})]
+    compared = [compared_codes(verdict) for verdict in record["flavours"].values()]
     codes, differing = (sum(each[key] for each in compared) for key in ("codes", "differing"))
     verb = "differs" if differing == 1 else "differ"
     ties = " by one, at ties" if differing else ""

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from faqd.benchmarks.measure.switches import Options
 from faqd.benchmarks.record.gates import Gates
 from faqd.benchmarks.record.schema import complaint
 from faqd.benchmarks.report.terminal import console_for, print_result
-from faqd.bundle import STUDENT_ONNXRUNTIME, TEACHER, load_bundle
+from faqd.bundle import FLOAT_STUDENT, STUDENT_ONNXRUNTIME, STUDENT_TENSORRT, TEACHER, load_bundle
 from faqd.deploy.onnx_model.session import OnnxSession
 from faqd.errors import UserError
 from tests.fixtures.tiny_bundles import ISLANDS, PREPROCESS, make_bundle, network, write_verify
@@ -141,6 +142,51 @@ def test_accuracy_is_that_of_the_student_file(folders: dict[str, Path]) -> None:
     assert student["accuracy"]["top1"]["count"] == int((guess == data.labels).sum())
 
 
+def test_the_file_for_engines_is_judged_beside_the_one_that_is_timed(tmp_path: Path) -> None:
+    make_bundle(tmp_path / "b", engine_noise=1.5)
+    found = record(tmp_path / "b", options=replace(QUICK, gates=Gates(min_agreement=0.9, max_p99_ms=1e6)))
+    assert complaint(found) is None
+    student = found["networks"][1]
+    beside = student["engine_file"]
+    assert [network["file"] for network in found["networks"]] == [TEACHER, STUDENT_ONNXRUNTIME, FLOAT_STUDENT]
+    bundle = load_bundle(tmp_path / "b")
+    data = bundle.evaluation()
+    scores = OnnxSession(bundle.path(STUDENT_TENSORRT), optimise=False).run(
+        {"input": PREPROCESS.normalise(data.images)}
+    )["logits"]
+    assert beside["file"] == STUDENT_TENSORRT and beside["metric"] is None
+    assert beside["accuracy"]["top1"]["count"] == int((scores.argmax(1) == data.labels).sum())
+    assert beside["accuracy"]["fidelity"]["least"] < student["accuracy"]["fidelity"]["least"]
+    gates = [(gate["file"], gate["measure"], gate["passed"]) for gate in found["gates"]]
+    assert gates == [
+        (STUDENT_ONNXRUNTIME, "agreement", True),
+        (STUDENT_TENSORRT, "agreement", False),
+        (STUDENT_ONNXRUNTIME, "p99_ms", True),
+    ], "what is not timed has no latency to judge"
+    text = printed(found)
+    assert f"{STUDENT_ONNXRUNTIME}, run here: proof passed; kept: fidelity 0.99" in text
+    assert f"{STUDENT_TENSORRT}, for engines, as written: proof passed; ruined: fidelity" in text
+
+
+def test_what_the_proof_has_counted_is_in_the_record(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "b", engine_noise=0.02)
+    counted = {"codes": 1000, "differing": 2, "largest_difference": 1}
+    layers = [{"plain": counted, "optimised": counted}, {"plain": {"relative_error": 0.0}}, {}]
+    verdict = {"passed": True, "every_cpu": True, "cpu_kinds": []}
+    options = Options(skip_latency=True)
+    write_verify(bundle, flavours={"tensorrt": {**verdict, "layers": layers}, "onnxruntime": verdict})
+    proofs = record(tmp_path / "b", options=options)["bundles"][0]["proofs"]
+    nothing = dict.fromkeys(counted)
+    assert proofs == {
+        STUDENT_TENSORRT: {"status": "passed", "codes": 2000, "differing": 4, "largest_difference": 1},
+        STUDENT_ONNXRUNTIME: {"status": "passed", **nothing},
+    }
+    for damage in ([{"plain": {"codes": "many"}}], [3], "none", [{"plain": 7}]):
+        write_verify(bundle, flavours={"tensorrt": {**verdict, "layers": damage}, "onnxruntime": verdict})
+        proofs = record(tmp_path / "b", options=options)["bundles"][0]["proofs"]
+        assert proofs[STUDENT_TENSORRT] == {"status": "passed", **nothing}
+
+
 def test_equal_float_graphs_are_timed_once(folders: dict[str, Path], tmp_path: Path) -> None:
     make_bundle(tmp_path / "again", "twin")
     networks = record(folders["student"], tmp_path / "again")["networks"]
@@ -206,14 +252,17 @@ def test_what_stays_float_is_told_and_whether_int8_is_worth_it(tmp_path: Path) -
     assert old.keys().isdisjoint({"islands", "int8_share", "worth_int8"})
     assert complaint(found) is None
     text = printed(found)
-    assert "old: proof passed; of its teacher" in text
+    said = (
+        "old, proof and what is kept of its teacher: student.onnxruntime.onnx, run here: proof passed; kept: fidelity"
+    )
+    assert said in text
     kinds = "2 float islands, the first at norm (net.py:12): matmul (2 times), LayerNorm, softmax"
     assert f"most: {kinds}; 81.2 % of the multiply-accumulates run in INT8. few, PTQ: {kinds}; 40.0 %" in text
     assert text.count("INT8 is not worth it here") == 1
     assert "operators in float of most, few, PTQ" in text, "two that are equal in this share a table"
     assert "1 norm (LayerNorm) net.py:12 2 attend (matmul), weigh (softmax), attend_1 (matmul)" in text
     assert "All multiply-accumulates in INT8: all." in text
-    assert text.count("old:") == 1
+    assert text.count("old:") == 0
 
 
 def test_of_many_islands_the_terminal_shows_the_first(tmp_path: Path) -> None:
@@ -244,8 +293,8 @@ def test_json_on_standard_output_is_alone_there(
     ("options", "code", "said"),
     [
         (("--min-agreement", "0.5", "--min-accuracy-ratio", "0.5"), 0, ""),
-        (("--min-agreement", "1"), 1, "tiny PTQ: agreement"),
-        (("--min-accuracy-ratio", "0.999"), 1, "tiny PTQ: accuracy ratio"),
+        (("--min-agreement", "1"), 1, "tiny PTQ, student.onnxruntime.onnx: agreement"),
+        (("--min-accuracy-ratio", "0.999"), 1, "tiny PTQ, student.onnxruntime.onnx: accuracy ratio"),
         (("--min-agreement", "2"), 2, "min-agreement"),
         (("--batch", "1,x"), 2, "no list of batch sizes"),
         (("--batch", "0"), 2, "no list of batch sizes"),

@@ -47,6 +47,11 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         quick = ("--duration", "0.02", "--rounds", "2", "--warm-up", "0", "--metric", f"{root / 'm.py'}:half")
         assert call(monkeypatch, folder, *quick, *more, "--json", root / "r.json") == 0
     found: dict[str, Any] = json.loads((root / "r.json").read_text())
+    student = found["networks"][2]
+    student["engine_file"] = {
+        "file": "other.onnx",
+        **copy.deepcopy({key: student[key] for key in ("accuracy", "metric")}),
+    }
     assert all(found["networks"][2][part] for part in ("layers", "energy", "sweep", "sustained", "metric"))
     return found
 
@@ -86,10 +91,12 @@ def test_a_whole_record_has_nothing_wrong(full: dict[str, Any], tmp_path: Path) 
     use(tmp_path / "r.json", full)
 
 
-def test_a_record_of_before_says_nothing_of_what_stays_float(full: dict[str, Any], tmp_path: Path) -> None:
+def test_a_record_of_before_names_no_files_and_nothing_that_stays_float(full: dict[str, Any], tmp_path: Path) -> None:
     older = copy.deepcopy(full)
-    for key in ("islands", "int8_share", "worth_int8"):
+    for key in ("islands", "int8_share", "worth_int8", "proofs"):
         del older["bundles"][0][key]
+    for network in older["networks"]:
+        del network["file"], network["engine_file"]
     (tmp_path / "r.json").write_text(json.dumps(older))
     use(tmp_path / "r.json", full)
 

@@ -64,8 +64,8 @@ def test_the_keys_are_these(record: dict[str, Any]) -> None:
     )
     student = record["networks"][1]
     assert " ".join(student) == (
-        "id role bundle name kind weight_bits act_bits file_bytes size own_float loaded accuracy metric latency "
-        "speed_up layers energy sweep sustained"
+        "id role bundle name file kind weight_bits act_bits file_bytes size own_float loaded accuracy metric "
+        "engine_file latency speed_up layers energy sweep sustained"
     )
     assert " ".join(student["latency"][0]) == (
         "batch samples min_ms median_ms mean_ms max_ms coefficient_of_variation percentiles_ms percentile_bands_ms "
@@ -151,7 +151,7 @@ def test_from_prints_reports_and_writes_the_same_record(
     ("gate", "code", "said"),
     [
         (("--max-p99-ms", "1e6", "--min-agreement", "0.5"), 0, ""),
-        (("--max-p99-ms", "1e-6"), 1, "tiny 8/8: p99"),
+        (("--max-p99-ms", "1e-6"), 1, "tiny 8/8, student.onnxruntime.onnx: p99"),
         (("--max-energy-mj", "5"), 2, "has no energy per image: no power rail"),
         (("--max-energy-mj", "5", "--max-p99-ms", "1e-6"), 2, "is above the 1e-06 ms"),
         (("--max-p99-ms", "nan"), 2, "--max-p99-ms"),
@@ -226,7 +226,9 @@ def test_compare_tells_a_change_from_noise(record: dict[str, Any]) -> None:
     assert verdicts(compare(record, changed(record, 1.01)))["median_ms 1"] == "within noise", "below 2 %"
     assert verdicts(compare(record, changed(record, 1.2)))["median_ms 1"] == "worse"
     assert verdicts(compare(record, changed(record, 0.8)))["median_ms 4"] == "better"
-    assert worse(compare(record, changed(record, 1.2)))[0].startswith("tiny 8/8: median_ms got worse, from ")
+    assert worse(compare(record, changed(record, 1.2)))[0].startswith(
+        "tiny 8/8, student.onnxruntime.onnx: median_ms got worse, "
+    )
     noisy = copy.deepcopy(changed(record, 1.2))
     noisy["networks"][1]["latency"][0]["round_medians_ms"] = record["networks"][1]["latency"][0]["round_medians_ms"]
     assert verdicts(compare(record, noisy))["median_ms 1"] == "within noise"
@@ -237,6 +239,16 @@ def test_compare_tells_a_change_from_noise(record: dict[str, Any]) -> None:
     worse_student = copy.deepcopy(record)
     worse_student["networks"][1]["accuracy"]["top1"] |= {"value": 0.5, "low": 0.4, "high": 0.6}
     assert verdicts(compare(record, worse_student))["top1 None"] == "worse"
+
+
+def test_compare_tells_the_files_of_a_student_apart(record: dict[str, Any]) -> None:
+    other = copy.deepcopy(record)
+    for each in (record, other):
+        student = each["networks"][1]
+        student["engine_file"] = {"file": "student.tensorrt.onnx", "accuracy": copy.deepcopy(student["accuracy"])}
+    other["networks"][1]["engine_file"]["accuracy"]["top1"] |= {"value": 0.5, "low": 0.4, "high": 0.6}
+    (said,) = worse(compare(record, other))
+    assert said.startswith("tiny 8/8, student.tensorrt.onnx: top1 got worse, from ")
 
 
 def test_compare_pairs_networks_of_one_name_in_their_order(record: dict[str, Any]) -> None:

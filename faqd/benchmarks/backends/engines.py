@@ -66,6 +66,9 @@ class EngineBackend:
             load_ms = (time.perf_counter() - start) * 1e3
             yield _Network(path, engine, self._switches, load_ms)
 
+    def open_engine_file(self, bundle: Bundle) -> None:
+        """None: its engine is what is run."""
+
 
 def _engine(bundle: Bundle, role: Role) -> Path:
     return bundle.folder / engine_name(_ONNX[role])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from faqd.benchmarks.measure.latency import Clock
 from faqd.benchmarks.measure.networks import Network, Role
 from faqd.benchmarks.measure.switches import ABSENT
-from faqd.bundle import FLOAT_STUDENT, STUDENT_ONNXRUNTIME, TEACHER, Bundle
+from faqd.bundle import FLOAT_STUDENT, STUDENT_ONNXRUNTIME, STUDENT_TENSORRT, TEACHER, Bundle
 from faqd.deploy.onnx_model.session import OnnxSession, layer_times, version
 from faqd.deploy.runtime.pipeline import QueryTimes
 
@@ -45,12 +45,20 @@ class OnnxruntimeBackend:
     def open(self, bundle: Bundle, role: Role) -> Iterator[Network]:
         yield _Network(bundle.path(_FILE[role]), self._threads, self._clock)
 
+    def open_engine_file(self, bundle: Bundle) -> AbstractContextManager[Network] | None:
+        return self._as_written(bundle) if bundle.has(STUDENT_TENSORRT) else None
+
+    @contextmanager
+    def _as_written(self, bundle: Bundle) -> Iterator[Network]:
+        # Optimised, onnxruntime would compute this file in another arithmetic than TensorRT does.
+        yield _Network(bundle.path(STUDENT_TENSORRT), self._threads, self._clock, optimise=False)
+
 
 class _Network:
-    def __init__(self, path: Path, threads: int, clock: Clock) -> None:
+    def __init__(self, path: Path, threads: int, clock: Clock, optimise: bool = True) -> None:
         self._path, self._threads, self._clock = path, threads, clock
         start = clock()
-        self._session = OnnxSession(path, threads=threads)
+        self._session = OnnxSession(path, threads=threads, optimise=optimise)
         self.facts: dict[str, Any] = {
             "load_ms": (clock() - start) * 1e3,
             "file_bytes": path.stat().st_size,

@@ -13,7 +13,7 @@ from faqd.benchmarks.measure.latency import Submission
 from faqd.bundle import EVAL, FLOAT_STUDENT_FP16, FLOATS, MANIFEST, TEACHER_FP16, WORTH_INT8, Bundle, Evaluation
 from faqd.errors import UserError
 from faqd.files import sha256
-from faqd.proof import STUDENTS, proof_of
+from faqd.proof import STUDENTS, proof_facts, proof_of
 
 Array = NDArray[Any]
 Role = Literal["teacher", "teacher_fp16", "student", "float"]
@@ -53,6 +53,11 @@ class Backend(Protocol):
         """Why this network cannot be run here and what makes it so, or None."""
 
     def open(self, bundle: Bundle, role: Role) -> AbstractContextManager[Network]: ...
+
+    def open_engine_file(self, bundle: Bundle) -> AbstractContextManager[Network] | None:
+        """The file that an engine is built from, as written, to be judged beside the one that is run; None where that
+        is the one, or there is none."""
+        ...
 
 
 def check_comparable(bundles: Sequence[Bundle]) -> None:
@@ -111,6 +116,7 @@ def _entry(role: Role, index: int, name: str, bundle: Bundle, files: Mapping[Rol
         "role": role,
         "bundle": index,
         "name": name,
+        "file": files[role],
         "kind": "float",
         "weight_bits": bits,
         "act_bits": bits,
@@ -120,6 +126,7 @@ def _entry(role: Role, index: int, name: str, bundle: Bundle, files: Mapping[Rol
         "loaded": None,
         "accuracy": None,
         "metric": None,
+        "engine_file": None,
         "latency": [],
         "speed_up": [],
         "layers": None,
@@ -136,7 +143,8 @@ def feeds_of(bundle: Bundle, data: Evaluation, batch: int) -> dict[str, Array]:
 
 
 def bundle_record(bundle: Bundle, files: Mapping[Role, str]) -> dict[str, Any]:
-    """`verify` speaks of the flavour that is run. What stays float is there where the manifest says it."""
+    """`verify` speaks of the flavour that is run, `proofs` of every file that is deployed. What stays float is there
+    where the manifest says it."""
     flavour = next(flavour for flavour, file in STUDENTS.items() if file == files["student"])
     keys = ("name", "kind", "architecture", "weight_bits", "act_bits", "target", "teacher")
     return {
@@ -144,6 +152,7 @@ def bundle_record(bundle: Bundle, files: Mapping[Role, str]) -> dict[str, Any]:
         **{key: bundle.manifest[key] for key in keys},
         "manifest_sha256": sha256(bundle.folder / MANIFEST),
         "verify": proof_of(bundle, flavour).status,
+        "proofs": proof_facts(bundle),
         **_floats(bundle.manifest),
     }
 

@@ -29,7 +29,7 @@ from faqd.benchmarks.measure.sweep import sweep
 from faqd.benchmarks.measure.switches import Options
 from faqd.benchmarks.measure.user_metric import Metric
 from faqd.benchmarks.report.trtexec_json import profile_json
-from faqd.bundle import Bundle, Evaluation
+from faqd.bundle import STUDENT_TENSORRT, Bundle, Evaluation
 from faqd.errors import UserError
 
 EVAL_BATCH = 64
@@ -112,11 +112,29 @@ def measure_accuracy(run: Bench, metric: Metric | None) -> None:
             continue
         if metric:
             entry["metric"] = metric.of(outputs, data, bundle, entry["name"])
+        if entry["role"] == "student":
+            entry["engine_file"] = _judged_engine_file(run, bundle, metric)
     teacher = run.networks[0]
     record = judge(data.teacher, data.teacher, data.labels, teacher["name"])
     teacher["accuracy"] = {key: record[key] if key in ("top1", "top5") else None for key in record}
     if metric:
         teacher["metric"] = metric.of(data.teacher, data, run.bundles[0], teacher["name"])
+
+
+def _judged_engine_file(run: Bench, bundle: Bundle, metric: Metric | None) -> dict[str, Any] | None:
+    """What the file that an engine is built from is worth, where another one is run here."""
+    file = run.backend.open_engine_file(bundle)
+    if file is None:
+        return None
+    who = f"{bundle.name}, {STUDENT_TENSORRT}"
+    run.progress(f"accuracy of {who} as written, on {len(run.data.images)} images")
+    with file as network:
+        outputs = _outputs(bundle, network, run.data)
+    return {
+        "file": STUDENT_TENSORRT,
+        "accuracy": judge(outputs, run.data.teacher, run.data.labels, who, bundle.branches),
+        "metric": metric.of(outputs, run.data, bundle, who) if metric else None,
+    }
 
 
 def _outputs(bundle: Bundle, network: Network, data: Evaluation) -> dict[str, Array]:

@@ -48,10 +48,15 @@ def compare(a: Record, b: Record) -> dict[str, Any]:
 def worse(comparison: Mapping[str, Any]) -> list[str]:
     """A sentence for each figure that got worse beyond noise."""
     return [
-        f"{change['network']}: {change['measure']} got worse, from {change['before']:.4g} to {change['after']:.4g}."
+        f"{in_full(change)}: {change['measure']} got worse, from {change['before']:.4g} to {change['after']:.4g}."
         for change in comparison["changes"]
         if change["verdict"] == "worse"
     ]
+
+
+def in_full(change: Mapping[str, Any]) -> str:
+    """The network with the file that the change is of."""
+    return f"{change['network']}, {change['file']}" if change["file"] else str(change["network"])
 
 
 def rank_test(a: Sequence[float], b: Sequence[float]) -> float:
@@ -107,11 +112,14 @@ def _differences(a: Record, b: Record) -> Iterator[str]:
 
 
 def _accuracy(a: Record, b: Record) -> Iterator[dict[str, Any]]:
-    for measure in ("top1", "agreement"):
-        before, after = ((network["accuracy"] or {}).get(measure) for network in (a, b))
-        if before and after:
-            apart = before["low"] > after["high"] or after["low"] > before["high"]
-            yield _change(a, measure, None, before["value"], after["value"], apart, higher_is_better=True)
+    beside = [network.get("engine_file") or {"accuracy": None} for network in (a, b)]
+    for old, new in ((a, b), beside):
+        for measure in ("top1", "agreement"):
+            before, after = ((each["accuracy"] or {}).get(measure) for each in (old, new))
+            if before and after:
+                apart = before["low"] > after["high"] or after["low"] > before["high"]
+                values = before["value"], after["value"]
+                yield _change(a, old.get("file"), measure, None, *values, apart, higher_is_better=True)
 
 
 def _latency(a: Record, b: Record) -> Iterator[dict[str, Any]]:
@@ -124,11 +132,12 @@ def _latency(a: Record, b: Record) -> Iterator[dict[str, Any]]:
         apart: bool | None = None
         if min(map(len, rounds)) >= LEAST_ROUNDS:
             apart = abs(new / old - 1) > LEAST_CHANGE and rank_test(*rounds) < SIGNIFICANCE
-        yield _change(a, "median_ms", before["batch"], old, new, apart, higher_is_better=False)
+        yield _change(a, a.get("file"), "median_ms", before["batch"], old, new, apart, higher_is_better=False)
 
 
 def _change(
     network: Record,
+    file: str | None,
     measure: str,
     batch: int | None,
     before: float,
@@ -137,12 +146,14 @@ def _change(
     *,
     higher_is_better: bool,
 ) -> dict[str, Any]:
-    """apart: whether the two differ beyond noise; None where too little was measured to tell."""
+    """file: what the figure is of; None in older records. apart: whether the two differ beyond noise; None where too
+    little was measured to tell."""
     verdict = "cannot tell" if apart is None else "within noise"
     if apart:
         verdict = "better" if (after > before) == higher_is_better else "worse"
     return {
         "network": network["name"],
+        "file": file,
         "measure": measure,
         "batch": batch,
         "before": before,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,20 +39,28 @@ _GATES = {
 
 
 def judged(result: Mapping[str, Any], gates: Gates) -> list[dict[str, Any]]:
-    """A record per gate and student: `found` is None where the figure does not exist, with the reason."""
+    """A record per gate, student and file that was judged: `found` is None where the figure does not exist, with the
+    reason."""
     records = []
     for network in result["networks"]:
         if network["role"] != "student":
             continue
         for name, gate in _GATES.items():
             wanted = getattr(gates, name)
-            if wanted is None:
-                continue
-            found, reason = _figure(result, network, gate.measure)
-            passed = found is not None and (found >= wanted if gate.least else found <= wanted)
-            record = {"option": gate.option, "measure": gate.measure, "network": network["name"]}
-            records.append({**record, "wanted": wanted, "found": found, "passed": passed, "reason": reason})
+            for judged_file in _files(network, gate) if wanted is not None else ():
+                found, reason = _figure(result, judged_file, gate.measure)
+                passed = found is not None and (found >= wanted if gate.least else found <= wanted)
+                record = {"option": gate.option, "measure": gate.measure, "network": network["name"]}
+                record["file"] = judged_file.get("file")
+                records.append({**record, "wanted": wanted, "found": found, "passed": passed, "reason": reason})
     return records
+
+
+def _files(network: Mapping[str, Any], gate: _Gate) -> Iterator[Mapping[str, Any]]:
+    """The file that was run, and for what outputs are worth the one that an engine is built from."""
+    yield network
+    if gate.least and network.get("engine_file"):
+        yield network["engine_file"]
 
 
 def check(records: list[dict[str, Any]]) -> None:
@@ -66,11 +74,12 @@ def check(records: list[dict[str, Any]]) -> None:
 def _sentence(record: Mapping[str, Any]) -> str:
     gate = next(gate for gate in _GATES.values() if gate.option == record["option"])
     measure = record["measure"].removesuffix("_ms").removesuffix("_mj").replace("_", " ")
+    who = f"{record['network']}, {record['file']}" if record["file"] else record["network"]
     if record["found"] is None:
-        return f"{record['option']}: {record['network']} has no {measure}: {record['reason']}."
+        return f"{record['option']}: {who} has no {measure}: {record['reason']}."
     side = "below" if gate.least else "above"
     return (
-        f"{record['network']}: {measure} {record['found']:.4f}{gate.unit} is {side} the "
+        f"{who}: {measure} {record['found']:.4f}{gate.unit} is {side} the "
         f"{record['wanted']:g}{gate.unit} that {gate.option} asks for."
     )
 

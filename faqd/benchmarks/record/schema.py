@@ -8,6 +8,7 @@ from typing import Any
 from faqd.benchmarks.report.layer_time_chart import KINDS
 from faqd.bundle import FLOATS
 from faqd.fidelity import VERDICTS
+from faqd.proof import STATUSES
 from faqd.schema import COUNT, POSITIVE, Each, Many, Maybe, wrong
 
 _SHARE = {"value": float, "low": float, "high": float, "n": COUNT}
@@ -88,6 +89,9 @@ _STUDENT = {
     "accuracy": _ACCURACY,
     "size": Maybe(dict.fromkeys(("float32_bytes", "int8_bytes", "packed_bytes"), POSITIVE)),
 }
+_ENGINE_FILE = {"file": str, "accuracy": {**_ACCURACY, "fidelity": _FIDELITY}, "metric": Maybe(Each(float))}
+"""What a student's other file is worth; older records have none."""
+_PROOF = {"status": STATUSES, **dict.fromkeys(("codes", "differing", "largest_difference"), Maybe(float))}
 _FLOATS = {**FLOATS, "worth_int8": bool}
 """What a bundle's manifest said of what stays float; all three or none, as in older records."""
 _ON_CPU = {"backend": {"threads": COUNT}}
@@ -129,6 +133,8 @@ def _complaints(record: Mapping[str, Any]) -> Iterator[str]:
     for i, bundle in enumerate(record["bundles"]):
         if not bundle.keys().isdisjoint(_FLOATS):
             yield from wrong(bundle, _FLOATS, f"bundles/{i}")
+        if "proofs" in bundle:
+            yield from wrong(bundle["proofs"], Each(_PROOF), f"bundles/{i}/proofs")
     networks = record["networks"]
     if networks[0]["role"] != "teacher":
         yield "networks/0 is not the teacher"
@@ -137,6 +143,7 @@ def _complaints(record: Mapping[str, Any]) -> Iterator[str]:
         yield "networks has no student"
     for path, student in students:
         yield from wrong(student, _STUDENT, path)
+        yield from wrong(student.get("engine_file"), Maybe(_ENGINE_FILE), f"{path}/engine_file")
         if record["metric"]:
             yield from wrong(student["metric"], Each(float), f"{path}/metric")
     labels, classes = record["evaluation"]["labels"], record["evaluation"]["classification"]
@@ -147,6 +154,8 @@ def _complaints(record: Mapping[str, Any]) -> Iterator[str]:
     for i, network in enumerate(networks):
         if not 0 <= network["bundle"] < len(record["bundles"]):
             yield f"networks/{i}/bundle is {network['bundle']}, not one of {len(record['bundles'])}"
+        if "file" in network:
+            yield from wrong(network["file"], str, f"networks/{i}/file")
         if network["accuracy"] and network["role"] != "teacher":
             yield from wrong(network["accuracy"], {"snr_db": Each(Maybe(float))}, f"networks/{i}/accuracy")
             if "fidelity" in network["accuracy"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from faqd.fidelity import rounded
@@ -110,18 +111,58 @@ def fidelity_of(network: Record) -> Record | None:
     return accuracy.get("fidelity") if network["role"] == "student" else None
 
 
-def standing(result: Record, network: Record) -> str | None:
-    """A student's proof and its fidelity, which say different things; None in older records."""
-    kept = fidelity_of(network)
-    if kept is None:
-        return None
-    proof = complaint(result, network) or "proof passed"
-    snr = network["accuracy"]["snr_db"]
+@dataclass(frozen=True)
+class Judged:
+    """A file of a student with what is known of it. name, run: of the file, and how it was run; empty in older records.
+    proof: its status. codes: what the proof has counted, where that is known. path: of `accuracy` in the record."""
+
+    name: str
+    run: str
+    proof: str
+    codes: Record | None
+    accuracy: Record
+    metric: Record | None
+    path: str
+
+    @property
+    def kept(self) -> Record:
+        """Its fidelity."""
+        found: Record = self.accuracy["fidelity"]
+        return found
+
+
+def judged_files(result: Record, network: Record) -> list[Judged]:
+    """The files of a student that were judged, the one that was timed first; nothing where no fidelity is known, as in
+    older records."""
+    if fidelity_of(network) is None:
+        return []
+    bundle = result["bundles"][network["bundle"]]
+    place = f"networks/{next(i for i, other in enumerate(result['networks']) if other is network)}"
+    timed = "as an engine" if result["backend"]["name"] == "engine" else "run here"
+    sources = [(network, timed, f"{place}/accuracy")]
+    if network.get("engine_file"):
+        sources.append((network["engine_file"], "for engines, as written", f"{place}/engine_file/accuracy"))
+    found = []
+    for source, run, path in sources:
+        name = source.get("file", "")
+        facts = bundle.get("proofs", {}).get(name, {"status": bundle["verify"]})
+        codes = facts if facts.get("codes") else None
+        found.append(Judged(name, run, facts["status"], codes, source["accuracy"], source["metric"], path))
+    return found
+
+
+def in_words(judged: Judged) -> str:
+    """Proof and fidelity of a file, which say different things."""
+    snr = judged.accuracy["snr_db"]
     ratios = ", ".join(
         f"{output if len(snr) > 1 else ''} {'equal' if ratio is None else f'{ratio:.1f} dB'}".strip()
         for output, ratio in snr.items()
     )
-    return f"{proof}; of its teacher {kept['verdict']}: fidelity {rounded(kept['least'])} ({ratios})"
+    right = judged.accuracy["top1"]
+    top1 = f"; top-1 {percent(right['value'], right['n'])} %" if right else ""
+    file = f"{judged.name}, {judged.run}: " if judged.name else ""
+    proof = _VERDICTS.get(judged.proof, "proof passed")
+    return f"{file}{proof}; {judged.kept['verdict']}: fidelity {rounded(judged.kept['least'])} ({ratios}){top1}"
 
 
 def partly_float(result: Record) -> list[tuple[Record, Record]]:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from faqd.benchmarks.record.compare import in_full
 from faqd.benchmarks.report.figures import (
     NONE,
     Record,
@@ -16,6 +17,8 @@ from faqd.benchmarks.report.figures import (
     complaint,
     device,
     first_batch,
+    in_words,
+    judged_files,
     kib,
     kind,
     label,
@@ -25,7 +28,6 @@ from faqd.benchmarks.report.figures import (
     points,
     significant,
     speed_up_at,
-    standing,
     times,
 )
 from faqd.benchmarks.report.terminal_floats import island_tables, new_table, what_is_float
@@ -41,8 +43,10 @@ def console_for(stream: IO[str]) -> Console:
 
 def print_result(result: Record, console: Console) -> None:
     for network in result["networks"]:
-        if said := standing(result, network):
-            console.print(Text(f"{label(network)}: {said}"))
+        if files := judged_files(result, network):
+            console.print(Text(f"{label(network)}, proof and what is kept of its teacher:"))
+            for judged in files:
+                console.print(Text(f"  {in_words(judged)}"))
     console.print(_main_table(result))
     if any(network["latency"] for network in result["networks"]):
         console.print(_latency_table(result))
@@ -64,7 +68,7 @@ def print_comparison(comparison: Record, console: Console) -> None:
     for change in comparison["changes"]:
         relative = change["relative_change"]
         cells = [
-            change["network"],
+            in_full(change),
             change["measure"],
             str(change["batch"] or NONE),
             *(f"{change[key]:.4g}" for key in ("before", "after")),
@@ -252,6 +256,10 @@ def _metrics(result: Record) -> list[str]:
         if network["metric"]:
             figures = ", ".join(f"{name} {value:.4g}" for name, value in network["metric"].items())
             lines.append(f"{label(network)}: {figures} ({result['metric']['source']})")
+        beside = network.get("engine_file") or {}
+        if beside.get("metric"):
+            figures = ", ".join(f"{name} {value:.4g}" for name, value in beside["metric"].items())
+            lines.append(f"{label(network)}, {beside['file']}: {figures} ({result['metric']['source']})")
         if network["sustained"]:
             sustained = network["sustained"]
             lines.append(

@@ -21,10 +21,9 @@ from faqd.deploy.verify.numbers import WEIGHTED, grids, wrong_constants
 from faqd.deploy.verify.segments import Segment, Trace, place_of
 from faqd.deploy.verify.test_vectors import Drive
 from faqd.deploy.verify.ties import distinct_roundings
+from faqd.proof import EQUAL_CODES
 from faqd.reference import Grid, real
 
-EQUAL_CODES = 0.9999
-"""Least share of all codes on which onnxruntime and the reference agree; no code may differ by more than one."""
 CHANCE = 1e-6
 """How rarely a layer whose codes differ at just that rate may be refused: rounding ties come by chance, and two among
 the 16,384 codes of a small layer say nothing of its rate. See `tolerated`."""

@@ -41,7 +41,7 @@ from faqd.deploy.export.torch_to_onnx import onnx_from_deployed
 from faqd.deploy.onnx_model.load import load_model
 from faqd.deploy.onnx_model.session import OnnxSession
 from faqd.deploy.reference.evaluator import Evaluator
-from faqd.deploy.verify.layers import CHANCE, EQUAL_CODES, tolerated, trace_of, verify_file
+from faqd.deploy.verify.layers import CHANCE, tolerated, trace_of, verify_file
 from faqd.deploy.verify.numbers import wrong_constants
 from faqd.deploy.verify.outputs import snr_db
 from faqd.deploy.verify.segments import segments
@@ -52,6 +52,7 @@ from faqd.deploy.verify.verify import verification
 from faqd.deploy.write_bundle import Calibration, quantize_after_training
 from faqd.errors import UserError
 from faqd.files import read_json
+from faqd.proof import EQUAL_CODES
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.convert import convert
 from faqd.reference import real
