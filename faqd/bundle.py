@@ -228,6 +228,9 @@ class Evaluation:
         np.savez(path, **arrays)
 
 
+STORED_VALUES = 2**24
+"""Values of one output of the teacher that are kept, 64 MiB: dense outputs for the first images only."""
+
 _TEACHER_KEY = "teacher."
 
 

@@ -20,9 +20,11 @@ from faqd.benchmarks.measure.latency import (
 )
 from faqd.benchmarks.measure.networks import (
     Backend,
+    EvaluationData,
     bundle_record,
     check_comparable,
     entries,
+    stored_data,
 )
 from faqd.benchmarks.measure.steps import (
     Bench,
@@ -39,7 +41,7 @@ from faqd.benchmarks.measure.user_metric import Metric, images_judged
 from faqd.benchmarks.record.gates import judged
 from faqd.benchmarks.record.read import FORMAT, VERSION
 from faqd.benchmarks.report.notes import remarks
-from faqd.bundle import EVAL, Bundle, Evaluation, without_fp16_teacher
+from faqd.bundle import Bundle, Evaluation, without_fp16_teacher
 from faqd.errors import UserError
 from faqd.fidelity import classification_output
 
@@ -59,19 +61,23 @@ def bench(
     options: Options,
     *,
     metric: Metric | None = None,
+    data: EvaluationData | None = None,
     command: Sequence[str] = (),
     progress: Callable[[str], None] = lambda _: None,
     clock: Clock = time.perf_counter,
 ) -> Run:
     """Measure every student, its own float graph and the one teacher; the record says what was found.
 
+    data: what to judge on, by default the images that the bundles hold.
+
     UserError where the bundles are not comparable or a gate asks for what they cannot tell.
     """
-    check_comparable(bundles)
-    data = bundles[0].evaluation()
+    check_comparable(bundles, own_images=data is not None)
+    judged_on = data or stored_data(bundles[0])
+    evaluation = judged_on.evaluation
     meter, no_meter = _meter(backend, options)
-    _check_gates(data, options, no_meter)
-    run = Bench(bundles, backend, options, data, entries(bundles, backend.files), progress, clock)
+    _check_gates(evaluation, options, no_meter)
+    run = Bench(bundles, backend, options, evaluation, entries(bundles, backend.files), progress, clock)
     if backend.gpu and run.teacher == "teacher":
         run.notes.append(without_fp16_teacher(bundles[0]))
     clocks = Clocks(backend.gpu)
@@ -86,12 +92,13 @@ def bench(
         "environment": environment(),
         "clocks": {**clocks.to_json(), **read},
         "evaluation": {
-            "images": len(data.images),
-            "labels": data.labels is not None,
-            "classification": classification_output(data.teacher) is not None,
-            "sha256": bundles[0].manifest["files"][EVAL]["sha256"],
+            "source": judged_on.source,
+            "images": len(evaluation.images),
+            "labels": evaluation.labels is not None,
+            "classification": classification_output(evaluation.teacher) is not None,
+            "sha256": judged_on.sha256,
         },
-        "metric": metric.to_json(images_judged(data)) if metric else None,
+        "metric": metric.to_json(images_judged(evaluation)) if metric else None,
         "energy": energy.meter_json(meter) if meter else energy.not_measured(no_meter),
         "bundles": [bundle_record(bundle, backend.files) for bundle in bundles],
         "networks": run.networks,

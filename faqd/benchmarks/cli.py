@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ import click
 from faqd.benchmarks.options import bench_flags
 from faqd.bundle import Bundle, load_bundle
 from faqd.command import SETTINGS, Command, emit_json, run, version_option
+from faqd.data_flags import absolute_source
 from faqd.errors import UserError
 from faqd.extras import install
 from faqd.files import write_json, written_beside
@@ -21,7 +22,7 @@ from faqd.given import arguments_given, refuse_all_but, refuse_idle
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from faqd.benchmarks.measure.networks import Backend
+    from faqd.benchmarks.measure.networks import Backend, EvaluationData
     from faqd.benchmarks.measure.switches import Asked, Options
     from faqd.benchmarks.record.gates import Gates
 
@@ -78,24 +79,41 @@ def _measure(bundles: Sequence[Path], gates: Gates, console: Console, options: d
         refuse_idle(_TIMING, "--skip-latency times nothing")
     if not options["energy_duration"]:
         refuse_idle(["--power-rail"], "--energy-duration 0 measures no energy")
+    if not options["eval_data"]:
+        refuse_idle(["--labels"], "the images of a bundle have their labels with them (--eval-data names others)")
     metric = load_metric(options["metric"]) if options["metric"] else None
     loaded = [load_bundle(folder) for folder in bundles]
     asked = Asked(*(options.pop(field.name) for field in fields(Asked)))
     chosen = _backend(loaded, asked, options)
     console.print(f"Running on {chosen.name}: {chosen.facts['why']}.", style="dim", markup=False)
+
+    def say(line: str) -> None:
+        console.print(f"... {line}", style="dim", markup=False)
+
     done = bench(
         loaded,
         chosen,
         _options(options, gates),
         metric=metric,
+        data=_own_images(loaded[0], options, say),
         command=["faqd-bench", *arguments_given()],
-        progress=lambda line: console.print(f"... {line}", style="dim", markup=False),
+        progress=say,
     )
     if options["export_times"] and done.times is not None:
         write_json(options["export_times"], times_json(done.times))
     if options["export_profile"] and done.profile is not None:
         write_json(options["export_profile"], done.profile)
     _show(done.result, console, options)
+
+
+def _own_images(bundle: Bundle, options: dict[str, Any], say: Callable[[str], None]) -> EvaluationData | None:
+    """What --eval-data names. It takes libraries that a board has not."""
+    source = absolute_source(options["eval_data"])
+    if source is None:
+        return None
+    from faqd.benchmarks.measure.eval_data import evaluation_data
+
+    return evaluation_data(bundle, source, options["labels"], options["threads"], say)
 
 
 def _judge_stored(path: Path, gates: Gates, console: Console, options: dict[str, Any]) -> None:

@@ -85,6 +85,16 @@ bench_flags = flags(
         ),
     ),
     section(
+        "Data",
+        click.option(
+            "--eval-data",
+            metavar="SOURCE",
+            show_default="the bundle's eval.npz",
+            help="Judge on folder:PATH or npz:PATH, none of which was learned from; takes the images and onnx extras.",
+        ),
+        click.option("--labels", is_flag=True, help="Take the subfolder names of that folder for classes."),
+    ),
+    section(
         "Timing",
         click.option("--warm-up", type=_FROM_ZERO, default=200.0, help="Milliseconds before timing starts."),
         click.option(

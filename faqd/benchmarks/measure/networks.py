@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -60,12 +61,29 @@ class Backend(Protocol):
         ...
 
 
-def check_comparable(bundles: Sequence[Bundle]) -> None:
-    """UserError where the bundles cannot stand in one table."""
+@dataclass(frozen=True)
+class EvaluationData:
+    """What a run judges on. source: `eval.npz`, or what --eval-data named. sha256: of images, labels and teacher."""
+
+    evaluation: Evaluation
+    source: str
+    sha256: str
+
+
+def stored_data(bundle: Bundle) -> EvaluationData:
+    """The images that the bundle holds."""
+    return EvaluationData(bundle.evaluation(), EVAL, bundle.manifest["files"][EVAL]["sha256"])
+
+
+def check_comparable(bundles: Sequence[Bundle], own_images: bool = False) -> None:
+    """UserError where the bundles cannot stand in one table. own_images: not those that they hold are judged on."""
     first = bundles[0]
     for other in bundles[1:]:
         pair = f"{first.folder} and {other.folder}"
-        if other.manifest["files"][EVAL]["sha256"] != first.manifest["files"][EVAL]["sha256"]:
+        if own_images:
+            if other.manifest["teacher"]["sha256"] != first.manifest["teacher"]["sha256"]:
+                raise UserError(f"{pair}: they have different teachers, by which outputs are judged; bench them apart.")
+        elif other.manifest["files"][EVAL]["sha256"] != first.manifest["files"][EVAL]["sha256"]:
             raise UserError(
                 f"{pair}: their {EVAL} differ (other images, labels or teacher), so their figures cannot stand "
                 "in one table; bench them apart, or export both from the same data and teacher."

@@ -130,6 +130,8 @@ def complaint(record: Mapping[str, Any]) -> str | None:
 
 def _complaints(record: Mapping[str, Any]) -> Iterator[str]:
     yield from wrong(record, RECORD, "")
+    if "source" in record["evaluation"]:
+        yield from wrong(record["evaluation"]["source"], str, "evaluation/source")
     for i, bundle in enumerate(record["bundles"]):
         if not bundle.keys().isdisjoint(_FLOATS):
             yield from wrong(bundle, _FLOATS, f"bundles/{i}")

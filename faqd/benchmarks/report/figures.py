@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from faqd.bundle import EVAL
 from faqd.fidelity import rounded
 
 NONE = "–"
@@ -189,6 +190,12 @@ def _all_int8(bundle: Record) -> bool:
 def line_of(island: Record) -> str:
     """The user's line, such as `net.py:12`; empty where it is not known."""
     return str(island["line"]).strip(" ()")
+
+
+def of_source(result: Record) -> str:
+    """Whose images were judged on, where they are not the bundle's own."""
+    source = result["evaluation"].get("source", EVAL)
+    return "" if source == EVAL else f" of {source}"
 
 
 def device(result: Record) -> str:

@@ -56,6 +56,7 @@ def page_from_result(result: Record) -> str:
         all_int8=figures.all_int8(result),
         partly_float=figures.partly_float(result),
         line_of=figures.line_of,
+        of_source=figures.of_source(result),
         float_operators=float_operators,
         below=charts.BELOW,
         throughput=_both(lambda width: curves.throughput_against_batch(result, width)),

@@ -24,6 +24,7 @@ from faqd.benchmarks.report.figures import (
     label,
     latency_at,
     milliseconds,
+    of_source,
     percent,
     points,
     significant,
@@ -274,7 +275,7 @@ def _name(network: Record) -> str:
 
 
 def _legend(result: Record) -> str:
-    images = f"{result['evaluation']['images']:,} images"
+    images = f"{result['evaluation']['images']:,} images{of_source(result)}"
     if not result["evaluation"]["labels"]:
         stands = "agreement with" if result["evaluation"]["classification"] else "fidelity to"
         images += f" without labels: {stands} the teacher stands for accuracy"

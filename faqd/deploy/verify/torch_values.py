@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx
 
+from faqd.bundle import STORED_VALUES
 from faqd.deploy.verify.layers import FLOAT32_BITS, FLOAT_LAYER_BITS, digest
 from faqd.deploy.verify.numbers import grids
 from faqd.deploy.verify.outputs import compare_outputs
@@ -24,8 +25,6 @@ from faqd.quantize.operators.requantize import Requantize
 from faqd.quantize.outputs import named_outputs, run_batches
 from faqd.quantize.student import Student
 
-STORED_VALUES = 2**24
-"""Values of one output kept in a bundle, 64 MiB: dense outputs are stored for the first images only."""
 BATCH = 64
 
 

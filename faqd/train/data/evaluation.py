@@ -57,8 +57,8 @@ def read_evaluation(
     labels, classes = read.split.labels, read.classes
     if labels is None or classes is None or known is None or classes == known:
         return read
-    renumbered = _renumbered(labels, classes, known, options)
-    return replace(read, split=replace(read.split, labels=renumbered), classes=known)
+    split = replace(read.split, labels=renumbered(labels, classes, known, options))
+    return replace(read, split=split, classes=known)
 
 
 def _all_of(opened: Opened, preprocess: Preprocess, say: Say) -> EvaluationImages:
@@ -74,9 +74,10 @@ def _all_of(opened: Opened, preprocess: Preprocess, say: Say) -> EvaluationImage
     return EvaluationImages(split, opened.classes, read.skipped, files)
 
 
-def _renumbered(
+def renumbered(
     labels: NDArray[np.int64], classes: tuple[str, ...], known: tuple[str, ...], options: DataOptions
 ) -> NDArray[np.int64]:
+    """Labels of `classes` as numbers of `known`; UserError where one is not among them."""
     if unknown := [name for name in classes if name not in known]:
         raise UserError(
             f"--eval-data {options.evaluation}: has labels of the class {unknown[0]}, which {options.source} has not "
