@@ -44,12 +44,19 @@ _OF_THE_SYSTEM = {
 
 SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
 """Of every command line: what click calls its context settings."""
+ARGUMENTS = "faqd.arguments"
+"""Where a click context keeps what stands behind the command's name."""
 OTHERS = "Options"
 """The heading of options that are in no section; they come last."""
 
 
 class Command(click.Command):
-    """A command whose help has its options in sections; in a list of commands its first sentence stands whole."""
+    """A command whose help has its options in sections; in a list of commands its first sentence stands whole. It knows
+    its own arguments, whoever has called it."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[ARGUMENTS] = list(args)
+        return super().parse_args(ctx, args)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}

@@ -3,21 +3,19 @@ gave it believes that it has one."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 
 import click
 from click.core import ParameterSource
 
+from faqd.command import ARGUMENTS
 from faqd.errors import UserError
 
 
 def arguments_given() -> list[str]:
     """Within a command, what stands behind its name: behind `faqd-bench`, or `faqd bench`."""
-    context, names = click.get_current_context(), 1
-    while context.parent is not None:
-        context, names = context.parent, names + 1
-    return sys.argv[names:]
+    found: list[str] = click.get_current_context().meta[ARGUMENTS]
+    return found
 
 
 def options_given() -> list[str]:

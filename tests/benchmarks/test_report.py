@@ -2,34 +2,47 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import json
+import math
 import re
+import shlex
 import shutil
 import subprocess
 import tempfile
-from html import escape
+from html import escape, unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 
 from faqd.benchmarks.backends.sessions import OnnxruntimeBackend
 from faqd.benchmarks.bench import bench
+from faqd.benchmarks.cli import bench_command
 from faqd.benchmarks.measure.latency import Length
 from faqd.benchmarks.measure.switches import Options
 from faqd.benchmarks.record.gates import Gates
 from faqd.benchmarks.report.accuracy_latency_chart import accuracy_against_latency, latency_distribution
 from faqd.benchmarks.report.html import page_from_result
 from faqd.benchmarks.report.label_layout import Box, place
+from faqd.benchmarks.report.svg import SHAPES
+from faqd.benchmarks.report.terminal import console_for, print_result
 from faqd.bundle import load_bundle
+from faqd.deploy.cli import cli as deploy_cli
+from faqd.proof import STATUSES
+from faqd.train.cli import cli as train_cli
 from tests.fixtures.tiny_bundles import ISLANDS, make_bundle
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium")
 HOSTILE = """<b>&amp;"'</script><img src=x onerror=alert(1)>"""
 DARK, LIGHT = 0, 1
+FAR_BELOW = "l7 -11h-14z"
+"""An arrow downwards, in the place of any mark."""
 
 PROBE = """<script>
 const box = e => { const r = e.getBoundingClientRect(); return [r.left, r.top, r.right, r.bottom]; };
@@ -43,9 +56,10 @@ parent.document.documentElement.dataset.probe = JSON.stringify({
   ink: getComputedStyle(document.body).color,
   small: Math.min(...[...document.querySelectorAll("svg text")].filter(seen).map(
     e => parseFloat(getComputedStyle(e).fontSize) * e.getCTM().a)),
-  marks: [...document.querySelectorAll("section:nth-of-type(1) div svg .mark")].filter(seen).filter(
-    e => !e.closest(".key")).map(box),
-  labels: [...document.querySelectorAll("section:nth-of-type(1) svg text.label")].filter(seen).map(box),
+  marks: [...document.querySelectorAll(".scatter div svg .mark")].filter(seen).filter(
+    e => !e.closest(".sign")).map(box),
+  labels: [...document.querySelectorAll(".scatter svg text.label")].filter(seen).map(box),
+  leaders: [...document.querySelectorAll(".scatter svg .leader")].filter(seen).map(box),
   elements: [...document.querySelectorAll("script, img, link, iframe")].length,
 });
 </script>"""
@@ -187,6 +201,94 @@ def test_the_page_is_whole_and_escaped(result: dict[str, Any]) -> None:
     assert_figures_equal(html, result, least=200)
 
 
+def test_the_first_screen_says_proof_and_fidelity_then_speed(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "b", engine_noise=1.5)
+    html = page_from_result(bench([bundle], OnnxruntimeBackend(1, "test"), Options(length=Length(0.01))).result)
+    head = html[html.index("<header>") : html.index("</header>")]
+    order = (
+        'class="chip passed">proof passed<',
+        'class="chip passed">kept<',
+        'class="chip failed">ruined<',
+        "Median lat",
+    )
+    places = [head.index(text) for text in order]
+    assert places == sorted(places), "also of the file for engines where that is something else"
+    section = html[html.index("</header>") :].partition("</section>")[0]
+    assert "<h2>Proof and fidelity</h2>" in section and "at most 0.01 % of the codes" in section
+    files = [
+        f"{name}</small>"
+        for name in ("student.onnxruntime.onnx, run here", "student.tensorrt.onnx, for engines, as written")
+    ]
+    assert all(section.count(name) == 1 for name in files)
+
+
+def test_every_row_and_column_of_a_table_has_a_header(result: dict[str, Any]) -> None:
+    html = page_from_result(result)
+    tags = read(html).tags
+    scopes = [dict(attrs).get("scope") for tag, attrs in tags if tag == "th"]
+    assert set(scopes) == {"col", "row"}
+    assert scopes.count("row") == sum(tag == "tr" for tag, _ in tags) - html.count("<thead>")
+
+
+def test_a_network_has_one_mark_in_tables_and_pictures(result: dict[str, Any]) -> None:
+    html = page_from_result(result)
+    for kind in ("teacher", "ptq", "distilled", "float"):
+        shape = re.sub(r"^M[\d.]+ [\d.]+", "", SHAPES[kind].format(0, 0))
+        drawn = re.findall(
+            rf'class="(?:sign )?{kind}"[^>]*>(?:<title>[^<]*</title>)?(?:<line[^>]*>)*<path class="mark" d="([^"]*)"',
+            html,
+        )
+        assert drawn and all(path.endswith((shape, FAR_BELOW)) for path in drawn), kind
+
+
+def test_times_below_a_tenth_of_a_millisecond_are_microseconds(result: dict[str, Any]) -> None:
+    quick = copy.deepcopy(result)
+    for network in quick["networks"]:
+        for latency in network["latency"]:
+            for key in ("min_ms", "median_ms", "max_ms"):
+                latency[key] /= 1e3
+            for key in ("distribution_ms", "round_medians_ms"):
+                latency[key] = [value / 1e3 for value in latency[key]]
+            latency["percentiles_ms"] = {p: v and v / 1e3 for p, v in latency["percentiles_ms"].items()}
+    for record, unit, other in ((result, "ms", "µs"), (quick, "µs", "ms")):
+        html = page_from_result(record)
+        assert_figures_equal(html, record, least=200)
+        assert f"median latency in {unit}, batch 1" in html and f"<small>{unit}</small>" in html
+        assert not re.search(rf"\d {other}\b", html.partition("<h2>Environment")[0])
+        console = console_for(io.StringIO())
+        print_result(record, console)
+        printed = console.file.getvalue()  # type: ignore[attr-defined]
+        assert f"p50 {unit}" in printed and f"latency in {unit}" in printed
+        assert "variation" not in (html.partition("<script")[0] + printed).lower(), (
+            "one stalled query in thousands makes it 7,000 %"
+        )
+
+
+@pytest.mark.parametrize("status", STATUSES)
+def test_every_command_on_the_page_exists(result: dict[str, Any], status: str) -> None:
+    """With the arguments that it prints: each is parsed, and none is carried out."""
+    stored = copy.deepcopy(result)
+    stored["command"] = ["faqd-bench", "a folder/b", "--eval-data", "folder:c d", "--duration", "0.5"]
+    for bundle in stored["bundles"]:
+        bundle["folder"] = "a folder/of $HOME"
+        bundle["proofs"] = {name: {**proof, "status": status} for name, proof in bundle["proofs"].items()}
+    html = page_from_result(stored).partition('<script type="application/json"')[0]
+    codes = [unescape(text) for text in re.findall(r"<code[^>]*>([^<]*)</code>", html)]
+    lines = [line for line in (*codes, *re.findall(r"`([^`]*)`", unescape(html))) if line.startswith("faqd")]
+    assert (f"faqd-deploy verify {shlex.quote('a folder/of $HOME')}" in lines) == (status != "passed")
+    assert shlex.join(stored["command"]) in lines
+    for line in lines:
+        name, *arguments = shlex.split(line.replace(" ...", ""))
+        command: click.Command = {"faqd-train": train_cli, "faqd-deploy": deploy_cli, "faqd-bench": bench_command}[name]
+        if isinstance(command, click.Group):
+            command = command.commands[arguments.pop(0)]
+        if "..." in line:  # an outline: its options exist
+            known = {spelling for option in command.params for spelling in option.opts}
+            assert known.issuperset(each for each in arguments if each.startswith("--")), line
+        else:
+            command.make_context(name, arguments)
+
+
 def test_the_page_tells_what_stays_float(result: dict[str, Any], tmp_path: Path) -> None:
     html = page_from_result(result)
     assert "All multiply-accumulates in INT8: resnet20 8/8." in html
@@ -233,6 +335,10 @@ def test_the_page_without_latency_labels_or_classes(tmp_path: Path) -> None:
         assert (latency_distribution(found, 2, 900) is not None) == latency
 
 
+def middle(box: Box) -> tuple[float, float]:
+    return (box.left + box.right) / 2, (box.top + box.bottom) / 2
+
+
 @needs_chromium
 @pytest.mark.parametrize("width", [1200, 390])
 @pytest.mark.parametrize("scheme", [LIGHT, DARK])
@@ -251,6 +357,20 @@ def test_the_page_in_a_browser(result: dict[str, Any], tmp_path: Path, width: in
     assert len(boxes) == len(marks) == 7
     assert not [(a, b) for a in boxes for b in marks if a.overlap(b) > 4]
     assert not [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.overlap(b) > 1]
+    ambiguous = 0
+    for label in boxes:
+        apart = sorted(math.dist(middle(mark), label.nearest(*middle(mark))) for mark in marks)
+        ambiguous += apart[1] < apart[0] + 4
+    assert len(probe["leaders"]) >= ambiguous, "where two marks are as near to a label a line says which is meant"
+
+
+@needs_chromium
+def test_the_page_is_printed_on_few_sheets_that_begin_with_what_counts(result: dict[str, Any], tmp_path: Path) -> None:
+    page, sheets = tmp_path / "report.html", tmp_path / "report.pdf"
+    page.write_text(page_from_result(result), encoding="utf-8")
+    chromium(page, 1200, LIGHT, f"--print-to-pdf={sheets}")
+    count = len(re.findall(rb"/Type\s*/Page\b", sheets.read_bytes()))
+    assert 1 < count <= 8, "it was 16 where a sheet was laid out as a phone and no card was ever broken"
 
 
 @needs_chromium

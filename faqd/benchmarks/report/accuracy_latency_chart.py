@@ -9,7 +9,16 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from faqd.benchmarks.report.figures import Record, compared, first_batch, label, latency_at, milliseconds, percent
+from faqd.benchmarks.report.figures import (
+    Record,
+    Unit,
+    compared,
+    first_batch,
+    label,
+    latency_at,
+    percent,
+    time_unit,
+)
 from faqd.benchmarks.report.label_layout import Box, place, text_width
 from faqd.benchmarks.report.svg import (
     LOG_ABOVE,
@@ -17,6 +26,7 @@ from faqd.benchmarks.report.svg import (
     axis_name,
     colour_class,
     grid,
+    mark,
     nice_ticks,
     px,
     short,
@@ -29,6 +39,8 @@ FAR_BELOW = 0.15
 BELOW = "↓"
 """Stands before the value of such a network."""
 _LABEL_PX, _SMALL_PX = 13, 12
+_SIGN = 16
+"""What a mark takes in front of a label."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,7 @@ def accuracy_against_latency(result: Record, width: int) -> Markup | None:
     x = _latency_axis([point.latency for point in points], left, right)
     shown = _shown(points)
     y = _share_axis(shown, bottom, top)
+    unit = time_unit(result)
     marks: list[Markup] = []
     solid: list[Box] = []
     soft: list[Box] = []
@@ -59,25 +72,24 @@ def accuracy_against_latency(result: Record, width: int) -> Markup | None:
             spread = point.latency["distribution_ms"]
             soft.append(Box(x.clipped(spread[5]), value - 3, x.clipped(spread[95]), value + 3))
             soft.append(Box(at - 3, y.clipped(point.share["high"]), at + 3, y.clipped(point.share["low"])))
-        marks.append(_mark(point, at, value, x, y, point in shown))
-    labels = [_label_lines(point, 40 if width > 600 else 18, point not in shown) for point in points]
+        marks.append(_mark(point, unit, at, value, x, y, point in shown))
+    labels = [_label_lines(point, unit, 40 if width > 600 else 18, point not in shown) for point in points]
     anchors = [(x(point.latency["median_ms"]), y.clipped(point.share["value"])) for point in points]
     sizes = [
-        (max(text_width(name, _LABEL_PX, bold=True), text_width(note, _SMALL_PX)), _LABEL_PX + _SMALL_PX + 7)
+        (max(text_width(name, _LABEL_PX, bold=True), text_width(note, _SMALL_PX)) + _SIGN, _LABEL_PX + _SMALL_PX + 7)
         for name, note in labels
     ]
+    kinds = [colour_class(point.network) for point in points]
     boxes = place(anchors, sizes, solid, soft, Box(left + 4, top, right, bottom - 4))
     measure = "top-1 accuracy" if result["evaluation"]["labels"] else "agreement with the teacher"
     parts = [
-        grid(x, y, left, right, top, bottom),
-        Markup(
-            '<text class="axis-name" x="{}" y="{}" text-anchor="end">median latency in ms, batch {}{}</text>'
-        ).format(px(right), height - 8, first_batch(result), ", log scale" if x.log else ""),
-        *(_leader(anchor, box) for anchor, box in zip(anchors, boxes, strict=True)),
+        grid(x, y, left, right, top, bottom, per_x=unit.per_ms),
+        axis_name(x, f"median latency in {unit.name}, batch {first_batch(result)}", height - 8),
+        *(_leader(*each, anchors) for each in zip(kinds, anchors, boxes, strict=True)),
         *marks,
-        *(_label(*each) for each in zip(labels, boxes, anchors, strict=True)),
+        *(_label(*each) for each in zip(kinds, labels, boxes, anchors, strict=True)),
     ]
-    return svg(parts, width, height, f"{measure} in percent against median latency in milliseconds")
+    return svg(parts, width, height, f"{measure} in percent against median latency in {unit.name}")
 
 
 def latency_distribution(result: Record, batch: int, width: int) -> Markup | None:
@@ -90,11 +102,12 @@ def latency_distribution(result: Record, batch: int, width: int) -> Markup | Non
     left, right, height = 6.0, width - 10.0, step * len(measured) + 44
     x = _latency_axis([record for _, record in measured], left, right)
     bottom = float(step * len(measured) + 6)
-    parts = [vertical_grid(x, 4.0, bottom)]
+    unit = time_unit(result)
+    parts = [vertical_grid(x, 4.0, bottom, unit.per_ms)]
     for index, (network, record) in enumerate(measured):
-        parts.append(_strip(network, record, x, step * index + 18.0, right, width > 600))
-    parts.append(axis_name(x, "latency in ms", height - 6))
-    return svg(parts, width, height, f"Distribution of latencies in milliseconds at batch {batch}")
+        parts.append(_strip(network, record, unit, x, step * index + 18.0, right, width > 600))
+    parts.append(axis_name(x, f"latency in {unit.name}", height - 6))
+    return svg(parts, width, height, f"Distribution of latencies in {unit.name} at batch {batch}")
 
 
 def _points(result: Record) -> list[_Point]:
@@ -139,9 +152,9 @@ def _latency_axis(records: Iterable[Record], left: float, right: float) -> Axis:
     return Axis(low, reach, left, right, tuple(t for t in candidates if low <= t <= reach), log=True)
 
 
-def _mark(point: _Point, at: float, value: float, x: Axis, y: Axis, shown: bool) -> Markup:
+def _mark(point: _Point, unit: Unit, at: float, value: float, x: Axis, y: Axis, shown: bool) -> Markup:
     kind = colour_class(point.network)
-    title = Markup("<title>{}</title>").format(" ".join((point.network["name"], *_label_lines(point)[1:])))
+    title = Markup("<title>{}</title>").format(" ".join((point.network["name"], *_label_lines(point, unit)[1:])))
     if not shown:
         arrow = Markup('<path class="mark" d="M{} {}l7 -11h-14z"/>').format(px(at), px(value))
         return Markup('<g class="{}">{}{}</g>').format(kind, title, arrow)
@@ -149,51 +162,57 @@ def _mark(point: _Point, at: float, value: float, x: Axis, y: Axis, shown: bool)
     bar = Markup('<line class="bar" x1="{}" x2="{}" y1="{}" y2="{}"/>')
     bars = bar.format(px(at), px(at), px(y.clipped(point.share["low"])), px(y.clipped(point.share["high"])))
     bars += bar.format(px(x.clipped(spread[5])), px(x.clipped(spread[95])), px(value), px(value))
-    shapes = {
-        "teacher": '<path class="mark" d="M{0} {1}m0 -8l8 8l-8 8l-8 -8z"/>',
-        "ptq": '<path class="mark" d="M{0} {1}m-6 -6h12v12h-12z"/>',
-        "float": '<path class="mark" d="M{0} {1}m0 -7l7 13h-14z"/>',
-    }
-    shape = Markup(shapes.get(kind, '<circle class="mark" cx="{0}" cy="{1}" r="6.5"/>')).format(px(at), px(value))
-    return Markup('<g class="{}">{}{}{}</g>').format(kind, title, bars, shape)
+    return Markup('<g class="{}">{}{}{}</g>').format(kind, title, bars, mark(kind, at, value))
 
 
-def _label_lines(point: _Point, limit: int = 40, below: bool = False) -> tuple[str, str]:
+def _label_lines(point: _Point, unit: Unit, limit: int = 40, below: bool = False) -> tuple[str, str]:
     arrow = f"{BELOW} " if below else ""
     share = f"{percent(point.share['value'], point.share['n'])} %"
-    return short(label(point.network), limit), f"{arrow}{share} · {milliseconds(point.latency['median_ms'])} ms"
+    return short(label(point.network), limit), f"{arrow}{share} · {unit.write(point.latency['median_ms'])} {unit.name}"
 
 
-def _label(lines: tuple[str, str], box: Box, anchor: tuple[float, float]) -> Markup:
-    """Set against the side that faces the mark."""
-    at, side = (box.right, "end") if box.right <= anchor[0] else (box.left, "start")
+def _label(kind: str, lines: tuple[str, str], box: Box, anchor: tuple[float, float]) -> Markup:
+    """Set against the side that faces the mark, with a small one of its kind in front."""
+    at, side, inwards = (box.right, "end", -1) if box.right <= anchor[0] else (box.left, "start", 1)
     return Markup(
+        '<g class="sign {5}" transform="translate({6} {7}) scale(0.62)">{8}</g>'
         '<text class="label" x="{0}" y="{1}" text-anchor="{2}">{3}'
         '<tspan class="label-note" x="{0}" dy="1.25em">{4}</tspan></text>'
-    ).format(px(at), px(box.top + _LABEL_PX), side, *lines)
+    ).format(
+        px(at + inwards * _SIGN),
+        px(box.top + _LABEL_PX),
+        side,
+        *lines,
+        kind,
+        px(at + inwards * 6),
+        px(box.top + _LABEL_PX - 4.5),
+        mark(kind, 0, 0),
+    )
 
 
-def _leader(anchor: tuple[float, float], box: Box) -> Markup:
-    """A thin line from a mark to its label where they are not side by side."""
-    x, y = min(max(anchor[0], box.left), box.right), min(max(anchor[1], box.top), box.bottom)
-    if math.hypot(x - anchor[0], y - anchor[1]) < 18:
+def _leader(kind: str, anchor: tuple[float, float], box: Box, anchors: Sequence[tuple[float, float]]) -> Markup:
+    """A thin line from a mark to its label, unless they are side by side and no other mark is as near."""
+    x, y = box.nearest(*anchor)
+    distance = math.hypot(x - anchor[0], y - anchor[1])
+    others = (math.dist(box.nearest(*other), other) for other in anchors if other is not anchor)
+    if distance < 18 and distance + 6 < min(others, default=math.inf):
         return Markup("")
-    line = Markup('<line class="leader" x1="{}" y1="{}" x2="{}" y2="{}"/>')
-    return line.format(px(anchor[0]), px(anchor[1]), px(x), px(y))
+    line = Markup('<line class="leader {}" x1="{}" y1="{}" x2="{}" y2="{}"/>')
+    return line.format(kind, px(anchor[0]), px(anchor[1]), px(x), px(y))
 
 
-def _strip(network: Record, record: Record, x: Axis, top: float, right: float, wide: bool) -> Markup:
+def _strip(network: Record, record: Record, unit: Unit, x: Axis, top: float, right: float, wide: bool) -> Markup:
     spread = record["distribution_ms"]
     middle = top + 20
     ticks = " ".join(f"M{px(x(value))} {px(middle - 7)}v14" for value in spread if x.low <= value <= x.high)
     p99 = record["percentiles_ms"]["99"]
-    note = f"p50 {milliseconds(record['median_ms'])} ms"
+    note = f"p50 {unit.write(record['median_ms'])} {unit.name}"
     if wide:
-        note += f" · p99 {milliseconds(p99)} ms" if p99 else ""
+        note += f" · p99 {unit.write(p99)} {unit.name}" if p99 else ""
         note += f" · n {record['samples']:,}"
-    room = int((right - text_width(note, _SMALL_PX) - 16) / text_width("n", _LABEL_PX, bold=True))
+    room = int((right - text_width(note, _SMALL_PX) - 38) / text_width("n", _LABEL_PX, bold=True))
     return Markup(
-        '<g class="{0}"><text class="label" x="6" y="{1}">{2}</text>'
+        '<g class="{0}">{15}<text class="label" x="28" y="{1}">{2}</text>'
         '<text class="label-note" x="{3}" y="{1}" text-anchor="end">{4}</text>'
         '<line class="base" x1="{5}" x2="{6}" y1="{7}" y2="{7}"/><path class="rug" d="{8}"/>'
         '<rect class="half" x="{9}" y="{10}" width="{11}" height="14" rx="2"/>'
@@ -214,4 +233,5 @@ def _strip(network: Record, record: Record, x: Axis, top: float, right: float, w
         px(x.clipped(record["median_ms"])),
         px(middle - 10),
         px(middle + 10),
+        mark(colour_class(network), 14, top),
     )

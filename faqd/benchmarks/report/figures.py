@@ -10,6 +10,8 @@ from faqd.bundle import EVAL
 from faqd.fidelity import rounded
 
 NONE = "–"
+MICROSECONDS_BELOW = 0.1
+"""In ms."""
 KIND = {"float": "float", "distilled": "distilled", "ptq": "PTQ"}
 Record = Mapping[str, Any]
 
@@ -29,7 +31,29 @@ def decimals(n: int) -> int:
     return 2 if n >= 1000 else 1
 
 
-def milliseconds(value: float | None) -> str:
+@dataclass(frozen=True)
+class Unit:
+    """What times are written in, the same all over a page or a table. per_ms: how many of it a millisecond has."""
+
+    name: str
+    per_ms: float
+
+    def write(self, ms: float | None) -> str:
+        return NONE if ms is None else significant(ms * self.per_ms)
+
+
+def unit_for(ms: float) -> Unit:
+    """Such that a time of so many ms has no zeros in front."""
+    return Unit("µs", 1e3) if ms < MICROSECONDS_BELOW else Unit("ms", 1.0)
+
+
+def time_unit(result: Record) -> Unit:
+    """That of a record: its fastest median at the first batch size decides."""
+    latencies = [latency_at(network, first_batch(result)) for network in result["networks"]]
+    return unit_for(min((latency["median_ms"] for latency in latencies if latency), default=1.0))
+
+
+def number(value: float | None) -> str:
     return NONE if value is None else significant(value)
 
 
@@ -115,28 +139,26 @@ def fidelity_of(network: Record) -> Record | None:
 @dataclass(frozen=True)
 class Judged:
     """A file of a student with what is known of it. name, run: of the file, and how it was run; empty in older records.
-    proof: its status. codes: what the proof has counted, where that is known. path: of `accuracy` in the record."""
+    proof: its status. codes: what the proof has counted, where that is known. path: of `accuracy` in the record, and of
+    the proof."""
 
     name: str
     run: str
     proof: str
     codes: Record | None
     accuracy: Record
-    metric: Record | None
     path: str
+    proof_path: str
 
     @property
-    def kept(self) -> Record:
-        """Its fidelity."""
-        found: Record = self.accuracy["fidelity"]
+    def kept(self) -> Record | None:
+        """Its fidelity; None in older records."""
+        found: Record | None = self.accuracy.get("fidelity")
         return found
 
 
 def judged_files(result: Record, network: Record) -> list[Judged]:
-    """The files of a student that were judged, the one that was timed first; nothing where no fidelity is known, as in
-    older records."""
-    if fidelity_of(network) is None:
-        return []
+    """The files of a student that were judged, the one that was timed first."""
     bundle = result["bundles"][network["bundle"]]
     place = f"networks/{next(i for i, other in enumerate(result['networks']) if other is network)}"
     timed = "as an engine" if result["backend"]["name"] == "engine" else "run here"
@@ -148,7 +170,8 @@ def judged_files(result: Record, network: Record) -> list[Judged]:
         name = source.get("file", "")
         facts = bundle.get("proofs", {}).get(name, {"status": bundle["verify"]})
         codes = facts if facts.get("codes") else None
-        found.append(Judged(name, run, facts["status"], codes, source["accuracy"], source["metric"], path))
+        proof_path = f"bundles/{network['bundle']}/proofs/{name}"
+        found.append(Judged(name, run, facts["status"], codes, source["accuracy"], path, proof_path))
     return found
 
 
@@ -162,8 +185,12 @@ def in_words(judged: Judged) -> str:
     right = judged.accuracy["top1"]
     top1 = f"; top-1 {percent(right['value'], right['n'])} %" if right else ""
     file = f"{judged.name}, {judged.run}: " if judged.name else ""
-    proof = _VERDICTS.get(judged.proof, "proof passed")
-    return f"{file}{proof}; {judged.kept['verdict']}: fidelity {rounded(judged.kept['least'])} ({ratios}){top1}"
+    kept = f"; {judged.kept['verdict']}: fidelity {rounded(judged.kept['least'])}" if judged.kept else ""
+    return f"{file}{proof_in_words(judged.proof)}{kept} ({ratios}){top1}"
+
+
+def proof_in_words(status: str) -> str:
+    return _VERDICTS.get(status, "proof passed")
 
 
 def partly_float(result: Record) -> list[tuple[Record, Record]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from importlib import resources
 
@@ -22,9 +23,10 @@ from faqd.benchmarks.report.figures import (
     latency_at,
     speed_up_at,
 )
-from faqd.benchmarks.report.svg import colour_class
+from faqd.benchmarks.report.svg import colour_class, inline_mark
 from faqd.bundle import float_operators
-from faqd.fidelity import rounded
+from faqd.fidelity import KEPT, RUINED, rounded
+from faqd.proof import EQUAL_CODES
 
 WIDE, NARROW = 900, 340
 """Widths of the pictures in CSS pixels: for a desk and for a phone."""
@@ -34,7 +36,7 @@ def page_from_result(result: Record) -> str:
     """The page for a record of faqd.benchmarks.bench; its figures carry the place they have in the JSON."""
     pages = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     source = resources.files("faqd.benchmarks.report").joinpath("report.html").read_text(encoding="utf-8")
-    helpers = ("percent", "points", "milliseconds", "significant", "kib", "times", "bits", "kind", "label")
+    helpers = ("percent", "points", "significant", "kib", "times", "bits", "kind", "label", "proof_in_words")
     pages.filters |= {name: getattr(figures, name) for name in helpers}
     pages.filters["colour"] = colour_class
     pages.filters["rounded"] = rounded
@@ -45,6 +47,16 @@ def page_from_result(result: Record) -> str:
         rows=[(result["networks"].index(network), network) for network in compared(result)],
         networks=list(enumerate(result["networks"])),
         lead=_lead(result),
+        lead_files=figures.judged_files(result, _lead(result)),
+        files=_files(result),
+        proofs=_PROOFS,
+        unit=figures.time_unit(result),
+        sign=lambda network: inline_mark(colour_class(network)),
+        differing_share=100 * (1 - EQUAL_CODES),
+        kept_from=KEPT,
+        ruined_below=RUINED,
+        command=shlex.join(result["command"]),
+        verify=lambda bundle: f"faqd-deploy verify {shlex.quote(bundle['folder'])}",
         device=figures.device(result),
         latency_at=latency_at,
         speed_up_at=speed_up_at,
@@ -76,6 +88,22 @@ def _lead(result: Record) -> Record:
     """The student that the head of the page speaks of: the first distilled one, else the first."""
     students = [network for network in compared(result) if network["role"] == "student"]
     return next((network for network in students if network["kind"] == "distilled"), students[0])
+
+
+def _files(result: Record) -> list[tuple[Record, figures.Judged]]:
+    """Every file of every student."""
+    students = [network for network in result["networks"] if network["role"] == "student"]
+    return [(network, file) for network in students for file in figures.judged_files(result, network)]
+
+
+_PROOFS = {
+    "passed": "",
+    "missing": "Not verified yet.",
+    "stale": "verify.json does not speak of this file.",
+    "elsewhere": "Verified on another kind of CPU, where its sums may come out otherwise.",
+    "failed": "Do not deploy it; this says what differs.",
+}
+"""What to say beside a command that verifies, by the status of a proof."""
 
 
 def _distribution(result: Record, batch: int) -> Callable[[int], Markup | None]:

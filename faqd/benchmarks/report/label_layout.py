@@ -27,6 +27,10 @@ class Box:
         height = min(self.bottom, other.bottom) - max(self.top, other.top)
         return width * height if width > 0 and height > 0 else 0.0
 
+    def nearest(self, x: float, y: float) -> tuple[float, float]:
+        """The point of the rectangle that is nearest."""
+        return min(max(x, self.left), self.right), min(max(y, self.top), self.bottom)
+
     def within(self, other: Box) -> bool:
         return (
             self.left >= other.left

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from markupsafe import Markup
 
-from faqd.benchmarks.report.figures import Record, milliseconds
+from faqd.benchmarks.report.figures import Record, unit_for
 from faqd.benchmarks.report.label_layout import text_width
 from faqd.benchmarks.report.svg import px, short, svg
 
@@ -31,17 +31,20 @@ def time_per_layer(network: Record, path: str, width: int) -> Markup:
     slowest = sorted(range(len(layers)), key=lambda index: -layers[index]["mean_ms"])[:MOST]
     drawn = sorted(slowest)
     most = max(layers[index]["mean_ms"] for index in drawn) or 1.0
+    unit = unit_for(most)
     left, right = 6.0, width - 10.0
     parts = []
     for row, index in enumerate(drawn):
         layer, top = layers[index], row * _STEP + 6.0
-        number = milliseconds(layer["mean_ms"])
-        room = int((right - left - text_width(f"{number} ms", _SMALL_PX) - 20) / text_width("n", _LABEL_PX, bold=True))
+        number = unit.write(layer["mean_ms"])
+        room = int(
+            (right - left - text_width(f"{number} {unit.name}", _SMALL_PX) - 20) / text_width("n", _LABEL_PX, bold=True)
+        )
         parts.append(
             Markup(
                 '<g class="kind-{0}"><title>{1}: {2}</title><text class="layer" x="{3}" y="{4}">{5}</text>'
                 '<text class="label-note" x="{6}" y="{4}" text-anchor="end">'
-                '<tspan data-json="{7}/layers/layers/{8}/mean_ms">{9}</tspan> ms</text>'
+                '<tspan data-json="{7}/layers/layers/{8}/mean_ms" data-scale="{12:g}">{9}</tspan> {13}</text>'
                 '<rect class="time" x="{3}" y="{10}" width="{11}" height="8" rx="2"/></g>'
             ).format(
                 layer["kind"],
@@ -56,6 +59,8 @@ def time_per_layer(network: Record, path: str, width: int) -> Markup:
                 number,
                 px(top + 17),
                 px(max(1.5, (right - left) * layer["mean_ms"] / most)),
+                unit.per_ms,
+                unit.name,
             )
         )
-    return svg(parts, width, _STEP * len(drawn) + 10, f"Time per layer of {network['name']} in milliseconds")
+    return svg(parts, width, _STEP * len(drawn) + 10, f"Time per layer of {network['name']} in {unit.name}")

@@ -45,6 +45,27 @@ def colour_class(network: Record) -> str:
     return "ptq" if network["kind"] == "ptq" else "distilled"
 
 
+SHAPES = {
+    "teacher": "M{0} {1}m0 -8l8 8l-8 8l-8 -8z",
+    "ptq": "M{0} {1}m-6 -6h12v12h-12z",
+    "float": "M{0} {1}m0 -7l7 13h-14z",
+    "distilled": "M{0} {1}m-6.5 0a6.5 6.5 0 1 0 13 0a6.5 6.5 0 1 0 -13 0z",
+}
+"""By `colour_class`: a diamond, a square, a triangle, a circle. A colour alone tells nothing on paper."""
+
+
+def mark(kind: str, x: float, y: float) -> Markup:
+    """What stands for a network of this `colour_class`, 16 pixels wide at most around (x, y)."""
+    return Markup('<path class="mark" d="{}"/>').format(SHAPES[kind].format(px(x), px(y)))
+
+
+def inline_mark(kind: str) -> Markup:
+    """The same for a line of text; whoever reads the page aloud leaves it out."""
+    return Markup('<svg class="sign {}" width="12" height="12" viewBox="0 0 17 17" aria-hidden="true">{}</svg>').format(
+        kind, mark(kind, 8.5, 8.5)
+    )
+
+
 def nice_ticks(low: float, high: float, about: int) -> list[float]:
     """Multiples of 1, 2, 2.5 or 5 times a power of ten that cover low..high."""
     raw = (high - low) / about
@@ -59,10 +80,17 @@ def percents(tick: float) -> str:
 
 
 def grid(
-    x: Axis, y: Axis, left: float, right: float, top: float, bottom: float, write: Callable[[float], str] = percents
+    x: Axis,
+    y: Axis,
+    left: float,
+    right: float,
+    top: float,
+    bottom: float,
+    write: Callable[[float], str] = percents,
+    per_x: float = 1.0,
 ) -> Markup:
-    """write: a value of the vertical axis as its label."""
-    lines = [vertical_grid(x, top, bottom)]
+    """write: a value of the vertical axis as its label. per_x: what the labels of the other axis are multiplied by."""
+    lines = [vertical_grid(x, top, bottom, per_x)]
     line = Markup('<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/>')
     text = Markup('<text class="tick" x="{}" y="{}" text-anchor="end">{}</text>')
     for tick in y.ticks:
@@ -71,7 +99,7 @@ def grid(
     return Markup("").join(lines)
 
 
-def vertical_grid(x: Axis, top: float, bottom: float) -> Markup:
+def vertical_grid(x: Axis, top: float, bottom: float, per_x: float = 1.0) -> Markup:
     line = Markup('<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/>')
     text = Markup('<text class="tick" x="{}" y="{}" text-anchor="{}">{}</text>')
     parts = []
@@ -79,7 +107,7 @@ def vertical_grid(x: Axis, top: float, bottom: float) -> Markup:
         at = x(tick)
         anchor = "start" if at < 14 else "end" if at > x.end - 8 else "middle"
         parts.append(line.format(px(at), px(at), px(top), px(bottom)))
-        parts.append(text.format(px(at), px(bottom + 16), anchor, f"{tick:g}"))
+        parts.append(text.format(px(at), px(bottom + 16), anchor, f"{tick * per_x:g}"))
     return Markup("").join(parts)
 
 

@@ -12,6 +12,7 @@ from faqd.benchmarks.record.compare import in_full
 from faqd.benchmarks.report.figures import (
     NONE,
     Record,
+    Unit,
     bits,
     compared,
     complaint,
@@ -23,13 +24,15 @@ from faqd.benchmarks.report.figures import (
     kind,
     label,
     latency_at,
-    milliseconds,
+    number,
     of_source,
     percent,
     points,
     significant,
     speed_up_at,
+    time_unit,
     times,
+    unit_for,
 )
 from faqd.benchmarks.report.terminal_floats import island_tables, new_table, what_is_float
 
@@ -44,7 +47,8 @@ def console_for(stream: IO[str]) -> Console:
 
 def print_result(result: Record, console: Console) -> None:
     for network in result["networks"]:
-        if files := judged_files(result, network):
+        files = judged_files(result, network) if network["role"] == "student" else []
+        if files:
             console.print(Text(f"{label(network)}, proof and what is kept of its teacher:"))
             for judged in files:
                 console.print(Text(f"  {in_words(judged)}"))
@@ -92,7 +96,7 @@ def _main_table(result: Record) -> Table:
         "gap to\nteacher",
         "agrees %\n95 %",
         "KiB int8/\npacked, f32",
-        f"p50 ms\np99, b{batch}",
+        f"p50 {time_unit(result).name}\np99, b{batch}",
         "× float\n× teacher",
     ):
         table.add_column(title, justify="right", no_wrap=True)
@@ -103,7 +107,7 @@ def _main_table(result: Record) -> Table:
 
 def _cells(result: Record, network: Record, batch: int) -> list[str]:
     accuracy = network["accuracy"] or {}
-    latency = latency_at(network, batch)
+    latency, unit = latency_at(network, batch), time_unit(result)
     over = [times(speed_up_at(network, batch, baseline)) for baseline in ("own_float", "teacher")]
     return [
         "\n".join(filter(None, (network["name"], kind(network), complaint(result, network)))),
@@ -112,7 +116,7 @@ def _cells(result: Record, network: Record, batch: int) -> list[str]:
         _gap(accuracy.get("gap_to_teacher")),
         _share(accuracy.get("agreement")),
         _size(network),
-        f"{milliseconds(latency['median_ms'])}\n{milliseconds(latency['percentiles_ms']['99'])}" if latency else NONE,
+        f"{unit.write(latency['median_ms'])}\n{unit.write(latency['percentiles_ms']['99'])}" if latency else NONE,
         "\n".join(over) if network["role"] == "student" else NONE,
     ]
 
@@ -142,28 +146,28 @@ def _size(network: Record) -> str:
 
 def _latency_table(result: Record) -> Table:
     table = new_table()
-    table.add_column("latency in ms", overflow="fold")
+    unit = time_unit(result)
+    table.add_column(f"latency in {unit.name}", overflow="fold")
     percentiles = (f"p{p:g}" for p in result["switches"]["percentiles"])
-    for title in ("batch", "queries", "min", "p50", *percentiles, "variation %", "images/s"):
+    for title in ("batch", "queries", "min", "p50", *percentiles, "images/s"):
         table.add_column(title, justify="right", no_wrap=True)
     for batch in result["switches"]["batch"]:
         for network in result["networks"]:
             record = latency_at(network, batch)
             if record:
-                table.add_row(*(Text(cell) for cell in _latency_cells(network, record)))
+                table.add_row(*(Text(cell) for cell in _latency_cells(network, record, unit)))
     return table
 
 
-def _latency_cells(network: Record, record: Any) -> list[str]:
-    percentiles = [milliseconds(value) for value in record["percentiles_ms"].values()]
+def _latency_cells(network: Record, record: Any, unit: Unit) -> list[str]:
+    percentiles = [unit.write(value) for value in record["percentiles_ms"].values()]
     return [
         _name(network),
         str(record["batch"]),
         f"{record['samples']:,}",
-        milliseconds(record["min_ms"]),
-        milliseconds(record["median_ms"]),
+        unit.write(record["min_ms"]),
+        unit.write(record["median_ms"]),
         *percentiles,
-        f"{100 * record['coefficient_of_variation']:.1f}",
         significant(record["throughput_images_per_s"]),
     ]
 
@@ -174,7 +178,8 @@ def _device_table(result: Record) -> Table | None:
     if not rows:
         return None
     table = new_table()
-    table.add_column("medians in ms", overflow="fold")
+    unit = time_unit(result)
+    table.add_column(f"medians in {unit.name}", overflow="fold")
     titles = ("batch", "enqueue", "H2D", "compute", "D2H", "queries/s\nclosed loop", "queries/s\none ahead")
     for title in titles:
         table.add_column(title, justify="right", no_wrap=True)
@@ -182,7 +187,7 @@ def _device_table(result: Record) -> Table | None:
         cells = [
             _name(network),
             str(latency["batch"]),
-            *(milliseconds(latency["parts"][part]["median_ms"]) for part in ("enqueue", "h2d", "compute", "d2h")),
+            *(unit.write(latency["parts"][part]["median_ms"]) for part in ("enqueue", "h2d", "compute", "d2h")),
             significant(latency["throughput_queries_per_s"]),
             significant(latency["one_ahead"]["throughput_queries_per_s"]),
         ]
@@ -202,7 +207,7 @@ def _energy_table(result: Record) -> Table | None:
         energy = network["energy"]
         numbers = (energy["idle_w"], energy["load_w"], energy["energy_per_image_mj"])
         images = f"{energy['queries'] * energy['batch']:,}"
-        cells = [_name(network), str(energy["batch"]), images, *map(milliseconds, numbers)]
+        cells = [_name(network), str(energy["batch"]), images, *map(number, numbers)]
         table.add_row(*map(Text, cells))
     return table
 
@@ -243,10 +248,11 @@ def _layer_table(result: Record) -> Table | None:
     layers = sorted(student["layers"]["layers"], key=lambda layer: -float(layer["share"]))
     table = new_table()
     table.add_column(f"slowest of {len(layers)} layers of {label(student)}", overflow="fold")
-    for title in ("kind", "mean ms", "share %"):
+    unit = unit_for(float(layers[0]["mean_ms"]))
+    for title in ("kind", f"mean {unit.name}", "share %"):
         table.add_column(title, justify="right", no_wrap=True)
     for layer in layers[:SHOWN_LAYERS]:
-        cells = [layer["name"], layer["kind"], milliseconds(layer["mean_ms"]), f"{100 * layer['share']:.1f}"]
+        cells = [layer["name"], layer["kind"], unit.write(layer["mean_ms"]), f"{100 * layer['share']:.1f}"]
         table.add_row(*map(Text, cells))
     return table
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from markupsafe import Markup
 
 from faqd.benchmarks.report.figures import Record, significant
-from faqd.benchmarks.report.svg import Axis, axis_name, colour_class, grid, nice_ticks, px, svg
+from faqd.benchmarks.report.svg import Axis, axis_name, colour_class, grid, mark, nice_ticks, px, svg
 
 LEFT, RIGHT, TOP, BOTTOM, HEIGHT = 62.0, 14.0, 18.0, 46.0, 320
 
@@ -74,8 +74,8 @@ def _title(text: str) -> Markup:
 
 def _line(network: Record, points: Sequence[tuple[float, float]]) -> Markup:
     path = " ".join(f"{'L' if index else 'M'}{px(x)} {px(y)}" for index, (x, y) in enumerate(points))
-    dot = Markup('<circle class="mark" cx="{}" cy="{}" r="3.5"/>')
-    dots = Markup("").join(dot.format(px(x), px(y)) for x, y in points) if len(points) <= 20 else Markup("")
+    kind = colour_class(network)
+    marks = Markup("").join(mark(kind, x, y) for x, y in points) if len(points) <= 20 else Markup("")
     return Markup('<g class="{}"><title>{}</title><path class="curve" d="{}"/>{}</g>').format(
-        colour_class(network), network["name"], path, dots
+        kind, network["name"], path, marks
     )
