@@ -86,6 +86,12 @@ def _refuse_idle(taken: dict[str, Any]) -> None:
         raise UserError(f"--labels: --data {taken['data']} has no subfolders to take classes from; leave it out.")
 
 
+def refuse_idle_labels(labels: bool, eval_data: str | None) -> None:
+    """UserError where `--labels` is given beside an `--eval-data` that has no subfolders."""
+    if labels and eval_data is not None and not eval_data.startswith("folder:"):
+        raise UserError(f"--labels: --eval-data {eval_data} has no subfolders to take classes from; leave it out.")
+
+
 PUBLISHED = ("cifar10", "cifar100", "tiny-imagenet")
 DATA_NAMES = (
     "data",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from faqd.command import SETTINGS, Group, emit_json, json_option, run, section, version_option
-from faqd.data_flags import MOVED_DATA, absolute_source, data_values
+from faqd.data_flags import MOVED_DATA, absolute_source, data_values, refuse_idle_labels
 from faqd.deploy.options import (
     FOLDER,
     builder_flags,
@@ -81,6 +81,7 @@ def export(
     options = BundleOptions(eval_samples, float_type, input_form, servers, licence)
     if labels and not eval_data:
         raise UserError("--labels: the run knows whether its own images have labels; give it with --eval-data.")
+    refuse_idle_labels(labels, eval_data)
     evaluation = (str(absolute_source(eval_data)), labels) if eval_data else None
 
     def write(run: Path, target: Path) -> Any:

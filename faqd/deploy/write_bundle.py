@@ -18,6 +18,7 @@ from faqd.deploy.bundle_facts import BundleOptions, Parts
 from faqd.deploy.bundle_files import Say, put_bundle
 from faqd.deploy.export.float16_islands import IMAGES
 from faqd.deploy.export.server_configs import check_servers
+from faqd.deploy.verify.bundle_networks import flavours
 from faqd.errors import UserError
 from faqd.files import read_json, refuse_unmakeable, sha256
 from faqd.preprocess import Preprocess
@@ -78,6 +79,8 @@ def export_run(
     check_servers(options.servers, options.input_form)
     record = finished(run)
     student = load_student(run)
+    if options.float_type == "fp32" and "tensorrt" not in flavours(student.config.target, student.config.activations):
+        raise UserError("--float-type: a student of --target onnxruntime has no TensorRT file; leave it out.")
     teacher, teacher_source, teacher_sha256 = load_teacher(run)
     if "output_scales" not in record:
         raise UserError(f"{run}: a student with 32-bit activations cannot be exported; use --act-bits 1 to 8.")

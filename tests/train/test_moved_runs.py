@@ -47,3 +47,25 @@ def test_a_published_set_is_told_by_its_root(tmp_path: Path) -> None:
     succeeds(faqd_train("teacher", "--recipe", "digits-teacher", "--arch", "resnet8", "--steps", 2, "--out", run))
     told = faqd_train("eval", run, "--data", "folder:images")
     assert told.code == 2 and "the run is of digits" in told.stderr
+
+
+def test_where_images_are_is_told_by_the_option_that_finds_them(tmp_path: Path) -> None:
+    """The other one would do nothing."""
+    user = new_user(tmp_path)
+    run, digits = user.folder / "run", user.folder / "digits"
+    succeeds(user.distill(run, "--target", "onnxruntime"))
+    succeeds(faqd_train("teacher", "--recipe", "digits-teacher", "--arch", "resnet8", "--steps", 2, "--out", digits))
+    for command in (("eval",), ("export", "--out", tmp_path / "bundle")):
+        tool = faqd_train if command[0] == "eval" else faqd_deploy
+        told = tool(command[0], run, *command[1:], "--data-root", tmp_path)
+        assert told.code == 2 and "no published data set to look for" in told.stderr
+        assert "say with --data where that is" in told.stderr and not (tmp_path / "bundle").exists()
+    told = faqd_train("eval", digits, "--data-root", tmp_path)
+    assert told.code == 2 and "they come with scikit-learn; leave it out" in told.stderr
+    for line, said in (
+        (("--float-type", "fp32"), "--float-type: a student of --target onnxruntime has no TensorRT file"),
+        (("--labels",), "--labels: the run knows"),
+        (("--labels", "--eval-data", "npz:e.npz"), "--labels: --eval-data npz:e.npz has no subfolders"),
+    ):
+        told = faqd_deploy("export", run, *line, "--out", tmp_path / "bundle")
+        assert told.code == 2 and said in told.stderr, told.stderr

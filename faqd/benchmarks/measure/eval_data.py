@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from faqd.benchmarks.backends.sessions import OnnxruntimeBackend
 from faqd.benchmarks.measure.networks import EvaluationData
 from faqd.bundle import STORED_VALUES, TEACHER, Bundle, Evaluation
+from faqd.data_flags import refuse_idle_labels
 from faqd.errors import UserError
 from faqd.train.data.decode import size_of_picture
 from faqd.train.data.evaluation import EvaluationImages, read_evaluation, renumbered
@@ -34,8 +35,7 @@ def evaluation_data(bundle: Bundle, source: str, labels: bool, threads: int, say
     labels: whether the subfolders of a folder are classes; those of an npz file count where it has some. UserError
     where the source cannot be read, or has labels of other classes than the bundle.
     """
-    if labels and not source.startswith("folder:"):
-        raise UserError(f"--labels: --eval-data {source} has no subfolders to take classes from; leave it out.")
+    refuse_idle_labels(labels, source)
     options = DataOptions(str(bundle.folder), labels=labels, evaluation=source)
     split = _of_bundle_classes(read_evaluation(options, bundle.preprocess, None, True, say), bundle, options)
     sizes = None

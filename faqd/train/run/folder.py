@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from faqd import __version__
+from faqd.data_flags import PUBLISHED
 from faqd.errors import UserError
 from faqd.files import leftovers, read_json, sha256, write_json
 from faqd.preprocess import Preprocess
@@ -192,7 +193,7 @@ NOT_MOVED = MovedData()
 
 
 def data_options(record: dict[str, Any], moved: MovedData = NOT_MOVED) -> DataOptions:
-    """The data options of a run."""
+    """The data options of a run; UserError where `moved` says something that this run has no use for."""
     values = {**record["data"]}
     for key in ("image_size", "mean", "std"):
         if isinstance(values[key], list):
@@ -201,6 +202,12 @@ def data_options(record: dict[str, Any], moved: MovedData = NOT_MOVED) -> DataOp
     found = DataOptions(**values)
     if moved.source is not None and ":" not in found.source:
         raise UserError(f"--data {moved.source}: the run is of {found.source}; say with --data-root where that is.")
+    if moved.root is not None and found.source not in PUBLISHED:
+        cure = "say with --data where that is" if ":" in found.source else "they come with scikit-learn; leave it out"
+        raise UserError(
+            f"--data-root {moved.root}: the run is of {found.source}, which is no published data set to look for "
+            f"({', '.join(PUBLISHED)} are); {cure}."
+        )
     return replace(found, root=moved.root or found.root, source=moved.source or found.source)
 
 
