@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -21,6 +22,7 @@ from faqd.command import (
     version_option,
 )
 from faqd.data_flags import MOVED_DATA, absolute_source, data_flags, data_values
+from faqd.errors import UserError
 from faqd.extras import install
 from faqd.given import refuse_idle
 from faqd.sweep import members, table
@@ -166,6 +168,43 @@ def evaluate(run_folder: Path, data: str | None, data_root: Path | None, json_ta
     if json_target is None:
         click.echo("\n".join(f"{name}: {value}" for name, value in result.items()))
     emit_json(json_target, result)
+
+
+@cli.command()
+@click.argument("run_folder", metavar="RUN", type=click.Path(path_type=Path))
+@section(
+    "Output",
+    click.option(
+        "--tensorboard",
+        metavar="FOLDER",
+        type=click.Path(path_type=Path, file_okay=False),
+        help="Write them into FOLDER for TensorBoard, each run under its name, and print nothing.",
+    ),
+    json_option,
+)
+def curves(run_folder: Path, tensorboard: Path | None, json_target: str | None) -> None:
+    """Show how the losses of a run fell, epoch by epoch, while it trains or when it has ended.
+
+    Of a folder of runs it shows all; those that have no losses yet are named.
+    """
+    from faqd.train.curves import lines, points, runs_in, write_events
+
+    found: dict[str, list[dict[str, float]]] = {}
+    for run_path in (runs := runs_in(run_folder)):
+        try:
+            found[run_path.resolve().name] = each = points(run_path)
+        except UserError as error:
+            if len(runs) == 1:
+                raise
+            _say(f"{error}")
+            continue
+        if tensorboard is not None:
+            write_events(each, tensorboard / run_path.resolve().name)
+        elif json_target is None:
+            click.echo("\n".join(lines(run_path, each)))
+    if tensorboard is not None:
+        _say(f"{len(found)} in {tensorboard}: `tensorboard --logdir {shlex.quote(str(tensorboard))}` shows them.")
+    emit_json(json_target, found)
 
 
 @cli.command()

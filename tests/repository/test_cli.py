@@ -42,6 +42,7 @@ FLAGS = {
         f"{SCHEDULE} --optimizer --autocast --seeds --select {RUN}"
     ),
     "faqd-train eval": "--data --data-root --json",
+    "faqd-train curves": "--tensorboard --json",
     "faqd-train recipes": "--json",
     "faqd-train inspect": (
         "--teacher --teacher-weights --arch --image-size --input-channels --weight-bits --act-bits --target --scales "
