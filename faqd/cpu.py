@@ -43,6 +43,11 @@ def adds_pairs_in_int16(sets: Sequence[str]) -> bool:
     return "avx2" in sets and "avx512-vnni" not in sets and "avx-vnni" not in sets
 
 
+def has_dot_products(sets: Sequence[str]) -> bool:
+    """Whether such a CPU multiplies 8-bit integers and adds them up in one instruction, by which INT8 pays most."""
+    return not {"avx512-vnni", "avx-vnni", "amx-int8", "dotprod", "i8mm"}.isdisjoint(sets)
+
+
 def _entries(*keys: str) -> Iterator[str]:
     """What /proc/cpuinfo says under one of these keys."""
     try:
