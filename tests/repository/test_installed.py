@@ -66,6 +66,7 @@ def test_what_runs_on_a_board_imports_without_torch_onnx_and_images() -> None:
     names = [name for package in ("faqd.benchmarks", *packages) for name in modules(package)]
     names += ["faqd.deploy.cli", "faqd.deploy.onnx_model.scan"]
     names.remove("faqd.benchmarks.backends.sessions")  # onnxruntime is its job
+    names.remove("faqd.benchmarks.measure.eval_data")  # pictures are its job, and what a teacher makes of them
     result = python(f"import {', '.join(names)}", without=TRAINING + ONNX + DEVICE)
     assert result.returncode == 0, result.stderr
 
@@ -108,6 +109,13 @@ def test_a_missing_library_is_named_with_its_cure(line: str, extra: str, tmp_pat
     assert re.search(rf"pip install '\S+\[{extra}\]'", result.stderr), result.stderr
     assert "Traceback" not in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_recipes_are_listed_without_torch() -> None:
+    code = "from faqd.train.cli import main; sys.argv[1:] = ['recipes']; main()"
+    result = python(code, without=TRAINING + ONNX + DEVICE)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "digits-teacher" in result.stdout and "reference-code" in result.stdout
 
 
 def test_a_bundle_is_read_and_a_changed_one_refused(tmp_path: Path) -> None:
