@@ -232,7 +232,11 @@ def recipes(json_target: str | None) -> None:
     ),
     teacher_weights_option,
     arch_option("Look at this student of it instead, of the zoo or your own."),
-    click.option("--image-size", metavar="H[xW]", help="Feed a network of your code this size; a run knows its own."),
+    click.option(
+        "--image-size",
+        metavar="H[xW]",
+        help="Feed a network this size; a run, and most files of networks, know their own.",
+    ),
     click.option("--input-channels", type=click.IntRange(1), default=3, help="Feed it so many channels."),
 )
 @section(

@@ -15,7 +15,7 @@ from faqd.quantize.student import student_table
 from faqd.train.data.datasets import Say
 from faqd.train.losses.taps import tap_names, tap_pairs
 from faqd.train.networks.load_weights import load_weights
-from faqd.train.networks.source import NetworkSource, is_onnx, onnx_input, user_source
+from faqd.train.networks.source import NetworkSource, stated_input, user_source
 from faqd.train.run.folder import read_record
 from faqd.train.run.lesson import Teacher, refuse_weights_of_a_run
 from faqd.train.run.student import student_source
@@ -62,7 +62,7 @@ def _source(teacher: str, image_size: str | None, channels: int) -> NetworkSourc
     if Path(teacher).is_dir():
         return NetworkSource.from_json(read_record(Path(teacher))["network"], Path(teacher))
     size = parse_size(image_size)
-    if size is None and is_onnx(teacher) and (known := onnx_input(teacher)) is not None:
+    if size is None and (known := stated_input(teacher)) is not None:
         channels, size = known
     if size is None:
         raise UserError(f"--teacher {teacher}: give --image-size, the input size of that network.")

@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from faqd.errors import UserError
 from faqd.quant import Rounding, Target
-from faqd.quantize.quantizers.activation import ScaleGradient
-from faqd.quantize.without_training import CalibrationMethod, Equalize
-from faqd.train.losses.distillation import AffinityForm, LogitForm
 
-DistillAffinity = AffinityForm | Literal["none"]
+if TYPE_CHECKING:
+    # Modules with torch, which who lists recipes need not have.
+    from faqd.quantize.quantizers.activation import ScaleGradient
+    from faqd.quantize.without_training import CalibrationMethod, Equalize
+    from faqd.train.losses.distillation import AffinityForm, LogitForm
+
+    DistillAffinity = AffinityForm | Literal["none"]
 TeacherDtype = Literal["fp32", "bf16"]
 Autocast = Literal["none", "bf16", "fp16"]
 OptimizerName = Literal["sgd", "relative"]

@@ -60,7 +60,9 @@ def test_it_is_the_network_with_its_weights(program: tuple[nn.Module, Path]) -> 
 
 def test_it_is_a_teacher_for_every_command(program: tuple[nn.Module, Path], user: User, tmp_path: Path) -> None:
     line = ("--teacher", program[1], *user.data)
-    succeeds(faqd_train("inspect", "--teacher", program[1], "--image-size", "8x8"))
+    known = succeeds(faqd_train("inspect", "--teacher", program[1], "--json", "-"))
+    told = succeeds(faqd_train("inspect", "--teacher", program[1], "--image-size", "8x8", "--json", "-"))
+    assert known.stdout == told.stdout, "the file states what its network takes"
     succeeds(faqd_train("distill", *line, "--batch-size", 16, "--steps", 1, "--out", tmp_path / "run"))
     succeeds(faqd_deploy("export", tmp_path / "run", "--eval-samples", 8, "--out", tmp_path / "bundle"))
     succeeds(faqd_deploy("ptq", *line, "--eval-samples", 8, "--out", tmp_path / "ptq"))

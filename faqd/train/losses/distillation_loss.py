@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,7 +18,10 @@ from faqd.train.losses.distillation import LogitForm, affinity_loss, logit_loss
 from faqd.train.losses.heads import Heads, distance, heads_of
 from faqd.train.losses.layouts import with_maps
 from faqd.train.losses.taps import tap_names, tap_pairs
-from faqd.train.recipes import DistillAffinity, distill_default
+from faqd.train.recipes import distill_default
+
+if TYPE_CHECKING:
+    from faqd.train.recipes import DistillAffinity
 
 _DEFAULTS = distill_default()
 

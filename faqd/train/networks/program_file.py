@@ -41,6 +41,24 @@ _SYMBOLS = re.compile(
 def read_program(path: Path) -> nn.Module:
     """The network of a file of torch.export.save. UserError where it is none, is damaged, or holds anything but tensors
     and torch's own operators."""
+    network: nn.Module = as_plain_modules(_loaded(path))
+    return network
+
+
+def program_input(path: Path) -> tuple[int, tuple[int, int]] | None:
+    """(channels, (H, W)) of the images that such a program takes; None where it leaves one of them free. UserError as
+    `read_program` has it."""
+    program = _loaded(path)
+    names = program.graph_signature.user_inputs
+    nodes = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
+    shapes = [tuple(node.meta["val"].shape) for node in nodes if isinstance(node.meta.get("val"), torch.Tensor)]
+    if len(shapes) != 1 or len(shapes[0]) != 4 or not all(isinstance(size, int) for size in shapes[0][1:]):
+        return None
+    _, channels, height, width = shapes[0]
+    return channels, (height, width)
+
+
+def _loaded(path: Path) -> torch.export.ExportedProgram:
     try:
         with zipfile.ZipFile(path) as archive:
             _refuse_all_but_tensors(path, archive)
@@ -50,13 +68,12 @@ def read_program(path: Path) -> nn.Module:
         raise UserError(f"{path}: no program of torch.export.save, or damaged ({first_line(error)}).") from error
     try:
         with quiet(), _tensors_only():
-            program = torch.export.load(path)
+            return torch.export.load(path)
     except Exception as error:  # a file of another version of torch, or one that is damaged, may raise almost anything
         raise UserError(
             f"{path}: torch {torch.__version__} cannot read this program "
             f"({first_line(error) or type(error).__name__}); export it again with this version."
         ) from error
-    return as_plain_modules(program)
 
 
 def _refuse_all_but_tensors(path: Path, archive: zipfile.ZipFile) -> None:

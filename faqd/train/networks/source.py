@@ -14,7 +14,7 @@ from faqd.errors import UserError
 from faqd.extras import EXTRA_OF, install
 from faqd.files import sha256
 from faqd.train.networks.own_tensors import with_own_memory
-from faqd.train.networks.program_file import SUFFIX, read_program
+from faqd.train.networks.program_file import SUFFIX, program_input, read_program
 from faqd.train.networks.user_code import Code, code_of_module, users_function, users_network
 from faqd.train.networks.zoo import build_architecture, check_architecture
 from faqd.user_file import module_of
@@ -135,6 +135,13 @@ def onnx_input(spec: str) -> tuple[int, tuple[int, int]] | None:
     """(channels, (H, W)) of the images of FILE.onnx; None where it leaves one of them free."""
     found: tuple[int, tuple[int, int]] | None = _onnx_reader(Path(spec)).input_size(Path(spec))
     return found
+
+
+def stated_input(spec: str) -> tuple[int, tuple[int, int]] | None:
+    """(channels, (H, W)) that a file with the network in it states; None of other networks, and where they are free."""
+    if is_onnx(spec):
+        return onnx_input(spec)
+    return program_input(Path(spec)) if is_program(spec) and Path(spec).is_file() else None
 
 
 def _sha256(path: Path) -> str:
