@@ -25,6 +25,7 @@ EXTRA_OF = {
     "onnx_ir": "onnx",
     "onnxruntime": "onnx",
     "cuda": "device",
+    "pycocotools": "detection",
     "tensorboard": "tensorboard",
 }
 """By the name that is imported."""
