@@ -90,7 +90,8 @@ bench_flags = flags(
             "--eval-data",
             metavar="SOURCE",
             show_default="the bundle's eval.npz",
-            help="Judge on folder:PATH or npz:PATH, none of which was learned from; takes the images and onnx extras.",
+            help="Judge on folder:PATH or another source of --data, none of whose images was learned from; takes the "
+            "images and onnx extras.",
         ),
         click.option("--labels", is_flag=True, help="Take the subfolder names of that folder for classes."),
     ),

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -29,9 +28,7 @@ from faqd.quantize.convert import collect_output_scales
 from faqd.quantize.student import Student
 from faqd.quantize.without_training import JUDGED_IMAGES, CalibrationMethod, Equalize, Untrained, best_without_training
 from faqd.train.data.datasets import Dataset, labelled_if_possible
-from faqd.train.data.listing import numbers_of
-from faqd.train.data.pictures import Pictures
-from faqd.train.data.split import Split
+from faqd.train.data.evaluation import names_and_sizes
 from faqd.train.networks.own_tensors import own_tensors
 from faqd.train.networks.source import NetworkSource
 from faqd.train.networks.tensor_files import tensors_sha256
@@ -259,16 +256,7 @@ def _labelled_for(teacher: nn.Module, source: NetworkSource, dataset: Dataset, s
 def _evaluation(dataset: Dataset, options: BundleOptions) -> Evaluation:
     split = dataset.eval.at(slice(options.eval_samples))
     images = split.images
-    if split.names is None or dataset.eval_files is None or _has_replaced(split):
-        return Evaluation(images, split.labels, {})
-    files = dataset.eval_files
-    sizes = np.array([files.picture_size(number) for number in numbers_of(files, split.names)], np.int64)
-    return Evaluation(images, split.labels, {}, split.names, sizes)
-
-
-def _has_replaced(split: Split) -> bool:
-    """Whether other files were read in the place of broken ones, so that names say nothing."""
-    return isinstance(split.pixels, Pictures) and bool(split.pixels.findings.broken)
+    return Evaluation(images, split.labels, {}, *names_and_sizes(split, dataset.eval_files))
 
 
 def _refuse_taken(out: Path) -> None:

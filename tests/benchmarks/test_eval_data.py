@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,12 @@ def test_images_without_labels_and_a_table_of_bundles_with_other_images_of_their
     assert [network["metric"] for network in found["networks"] if network["role"] == "student"] == [{"first": 1.0}] * 2
     again = judged(monkeypatch, tmp_path, *line)
     assert again["evaluation"]["sha256"] == found["evaluation"]["sha256"]
+    with tarfile.open(tmp_path / "heap.tar", "w") as shard:
+        for file in sorted((tmp_path / "heap").iterdir()):
+            shard.add(file, file.name)
+    packed = judged(monkeypatch, tmp_path, *line[:3], f"shards:{tmp_path / 'heap.tar'}", *line[4:])
+    assert packed["evaluation"]["sha256"] == found["evaluation"]["sha256"]
+    assert packed["networks"][1]["metric"] == found["networks"][1]["metric"]
     make_bundle(tmp_path / "foreign", seed=5)
     assert call(monkeypatch, bundle.folder, tmp_path / "foreign", *QUICK, "--eval-data", source) == 2
     assert "they have different teachers" in capsys.readouterr().err
@@ -109,7 +116,7 @@ def test_dense_outputs_are_kept_of_the_first_images(tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize(
     ("source", "more", "said"),
     [
-        ("digits", (), "--eval-data digits: expected folder:PATH or npz:PATH"),
+        ("digits", (), "--eval-data digits: expected one of npz:PATH, folder:PATH"),
         ("npz:absent.npz", (), "absent.npz: no such file"),
         ("npz:e.npz", ("--labels",), "has no subfolders to take classes from; leave it out."),
         ("npz:eleven.npz", (), f"has labels of {CLASSES + 1} classes"),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +18,8 @@ from faqd.benchmarks.measure.networks import EvaluationData
 from faqd.bundle import STORED_VALUES, TEACHER, Bundle, Evaluation
 from faqd.data_flags import refuse_idle_labels
 from faqd.errors import UserError
-from faqd.train.data.decode import size_of_picture
-from faqd.train.data.evaluation import EvaluationImages, read_evaluation, renumbered
+from faqd.train.data.evaluation import EvaluationImages, names_and_sizes, read_evaluation, renumbered
+from faqd.train.data.memory import refuse_beyond_memory
 from faqd.train.data.options import DataOptions
 from faqd.train.data.split import Split
 from faqd.train.run.labels import refuse_other_classes
@@ -30,26 +29,25 @@ Say = Callable[[str], None]
 
 
 def evaluation_data(bundle: Bundle, source: str, labels: bool, threads: int, say: Say) -> EvaluationData:
-    """All images of `source` (folder:PATH or npz:PATH), fitted as the bundle says, with its teacher's outputs.
+    """All images of `source` (as --data has them), fitted as the bundle says, with the teacher's outputs.
 
     labels: whether the subfolders of a folder are classes; those of an npz file count where it has some. UserError
     where the source cannot be read, or has labels of other classes than the bundle.
     """
     refuse_idle_labels(labels, source)
     options = DataOptions(str(bundle.folder), labels=labels, evaluation=source)
-    split = _of_bundle_classes(read_evaluation(options, bundle.preprocess, None, True, say), bundle, options)
-    sizes = None
-    if split.names is not None:
-        folder = Path(source.partition(":")[2])
-        sizes = np.array([size_of_picture(folder / name) for name in split.names], np.int64)
+    read = read_evaluation(options, bundle.preprocess, None, True, say)
+    split = _of_bundle_classes(read, bundle, options)
+    shape = bundle.preprocess.height, bundle.preprocess.width, len(bundle.preprocess.mean)
+    refuse_beyond_memory(source, len(split), *shape)
+    images = split.images
     say(f"what the teacher gives for {len(split):,} images of {source}")
-    teacher = _of_teacher(bundle, split.images, threads)
-    content = hashlib.sha256(split.images.tobytes())
+    teacher = _of_teacher(bundle, images, threads)
+    content = hashlib.sha256(images.tobytes())
     content.update(b"" if split.labels is None else split.labels.tobytes())
     content.update(bundle.manifest["teacher"]["sha256"].encode())
-    return EvaluationData(
-        Evaluation(split.images, split.labels, teacher, split.names, sizes), source, content.hexdigest()
-    )
+    evaluation = Evaluation(images, split.labels, teacher, *names_and_sizes(split, read.files))
+    return EvaluationData(evaluation, source, content.hexdigest())
 
 
 def _of_bundle_classes(read: EvaluationImages, bundle: Bundle, options: DataOptions) -> Split:

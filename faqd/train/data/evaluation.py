@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from faqd.errors import UserError
 from faqd.preprocess import Preprocess
 from faqd.train.data.image_files import read_images
-from faqd.train.data.listing import Listing
+from faqd.train.data.listing import Listing, numbers_of
 from faqd.train.data.npz_files import read_npz
 from faqd.train.data.options import DataOptions, fitted
+from faqd.train.data.pictures import Pictures
 from faqd.train.data.pool import is_beyond_memory, streamed
 from faqd.train.data.sources.open import STREAMED, open_source
 from faqd.train.data.sources.opened import Classes, Opened
@@ -84,6 +85,18 @@ def renumbered(
             f"({', '.join(known[:5])}{' ...' * (len(known) > 5)}); both need the same names of classes."
         )
     return np.array([known.index(name) for name in classes], np.int64)[labels]
+
+
+def names_and_sizes(
+    split: Split, files: Listing | None
+) -> tuple[NDArray[np.str_], NDArray[np.int64]] | tuple[None, None]:
+    """(N,), (N, 2): of the files of decoded images, by which annotations are found, and of the pictures in them, height
+    and width. None where other files were read in the place of broken ones, so that names say nothing."""
+    replaced = isinstance(split.pixels, Pictures) and bool(split.pixels.findings.broken)
+    if split.names is None or files is None or replaced:
+        return None, None
+    sizes = [files.picture_size(number) for number in numbers_of(files, split.names)]
+    return split.names, np.array(sizes, np.int64).reshape(-1, 2)
 
 
 def without_copies(split: Split, others: Split) -> Split:
