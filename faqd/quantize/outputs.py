@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from faqd.at_once import images_at_once
 from faqd.quantize.nodes import unused
 
 SINGLE = "logits"
@@ -64,9 +65,9 @@ def graph_outputs(network: fx.GraphModule) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def run_batches(network: Any, inputs: Tensor, batch: int) -> dict[str, Tensor]:
-    """float32 outputs of `network` for all of `inputs`, batch by batch."""
-    parts = [named_outputs(network(some)) for some in inputs.split(batch)]
+def run_batches(network: Any, inputs: Tensor, most: int) -> dict[str, Tensor]:
+    """float32 outputs of `network` for all of `inputs` (N, C, H, W), at most so many at once."""
+    parts = [named_outputs(network(some)) for some in inputs.split(images_at_once(inputs.shape[2:], most))]
     return {name: torch.cat([part[name].float() for part in parts]) for name in parts[0]}
 
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from faqd.at_once import images_at_once
 from faqd.benchmarks.backends.sessions import OnnxruntimeBackend
 from faqd.benchmarks.measure.networks import EvaluationData
 from faqd.bundle import STORED_VALUES, TEACHER, Bundle, Evaluation
@@ -69,8 +70,9 @@ def _of_teacher(bundle: Bundle, images: NDArray[np.uint8], threads: int) -> dict
     parts: dict[str, list[NDArray[np.float32]]] = {}
     name = bundle.manifest["input"]["name"]
     with OnnxruntimeBackend(threads, "").open(bundle, "teacher") as network:
-        for start in range(0, len(images), BATCH):
-            outputs = network.run({name: bundle.network_input(images[start : start + BATCH])})
+        step = images_at_once(images.shape[1:3], BATCH)
+        for start in range(0, len(images), step):
+            outputs = network.run({name: bundle.network_input(images[start : start + step])})
             rows = {key: max(1, STORED_VALUES // values[0].size) for key, values in outputs.items()}
             wanted = {key: values for key, values in outputs.items() if start < rows[key]}
             for key, values in wanted.items():

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from faqd.at_once import images_at_once
 from faqd.benchmarks.measure import energy
 from faqd.benchmarks.measure.accuracy import judge
 from faqd.benchmarks.measure.clocks import Clocks
@@ -140,8 +141,9 @@ def _judged_engine_file(run: Bench, bundle: Bundle, metric: Metric | None) -> di
 def _outputs(bundle: Bundle, network: Network, data: Evaluation) -> dict[str, Array]:
     parts: dict[str, list[Array]] = {}
     count = max(len(values) for values in data.teacher.values())  # dense outputs are stored for some images only
-    for start in range(0, count, EVAL_BATCH):
-        images = data.images[start : min(start + EVAL_BATCH, count)]
+    step = images_at_once(data.images.shape[1:3], EVAL_BATCH)
+    for start in range(0, count, step):
+        images = data.images[start : min(start + step, count)]
         outputs = network.run({bundle.manifest["input"]["name"]: bundle.network_input(images)})
         for name, values in outputs.items():
             parts.setdefault(name, []).append(values)

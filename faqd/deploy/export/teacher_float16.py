@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from faqd.at_once import images_at_once
 from faqd.deploy.export.float16 import float16_from_float32
 from faqd.deploy.export.stored_run import StoredRun
 from faqd.errors import UserError, first_line
@@ -34,5 +35,6 @@ def teacher_float16(model: onnx.ModelProto, images: Array) -> tuple[onnx.ModelPr
 def run_stored(model: onnx.ModelProto, inputs: Array) -> dict[str, Array]:
     """The outputs of a network with one input, as `StoredRun` has them."""
     run, (source,) = StoredRun(model), model.graph.input
-    parts = [run({source.name: inputs[start : start + BATCH]}) for start in range(0, len(inputs), BATCH)]
+    step = images_at_once(inputs.shape[2:], BATCH)
+    parts = [run({source.name: inputs[start : start + step]}) for start in range(0, len(inputs), step)]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

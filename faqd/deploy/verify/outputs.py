@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from faqd.at_once import images_at_once
 from faqd.deploy.onnx_model.session import OnnxSession
 
 Outputs = dict[str, NDArray[np.float32]]
@@ -19,7 +20,8 @@ NO_SIGNAL_DB = -400.0
 
 def outputs_of(session: OnnxSession, inputs: NDArray[Any]) -> Outputs:
     name = next(iter(session.inputs))
-    parts = [session.run({name: inputs[i : i + BATCH]}) for i in range(0, len(inputs), BATCH)]
+    step = images_at_once(inputs.shape[1:3] if inputs.dtype == np.uint8 else inputs.shape[2:], BATCH)
+    parts = [session.run({name: inputs[i : i + step]}) for i in range(0, len(inputs), step)]
     return {output: np.concatenate([part[output] for part in parts]).astype(np.float32) for output in session.outputs}
 
 

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx
 
+from faqd.at_once import images_at_once
 from faqd.bundle import STORED_VALUES
 from faqd.deploy.verify.layers import FLOAT32_BITS, FLOAT_LAYER_BITS, digest
 from faqd.deploy.verify.numbers import grids
@@ -128,7 +129,7 @@ def as_trained(student: Student, deployed: Deployed, inputs: Tensor) -> dict[str
         module.register_forward_hook(lambda m, _, y, n=name: trained.update({n: (y / m.scale).round().short()}))
         for name, module in quantizers.items()
     ]
-    few = inputs[:64]
+    few = inputs[: images_at_once(inputs.shape[2:], BATCH)]
     student.network.eval()(few)
     for hook in hooks:
         hook.remove()
