@@ -46,9 +46,31 @@ class Preprocess:
         if min(self.std) <= 0:
             raise UserError(f"--std {self.std}: every value must be above 0.")
 
+    def scaled_size(self, height: int, width: int) -> tuple[int, int]:
+        """What an image of this size is scaled to, before borders are cut off or added."""
+        if self.resize == "stretch":
+            return self.height, self.width
+        ratio = (max if self.resize == "crop" else min)(self.height / height, self.width / width)
+        return max(1, round(height * ratio)), max(1, round(width * ratio))
+
     def fit(self, image_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """One upright RGB image (H, W, 3) uint8 -> (height, width, channels) uint8."""
-        return _to_channels(_resized(image_HWC, self.height, self.width, self.resize), self.channels)
+        return _to_channels(self._resized(image_HWC), self.channels)
+
+    def _resized(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        if image.shape[:2] == (self.height, self.width):
+            return image
+        scaled = _scaled(image, *self.scaled_size(*image.shape[:2]))
+        if self.resize == "stretch":
+            return scaled
+        h, w = scaled.shape[:2]
+        if self.resize == "crop":
+            top, left = max(0, h - self.height) // 2, max(0, w - self.width) // 2
+            return scaled[top : top + self.height, left : left + self.width]
+        framed = np.full((self.height, self.width, image.shape[2]), LETTERBOX_GREY, np.uint8)
+        top, left = (self.height - h) // 2, (self.width - w) // 2
+        framed[top : top + h, left : left + w] = scaled
+        return framed
 
     def normalise(self, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Fitted images (N, height, width, channels) uint8 -> network input (N, channels, height, width) float32."""
@@ -89,24 +111,6 @@ class Preprocess:
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Preprocess:
         return cls(**{**record, "mean": tuple(record["mean"]), "std": tuple(record["std"])})
-
-
-def _resized(image: NDArray[np.uint8], height: int, width: int, how: Resize) -> NDArray[np.uint8]:
-    h, w = image.shape[:2]
-    if (h, w) == (height, width):
-        return image
-    if how == "stretch":
-        return _scaled(image, height, width)
-    ratio = (max if how == "crop" else min)(height / h, width / w)
-    scaled = _scaled(image, max(1, round(h * ratio)), max(1, round(w * ratio)))
-    h, w = scaled.shape[:2]
-    if how == "crop":
-        top, left = max(0, h - height) // 2, max(0, w - width) // 2
-        return scaled[top : top + height, left : left + width]
-    framed = np.full((height, width, image.shape[2]), LETTERBOX_GREY, np.uint8)
-    top, left = (height - h) // 2, (width - w) // 2
-    framed[top : top + h, left : left + w] = scaled
-    return framed
 
 
 def _scaled(image: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:

@@ -144,7 +144,8 @@ def _all_of(failed: dict[Path, UserError], asked: int) -> UserError:
 def _schedule(plan: Plan) -> tuple[int | str, ...]:
     """What students must have in common to see the same batches, and the same teacher, to the end."""
     training = plan.recipe.training
-    schedule = training.data_seed, training.batch_size, training.accumulate, training.steps or 0, training.epochs
+    images = training.data_seed, training.batch_size, training.accumulate, training.decode
+    schedule = *images, training.steps or 0, training.epochs
     return *schedule, plan.recipe.teacher_dtype
 
 
@@ -170,7 +171,8 @@ def _distill_together(
     training, dtype = plans[0].recipe.training, plans[0].recipe.teacher_dtype
     effect = _dtype_effect(dtype, teacher_graph, theirs, train, say, processes)
     shown = target_of(teacher_graph, theirs, processes.device, dtype)
-    batches = Batches(train, select, training.batch_size, training.data_seed, shown, processes, training.accumulate)
+    shares = training.accumulate, training.decode
+    batches = Batches(train, select, training.batch_size, training.data_seed, shown, processes, *shares)
     say_taps(prepared, say)
     warn_of_taps(teacher_graph, theirs, images, say)
     for one in prepared:

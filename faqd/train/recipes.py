@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 TeacherDtype = Literal["fp32", "bf16"]
 Autocast = Literal["none", "bf16", "fp16"]
 OptimizerName = Literal["sgd", "relative"]
+Decode = Literal["full", "reduced"]
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,13 @@ class Training:
     """The schedule. Iterations are epochs of the data, or exactly `steps`; the rate falls to zero as a cosine.
 
     batch_size: 0 for one that suits the size of the images. accumulate: into how many parts a batch is cut, one after
-    another. views: the crops and mirrorings in which an image is shown, None for new ones every time. optimizer: sgd,
-    or relative, whose steps are shares of what is learned. lr: the peak rate. momentum, weight_decay and clip_norm (of
-    the total gradient, None for no clipping) are those of sgd. warmup: the first part, in which the rate rises.
-    frozen_norm: the last part, in which batch-norm statistics stand still; 1 keeps them as they came. For optimizer,
-    lr, warmup and frozen_norm a recipe may leave None: where the student starts then decides (`usual_training`), and
-    how far from its teacher for the lr of relative steps (`relative_rate`).
+    another. views: the crops and mirrorings in which an image is shown, None for new ones every time. decode: reduced
+    for JPEG files in batches at a part of their size, where that suffices. optimizer: sgd, or relative, whose steps are
+    shares of what is learned. lr: the peak rate. momentum, weight_decay and clip_norm (of the total gradient, None for
+    no clipping) are those of sgd. warmup: the first part, in which the rate rises. frozen_norm: the last part, in which
+    batch-norm statistics stand still; 1 keeps them as they came. For optimizer, lr, warmup and frozen_norm a recipe may
+    leave None: where the student starts then decides (`usual_training`), and how far from its teacher for the lr of
+    relative steps (`relative_rate`).
     """
 
     epochs: int
@@ -49,6 +51,7 @@ class Training:
     data_seed: int = 0
     accumulate: int = 1
     views: int | None = None
+    decode: Decode = "full"
 
 
 RELATIVE_WARMUP = 0.05

@@ -57,7 +57,8 @@ def train_teacher(
     network = source.build()
     network.to(processes.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     train, select = splits_on(processes.device, dataset, training.views)
-    batches = Batches(train, select, training.batch_size, training.data_seed, None, processes, training.accumulate)
+    shares = training.accumulate, training.decode
+    batches = Batches(train, select, training.batch_size, training.data_seed, None, processes, *shares)
     job = Job("teacher", out, network, list(network.parameters()), [], _cross_entropy, lambda: None, training)
     with ExitStack() as locks:
         if processes.is_rank_0:

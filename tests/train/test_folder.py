@@ -164,7 +164,7 @@ def test_a_file_that_changes_is_noticed(gone: bool, tmp_path: Path, monkeypatch:
 def test_a_system_that_fails_to_read_is_no_broken_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, dataset = both_ways(sized(save_folder(tmp_path, random_images(60))), monkeypatch)
 
-    def fails(path: Path) -> Picture:
+    def fails(path: Path, scaled: object) -> Picture:
         raise OSError(errno.EIO, "Input/output error", str(path))
 
     monkeypatch.setattr("faqd.train.data.decode.read_picture", fails)

@@ -79,7 +79,7 @@ def test_processes_see_the_views_that_one_would() -> None:
 def test_a_batch_has_the_targets_of_what_it_shows(count: int, rank: int, tmp_path: Path) -> None:
     train, processes = images(count), ProcessGroup(rank, 2)
     cache = TeacherCache(cached(tmp_path / "cache", train)[0], CPU)
-    batches = Batches(train, train, 8, 3, taught, processes, 2, cache)
+    batches = Batches(train, train, 8, 3, taught, processes, 2, cache=cache)
     for iteration in range(5):
         batch = batches.at(iteration)
         assert batch.target is not None

@@ -197,9 +197,9 @@ def test_inspect_names_layers_and_taps_as_the_options_take_them(user: User, teac
 def test_a_users_images_are_read_once(user: User, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Path] = []
 
-    def counted(path: Path) -> Any:
+    def counted(path: Path, scaled: Any) -> Any:
         read.append(path)
-        return read_picture(path)
+        return read_picture(path, scaled)
 
     monkeypatch.setattr("faqd.train.data.decode.read_picture", counted)
     succeeds(user.distill(tmp_path / "all", "--weight-bits", "4,8", "--steps", 1))

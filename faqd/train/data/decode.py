@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -11,6 +12,11 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+ScaledSize = Callable[[int, int], tuple[int, int]]
+"""Of the height and width of an upright picture: what it will be scaled to."""
+REDUCTIONS, LEAST_OF_SCALED = (8, 4, 2), 2
+"""What JPEG decoders can reduce a side by, and how many times the size that a picture is scaled to must be left."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 """Pillow's other decoders stay closed: they are many, old and seldom what a user means."""
@@ -59,9 +65,12 @@ class Picture:
         return replace(self, pixels=np.empty((0, 0, 3), np.uint8))
 
 
-def read_picture(file: Path | bytes) -> Picture:
-    """One image file, or what is in it, turned as its EXIF orientation says."""
+def read_picture(file: Path | bytes, scaled: ScaledSize | None = None) -> Picture:
+    """One image file, or what is in it, turned as its EXIF orientation says. scaled: a JPEG may be decoded at a part of
+    its size, where that is far beyond what it will be scaled to."""
     with Image.open(_opened(file), formats=FORMATS) as opened:
+        if scaled is not None and opened.format == "JPEG":
+            _reduce(opened, scaled)
         # Asked before it is decoded: of 16-bit colour Pillow keeps the high bytes and forgets that there were others.
         is_deep = opened.mode.startswith("I") or any("16" in str(tile.args) for tile in opened.tile)
         image = _upright(opened)
@@ -78,6 +87,18 @@ def read_picture(file: Path | bytes) -> Picture:
         return Picture(pixels, shows, _reach(pixels) if is_deep else None)
 
 
+def _reduce(opened: Image.Image, scaled: ScaledSize) -> None:
+    """Let the decoder leave out what scaling would take away. Not where a side is no multiple of the reduction: the
+    last pixels would stand for another part of the picture than the others, which shifts all of them."""
+    (width, height), turned = opened.size, _turned_aside(opened)
+    wanted = scaled(width, height)[::-1] if turned else scaled(height, width)
+    for by in REDUCTIONS:
+        left = min(height / by / wanted[0], width / by / wanted[1])
+        if left >= LEAST_OF_SCALED and not width % by and not height % by:
+            opened.draft(None, (width // by, height // by))
+            return
+
+
 def _reach(pixels: NDArray[np.uint8]) -> int:
     return int(np.partition(pixels.ravel(), last := int((1 - BRIGHT_SHARE) * (pixels.size - 1)))[last])
 
@@ -85,8 +106,14 @@ def _reach(pixels: NDArray[np.uint8]) -> int:
 def size_of_picture(file: Path | bytes) -> tuple[int, int]:
     """(height, width) of an image file that decodes, upright; only its metadata are read."""
     with Image.open(_opened(file), formats=FORMATS) as opened:
-        turned = opened.getexif().get(ORIENTATION, 1) >= TURNED_ASIDE
-        return (opened.width, opened.height) if turned else (opened.height, opened.width)
+        return (opened.width, opened.height) if _turned_aside(opened) else (opened.height, opened.width)
+
+
+def _turned_aside(opened: Image.Image) -> bool:
+    try:
+        return bool(opened.getexif().get(ORIENTATION, 1) >= TURNED_ASIDE)
+    except Exception:  # of metadata that are damaged, nearly anything
+        return False
 
 
 def _opened(file: Path | bytes) -> Path | BinaryIO:
@@ -105,12 +132,13 @@ def _upright(opened: Image.Image) -> Image.Image:
     return opened.transpose(turn) if turn is not None else opened
 
 
-def decoded(file: Path | bytes) -> Picture | str:
-    """The picture, or what is wrong with its file. OSError where a system fails to read it, which may pass."""
+def decoded(file: Path | bytes, scaled: ScaledSize | None = None) -> Picture | str:
+    """The picture, as `read_picture` has it, or what is wrong with its file. OSError where a system fails to read
+    it, which may pass."""
     if isinstance(file, Path) and not file.is_file():
         return "are no files, or links that lead nowhere"
     try:
-        return read_picture(file)
+        return read_picture(file, scaled)
     except Image.DecompressionBombError:
         assert Image.MAX_IMAGE_PIXELS is not None
         return f"have more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels, which is too large"

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from faqd.errors import UserError
-from faqd.train.data.decode import Picture, decoded, size_of_picture
+from faqd.train.data.decode import Picture, ScaledSize, decoded, size_of_picture
 from faqd.train.data.listing import SUFFIXES, Names, Say
 
 _SUFFIXES = tuple(map(os.fsencode, SUFFIXES))
@@ -61,8 +61,8 @@ class ListedFiles:
     def sizes(self, say: Say) -> NDArray[np.int64]:
         return self.states[:, 0]
 
-    def picture(self, index: int) -> Picture | str:
-        return decoded(self.path(index))
+    def picture(self, index: int, scaled: ScaledSize | None = None) -> Picture | str:
+        return decoded(self.path(index), scaled)
 
     def picture_size(self, index: int) -> tuple[int, int]:
         return size_of_picture(self.path(index))

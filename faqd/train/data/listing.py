@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from faqd.train.data.decode import Picture
+from faqd.train.data.decode import Picture, ScaledSize
 
 Say = Callable[[str], None]
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -69,8 +69,9 @@ class Listing(Protocol):
     def sizes(self, say: Say) -> NDArray[np.int64]:
         """(N,): bytes of each as it is stored; copies have one size."""
 
-    def picture(self, index: int) -> Picture | str:
-        """The picture, or what is wrong with it. OSError where a system fails to read it, which may pass."""
+    def picture(self, index: int, scaled: ScaledSize | None = None) -> Picture | str:
+        """The picture, as `read_picture` has it, or what is wrong with it. OSError where a system fails to read
+        it, which may pass."""
 
     def picture_size(self, index: int) -> tuple[int, int]:
         """(height, width) of one that decodes, upright."""

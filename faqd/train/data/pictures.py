@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from faqd.errors import UserError
-from faqd.train.data.decode import Picture
+from faqd.train.data.decode import Picture, ScaledSize
 from faqd.train.data.findings import Findings
 from faqd.train.data.listing import Listing
 
@@ -44,12 +44,15 @@ class Read:
 class PictureFiles:
     """The pictures of a split by their position in it; which process reads one does not matter.
 
-    index: of each in `files`. A file that does not decode is replaced by the next of the split that does.
+    index: of each in `files`. A file that does not decode is replaced by the next of the split that does. scaled: what
+    `fit` scales pictures to. reduced: whether they may be decoded at a part of their size for it.
     """
 
     files: Listing
     index: NDArray[np.int64]
     fit: Fit
+    scaled: ScaledSize | None = None
+    reduced: bool = False
 
     def __len__(self) -> int:
         return len(self.index)
@@ -61,7 +64,7 @@ class PictureFiles:
             name, where = self.files.name(file), self.files.where(file)
             failed = None
             try:
-                picture = self.files.picture(file)
+                picture = self.files.picture(file, self.scaled if self.reduced else None)
             except OSError as error:
                 failed = error
             # Asked when it was read: what changes before or meanwhile shows.
@@ -95,6 +98,12 @@ class Pictures:
     def at(self, index: NDArray[Any] | slice) -> Pictures:
         """Some of them, not decoded."""
         return Pictures(replace(self.files, index=self.files.index[index]), self.shape[1:])
+
+    def reduced(self) -> Pictures:
+        """The same, decoded at a part of their size where that suffices, and with the same findings."""
+        other = Pictures(replace(self.files, reduced=True), self.shape[1:])
+        other.findings = self.findings
+        return other
 
     def __getitem__(self, index: slice | NDArray[Any]) -> NDArray[np.uint8]:
         positions = np.arange(len(self))[index]

@@ -78,7 +78,7 @@ def is_beyond_memory(files: Listing, preprocess: Preprocess) -> bool:
 def streamed(files: Listing, part: NDArray[np.int64], preprocess: Preprocess, labels: Labels) -> Split:
     """Images by their numbers, none of them decoded yet."""
     size = (preprocess.height, preprocess.width, len(preprocess.mean))
-    pictures = Pictures(PictureFiles(files, part, preprocess.fit), size)
+    pictures = Pictures(PictureFiles(files, part, preprocess.fit, preprocess.scaled_size), size)
     return Split(pictures, None if labels is None else labels[part])
 
 

@@ -17,7 +17,7 @@ from faqd.train.data.datasets import Augmentation, Dataset
 from faqd.train.data.pictures import Pictures
 from faqd.train.loop.distributed import ProcessGroup
 from faqd.train.loop.feed import DecodedPixels, Feed
-from faqd.train.recipes import Training
+from faqd.train.recipes import Decode, Training
 
 SELECT_IMAGES = 512
 SHARE_OF_FREE = 0.4
@@ -143,7 +143,8 @@ class Batches:
     """The batch of every iteration, a function of (data seed, iteration) alone; one pass of the teacher for each.
 
     size: images in all processes together. teacher: network input to target, without gradient. accumulate: parts of a
-    process's share that a network sees one after another. cache: positions and views of training images to target.
+    process's share that a network sees one after another. decode: as Training has it. cache: positions and views of
+    training images to target.
     """
 
     train: Images
@@ -153,11 +154,16 @@ class Batches:
     teacher: Callable[[Tensor], Target] | None
     processes: ProcessGroup
     accumulate: int = 1
+    decode: Decode = "full"
     cache: Callable[[Tensor, Tensor], Target] | None = None
     _orders: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     """The orders of the current epochs, drawn once."""
 
     def __post_init__(self) -> None:
+        if self.decode == "reduced" and isinstance(self.train.pixels, Tensor):
+            raise UserError(
+                "--decode reduced: the images stay in memory, for which each is decoded once; leave it out."
+            )
         _ = self.feed  # whose processes take seconds to start, while other work is done
 
     @property
@@ -192,6 +198,8 @@ class Batches:
         if isinstance(self.train.pixels, Tensor):
             return None
         pictures, processes = self.train.pixels.pictures, self.processes
+        if self.decode == "reduced":
+            pictures = pictures.reduced()
         return Feed(pictures, lambda i: self._own(i).tolist(), processes.workers, processes.device)
 
     @property

@@ -12,7 +12,7 @@ from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 
 from faqd.errors import UserError, first_line
-from faqd.train.data.decode import Picture
+from faqd.train.data.decode import Picture, ScaledSize
 from faqd.train.data.listed_files import State
 from faqd.train.data.listing import Say
 from faqd.train.data.sources.opened import Opened
@@ -58,7 +58,7 @@ class NpyImages:
     def sizes(self, say: Say) -> NDArray[np.int64]:
         return np.full(len(self), math.prod(self.shape[1:]), np.int64)
 
-    def picture(self, index: int) -> Picture:
+    def picture(self, index: int, scaled: ScaledSize | None = None) -> Picture:
         size = math.prod(self.shape[1:])
         content = self.file.read(self.start + index * size, size)
         if len(content) < size:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from faqd.errors import UserError, first_line
-from faqd.train.data.decode import Picture, decoded, size_of_picture
+from faqd.train.data.decode import Picture, ScaledSize, decoded, size_of_picture
 from faqd.train.data.listing import SUFFIXES, Names, Say
 from faqd.train.data.npz_files import checked_labels
 from faqd.train.data.sources.index import Index, indexed, tell_unkept, told_apart
@@ -58,8 +58,8 @@ class Shards:
     def sizes(self, say: Say) -> NDArray[np.int64]:
         return self.places[:, 1]
 
-    def picture(self, index: int) -> Picture | str:
-        return decoded(self._content(index))
+    def picture(self, index: int, scaled: ScaledSize | None = None) -> Picture | str:
+        return decoded(self._content(index), scaled)
 
     def picture_size(self, index: int) -> tuple[int, int]:
         return size_of_picture(self._content(index))

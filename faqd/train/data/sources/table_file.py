@@ -41,6 +41,7 @@ class TableFile:
     def images(self, group: int, column: str) -> Any:
         """Of a row group, as they are stored: an array of bytes. OSError where they cannot be read."""
         with _reading:
+            self._refuse_changed()
             return _images(self, group, column)
 
     def values(self, column: str, field: str | None = None) -> Iterator[Any]:
@@ -48,9 +49,15 @@ class TableFile:
         for group in self.groups:
             try:
                 with _reading:
+                    self._refuse_changed()
                     yield from _column(self, group, column, field).to_pylist()
             except OSError as error:
                 raise UserError(f"{self.file.place}: cannot be read ({error.strerror}).") from None
+
+    def _refuse_changed(self) -> None:
+        """OSError where rows would be of another file; to read a map of one that was cut off ends the process."""
+        if self.file.state() != self.state:
+            raise failed(self.file.place, "it was changed")
 
 
 def opened(kind: Kind, file: StoredFile) -> tuple[TableFile, pa.Schema]:
@@ -91,9 +98,6 @@ def _images(table: TableFile, group: int, column: str) -> Any:
 
 
 def _column(table: TableFile, group: int, column: str, field: str | None) -> Any:
-    # Of another file with the old one's row groups anything may come.
-    if table.file.state() != table.state:
-        raise failed(table.file.place, "it was changed")
     try:
         found = _reader(table.kind, table.file, table.state).column(group, column, field)
     except (pa.ArrowException, KeyError) as error:

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from faqd.errors import UserError
-from faqd.train.data.decode import Picture, decoded, size_of_picture
+from faqd.train.data.decode import Picture, ScaledSize, decoded, size_of_picture
 from faqd.train.data.listing import Names, Say
 from faqd.train.data.npz_files import checked_labels
 from faqd.train.data.sources.index import Index, indexed, tell_unkept, told_apart
@@ -87,9 +87,9 @@ class Tables:
         nothing = np.zeros((len(sizes), 2), np.int64)
         return Index(Names.of([b""] * len(sizes)), np.stack([nothing[:, 0], sizes], 1), nothing)
 
-    def picture(self, index: int) -> Picture | str:
+    def picture(self, index: int, scaled: ScaledSize | None = None) -> Picture | str:
         content = self._content(index)
-        return "have no bytes in their row" if content is None else decoded(content)
+        return "have no bytes in their row" if content is None else decoded(content, scaled)
 
     def picture_size(self, index: int) -> tuple[int, int]:
         return size_of_picture(self._content(index) or b"")

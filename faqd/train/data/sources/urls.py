@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from faqd.errors import UserError, first_line
-from faqd.train.data.decode import Picture, decoded, size_of_picture
+from faqd.train.data.decode import Picture, ScaledSize, decoded, size_of_picture
 from faqd.train.data.listed_files import ABSENT, State
 from faqd.train.data.listing import SUFFIXES, Names, Say
 from faqd.train.data.sources.stored import ENDINGS, StoredFile, failed, is_url
@@ -86,8 +86,8 @@ class ListedUrls:
     def sizes(self, say: Say) -> NDArray[np.int64]:
         return self.states[:, 0]
 
-    def picture(self, index: int) -> Picture | str:
-        return decoded(RemoteFile(self.where(index)).read_whole())
+    def picture(self, index: int, scaled: ScaledSize | None = None) -> Picture | str:
+        return decoded(RemoteFile(self.where(index)).read_whole(), scaled)
 
     def picture_size(self, index: int) -> tuple[int, int]:
         return size_of_picture(RemoteFile(self.where(index)).read_whole())
