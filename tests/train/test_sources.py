@@ -330,6 +330,19 @@ def test_a_file_that_changes_is_noticed(
         dataset.eval.pixels[:2]
 
 
+@pytest.mark.parametrize("kind", ["folder", "shards", "npy"])
+def test_who_does_not_answer_about_a_url_has_not_changed_it(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def silent(*_: Any, **__: Any) -> Any:
+        raise TimeoutError("timed out")
+
+    dataset = streamed(options_of(behind_a_url(SOURCES[kind](tmp_path / "source", IMAGES))), monkeypatch)
+    monkeypatch.setattr(type(fsspec.filesystem("file")), "info", silent)
+    with pytest.raises(UserError, match=r"cannot be read \(timed out\)\. .*--resume"):
+        dataset.eval.pixels[:2]
+
+
 @pytest.mark.parametrize("kind", ENCODED)
 def test_a_broken_image_is_replaced_counted_and_named(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

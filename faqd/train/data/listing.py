@@ -77,7 +77,7 @@ class Listing(Protocol):
         """(height, width) of one that decodes, upright."""
 
     def is_as_listed(self, index: int) -> bool:
-        """Whether what holds it has the size and the time that it was listed with."""
+        """Whether what holds it has the size and the time that it was listed with. OSError where nobody answers."""
 
     def in_words(self) -> str:
         """What tells this list from one that grew, or whose images were changed."""

@@ -62,21 +62,30 @@ class PictureFiles:
         for step in range(min(len(self), MOST_BROKEN)):
             file = int(self.index[(position + step) % len(self)])
             name, where = self.files.name(file), self.files.where(file)
-            failed = None
-            try:
-                picture = self.files.picture(file, self.scaled if self.reduced else None)
-            except OSError as error:
-                failed = error
-            # Asked when it was read: what changes before or meanwhile shows.
-            if not self.files.is_as_listed(file):
-                return Read(None, {}, failure=f"{where}: changed, or gone, since the images were listed.")
-            if failed is not None:
-                # No broken file: another time it may be read, and the run would be another one.
-                return Read(None, {}, failure=f"{where}: cannot be read ({failed.strerror}).")
+            picture, failure = self._picture(file)
+            if failure is not None:
+                return Read(None, {}, failure=f"{where}: {failure}")
+            assert picture is not None
             if isinstance(picture, Picture):
                 return Read(self.fit(picture.pixels), broken, name, picture.without_pixels())
             broken[name] = picture
         return Read(None, broken, failure=f"{where}: the last of {len(broken)} image files in a row that {picture}.")
+
+    def _picture(self, file: int) -> tuple[Picture | str | None, str | None]:
+        """A picture or what is broken in it, or else why the run cannot go on."""
+        picture, failed = None, None
+        try:
+            picture = self.files.picture(file, self.scaled if self.reduced else None)
+        except OSError as error:
+            failed = error
+        try:
+            # Asked when it was read: what changes before or meanwhile shows.
+            if not self.files.is_as_listed(file):
+                return None, "changed, or gone, since the images were listed."
+        except OSError as error:
+            failed = error
+        # No broken file: another time it may be read, and the run would be another one.
+        return picture, None if failed is None else f"cannot be read ({failed.strerror})."
 
 
 class Pictures:

@@ -33,15 +33,16 @@ def indexed(file: StoredFile, what: str, read: Callable[[StoredFile], Index], un
 
     what: it says, another one is not meant. unkept: gets a sentence's part where it could not be kept.
     """
-    state = file.state()
     beside = file.beside(index_name(file_name(file)))
-    if (found := _kept(beside, what, state)) is not None:
-        return found, state
     try:
+        state = file.state()
+        if (found := _kept(beside, what, state)) is not None:
+            return found, state
         made = read(file)
+        changed = file.state() != state
     except OSError as error:
         raise UserError(f"{file.place}: cannot be read ({error.strerror or error}).") from None
-    if file.state() != state:
+    if changed:
         raise UserError(f"{file.place}: was changed while it was read; run the same command again.")
     try:
         beside.replace(_encoded(made, what, state))
@@ -66,10 +67,9 @@ def tell_unkept(title: str, unkept: list[str], say: Say) -> None:
 
 def _kept(file: StoredFile, what: str, state: State) -> Index | None:
     """None where there is none, or it is damaged, or of a file that was another one."""
-    size, _ = file.state()
-    if size <= 0:
-        return None
     try:
+        if (size := file.state()[0]) <= 0:
+            return None
         with np.load(io.BytesIO(file.read(0, size)), allow_pickle=False) as kept:
             if str(kept["what"]) != what or kept["state"].tolist() != list(state):
                 return None

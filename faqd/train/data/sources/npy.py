@@ -82,8 +82,8 @@ class NpyImages:
 def open_npy(where: str) -> Opened:
     """The images of an array; UserError where it is another one."""
     file = one_stored_file("npy", where)
-    state = file.state()
     try:
+        state = file.state()
         with file.open() as stream:
             is_first = npy_format.read_magic(stream) == (1, 0)
             read = npy_format.read_array_header_1_0 if is_first else npy_format.read_array_header_2_0

@@ -62,8 +62,8 @@ class TableFile:
 
 def opened(kind: Kind, file: StoredFile) -> tuple[TableFile, pa.Schema]:
     """UserError where it is no such file."""
-    state = file.state()
     try:
+        state = file.state()
         reader = _reader(kind, file, state)
     except (pa.ArrowException, OSError) as error:
         raise UserError(

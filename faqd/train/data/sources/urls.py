@@ -170,8 +170,10 @@ def _state(url: str, minute: int) -> State:
     files.invalidate_cache()
     try:
         return _state_in(files.info(path))
-    except Exception:
+    except FileNotFoundError:
         return ABSENT
+    except Exception as error:  # every file system has errors of its own
+        raise failed(url, first_line(error)) from error
 
 
 def _state_in(info: dict[str, Any]) -> State:
