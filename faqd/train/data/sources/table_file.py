@@ -17,8 +17,9 @@ from faqd.train.data.listed_files import State
 from faqd.train.data.sources.stored import LocalFile, StoredFile, failed
 
 Kind = Literal["parquet", "arrow"]
-HELD = 4
-"""Row groups that a process has in memory: neighbours are often asked for one after another."""
+HELD = 2
+"""Row groups that a process has in memory: neighbours are often asked for one after another, and where one ends threads
+read the next. Many writers make them as large as 100 MB."""
 OPEN = 64
 """Files that a process has open."""
 _reading = threading.Lock()

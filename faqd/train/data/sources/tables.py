@@ -34,8 +34,9 @@ from faqd.train.data.sources.table_file import (
 
 LABEL = "label"
 """The column of class numbers, unless another one is named."""
-LARGE_GROUP = 2**26
-"""Bytes of images in a row group: one is read for each image that an iteration sees."""
+LARGE_GROUP = 2**24
+"""Bytes of images in a row group: one is read for each image that an iteration sees, and so many take longer than to
+decode and scale it."""
 
 
 @dataclass(frozen=True)
