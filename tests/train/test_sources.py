@@ -160,6 +160,15 @@ def test_names_that_two_images_have_are_told_apart_by_their_file(tmp_path: Path)
     assert files.where(2) == f"{tmp_path / 'more' / '1.tar'}: more/1.tar/a.png"
 
 
+def test_a_file_is_taken_by_its_name_whatever_is_in_it(tmp_path: Path) -> None:
+    for name in ("a{0,1}.tar", "a[0].tar"):
+        write_tar(tmp_path / name, {"a.png": png(IMAGES[0])})
+        assert len(listing_of(f"shards:{tmp_path / name}")) == 1
+    for number in range(3):
+        write_tar(tmp_path / f"{number:02}b.tar", {f"{number}.png": png(IMAGES[0])})
+    assert len(listing_of(f"shards:{tmp_path}/{{00..02}}{{b,b}}.tar")) == 3
+
+
 def test_which_members_of_a_tar_file_are_images(tmp_path: Path) -> None:
     image = png(IMAGES[0])
     names = [

@@ -87,6 +87,7 @@ CASES: dict[str, Case] = {
     "shards: nothing fits": (lambda at: None, "shards:*.tar", ["*.tar: no such file", "{000..127}", "quote it"]),
     "shards: one is missing": (shard, "shards:{a,b}.tar", ["b.tar", "no such file"]),
     "shards: braces backwards": (shard, "shards:{9..1}.tar", ["{9..1} stands for nothing"]),
+    "shards: braces without end": (lambda at: None, "shards:{0..9999}{0..9999}.tar", ["stand for 100,000,000 files"]),
     "shards: a folder": (lambda at: (at / "d").mkdir(), "shards:d", ["d: is a folder", "d/*.tar"]),
     "shards: empty": (lambda at: (at / "a.tar").write_bytes(b""), "shards:a.tar", ["a.tar: an empty file"]),
     "shards: no member": (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import glob
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -91,6 +92,8 @@ def file_name(file: StoredFile) -> str:
 def stored_files(kind: str, pattern: str) -> list[StoredFile]:
     """The files that a pattern fits, sorted: a path or URL with *, ?, [...], {000..127} or {a,b}. UserError where there
     is none, or something else is there. kind: of the source, for sentences."""
+    if not is_url(pattern) and os.path.lexists(path := Path(pattern).expanduser()):
+        return [_regular(kind, path)]
     files: list[StoredFile] = []
     for plain in _without_braces(pattern):
         if not (found := _found(kind, plain)):
@@ -146,6 +149,8 @@ def _without_braces(pattern: str) -> list[str]:
     """All that {a,b} and {000..127} stand for."""
     pieces = re.split(r"\{([^{}]*(?:\.\.|,)[^{}]*)\}", pattern)
     choices = [[piece] if place % 2 == 0 else _choices(piece, pattern) for place, piece in enumerate(pieces)]
+    if (count := math.prod(map(len, choices))) > MOST_NAMES:
+        raise UserError(f"{pattern}: its braces stand for {count:,} files; give fewer.")
     return ["".join(chosen) for chosen in product(*choices)]
 
 
