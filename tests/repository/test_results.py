@@ -58,6 +58,21 @@ def test_docs_show_what_commands_cost() -> None:
         assert f"| {row['network']}, {row['pixels']} | {' | '.join(told)} |" in text, told
 
 
+def test_docs_show_what_a_cached_teacher_and_the_compiler_save() -> None:
+    cache = read_json(ROOT / "results" / "teacher-cache" / "yolox_nano.json")
+    told = f"{cache['median_s']['cached']:.2f} s instead of {cache['median_s']['plain']:.2f}"
+    told_size = f"{cache['images']} images take {cache['cache_bytes'] / 2**20:.0f} MiB"
+    text = " ".join((ROOT / "docs" / "training.md").read_text(encoding="utf-8").split())
+    assert told in text and told_size in text
+    text = " ".join((ROOT / "docs" / "decisions.md").read_text(encoding="utf-8").split())
+    rows = read_json(ROOT / "results" / "compiled" / "compiled.json")["rows"]
+    for name, words in (("teacher", "a batch of 64 where torch's own operators take"), ("student", "where they take")):
+        least = rows[name]["least"]
+        assert f"{rows[name]['compile_s']:.0f} s to compile and {least['compiled_s']:.3f} s {words}" in text
+        assert f"{words} {least['plain_s']:.3f}" in text
+        assert not rows[name]["same_bits"]
+
+
 def rows_of(file: Path) -> list[str]:
     """A row of the table for each network and bits: means over the seeds of the defaults."""
     found: dict[str, list[dict[str, Any]]] = {}
