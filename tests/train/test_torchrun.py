@@ -119,6 +119,15 @@ def test_parts_in_two_processes_reproduce_the_losses_of_one(user: User, together
         assert found == pytest.approx(expected, rel=TOLERANCE, abs=0)
 
 
+def test_two_processes_share_the_cache_of_a_teacher(user: User, together: Path, tmp_path: Path) -> None:
+    cache = ("--weight-bits", 4, "--cache-teacher", tmp_path / "cache")
+    result = torchrun("-m", "faqd.train", *line(user, tmp_path / "two", *cache))
+    assert result.returncode == 0, result.stderr
+    assert "is taken" in succeeds(user.distill(tmp_path / "one", *LINE, *cache)).stderr
+    for found, expected in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
+        assert found == pytest.approx(expected, rel=TOLERANCE, abs=0)
+
+
 def test_processes_that_were_killed_resume_to_the_same_bits(user: User, together: Path, tmp_path: Path) -> None:
     script, out = tmp_path / "killed.py", tmp_path / "all"
     script.write_text(KILLED)
