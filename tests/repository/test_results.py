@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -13,6 +14,7 @@ from rich.console import Console
 
 from faqd.benchmarks.report.terminal import WIDTH, print_result
 from faqd.benchmarks.studies.ablation_table import markdown
+from faqd.benchmarks.studies.scaling_model import Assumed, tables
 from faqd.files import read_json
 from faqd.train.recipes import Training, usual_training
 
@@ -71,6 +73,16 @@ def test_docs_show_what_a_cached_teacher_and_the_compiler_save() -> None:
         assert f"{rows[name]['compile_s']:.0f} s to compile and {least['compiled_s']:.3f} s {words}" in text
         assert f"{words} {least['plain_s']:.3f}" in text
         assert not rows[name]["same_bits"]
+
+
+def test_docs_show_how_it_scales() -> None:
+    record = read_json(ROOT / "results" / "scaling" / "scaling.json")
+    text = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    assert tables(record) in text
+    held = record["listing"]["bytes_a_file"]
+    assert f"keeps {held:.0f} bytes a file" in " ".join(text.split())
+    assert f"hold {8 * held * 1e8 / 2**30:.0f} GiB of lists" in " ".join(text.split())
+    assert record["assumed"] == asdict(Assumed())
 
 
 def rows_of(file: Path) -> list[str]:

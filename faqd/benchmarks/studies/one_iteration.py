@@ -21,7 +21,7 @@ from faqd.train.losses.heads import heads_of
 from faqd.train.losses.objective import distill_job
 from faqd.train.losses.taps import tap_pairs
 from faqd.train.networks.source import NetworkSource
-from faqd.train.recipes import DistillAffinity, DistillRecipe, Training
+from faqd.train.recipes import DistillRecipe, Training
 from faqd.train.run.plan import Plan
 
 BITS, CALIBRATED = 4, 16
@@ -37,7 +37,6 @@ def prepared(
     batch: int,
     run: Path,
     processes: ProcessGroup,
-    affinity: DistillAffinity = "l2",
 ) -> tuple[Trainer, Batches, list[str]]:
     """A student at 4/4 of `teacher` with its weights, the batches that it sees, and the taps. run: an empty folder."""
     example = images.normalised(images.pixels[:CALIBRATED]).contiguous()
@@ -45,21 +44,23 @@ def prepared(
     student = insert_quantizers(capture(teacher, example[:2]), QuantConfig(BITS, BITS), example[:2])
     calibrate(student, [example], "max")
     student.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    pairs = tap_pairs(traced, student, None) if affinity != "none" else []
+    pairs = tap_pairs(traced, student, None)
     taps = [theirs for theirs, _ in pairs]
     target = target_of(traced, taps, processes.device)
     training = Training(1, batch, 1e-4, optimizer="relative", frozen_norm=1.0)
-    recipe = DistillRecipe("", training, weight_bits=BITS, act_bits=BITS, logit="relative", affinity=affinity)
+    recipe = DistillRecipe("", training, weight_bits=BITS, act_bits=BITS, logit="relative")
     heads = heads_of(traced, lambda x: target(x).outputs, example.split(batch))
     job = distill_job(Plan(recipe, run, source, {}), student, pairs, heads)
     return Trainer(job, processes), Batches(images, images, batch, 0, target, processes), taps
 
 
-def timed(work: Callable[[int], object], times: int) -> list[float]:
-    """Seconds of each call, by its number, after those that warm up."""
-    found = []
+def timed(work: Callable[[int], object], times: int) -> tuple[list[float], list[float]]:
+    """Seconds of each call, by its number, after those that warm up: by the clock, and of this process's threads, which
+    other work on the machine hardly changes."""
+    clock, threads = [], []
     for number in range(WARM_UP + times):
-        began = time.perf_counter()
+        began, of_threads = time.perf_counter(), time.process_time()
         work(number)
-        found.append(time.perf_counter() - began)
-    return found[WARM_UP:]
+        clock.append(time.perf_counter() - began)
+        threads.append(time.process_time() - of_threads)
+    return clock[WARM_UP:], threads[WARM_UP:]
