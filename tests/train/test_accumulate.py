@@ -154,3 +154,4 @@ def test_what_does_not_divide_is_refused_before_anything_is_written(user: User, 
     outcome = faqd_train(*teacher, "--out", tmp_path / "run")
     assert outcome.code == 2 and "--accumulate 3: 16 images" in outcome.stderr
     assert not (tmp_path / "run").exists()
+    succeeds(faqd_train(*teacher[:-1], 4, "--out", tmp_path / "run"))
