@@ -25,9 +25,8 @@ from faqd.train.cli import cli as train_cli
 from tests.fixtures.toy_runs import faqd_deploy, faqd_train, outcome_of, succeeds
 
 DATA = "--data --eval-data --data-root --download --image-size --resize --channels --mean --std --labels --limit"
-SCHEDULE = (
-    "--epochs --steps --batch-size --accumulate --lr --seed --views --data-seed --device --workers --decode --time-limit"
-)
+SCHEDULE = "--epochs --steps --batch-size --accumulate --lr --seed --views --data-seed --device --workers"
+SCHEDULE += " --decode --time-limit"
 RUN = "--out --resume --json"
 BUNDLE = "--out --eval-samples --float-type --input --for --license --min-fidelity --json"
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from faqd.bundle import load_bundle
-from tests.fixtures.toy_runs import faqd_deploy, faqd_train, new_user, succeeds
+from faqd.deploy.onnx_model.session import OnnxSession
+from tests.fixtures.toy_runs import everything_in, faqd_deploy, faqd_train, new_user, succeeds, write_net
 
 
 @pytest.fixture
@@ -32,6 +34,8 @@ def test_its_network_is_found_and_its_images_are_told(moved: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("change", ["gone", "another"])
 def test_another_file_is_not_taken_for_its_network(change: str, moved: Path, tmp_path: Path) -> None:
+    """In a run of before, which holds no program of it."""
+    without_program(moved, "it was too strange")
     net = moved.parent / "net.py"
     if change == "gone":
         net.unlink()
@@ -39,7 +43,80 @@ def test_another_file_is_not_taken_for_its_network(change: str, moved: Path, tmp
         net.write_text(net.read_text() + "\n# another\n")
     told = faqd_train("eval", moved, "--data", f"folder:{tmp_path / 'elsewhere'}")
     assert told.code == 2 and f"{tmp_path / 'server' / 'net.py'}: no such file" in told.stderr
-    assert "beside the run" in " ".join(told.stderr.split())
+    assert "beside the run" in " ".join(told.stderr.split()) and "it was too strange." in told.stderr
+
+
+def without_program(run: Path, reason: str) -> None:
+    record = json.loads((run / "run.json").read_text())
+    for role in ("network", "teacher"):
+        (run / record[role].pop("program")).unlink(missing_ok=True)
+        del record[role]["program_sha256"]
+        record[role]["no_program"] = reason
+    (run / "run.json").write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize("change", ["gone", "another"])
+def test_a_run_travels_without_the_code_of_its_network(change: str, tmp_path: Path) -> None:
+    """To the same bytes of every file; code that is not the run's is not executed."""
+    user = new_user(tmp_path / "server")
+    succeeds(user.distill(user.folder / "run", "--weight-bits", 4))
+    succeeds(faqd_deploy("export", user.folder / "run", "--out", tmp_path / "with"))
+    (user.folder / "run").rename(tmp_path / "laptop")
+    if change == "gone":
+        (user.folder / "net.py").unlink()
+    else:
+        (user.folder / "net.py").write_text("raise SystemExit('not mine')\n")
+    succeeds(faqd_deploy("export", tmp_path / "laptop", "--out", tmp_path / "without"))
+    assert everything_in(tmp_path / "with") == everything_in(tmp_path / "without")
+    succeeds(faqd_train("eval", tmp_path / "laptop"))
+    program = tmp_path / "laptop" / "network.pt2"
+    program.write_bytes(program.read_bytes() + b"x")
+    told = faqd_train("eval", tmp_path / "laptop")
+    assert told.code == 2 and "network.pt2: changed since the run was made" in told.stderr
+
+
+ANOTHER = """
+from torch import nn
+def build():
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)
+    )
+"""
+
+
+def test_a_student_of_another_network_travels_with_its_teacher(tmp_path: Path) -> None:
+    user = new_user(tmp_path / "server")
+    write_net(tmp_path / "other", ANOTHER)
+    other = f"{tmp_path / 'other' / 'net.py'}:build"
+    succeeds(user.distill(user.folder / "run", "--arch", other, "--batch-size", 8))
+    record = json.loads((user.folder / "run" / "run.json").read_text())
+    assert [record[role]["program"] for role in ("network", "teacher")] == ["network.pt2", "teacher.pt2"]
+    succeeds(faqd_deploy("export", user.folder / "run", "--out", tmp_path / "with"))
+    for net in (user.folder / "net.py", tmp_path / "other" / "net.py"):
+        net.unlink()
+    succeeds(faqd_deploy("export", user.folder / "run", "--out", tmp_path / "without"))
+    bundles = [load_bundle(tmp_path / name) for name in ("with", "without")]
+    images = bundles[0].network_input(bundles[0].evaluation().images)
+    for file in bundles[0].onnx_files():  # in which a module that only reshapes may have another name
+        found, wanted = (OnnxSession(bundle.path(file)).run({"input": images})["logits"] for bundle in bundles)
+        assert np.array_equal(found, wanted), file
+
+
+def test_a_network_that_no_program_holds_is_told_when_it_is_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    user = new_user(tmp_path)
+
+    def refused(*_: object) -> None:
+        raise ValueError("its program computes something else")
+
+    monkeypatch.setattr("faqd.train.run.program._refuse_another", refused)
+    succeeds(user.distill(user.folder / "run"))
+    assert not list((user.folder / "run").glob("*.pt2")) and not list((user.folder / "run").glob(".*"))
+    succeeds(faqd_train("eval", user.folder / "run"))
+    (user.folder / "net.py").unlink()
+    told = faqd_train("eval", user.folder / "run")
+    assert told.code == 2 and "The run holds no program of it: its program computes something else." in told.stderr
 
 
 def test_a_published_set_is_told_by_its_root(tmp_path: Path) -> None:

@@ -44,6 +44,12 @@ def in_standard_terms(network: nn.Module, example: Tensor) -> fx.GraphModule:
     return Translation(module, "network.", network).run(returned.with_outputs)
 
 
+def exported(network: nn.Module, example: Tensor, name: str) -> ExportedProgram:
+    """A network in evaluation mode as torch's own program of it, for any number of images: what torch.export.save
+    writes. UserError as `in_standard_terms` has it."""
+    return _exported(network, example, name)
+
+
 class _Returned:
     """What holds the outputs of a network. Beside the module: torch puts back what an export changes in one."""
 

@@ -29,6 +29,8 @@ class NetworkSource:
     found again by its name; the SHA-256 is then that of the file in it that defines the callable.
 
     channels, pixels: of the input. classes: width of the classifier, 0 for a user's own network, which knows it.
+    program: where its run keeps it as a program with this SHA-256, for where the user's code is not; no_program: why it
+    does not (`faqd.train.run.program`).
     """
 
     channels: int
@@ -39,6 +41,9 @@ class NetworkSource:
     callable: str | None = None
     sha256: str | None = None
     module: str | None = None
+    program: str | None = None
+    program_sha256: str | None = None
+    no_program: str | None = None
 
     @property
     def name(self) -> str:
@@ -53,6 +58,8 @@ class NetworkSource:
         """A freshly initialised network; UserError if the user's file changed since the run, or fails."""
         if self.architecture is not None:
             return build_architecture(self.architecture, self.channels, self.classes, max(self.pixels))
+        if (kept := self._kept()) is not None:
+            return read_program(kept)
         code = self.code()
         if code.sha256 != self.sha256:
             raise UserError(
@@ -62,6 +69,20 @@ class NetworkSource:
         if self.callable is None:
             return self._read(code.path)
         return with_own_memory(users_network(code, self.callable, self.example()))
+
+    def _kept(self) -> Path | None:
+        """The program in the run, where the code itself is not here as it was."""
+        if self.program is None or not Path(self.program).is_file():
+            return None
+        try:
+            if self.code().sha256 == self.sha256:
+                return None
+        except UserError:
+            pass
+        path = Path(self.program)
+        if sha256(path) != self.program_sha256:
+            raise UserError(f"{path}: changed since the run was made (SHA-256 differs); copy the whole folder again.")
+        return path
 
     def _read(self, path: Path) -> nn.Module:
         if not is_onnx(str(path)):
@@ -77,22 +98,28 @@ class NetworkSource:
         if not path.is_file():
             raise UserError(
                 f"{path}: no such file; the run was made with the network in it. Put the same file there, or beside "
-                "the run, where a moved one is looked for."
+                f"the run, where a moved one is looked for.{self._why_not_kept()}"
             )
         return Code(path, _sha256(path))
+
+    def _why_not_kept(self) -> str:
+        return f" The run holds no program of it: {self.no_program}." if self.no_program else ""
 
     def example(self, batch: int = 2) -> Tensor:
         """(batch, C, H, W) zeros: for tracing and shapes only."""
         return torch.zeros(batch, self.channels, *self.pixels)
 
     def to_json(self) -> dict[str, Any]:
-        record = asdict(self)
+        """What the record of a run says of it, but for the program, which is that run's."""
+        record = {key: value for key, value in asdict(self).items() if "program" not in key}
         return record if self.module is not None else {key: value for key, value in record.items() if key != "module"}
 
     @classmethod
     def from_json(cls, record: dict[str, Any], run: Path) -> NetworkSource:
         """run: the folder of the record. It may have been moved with the file, which is looked for near it then."""
         source = cls(**{**record, "pixels": tuple(record["pixels"])})
+        if source.program is not None:
+            source = replace(source, program=str(run / Path(source.program).name))
         return source if source.file is None else replace(source, file=_where_it_is_now(source, run))
 
 

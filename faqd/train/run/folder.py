@@ -1,7 +1,8 @@
 """The run folder: what one training was, and what came of it.
 
 run.json says what was asked for and what the network is; weights.safetensors are the final weights,
-teacher.safetensors the teacher's; metrics.jsonl has one line per epoch; checkpoint-ITERATION is there until the end.
+teacher.safetensors the teacher's; network.pt2 and teacher.pt2 hold networks that come from the user's files;
+metrics.jsonl has one line per epoch; checkpoint-ITERATION is there until the end.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from faqd.train.networks.own_tensors import own_tensors, put_tensors
 from faqd.train.networks.source import NetworkSource
 from faqd.train.networks.tensor_files import read_tensors, write_tensors
 from faqd.train.recipes import Recipe, recipe_json
+from faqd.train.run.program import put_programs
 
 FORMAT = "faqd-run"
 VERSION = 1
@@ -88,8 +90,10 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def conclude(folder: Path, results: dict[str, Any], network: nn.Module) -> dict[str, Any]:
-    """Add the results to the record, then write the final weights: a run that has them is finished."""
+    """Keep the user's networks, add the results to the record, then write the final weights: a run that has them is
+    finished."""
     record = {**read_record(folder), **results}
+    record |= put_programs(folder, record)
     write_json(folder / RECORD, record)
     write_tensors(folder / WEIGHTS, own_tensors(network))
     return record
