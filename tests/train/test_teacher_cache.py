@@ -183,6 +183,8 @@ def test_images_that_are_cut_out_anew_are_refused_before_training(tmp_path: Path
     with pytest.raises(UserError, match="in 50 ways here"):
         refuse_uncacheable(Augmentation(2, True), Training(1, 8))
     refuse_uncacheable(Augmentation(), Training(1, 8))
+    with pytest.raises(UserError, match="--decode reduced trains on others"):
+        refuse_uncacheable(Augmentation(), Training(1, 8, decode="reduced"))
     teacher = tmp_path / "teacher"
     succeeds(faqd_train("teacher", "--arch", "resnet8", "--steps", 2, "--views", 2, "--out", teacher))
     line = ("distill", "--recipe", "digits", "--teacher", teacher, "--steps", 2, "--cache-teacher", tmp_path / "cache")

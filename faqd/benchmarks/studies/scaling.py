@@ -88,7 +88,7 @@ def listing(work: Path, files: list[Path]) -> dict[str, Any]:
     found = listed(folder)
     seconds = time.perf_counter() - began
     # A position in the split, and the orders of two epochs, beside the list.
-    held = len(found.block) + found.ends.nbytes + found.states.nbytes + 3 * 8 * len(found)
+    held = len(found.encoded.block) + found.encoded.ends.nbytes + found.states.nbytes + 3 * 8 * len(found)
     shutil.rmtree(folder)
     return {"files": LISTED, "seconds": round(seconds, 2), "bytes_a_file": round(held / len(found), 1)}
 

@@ -36,7 +36,12 @@ Teach = Callable[[Tensor], Target]
 
 
 def refuse_uncacheable(how: Augmentation, training: Training) -> None:
-    """UserError where every iteration makes another image of a file."""
+    """UserError where every iteration makes another image of a file, or another one than the cache is written of."""
+    if training.decode == "reduced":
+        raise UserError(
+            "--cache-teacher: holds what the teacher says of images as they are, and --decode reduced trains on others; "
+            "leave one of the two out."
+        )
     if training.views is None and ways(how) > 1:
         raise UserError(
             f"--cache-teacher: every iteration cuts its images out anew, in {ways(how):,} ways here, which no cache "
