@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,10 @@ class NetworkSource:
     callable: str | None = None
     sha256: str | None = None
     module: str | None = None
-    program: str | None = None
-    program_sha256: str | None = None
-    no_program: str | None = None
+    # The same network, whichever run keeps it.
+    program: str | None = field(default=None, compare=False)
+    program_sha256: str | None = field(default=None, compare=False)
+    no_program: str | None = field(default=None, compare=False)
 
     @property
     def name(self) -> str:

@@ -3,6 +3,7 @@ which is read without executing anything (`faqd.train.networks.program_file`).""
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,14 @@ def put_programs(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
 def _put(path: Path, source: NetworkSource) -> dict[str, str]:
     try:
         network = source.build().eval()
+        own = {key: tensor.clone() for key, tensor in own_tensors(network).items()}
+        # Each build draws other weights; those of the run lie beside it, and a resumed run is to have the same bytes.
+        put_tensors(network, {key: torch.ones_like(t) if t.is_floating_point() else t for key, t in own.items()})
         with written_beside(path) as temporary, torch.no_grad():
-            torch.export.save(exported(network, source.example(), source.name), temporary.with_suffix(SUFFIX))
-            temporary.with_suffix(SUFFIX).rename(temporary)
+            archive = io.BytesIO()  # a file's name would be that of a folder in it
+            torch.export.save(exported(network, source.example(), source.name), archive)
+            temporary.write_bytes(archive.getvalue())
+            put_tensors(network, own)
             _refuse_another(network, read_program(temporary), source)
     except Exception as error:  # of the user's modules, and all that torch cannot write or read back
         return {"no_program": first_line(error) or type(error).__name__}
