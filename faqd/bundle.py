@@ -37,6 +37,8 @@ STUDENT_TENSORRT = "student.tensorrt.onnx"
 """What build-engine builds: FP16 outside the integer layers unless exported with --float-type fp32."""
 STUDENT_TENSORRT_FP32 = "student.tensorrt.fp32.onnx"
 """The same graph with FP32 outside the integer layers: what the exact gates run on."""
+STUDENT_DEEPSTREAM = "student.deepstream.onnx"
+"""STUDENT_TENSORRT behind a normalisation of its own, for nvinfer, which has one factor for all channels."""
 STUDENT_ONNXRUNTIME = "student.onnxruntime.onnx"
 
 

@@ -17,11 +17,12 @@ from faqd.bundle import Bundle, float32_in_words, write_manifest
 from faqd.deploy.bundle_facts import BundleOptions, Parts, licence_metadata, manifest_facts, student_metadata
 from faqd.deploy.export.float16 import float16_from_float32
 from faqd.deploy.export.float16_islands import Float32Part, float32_parts
-from faqd.deploy.export.server_configs import serving_files
+from faqd.deploy.export.server_configs import one_factor, serving_files
 from faqd.deploy.export.teacher_float16 import TEACHER_IMAGES, teacher_float16
 from faqd.deploy.export.torch_to_onnx import onnx_from_deployed, onnx_from_network, save
-from faqd.deploy.export.uint8_input import with_preprocessing
+from faqd.deploy.export.uint8_input import with_normalisation, with_preprocessing, without_preprocessing
 from faqd.deploy.lower import Lowered, lower
+from faqd.deploy.onnx_model.load import load_model
 from faqd.deploy.verify.bundle_networks import flavours
 from faqd.deploy.verify.test_vectors import probe_inputs
 from faqd.deploy.verify.torch_values import as_trained, float_outputs_in_torch, stored_outputs
@@ -58,7 +59,10 @@ def put_bundle(parts: Parts, out: Path, options: BundleOptions, say: Say) -> Bun
         files.made_from |= {names.PROBE_OUTPUTS: parts.made_from, names.EVAL: parts.teacher_sha256}
         trained = as_trained(parts.student, next(iter(lowered.values())).network, inputs[: agreement_images(wanted)])
         bundle = _proved(
-            files, {**manifest_facts(parts, options, lowered, float32, wanted), "as_trained": trained}, say
+            files,
+            {**manifest_facts(parts, options, lowered, float32, wanted), "as_trained": trained},
+            say,
+            parts.preprocess if "tensorrt" in lowered and needs_own_file(parts.preprocess, options) else None,
         )
         for name, text in serving_files(bundle, options.servers).items():
             (folder / name).write_text(text, encoding="utf-8")
@@ -75,6 +79,13 @@ class _Files:
         """preprocess: what every network does itself; None where it is done for it."""
         self.folder, self.made_from = folder, dict[str, str]()
         self._preprocess, self._say = preprocess, say
+
+    def put_for_deepstream(self, preprocess: Preprocess) -> None:
+        """Of the file that an engine is built from, as it stands there now."""
+        model = load_model(self.folder / names.STUDENT_TENSORRT)
+        model = model if self._preprocess is None else without_preprocessing(model)
+        save(with_normalisation(model, preprocess), self.folder / names.STUDENT_DEEPSTREAM)
+        self.made_from[names.STUDENT_DEEPSTREAM] = self.made_from[names.STUDENT_TENSORRT]
 
     def put(self, name: str, model: onnx.ModelProto, source: str) -> None:
         save(model if self._preprocess is None else with_preprocessing(model, self._preprocess), self.folder / name)
@@ -126,14 +137,24 @@ def _put_float_networks(parts: Parts, files: _Files, inputs: Tensor, options: Bu
         files.put(names.TEACHER_FP16, half, parts.teacher_sha256)
 
 
-def _proved(files: _Files, facts: dict[str, Any], say: Say) -> Bundle:
+def needs_own_file(preprocess: Preprocess, options: BundleOptions) -> bool:
+    """Whether nvinfer cannot feed the student as the bundle has it: by one factor for all channels, in floats."""
+    return "deepstream" in options.servers and (options.input_form == "uint8-nhwc" or one_factor(preprocess) is None)
+
+
+def _proved(files: _Files, facts: dict[str, Any], say: Say, deepstream: Preprocess | None) -> Bundle:
     """The bundle, verified; in FP32 where FP16 does not hold the proof. Its manifest is written once more in the end,
-    with what was found, and verify.json names that one."""
+    with what was found, and verify.json names that one. deepstream: for a file of its own, None for none."""
+    if deepstream is not None:
+        files.put_for_deepstream(deepstream)
+        say(f"wrote {names.STUDENT_DEEPSTREAM}")
     say("verifying")
     record = verification(write_manifest(files.folder, facts, files.made_from))
     if beyond := record.get("float16", {}).get("failures"):
         say(f"{names.STUDENT_TENSORRT} stays FP32 outside of its integers: {beyond[0].partition(';')[0]}")
         shutil.copyfile(files.folder / names.STUDENT_TENSORRT_FP32, files.folder / names.STUDENT_TENSORRT)
+        if deepstream is not None:
+            files.put_for_deepstream(deepstream)
         facts = {**facts, "float_type": "fp32", "float32_parts": []}
         record = verification(write_manifest(files.folder, facts, files.made_from))
     bundle = write_manifest(files.folder, {**facts, **for_manifest(record)}, files.made_from)

@@ -16,7 +16,6 @@ from faqd.bundle import Bundle, Evaluation
 from faqd.deploy.bundle_facts import BundleOptions, Parts
 from faqd.deploy.bundle_files import Say, put_bundle
 from faqd.deploy.export.float16_islands import IMAGES
-from faqd.deploy.export.server_configs import check_servers
 from faqd.deploy.verify.bundle_networks import flavours
 from faqd.errors import UserError
 from faqd.files import read_json, refuse_unmakeable, sha256
@@ -73,7 +72,6 @@ def export_run(
     on (`DataOptions.evaluation`, and its `labels`).
     """
     _refuse_taken(out)
-    check_servers(options.servers, options.input_form)
     record = finished(run)
     student = load_student(run)
     if options.float_type == "fp32" and "tensorrt" not in flavours(student.config.target, student.config.activations):
@@ -160,7 +158,6 @@ def quantize_after_training(
     data: fields of DataOptions, None where the command line is silent and the teacher's run knows.
     """
     _refuse_taken(out)
-    check_servers(options.servers, options.input_form)
     made = quantized_float(teacher, teacher_weights, data, bits, calibration, say)
     student, taught, dataset = made.untrained.student, made.teacher, made.dataset
     parts = Parts(
@@ -206,7 +203,6 @@ def export(
     """
     out, asked = Path(folder), options or BundleOptions()
     _refuse_taken(out)
-    check_servers(asked.servers, asked.input_form)
     x = (images if isinstance(images, Tensor) else torch.cat(list(images))).detach().float().cpu()
     channels, (height, width) = x.shape[1], x.shape[2:]
     scale, offset = (tuple(map(float, given)) * (channels if len(given) == 1 else 1) for given in (std, mean))

@@ -7,6 +7,7 @@ from typing import Any
 
 from faqd.bundle import (
     FLOAT_STUDENT_FP16,
+    STUDENT_DEEPSTREAM,
     STUDENT_TENSORRT,
     TEACHER,
     TEACHER_FP16,
@@ -27,7 +28,8 @@ from faqd.proof import fidelity_of, proof_of
 def build_bundle(
     bundle: Bundle, *, all: bool, force: bool, options: BuildOptions, say: Say, out: Path | None = None
 ) -> list[dict[str, Any]]:
-    """Build the student's engine, with `all` those of the float student and the teacher too; returns the records.
+    """Build the student's engine, that for DeepStream where its file is there, with `all` those of the float student
+    and the teacher too; returns the records.
 
     What counts is the proof of the TensorRT file: that for onnxruntime on a CPU is another network.
 
@@ -43,7 +45,8 @@ def build_bundle(
             "train with --target tensorrt to get an engine."
         )
     folder = _writable(bundle, out)
-    names = [STUDENT_TENSORRT, *(_baselines(bundle, say) if all else ())]
+    students = [name for name in (STUDENT_TENSORRT, STUDENT_DEEPSTREAM) if bundle.has(name)]
+    names = [*students, *(_baselines(bundle, say) if all else ())]
     verify = _verified(bundle, force, say)
     kept = fidelity_of(bundle).get(STUDENT_TENSORRT)
     if kept is not None:
@@ -62,8 +65,8 @@ def build_bundle(
                 say,
                 sha256=bundle.manifest["files"][name]["sha256"],
                 verify=verify,
-                fidelity=kept if name == STUDENT_TENSORRT else None,
-                expected_int8=_expected_int8(bundle) if name == STUDENT_TENSORRT else None,
+                fidelity=kept if name in students else None,
+                expected_int8=_expected_int8(bundle) if name in students else None,
             )
         )
     return records

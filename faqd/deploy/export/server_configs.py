@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 import onnx
 
-from faqd.bundle import STUDENT_ONNXRUNTIME, STUDENT_TENSORRT, Bundle
+from faqd.bundle import STUDENT_DEEPSTREAM, STUDENT_ONNXRUNTIME, STUDENT_TENSORRT, Bundle
 from faqd.deploy.engine.options import BATCHES
 from faqd.deploy.engine.record import engine_name
 from faqd.deploy.onnx_model.load import load_model
@@ -30,14 +30,6 @@ LABELS = {"triton": "triton.labels.txt", "deepstream": "deepstream.labels.txt"}
 _UNTRIED = "# Written by faqd, untried: no {} has loaded it yet."
 _TRITON_TYPES = {"FLOAT": "TYPE_FP32", "UINT8": "TYPE_UINT8"}
 _COLOURS = {"rgb": 0, "bgr": 1, "grey": 2}
-
-
-def check_servers(servers: Sequence[Server], input_form: str) -> None:
-    """UserError, before any work, where a server cannot feed that form of input."""
-    if "deepstream" in servers and input_form == "uint8-nhwc":
-        raise UserError(
-            "--for deepstream: nvinfer feeds normalised float32 images and no uint8 pixels; leave --input away."
-        )
 
 
 def serving_files(bundle: Bundle, servers: Sequence[Server]) -> dict[str, str]:
@@ -128,20 +120,22 @@ def _input_in_words(bundle: Bundle) -> str:
 def _deepstream(bundle: Bundle) -> str:
     if not bundle.has(STUDENT_TENSORRT):
         raise UserError(f"--for deepstream: the bundle holds no {STUDENT_TENSORRT}; train with --target tensorrt.")
-    graph = load_model(bundle.path(STUDENT_TENSORRT)).graph
+    network = STUDENT_DEEPSTREAM if bundle.has(STUDENT_DEEPSTREAM) else STUDENT_TENSORRT
+    normalises = network == STUDENT_DEEPSTREAM
+    graph = load_model(bundle.path(network)).graph
     record, (value,) = bundle.preprocess, graph.input
     ranks = {len(_sizes(output)) for output in graph.output}
     classifies = ranks == {1} and len(graph.output) == 1
     properties: dict[str, Any] = {
         "gpu-id": 0,
-        "onnx-file": STUDENT_TENSORRT,
-        "model-engine-file": engine_name(STUDENT_TENSORRT),
+        "onnx-file": network,
+        "model-engine-file": engine_name(network),
         "network-mode": 1,
         "network-type": 1 if classifies else 100,
         "batch-size": 1,
         "infer-dims": ";".join(map(str, _sizes(value))),
         "model-color-format": _COLOURS[record.channels],
-        **_normalisation(record),
+        **({"net-scale-factor": "1"} if normalises else one_factor(record) or {}),
         "maintain-aspect-ratio": int(record.resize == "letterbox"),
         "symmetric-padding": int(record.resize == "letterbox"),
         "output-blob-names": ";".join(output.name for output in graph.output),
@@ -151,30 +145,35 @@ def _deepstream(bundle: Bundle) -> str:
     }
     if bundle.manifest.get("classes"):
         properties["labelfile-path"] = LABELS["deepstream"]
-    lines = [_UNTRIED.format("DeepStream"), *(f"# {text}" for text in _remarks(record, classifies)), "[property]"]
+    lines = [
+        _UNTRIED.format("DeepStream"),
+        *(f"# {text}" for text in _remarks(record, network, classifies)),
+        "[property]",
+    ]
     return "\n".join([*lines, *(f"{key}={value}" for key, value in properties.items())]) + "\n"
 
 
-def _normalisation(record: Preprocess) -> dict[str, str]:
-    """nvinfer's y = net-scale-factor * (x - offset): one factor for all channels, an offset for each."""
+def one_factor(record: Preprocess) -> dict[str, str] | None:
+    """nvinfer's y = net-scale-factor * (x - offset): one factor for all channels, an offset for each; None where one
+    factor is not enough."""
     if len(set(record.std)) > 1:
-        return {}
+        return None
     return {
         "net-scale-factor": f"{1 / (255 * record.std[0]):.17g}",
         "offsets": ";".join(f"{255 * mean:.9g}" for mean in record.mean),
     }
 
 
-def _remarks(record: Preprocess, classifies: bool) -> list[str]:
+def _remarks(record: Preprocess, network: str, classifies: bool) -> list[str]:
     remarks = [
-        f"Build {engine_name(STUDENT_TENSORRT)} with `faqd-deploy build-engine` on the machine that runs it,",
+        f"Build {engine_name(network)} with `faqd-deploy build-engine` on the machine that runs it,",
         "with the TensorRT of its DeepStream: then nvinfer loads it and builds none itself.",
     ]
-    if not _normalisation(record):
+    if network == STUDENT_DEEPSTREAM:
         remarks += [
-            "net-scale-factor and offsets are left out: this network wants (pixel / 255 - mean) / std with",
-            f"mean {list(record.mean)} and std {list(record.std)}, and nvinfer has",
-            "one factor for all channels. Feed it through nvdspreprocess, or train with one value for --std.",
+            "The network takes pixels 0..255 as floats and does (pixel / 255 - mean) / std itself, with",
+            f"mean {list(record.mean)} and std {list(record.std)}:",
+            "nvinfer has one factor for all channels, so it is 1 here.",
         ]
     if record.resize == "crop":
         remarks.append("The network was trained on centre crops; nvinfer scales the whole frame.")

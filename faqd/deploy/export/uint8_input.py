@@ -1,4 +1,5 @@
-"""Preprocessing inside the network: uint8 pixels (N, H, W, C) in, the float32 (N, C, H, W) of the preprocessing record.
+"""Preprocessing inside the network: uint8 pixels (N, H, W, C) in, the float32 (N, C, H, W) of the preprocessing record;
+or pixels as floats (N, C, H, W), which is what DeepStream feeds.
 
 Cast, Mul, Add and Transpose stand before the first quantizer, in float32, operation for operation what
 `Preprocess.normalise` does, so that the input codes are the same. RGB comes in, whatever order the network wants, from
@@ -56,6 +57,23 @@ def with_preprocessing(model: onnx.ModelProto, preprocess: Preprocess) -> onnx.M
     return result
 
 
+def with_normalisation(model: onnx.ModelProto, preprocess: Preprocess) -> onnx.ModelProto:
+    """A copy of a network with one float32 input (N, C, H, W) that takes pixels 0..255 there, in its own order of
+    channels."""
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    graph = result.graph
+    (value,) = graph.input
+    for node in graph.node:
+        node.input[:] = [_INSIDE if operand == value.name else operand for operand in node.input]
+    constants = dict(zip(("scale", "offset"), (each.reshape(1, -1, 1, 1) for each in preprocess.affine()), strict=True))
+    graph.node.insert(0, _node("Mul", [value.name, f"{_PREFIX}scale"], "scaled"))
+    graph.node.insert(1, _node("Add", [f"{_PREFIX}scaled", f"{_PREFIX}offset"], "input"))
+    graph.initializer.extend(numpy_helper.from_array(array, f"{_PREFIX}{key}") for key, array in constants.items())
+    inferred(result, check=True)
+    return result
+
+
 def without_preprocessing(model: onnx.ModelProto) -> onnx.ModelProto:
     """The network behind its preprocessing, with the float32 input that it had: what the exact gates run on.
 
@@ -64,15 +82,14 @@ def without_preprocessing(model: onnx.ModelProto) -> onnx.ModelProto:
     return _part(model, inside=False)
 
 
-def compare_preprocessing(
-    model: onnx.ModelProto, pixels_NHWC: NDArray[np.uint8], wanted: NDArray[np.float32]
-) -> dict[str, Any]:
-    """What the network's own preprocessing makes of `pixels_NHWC`, in onnxruntime, against `wanted` (N, C, H, W)."""
+def compare_preprocessing(model: onnx.ModelProto, pixels: NDArray[Any], wanted: NDArray[np.float32]) -> dict[str, Any]:
+    """What the network's own preprocessing makes of `pixels`, as it takes them, in onnxruntime, against `wanted`
+    (N, C, H, W)."""
     part = _part(model, inside=True)
     session = OnnxSession(part.SerializeToString(), optimise=False)
-    (found,) = session.run({session.inputs[0]: pixels_NHWC}).values()
+    (found,) = session.run({session.inputs[0]: pixels}).values()
     return {
-        "images": len(pixels_NHWC),
+        "images": len(pixels),
         "equal": bool(np.array_equal(found, wanted)),
         "largest_difference": float(np.abs(found - wanted).max()) if found.shape == wanted.shape else None,
     }
@@ -99,7 +116,9 @@ def _part(model: onnx.ModelProto, *, inside: bool) -> onnx.ModelProto:
     for index, node in enumerate(graph.node):
         if index not in before and not hidden.isdisjoint(node.input):
             raise UserError(f"node {node.name} reads the pixels past their preprocessing; export the run again.")
-    batch, height, width, channels = pixels.type.tensor_type.shape.dim
+    batch, *sizes = pixels.type.tensor_type.shape.dim
+    as_floats = pixels.type.tensor_type.elem_type == TensorProto.FLOAT
+    channels, height, width = sizes if as_floats else (sizes[2], *sizes[:2])
     shape = [batch.dim_param or batch.dim_value, channels.dim_value, height.dim_value, width.dim_value]
     real = helper.make_tensor_value_info(_INSIDE if inside else pixels.name, TensorProto.FLOAT, shape)
     nodes = [node for index, node in enumerate(graph.node) if (index in before) == inside]

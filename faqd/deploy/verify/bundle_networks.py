@@ -68,10 +68,14 @@ def refuse_other_files(bundle: Bundle) -> None:
         if not bundle.has(name):
             raise UserError(f"{bundle.folder / names.MANIFEST}: lists no {name}; export the run again.")
     for name in bundle.onnx_files():
-        if name not in (*needed, names.TEACHER_FP16):
+        if name not in (*needed, names.TEACHER_FP16, *_beside(bundle)):
             raise UserError(
                 f"{bundle.folder / names.MANIFEST}: lists {name}, which nothing proves; export the run again."
             )
+
+
+def _beside(bundle: Bundle) -> tuple[str, ...]:
+    return (names.STUDENT_DEEPSTREAM,) if "tensorrt" in flavours_in(bundle) else ()
 
 
 def torch_digests(bundle: Bundle, flavour: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
 from faqd import bundle as names
@@ -78,6 +79,8 @@ def verification(bundle: Bundle) -> dict[str, Any]:
             if not compared["equal"]:
                 concerned = own[_FLAVOUR_OF[name]] if name in _FLAVOUR_OF else failures
                 concerned.append(f"{name}: input: its preprocessing is not the record's")
+    if bundle.has(names.STUDENT_DEEPSTREAM):
+        own["tensorrt"] += _deepstream_failures(bundle, evaluation.images[:PIXEL_PROBES])
     if len(outputs) == 2:
         record["between_flavours"] = compare_outputs(outputs["onnxruntime"], outputs["tensorrt"])
     told = agreement_failures(
@@ -206,7 +209,29 @@ def _verify_preprocessing(bundle: Bundle, images: NDArray[np.uint8]) -> dict[str
     noise = np.random.default_rng(0).integers(0, 256, images.shape, np.uint8)
     pixels = np.concatenate([images, noise])
     wanted, fed = bundle.preprocess.normalise(pixels), bundle.network_input(pixels)
-    return {name: compare_preprocessing(load_network(bundle, name), fed, wanted) for name in bundle.onnx_files()}
+    taking = [name for name in bundle.onnx_files() if name != names.STUDENT_DEEPSTREAM]
+    return {name: compare_preprocessing(load_network(bundle, name), fed, wanted) for name in taking}
+
+
+def _deepstream_failures(bundle: Bundle, images: NDArray[np.uint8]) -> list[str]:
+    """What keeps the file for DeepStream from being the student's behind the record's normalisation, bit for bit."""
+    name = names.STUDENT_DEEPSTREAM
+    model, student = load_network(bundle, name), load_network(bundle, names.STUDENT_TENSORRT)
+    student = without_preprocessing(student) if bundle.takes_pixels else student
+    pixels = np.concatenate([images, np.random.default_rng(0).integers(0, 256, images.shape, np.uint8)])
+    fed = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2), dtype=np.float32)
+    failures = [] if _parts(without_preprocessing(model)) == _parts(student) else [f"{name}: another network inside"]
+    if not compare_preprocessing(model, fed, bundle.preprocess.normalise(pixels))["equal"]:
+        failures.append(f"{name}: input: its preprocessing is not the record's")
+    return failures
+
+
+def _parts(model: onnx.ModelProto) -> tuple[list[bytes], ...]:
+    """What a network computes, whatever shapes are written beside it."""
+    graph = model.graph
+    nodes = [node.SerializeToString(deterministic=True) for node in graph.node]
+    constants = sorted(tensor.SerializeToString(deterministic=True) for tensor in graph.initializer)
+    return nodes, constants, [value.name.encode() for value in (*graph.input, *graph.output)]
 
 
 def _against_torch(

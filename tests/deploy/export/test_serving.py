@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -12,20 +13,28 @@ import numpy as np
 import onnx
 import pytest
 
-from faqd.bundle import STUDENT_ONNXRUNTIME, STUDENT_TENSORRT, Bundle, write_manifest
+from faqd.bundle import (
+    STUDENT_DEEPSTREAM,
+    STUDENT_ONNXRUNTIME,
+    STUDENT_TENSORRT,
+    Bundle,
+    load_bundle,
+    write_manifest,
+)
 from faqd.deploy.export.server_configs import (
     DEEPSTREAM,
     LABELS,
     TRITON_ONNXRUNTIME,
     TRITON_TENSORRT,
-    check_servers,
     serving_files,
 )
 from faqd.deploy.export.uint8_input import with_preprocessing
-from faqd.errors import UserError
+from faqd.deploy.onnx_model.session import OnnxSession
+from faqd.files import sha256
 from faqd.preprocess import Preprocess
 from tests.fixtures.qdq_network import SHAPE, residual_network, written
 from tests.fixtures.tiny_bundles import facts_of
+from tests.fixtures.toy_runs import NET, faqd_deploy, new_user, succeeds, write_net
 
 PLAIN = Preprocess(*SHAPE[1:], (0.5, 0.4, 0.3), (0.25, 0.25, 0.25))
 PIXEL = np.array([10, 100, 250], np.uint8)
@@ -116,16 +125,78 @@ def test_deepstream_normalises_as_the_record_does(tmp_path: Path) -> None:
     assert text.startswith("# Written by faqd, untried")
 
 
-def test_what_deepstream_cannot_express_is_a_sentence(tmp_path: Path) -> None:
-    imagenet = replace(PLAIN, std=(0.229, 0.224, 0.225), resize="letterbox")
-    text = serving_files(make_bundle(tmp_path / "bundle", imagenet), ["deepstream"])[DEEPSTREAM]
-    found = properties(text)
-    assert "net-scale-factor" not in found and "offsets" not in found
-    assert "one factor for all channels" in text and "nvdspreprocess" in text
-    assert "nvinfer's are black" in text and found["maintain-aspect-ratio"] == "1"
-    with pytest.raises(UserError, match="no uint8 pixels"):
-        check_servers(["triton", "deepstream"], "uint8-nhwc")
-    check_servers(["triton"], "uint8-nhwc")
+def test_deepstream_is_told_what_it_does_otherwise(tmp_path: Path) -> None:
+    text = serving_files(make_bundle(tmp_path / "bundle", replace(PLAIN, resize="letterbox")), ["deepstream"])[
+        DEEPSTREAM
+    ]
+    assert "nvinfer's are black" in text and properties(text)["maintain-aspect-ratio"] == "1"
+
+
+IMAGENET = ("--mean", "0.485,0.456,0.406", "--std", "0.229,0.224,0.225")
+
+
+@pytest.mark.parametrize(
+    ("more", "own"),
+    [
+        (IMAGENET, True),
+        ((*IMAGENET, "--input", "uint8-nhwc"), True),
+        ((*IMAGENET, "--channels", "bgr", "--input", "uint8-nhwc"), True),
+        (("--mean", "0.5", "--std", "0.25", "--channels", "grey", "--input", "uint8-nhwc"), True),
+        (("--mean", "0.485,0.456,0.406", "--std", "0.25,0.25,0.25"), False),
+    ],
+)
+def test_what_nvinfer_cannot_feed_has_a_file_that_normalises_itself(
+    more: tuple[str, ...], own: bool, tmp_path: Path
+) -> None:
+    """Fed with nvinfer's factor * (pixel - offset), it gives what the student gives for these images, bit for bit."""
+    user = new_user(tmp_path)
+    code = NET.replace("channels=3", "channels=1") if "grey" in more else NET
+    write_net(user.folder, code)
+    out = tmp_path / "bundle"
+    data = ("--data", f"folder:{user.folder / 'images'}", "--image-size", 8)
+    succeeds(faqd_deploy("ptq", *user.teacher, *data, *more, "--for", "deepstream", "--out", out))
+    bundle = load_bundle(out)
+    found = properties((out / DEEPSTREAM).read_text())
+    name = STUDENT_DEEPSTREAM if own else STUDENT_TENSORRT
+    assert bundle.has(STUDENT_DEEPSTREAM) == own
+    assert (found["onnx-file"], found["model-engine-file"]) == (name, name.replace(".onnx", ".engine"))
+    images = bundle.evaluation().images
+    offsets = np.array([float(each) for each in found.get("offsets", "0").split(";")], np.float32)
+    by_nvinfer = np.float32(found["net-scale-factor"]) * (images.astype(np.float32) - offsets)
+    fed = np.ascontiguousarray(by_nvinfer.transpose(0, 3, 1, 2))
+    (outputs,) = OnnxSession(bundle.path(name), optimise=False).run({"input": fed}).values()
+    (wanted,) = (
+        OnnxSession(bundle.path(STUDENT_TENSORRT), optimise=False).run({"input": bundle.network_input(images)}).values()
+    )
+    assert np.array_equal(outputs, wanted) or not own
+    np.testing.assert_allclose(outputs, wanted, rtol=0, atol=1e-2)
+    assert found["infer-dims"] == f"{images.shape[3]};8;8"
+    succeeds(faqd_deploy("verify", out))
+
+
+@pytest.mark.parametrize("damage", ["preprocess/scale", "weights"])
+def test_such_a_file_is_proved(damage: str, tmp_path: Path) -> None:
+    user = new_user(tmp_path)
+    out = tmp_path / "bundle"
+    data = ("--data", f"folder:{user.folder / 'images'}", "--image-size", 8)
+    succeeds(faqd_deploy("ptq", *user.teacher, *data, *IMAGENET, "--for", "deepstream", "--out", out))
+    path = out / STUDENT_DEEPSTREAM
+    model = onnx.load(path)
+    tensor = next(
+        each
+        for each in model.graph.initializer
+        if each.name == damage or (damage == "weights" and len(each.dims) == 4 and "preprocess" not in each.name)
+    )
+    values = onnx.numpy_helper.to_array(tensor).copy()
+    values.flat[0] = values.flat[0] * np.float32(1.001) if damage != "weights" else values.flat[0] ^ 1
+    tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    path.write_bytes(model.SerializeToString())
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest["files"][STUDENT_DEEPSTREAM]["sha256"] = sha256(path)
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    told = faqd_deploy("verify", out)
+    said = "its preprocessing is not the record's" if damage == "preprocess/scale" else "another network inside"
+    assert told.code == 1 and f"{STUDENT_DEEPSTREAM}: " in told.stderr and said in told.stderr
 
 
 def test_labels_are_as_each_server_reads_them_and_absent_without_classes(tmp_path: Path) -> None:
