@@ -48,7 +48,7 @@ def console_for(stream: IO[str]) -> Console:
 def print_result(result: Record, console: Console) -> None:
     for network in result["networks"]:
         files = judged_files(result, network) if network["role"] == "student" else []
-        if files:
+        if any(file.kept for file in files):  # older records know no fidelity
             console.print(Text(f"{label(network)}, proof and what is kept of its teacher:"))
             for judged in files:
                 console.print(Text(f"  {in_words(judged)}"))
