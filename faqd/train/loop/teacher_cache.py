@@ -39,7 +39,7 @@ def refuse_uncacheable(how: Augmentation, training: Training) -> None:
     """UserError where every iteration makes another image of a file, or another one than the cache is written of."""
     if training.decode == "reduced":
         raise UserError(
-            "--cache-teacher: holds what the teacher says of images as they are, and --decode reduced trains on others; "
+            "--cache-teacher: holds the answers to images as they are, and --decode reduced trains on others; "
             "leave one of the two out."
         )
     if training.views is None and ways(how) > 1:
