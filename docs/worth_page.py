@@ -27,7 +27,7 @@ def page(text: str) -> str:
 
 
 def speed_table() -> Iterator[str]:
-    """How many times as fast as its float graph the INT8 file is: the median of the rounds, the least and the most."""
+    """How many times as fast as the unquantized student the INT8 file is: median of the rounds, least and most."""
     yield "| batch 1, one thread | " + " | ".join(CPUS.values()) + " |"
     yield "|---|" + "---|" * len(CPUS)
     for network, name in TIMED.items():
@@ -79,7 +79,7 @@ def _panel(left: int, title: str, bars: list[tuple[str, float, str]], indent: in
 
 
 def _rounds(cpu: str, network: str) -> tuple[list[float], list[float]]:
-    """Round medians in ms at batch 1: of the float graph, and of the 8/8 student."""
+    """Round medians in ms at batch 1: of the unquantized student, and of the 8/8 student."""
     entries = read_json(SPEED / f"{cpu}.json")["networks"]
     entry = next(entry for entry in entries if entry["network"] == network and entry["batch"] == 1)
     found = {row["variant"]: row["round_medians_ms"] for row in entry["variants"]}

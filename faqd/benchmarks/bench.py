@@ -66,7 +66,7 @@ def bench(
     progress: Callable[[str], None] = lambda _: None,
     clock: Clock = time.perf_counter,
 ) -> Run:
-    """Measure every student, its own float graph and the one teacher; the record says what was found.
+    """Measure every student, the same unquantized and the one teacher; the record says what was found.
 
     data: what to judge on, by default the images that the bundles hold.
 

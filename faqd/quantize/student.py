@@ -18,7 +18,7 @@ from faqd.quantize.quantizers.layers import latent_weight, operator_name, weight
 class Student(nn.Module):
     """A network in training with its quantizers: `network` is a graph module, `config` what it was prepared for.
 
-    taps: float node name -> student node name, for every node of the float graph. islands: what has no integer form.
+    taps: float node name -> student node name, for every node of the float network. islands: what has no integer form.
     float_network: what it was prepared from, whose parameters are no part of the student's. norms_stand_still: batch
     norms keep the float network's statistics in training mode too, from which a few hundred steps of fine-tuning only
     lose. `print(student)` shows every layer with its grids, and the islands.

@@ -59,9 +59,10 @@ def best_without_training(
     equalize: Equalize = "never",
     tried: Callable[[Untrained], None] = lambda one: None,
     keep: Collection[str] = (),
+    enough: float = KEPT,
 ) -> Untrained:
     """batches: network input for scales. images: on which the tried ones are compared, where there are several; the
-    first that keeps its teacher ends the search. keep: nodes whose values equalization must not change."""
+    first of that fidelity ends the search. keep: nodes whose values equalization must not change."""
     distance = OutputDistance(traced, images)
     best: Untrained | None = None
     for candidate in _candidates(distance, traced, bits, batches, calibration, equalize, keep):
@@ -70,7 +71,7 @@ def best_without_training(
         one = Untrained(student, method, made, distance.of(student.network))
         tried(one)
         best = one if best is None or one.distance < best.distance else best
-        if best.fidelity >= KEPT:
+        if best.fidelity >= enough:
             break
     assert best is not None
     return best

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from faqd.given import options_given, refuse_idle
 from faqd.quant import FLOAT_BITS
-from faqd.train.recipes import DistillRecipe
+from faqd.train.recipes import DistillRecipe, has_a_choice_of_starts
 
 
 def refuse_idle_options(variants: Sequence[DistillRecipe]) -> None:
@@ -27,9 +27,5 @@ def refuse_idle_options(variants: Sequence[DistillRecipe]) -> None:
             ["--rounding", "--scale-gradient", "--calibration", "--equalize"],
             f"no activation is rounded with --act-bits {FLOAT_BITS}",
         )
-    if recipe.equalize == "always" and (recipe.init == "scratch" or not any(map(_at_8_bits, variants))):
-        refuse_idle(["--equalize"], "only 8/8 students that start from trained weights are equalized")
-
-
-def _at_8_bits(recipe: DistillRecipe) -> bool:
-    return (recipe.weight_bits, recipe.act_bits) == (8, 8)
+    if recipe.equalize == "always" and not any(map(has_a_choice_of_starts, variants)):
+        refuse_idle(["--equalize"], "only students of 4/4 bits and more that start from trained weights are equalized")

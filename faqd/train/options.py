@@ -168,13 +168,14 @@ student_flags = section(
         "--calibration",
         type=click.Choice(["auto", "mse", "percentile", "max", "entropy"]),
         show_default="auto",
-        help="Choose the first activation scales in this way; auto: mse, at 8/8 percentile where that is better.",
+        help="Choose the first activation scales in this way; auto: mse, or percentile where that is better.",
     ),
     click.option(
         "--equalize",
         type=click.Choice(["auto", "always", "never"]),
         show_default="auto",
-        help="At 8/8, make channels that share a scale alike before training; auto: where that is better.",
+        help="At 4/4 and more, make channels that share a scale alike before training; auto: where that is better at "
+        "8/8, or nothing is left without.",
     ),
     exclude_option,
     strict_option,

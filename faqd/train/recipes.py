@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from faqd.errors import UserError
-from faqd.quant import Rounding, Target
+from faqd.quant import FLOAT_BITS, Rounding, Target
 
 if TYPE_CHECKING:
     # Modules with torch, which who lists recipes need not have.
@@ -147,6 +147,16 @@ class DistillRecipe:
 
 
 Recipe = TeacherRecipe | DistillRecipe
+
+
+LEAST_BITS = 4
+"""Of weights and of activations: with fewer, training changes more than any start."""
+
+
+def has_a_choice_of_starts(recipe: DistillRecipe) -> bool:
+    """Whether a student may begin equalized, or with other scales than the first (`faqd.train.run.untrained_start`)."""
+    bits = (recipe.weight_bits, recipe.act_bits)
+    return recipe.init != "scratch" and min(bits) >= LEAST_BITS and FLOAT_BITS not in bits
 
 
 def digits_teacher() -> TeacherRecipe:

@@ -26,7 +26,7 @@ from faqd.train.run.folder import asked_json, begin, conclude, data_json, held, 
 from faqd.train.run.lesson import output_shapes
 
 JUDGED_IMAGES = 10_000
-"""Of the select split, for the accuracy that is reported."""
+"""Of the validation split, for the accuracy that is reported."""
 
 
 def train_teacher(

@@ -252,7 +252,7 @@ def test_compare_tells_the_files_of_a_student_apart(record: dict[str, Any]) -> N
 
 
 def test_compare_pairs_networks_of_one_name_in_their_order(record: dict[str, Any]) -> None:
-    """Two bundles of the same bits have students and float graphs of the same name."""
+    """Two bundles of the same bits have students and unquantized students of the same name."""
     teacher, student, own = record["networks"]
     record["bundles"] += [dict(record["bundles"][0]), {**record["bundles"][0], "kind": "ptq"}]
     again = [[{**copy.deepcopy(network), "bundle": index} for network in (student, own)] for index in (1, 2)]

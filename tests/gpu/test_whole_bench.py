@@ -26,7 +26,7 @@ QUICK = ("--duration", 0.2, "--rounds", 5, "--batch", "1,4", "--energy-duration"
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A PTQ bundle with the engines of its student, its float graph and its teacher."""
+    """A PTQ bundle with the engines of its student, its unquantized student and its teacher."""
     user = new_user(tmp_path_factory.mktemp("user"))
     folder = user.folder / "bundle"
     succeeds(faqd_deploy("ptq", *user.teacher, *user.data, "--calibration-images", 32, "--out", folder))

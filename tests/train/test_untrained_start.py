@@ -100,7 +100,8 @@ def test_a_tapped_map_is_not_multiplied(user: User, tmp_path: Path) -> None:
         (("--equalize", "never", "--calibration", "mse"), None, 0),
         (("--equalize", "never"), 0, 2),
         (("--equalize", "always", "--calibration", "max"), 2, 1),
-        (("--weight-bits", 4), None, 0),
+        (("--weight-bits", 4), 2, 2),
+        (("--weight-bits", 3), None, 0),
         (("--init", "scratch"), None, 0),
     ],
 )

@@ -1,4 +1,4 @@
-"""What a run measures: the teacher once, every student, its own float graph; and what the bundles say of them."""
+"""What a run measures: the teacher once, every student, the same unquantized; and what the bundles say of them."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def check_comparable(bundles: Sequence[Bundle], own_images: bool = False) -> Non
 
 
 def entries(bundles: Sequence[Bundle], files: Mapping[Role, str]) -> list[dict[str, Any]]:
-    """The teacher once, then every student followed by its own float graph; equal files are one network.
+    """The teacher once, then every student followed by the same unquantized; equal files are one network.
 
     The FP32 teacher has no latency where an FP16 one stands beside it.
     """
@@ -113,7 +113,7 @@ def entries(bundles: Sequence[Bundle], files: Mapping[Role, str]) -> list[dict[s
         content = _sha256(bundle, files["float"])
         if content not in known:
             known[content] = f"float-{index}"
-            found.append(_entry("float", index, f"{bundle.name}, its float graph", bundle, files))
+            found.append(_entry("float", index, f"{bundle.name}, unquantized", bundle, files))
         student["own_float"] = known[content]
     return found
 

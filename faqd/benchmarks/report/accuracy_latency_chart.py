@@ -220,7 +220,7 @@ def _strip(network: Record, record: Record, unit: Unit, x: Axis, top: float, rig
     ).format(
         colour_class(network),
         px(top + 4),
-        short("its float graph" if network["role"] == "float" else label(network), max(10, room)),
+        short("unquantized" if network["role"] == "float" else label(network), max(10, room)),
         px(right),
         note,
         px(x.clipped(spread[0])),

@@ -97,7 +97,7 @@ def first_batch(result: Record) -> int:
 
 
 def compared(result: Record) -> list[Record]:
-    """The teacher, the students, and the float graphs that were judged: the rows of the main table."""
+    """The teacher, the students, and the unquantized students that were judged: the rows of the main table."""
     return [network for network in result["networks"] if network["role"] != "float" or network["accuracy"]]
 
 

@@ -277,7 +277,7 @@ def _metrics(result: Record) -> list[str]:
 
 
 def _name(network: Record) -> str:
-    return "  its float graph" if network["role"] == "float" else label(network)
+    return "  unquantized" if network["role"] == "float" else label(network)
 
 
 def _legend(result: Record) -> str:

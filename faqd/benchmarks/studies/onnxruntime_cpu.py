@@ -1,9 +1,9 @@
 """How much faster the lowered students run on onnxruntime's CPU kernels than the same graphs in FP32.
 
 `python -m faqd.benchmarks.studies.onnxruntime_cpu --json FILE` times, on one thread and in turn in one process: the
-float graph, what onnxruntime's own `quantize_static` makes of it with three settings, and our students at 8/8 and 4/4
-bits, and at 8/8 trained for onnxruntime alone, whose codes 0..255 need no limit. A setting whose sums saturate on the
-CPU here is fast and wrong; the students are held against the fastest of the others. Weights and images are random:
+unquantized student, what onnxruntime's own `quantize_static` makes of it with three settings, our students at 8/8 and
+4/4 bits, and at 8/8 trained for onnxruntime alone, whose codes 0..255 need no limit. A setting whose sums saturate on
+the CPU here is fast and wrong; the students are held against the fastest of the others. Weights and images are random:
 speed does not depend on them. Where a session comes to lie in memory does change its speed, by one or two per cent for
 as long as it lives: every round opens all of them anew.
 """
@@ -68,7 +68,7 @@ STUDENTS = {
     "8/8 --target onnxruntime": QuantConfig(8, 8, "onnxruntime"),
 }
 TARGETS = {("resnet20", 1): 2.0, ("resnet20", 32): 2.2, ("resnet18", 1): 3.2, ("resnet18", 32): 3.2}
-"""Least speed-up over the float graph on a CPU with VNNI, by network and batch size."""
+"""Least speed-up over the unquantized student on a CPU with VNNI, by network and batch size."""
 NOT_BEHIND = 0.98
 """A ratio of the rounds' medians from which two networks are called equally fast."""
 BATCHES = (1, 32)
@@ -178,7 +178,7 @@ def targets(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 continue
             who = f"{entry['network']} {row['variant']}, batch {entry['batch']}"
             bound = None if slow else TARGETS.get((entry["network"], entry["batch"]))
-            wanted = [] if bound is None else [(f"{who}: times its float graph", bound, "speed_up_over_float")]
+            wanted = [] if bound is None else [(f"{who}: times the unquantized student", bound, "speed_up_over_float")]
             wanted.append((f"{who}: times {entry['rival']}", NOT_BEHIND, "speed_up_over_quantize_static"))
             for claim, least, key in wanted:
                 found = row[key]["paired_median"]
@@ -221,7 +221,7 @@ def command(json_target: str | None, names: tuple[str, ...], duration: float, ro
         console.print(f"{claim['claim']}: {claim['found']:.2f} (at least {claim['bound']:g}): {met}")
     result = {
         "version": VERSION,
-        "what": "onnxruntime on the CPU: lowered students against their float graphs, random weights",
+        "what": "onnxruntime on the CPU: lowered students against the same unquantized, random weights",
         "command": shlex.join(["python", "-m", "faqd.benchmarks.studies.onnxruntime_cpu", *sys.argv[1:]]),
         "environment": environment(),
         "versions": {

@@ -88,7 +88,7 @@ def _fits(pixels: Tensor, device: torch.device) -> bool:
 
 
 def splits_on(device: torch.device, dataset: Dataset, count: int | None = None) -> tuple[Images, Images]:
-    """The train and select splits on the device. count: of views, None for any augmentation."""
+    """The train and validation splits on the device. count: of views, None for any augmentation."""
     made = [
         images_on(device, split.pixels, split.labels, dataset.preprocess, dataset.augmentation)
         for split in (dataset.train, dataset.select)
@@ -242,7 +242,7 @@ class Batches:
         return self._orders[epoch][position * self.size : (position + 1) * self.size]
 
     def selection(self) -> Iterator[Batch]:
-        """Unaugmented images of the select split, what model selection may look at, in parts that fit."""
+        """Unaugmented images of the validation split, what model selection may look at, in parts that fit."""
         start = 0
         for pixels in self.select.parts(self.part_size, SELECT_IMAGES):
             part = slice(start, start + len(pixels))

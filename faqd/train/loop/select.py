@@ -19,7 +19,7 @@ from faqd.train.networks.own_tensors import own_tensors
 from faqd.train.networks.source import user_function
 
 Answers = Iterator[tuple[Any, Batch]]
-"""What a network returns for the select split, part by part, and each part."""
+"""What a network returns for the validation split, part by part, and each part."""
 Measure = Callable[[Answers], float]
 """How far a network is from what is wanted: the least is the best."""
 
@@ -28,7 +28,7 @@ LOOKS = 8
 
 
 def is_due(iteration: int, total: int) -> bool:
-    """Whether the select split is looked at after this iteration of `total`."""
+    """Whether the validation split is looked at after this iteration of `total`."""
     even = -(-total // LOOKS)
     return iteration in (0, total) or iteration % even == 0 or (iteration < even and iteration & (iteration - 1) == 0)
 
@@ -67,7 +67,7 @@ class Best:
 
 @torch.no_grad()
 def answers(network: nn.Module, batches: Batches) -> Answers:
-    """What `network` in evaluation mode makes of the select split."""
+    """What `network` in evaluation mode makes of the validation split."""
     network.eval()
     for batch in batches.selection():
         yield network(batch.x), batch

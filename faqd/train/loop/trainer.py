@@ -114,7 +114,7 @@ class Trainer:
         self._unseen[self.iteration] = losses
 
     def judge(self, batches: Batches, total: int) -> None:
-        """Look at the select split where that is due, and remember the best weights."""
+        """Look at the validation split where that is due, and remember the best weights."""
         job = self.job
         if job.measure is not None and is_due(self.iteration, total):
             self.best.see(self.iteration, self.processes.from_rank_0(lambda: measured(job, batches)), job.network)
@@ -127,7 +127,7 @@ class Trainer:
         return "loss " + " + ".join(f"{name} {value.item():.4g}" for name, value in unseen[self.iteration].items())
 
     def end_epoch(self, batches: Batches, seconds: float) -> None:
-        """Write the line of an epoch, with the losses on the select split."""
+        """Write the line of an epoch, with the losses on the validation split."""
         count = (self.iteration - 1) % batches.per_epoch + 1
         line = {
             "iteration": self.iteration,
@@ -227,7 +227,7 @@ def _refuse_nan(losses: Mapping[str, Tensor | float], where: str) -> None:
 
 @torch.no_grad()
 def select_losses(job: Job, batches: Batches) -> dict[str, float]:
-    """The losses on the select split."""
+    """The losses on the validation split."""
     plain = mean_losses(answers(job.network, batches), job.losses, batches.data_seed)
     _refuse_nan(plain, "on the validation split")
     return plain
@@ -235,7 +235,7 @@ def select_losses(job: Job, batches: Batches) -> dict[str, float]:
 
 @torch.no_grad()
 def measured(job: Job, batches: Batches) -> float:
-    """The job's measure on the select split."""
+    """The job's measure on the validation split."""
     assert job.measure is not None
     return job.measure(answers(job.network, batches))
 
