@@ -40,8 +40,9 @@ def metric(outputs: Mapping[str, Array], found: Mapping[str, Any]) -> dict[str, 
     for name, size, one in zip(names, found["sizes"], detections(outputs, side), strict=True):
         boxes = in_picture(one.boxes, tuple(size), found["preprocess"])
         for box, score, number in zip(boxes, one.scores, one.classes, strict=True):
-            low, extent = box[:2], box[2:] - box[:2]
-            rows.append([images[name], *low, *extent, score, categories[number]])
+            if number < len(categories):  # of a class that no label file has nothing is judged
+                low, extent = box[:2], box[2:] - box[:2]
+                rows.append([images[name], *low, *extent, score, categories[number]])
     return _evaluated(truth, np.array(rows, float).reshape(-1, 7), [images[name] for name in names])
 
 
