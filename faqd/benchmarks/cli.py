@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from faqd.benchmarks.measure.networks import Backend, EvaluationData
     from faqd.benchmarks.measure.switches import Asked, Options
     from faqd.benchmarks.record.gates import Gates
+    from faqd.benchmarks.report.pictures import Picture
 
 STUDENT_ENGINE = "student.tensorrt.engine"
 _TIMING = (
@@ -56,7 +57,7 @@ def bench_command(
     if len(given) != 1:
         raise UserError(f"give one of {', '.join(ways)}; found {' and '.join(given) or 'none'}.")
     if stored is not None:
-        refuse_all_but(["--from", "--json", "--report", *_GATE_OPTIONS], "--from measures nothing")
+        refuse_all_but(["--from", "--json", "--report", "--pictures", *_GATE_OPTIONS], "--from measures nothing")
     if compare is not None:
         refuse_all_but(["--compare", "--json"], "--compare measures nothing, and judges by no gate")
     console = console_for(sys.stderr if options["json_target"] == "-" else sys.stdout)
@@ -81,6 +82,7 @@ def _measure(bundles: Sequence[Path], gates: Gates, console: Console, options: d
         refuse_idle(["--power-rail"], "--energy-duration 0 measures no energy")
     if not options["eval_data"]:
         refuse_idle(["--labels"], "the images of a bundle have their labels with them (--eval-data names others)")
+    pictures = _pictures(options)
     metric = load_metric(options["metric"]) if options["metric"] else None
     loaded = [load_bundle(folder) for folder in bundles]
     asked = Asked(*(options.pop(field.name) for field in fields(Asked)))
@@ -103,7 +105,7 @@ def _measure(bundles: Sequence[Path], gates: Gates, console: Console, options: d
         write_json(options["export_times"], times_json(done.times))
     if options["export_profile"] and done.profile is not None:
         write_json(options["export_profile"], done.profile)
-    _show(done.result, console, options)
+    _show(done.result, console, options, pictures)
 
 
 def _own_images(bundle: Bundle, options: dict[str, Any], say: Callable[[str], None]) -> EvaluationData | None:
@@ -120,12 +122,24 @@ def _judge_stored(path: Path, gates: Gates, console: Console, options: dict[str,
     from faqd.benchmarks.record.gates import judged
     from faqd.benchmarks.record.read import read_record
 
+    pictures = _pictures(options)
     record = read_record(path)
     record["gates"] = judged(record, gates)
-    _show(record, console, options)
+    _show(record, console, options, pictures)
 
 
-def _show(record: dict[str, Any], console: Console, options: dict[str, Any]) -> None:
+def _pictures(options: dict[str, Any]) -> list[Picture]:
+    """Those of --pictures, read before anything is measured."""
+    if options["report"] is None:
+        refuse_idle(["--pictures"], "they are shown in the page of --report")
+    if options["pictures"] is None:
+        return []
+    from faqd.benchmarks.report.pictures import pictures_in
+
+    return pictures_in(options["pictures"])
+
+
+def _show(record: dict[str, Any], console: Console, options: dict[str, Any], pictures: list[Picture]) -> None:
     from faqd.benchmarks.record.gates import check
     from faqd.benchmarks.report.html import page_from_result
     from faqd.benchmarks.report.terminal import print_result
@@ -135,7 +149,7 @@ def _show(record: dict[str, Any], console: Console, options: dict[str, Any]) -> 
     report = options["report"]
     if report is not None:
         with written_beside(report) as temporary:
-            temporary.write_text(page_from_result(record), encoding="utf-8")
+            temporary.write_text(page_from_result(record, pictures), encoding="utf-8")
         console.print(f"report: {report}", markup=False)
     check(record["gates"])
 

@@ -235,6 +235,12 @@ bench_flags = flags(
     section(
         "Output",
         click.option("--report", **_TO_WRITE, help="Write one HTML page to FILE."),
+        click.option(
+            "--pictures",
+            type=click.Path(path_type=Path),
+            metavar="FOLDER",
+            help="Show the PNG and JPEG files of FOLDER in that page, such as boxes of float beside INT8.",
+        ),
         json_option,
         click.option("--dump-profile", is_flag=True, help="Measure the time of each layer, in a run of its own."),
         click.option(

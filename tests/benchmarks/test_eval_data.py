@@ -106,7 +106,7 @@ def test_dense_outputs_are_kept_of_the_first_images(tmp_path: Path, monkeypatch:
     dense = make_bundle(tmp_path / "dense", dense=True, labels=False)
     pixels = np.random.default_rng(9).integers(0, 256, (100, SIDE, SIDE, 1), np.uint8)
     source = npz_of(tmp_path / "e.npz", pixels)
-    monkeypatch.setattr(eval_data, "STORED_VALUES", 70 * SIDE * SIDE)
+    monkeypatch.setattr(eval_data, "MOST_VALUES", 70 * SIDE * SIDE)
     told: list[str] = []
     found = evaluation_data(dense, source, False, 1, told.append).evaluation
     assert found.images.shape == pixels.shape and found.teacher["map"].shape == (70, 1, SIDE, SIDE)

@@ -74,7 +74,7 @@ FLAGS = {
         "--warm-up --duration --iterations --avg-runs --percentile --rounds --skip-latency --sweep --sustained "
         "--preset --use-cuda-graph --use-spin-wait --include-data-transfers --zero-copy --inf-streams "
         "--energy-duration --power-rail --min-accuracy-ratio --min-agreement --max-p99-ms --max-energy-mj "
-        "--from --compare --report --json --dump-profile --export-profile --export-times --version"
+        "--from --compare --report --pictures --json --dump-profile --export-profile --export-times --version"
     ),
 }
 TOOLS: dict[str, click.Command] = {

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from faqd.at_once import images_at_once
 from faqd.benchmarks.backends.sessions import OnnxruntimeBackend
 from faqd.benchmarks.measure.networks import EvaluationData
-from faqd.bundle import STORED_VALUES, TEACHER, Bundle, Evaluation
+from faqd.bundle import TEACHER, Bundle, Evaluation
 from faqd.data_flags import refuse_idle_labels
 from faqd.errors import UserError
 from faqd.train.data.evaluation import EvaluationImages, names_and_sizes, read_evaluation, renumbered
@@ -26,6 +26,9 @@ from faqd.train.data.split import Split
 from faqd.train.run.labels import refuse_other_classes
 
 BATCH = 64
+MOST_VALUES = 2**28
+"""Of one output that are kept in memory, 1 GiB: a metric that knows boxes or masks wants more images than a bundle
+stores outputs of."""
 Say = Callable[[str], None]
 
 
@@ -64,7 +67,7 @@ def _of_bundle_classes(read: EvaluationImages, bundle: Bundle, options: DataOpti
 
 
 def _of_teacher(bundle: Bundle, images: NDArray[np.uint8], threads: int) -> dict[str, NDArray[np.float32]]:
-    """Dense outputs for the first images only, as a bundle holds them."""
+    """Dense outputs for the first images only, as many as MOST_VALUES allows."""
     if not bundle.has(TEACHER):
         raise UserError(f"{bundle.folder} holds no {TEACHER}, which --eval-data needs: export the run again.")
     parts: dict[str, list[NDArray[np.float32]]] = {}
@@ -73,7 +76,7 @@ def _of_teacher(bundle: Bundle, images: NDArray[np.uint8], threads: int) -> dict
         step = images_at_once(images.shape[1:3], BATCH)
         for start in range(0, len(images), step):
             outputs = network.run({name: bundle.network_input(images[start : start + step])})
-            rows = {key: max(1, STORED_VALUES // values[0].size) for key, values in outputs.items()}
+            rows = {key: max(1, MOST_VALUES // values[0].size) for key, values in outputs.items()}
             wanted = {key: values for key, values in outputs.items() if start < rows[key]}
             for key, values in wanted.items():
                 parts.setdefault(key, []).append(values[: rows[key] - start].astype(np.float32))

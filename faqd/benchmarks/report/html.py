@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import resources
 
 from jinja2 import Environment, StrictUndefined
@@ -23,6 +23,7 @@ from faqd.benchmarks.report.figures import (
     latency_at,
     speed_up_at,
 )
+from faqd.benchmarks.report.pictures import Picture
 from faqd.benchmarks.report.svg import colour_class, inline_mark
 from faqd.bundle import float_operators
 from faqd.fidelity import KEPT, RUINED, rounded
@@ -32,7 +33,7 @@ WIDE, NARROW = 900, 340
 """Widths of the pictures in CSS pixels: for a desk and for a phone."""
 
 
-def page_from_result(result: Record) -> str:
+def page_from_result(result: Record, pictures: Sequence[Picture] = ()) -> str:
     """The page for a record of faqd.benchmarks.bench; its figures carry the place they have in the JSON."""
     pages = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     source = resources.files("faqd.benchmarks.report").joinpath("report.html").read_text(encoding="utf-8")
@@ -43,6 +44,7 @@ def page_from_result(result: Record) -> str:
     batch = first_batch(result)
     return pages.from_string(source).render(
         r=result,
+        pictures=pictures,
         batch=batch,
         rows=[(result["networks"].index(network), network) for network in compared(result)],
         networks=list(enumerate(result["networks"])),
