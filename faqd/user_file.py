@@ -11,6 +11,8 @@ from pathlib import Path
 from types import ModuleType
 
 _MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+_PREFIX = "faqd_user_"
+_NUMBERED = re.compile(rf"^{_PREFIX}(.+?)_\d+\.")
 _executed: dict[tuple[Path, str], ModuleType] = {}
 """By path and SHA-256: a file that registers an operator, or a model by its name, can be executed only once."""
 _neighbours: dict[Path, dict[str, ModuleType]] = {}
@@ -21,7 +23,7 @@ def executed(path: Path, sha256: str, run: Callable[[Callable[[], None]], None])
     """The module that a file is, by its resolved path; within `importable`. sha256: of the file. run: calls what
     executes it, and makes a UserError of what that raises."""
     if (path, sha256) not in _executed:
-        name = f"faqd_user_{path.stem}_{len(_executed)}"
+        name = f"{_PREFIX}{path.stem}_{len(_executed)}"
         spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None and spec.loader is not None
         # Dataclasses and pickle look their module up there.
@@ -30,6 +32,11 @@ def executed(path: Path, sha256: str, run: Callable[[Callable[[], None]], None])
         run(lambda: loader.exec_module(module))
         _executed[path, sha256] = module
     return _executed[path, sha256]
+
+
+def name_anywhere(name: str) -> str:
+    """A class of such a module, by what it is called in every process."""
+    return _NUMBERED.sub(r"\1.", name)
 
 
 def module_of(spec: str) -> tuple[str, str] | None:

@@ -49,9 +49,9 @@ STREAMED = """
 import sys
 from faqd.command import run
 from faqd.train.cli import cli
-from faqd.train.data import folder
+from faqd.train.data import pool
 
-folder.IN_MEMORY = 0
+pool.IN_MEMORY = 0
 if __name__ == "__main__":  # the processes that decode load this file too
     run(cli, sys.argv[1:])
 """
@@ -188,8 +188,8 @@ def test_files_that_either_process_passed_over_are_named(tmp_path: Path) -> None
         (there.folder / "images" / f"{number:04}.png").write_bytes(b"torn" * (number + 1))
     # Before training hardly anything is read, so that only the process whose share has a file meets it.
     few = "from faqd.train.data import pictures\nfrom faqd.train.loop import calibration_images\n"
-    few += "folder.HEAD = pictures.HEAD = calibration_images.CALIBRATION_IMAGES = 4\nfolder.LOOKED_AT = 4\n"
-    script.write_text(STREAMED.replace("folder.IN_MEMORY", f"{few}folder.BROKEN_PERCENT = 50\nfolder.IN_MEMORY"))
+    few += "pool.HEAD = pictures.HEAD = calibration_images.CALIBRATION_IMAGES = 4\npool.LOOKED_AT = 4\n"
+    script.write_text(STREAMED.replace("pool.IN_MEMORY", f"{few}pool.BROKEN_PERCENT = 50\npool.IN_MEMORY"))
     said = []
     for name, run in (("two", torchrun), ("one", alone)):
         more = ("--image-size", 8, "--weight-bits", 4, "--workers", 0)

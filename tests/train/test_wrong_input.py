@@ -360,6 +360,9 @@ def test_code_that_changed_since_the_run_is_not_imported(tmp_path: Path) -> None
     user = new_user(tmp_path / "user")
     succeeds(user.distill(tmp_path / "run", "--steps", 1))
     (user.folder / "net.py").write_text(NET + f"\nopen({str(tmp_path / 'imported')!r}, 'w')\n")
+    succeeds(faqd_train("eval", tmp_path / "run"))  # by the program that the run holds
+    assert not (tmp_path / "imported").exists()
+    (tmp_path / "run" / "network.pt2").unlink()
     refuses(faqd_train("eval", tmp_path / "run"), "net.py: changed since the run", "restore the file")
     assert not (tmp_path / "imported").exists()
     (user.folder / "net.py").unlink()

@@ -24,6 +24,7 @@ from faqd.quantize.capture.aten import views_are_written, word_of
 from faqd.quantize.capture.translate import Translation
 from faqd.quantize.nodes import innermost
 from faqd.quantize.outputs import is_named_tuple
+from faqd.user_file import name_anywhere
 
 _GUARDS = "_guards_fn"
 """The module of torch's that holds an input against the shapes the program was exported with."""
@@ -46,8 +47,23 @@ def in_standard_terms(network: nn.Module, example: Tensor) -> fx.GraphModule:
 
 def exported(network: nn.Module, example: Tensor, name: str) -> ExportedProgram:
     """A network in evaluation mode as torch's own program of it, for any number of images: what torch.export.save
-    writes. UserError as `in_standard_terms` has it."""
-    return _exported(network, example, name)
+    writes. UserError as `in_standard_terms` has it.
+
+    It says nothing of where it was made: no lines of files, and classes of the user's without the number that their
+    module has in this process.
+    """
+    program = _exported(network, example, name)
+    for graph in (module.graph for module in program.graph_module.modules() if isinstance(module, fx.GraphModule)):
+        for node in graph.nodes:
+            node.meta.pop("stack_trace", None)
+            if stack := node.meta.get("nn_module_stack"):
+                node.meta["nn_module_stack"] = {key: (path, _anywhere(kind)) for key, (path, kind) in stack.items()}
+    return program
+
+
+def _anywhere(kind: type | str) -> str:
+    named = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
+    return name_anywhere(named)
 
 
 class _Returned:
