@@ -6,6 +6,7 @@ students may be the one that says less.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -20,9 +21,10 @@ SATURATED = 1.0
 def beyond_a_constant(distance: float, correlation: float) -> float:
     """The measure of a student, the less the better: its distance up to 1, above it 2 - correlation, from 1 to 3.
 
-    What is no number stays none.
+    The latter in tenths, rounded down: less is chance on few images, and of equals the earlier weights are kept. What
+    is no number stays none.
     """
-    return distance if distance <= SATURATED else 2 - correlation + 0 * distance
+    return distance if distance <= SATURATED else 2 - math.floor(10 * correlation) / 10 + 0 * distance
 
 
 class Correlation:
