@@ -66,3 +66,6 @@ def test_up_to_a_constants_the_measure_is_the_distance_and_no_number_stays_none(
     assert beyond_a_constant(1.01, -0.01) == 2.1
     assert not math.isfinite(beyond_a_constant(math.inf, 0.2))
     assert not math.isfinite(beyond_a_constant(math.nan, 0.2))
+    broken = torch.full((4, 1, 2, 2), math.nan)
+    heads = _heads(Branch(0, 1, False, (1.0,)))
+    assert not math.isfinite(beyond_a_constant(math.nan, _of(heads, broken, torch.rand(4, 1, 2, 2))))

@@ -24,7 +24,9 @@ def beyond_a_constant(distance: float, correlation: float) -> float:
     The latter in tenths, rounded down: less is chance on few images, and of equals the earlier weights are kept. What
     is no number stays none.
     """
-    return distance if distance <= SATURATED else 2 - math.floor(10 * correlation) / 10 + 0 * distance
+    if distance <= SATURATED or not (math.isfinite(distance) and math.isfinite(correlation)):
+        return distance
+    return 2 - math.floor(10 * correlation) / 10
 
 
 class Correlation:
