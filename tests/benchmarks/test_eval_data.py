@@ -16,7 +16,7 @@ from faqd.benchmarks.measure import eval_data
 from faqd.benchmarks.measure.eval_data import evaluation_data
 from faqd.benchmarks.record.schema import complaint
 from faqd.benchmarks.report.html import page_from_result
-from faqd.bundle import EVAL, TEACHER, Bundle, load_bundle
+from faqd.bundle import EVAL, MANIFEST, TEACHER, Bundle, load_bundle
 from tests.benchmarks.test_bench import call
 from tests.fixtures.tiny_bundles import CLASSES, SIDE, make_bundle
 
@@ -97,6 +97,10 @@ def test_images_without_labels_and_a_table_of_bundles_with_other_images_of_their
     packed = judged(monkeypatch, tmp_path, *line[:3], f"shards:{tmp_path / 'heap.tar'}", *line[4:])
     assert packed["evaluation"]["sha256"] == found["evaluation"]["sha256"]
     assert packed["networks"][1]["metric"] == found["networks"][1]["metric"]
+    manifest = json.loads((other.folder / MANIFEST).read_text())
+    manifest["teacher"]["sha256"] = "0" * 64  # read from a run, and not from the user's file
+    (other.folder / MANIFEST).write_text(json.dumps(manifest))
+    assert judged(monkeypatch, tmp_path, *line)["evaluation"]["sha256"] == found["evaluation"]["sha256"]
     make_bundle(tmp_path / "foreign", seed=5)
     assert call(monkeypatch, bundle.folder, tmp_path / "foreign", *QUICK, "--eval-data", source) == 2
     assert "they have different teachers" in capsys.readouterr().err

@@ -11,7 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from faqd.benchmarks.measure.latency import Submission
-from faqd.bundle import EVAL, FLOAT_STUDENT_FP16, FLOATS, MANIFEST, TEACHER_FP16, WORTH_INT8, Bundle, Evaluation
+from faqd.bundle import (
+    EVAL,
+    FLOAT_STUDENT_FP16,
+    FLOATS,
+    MANIFEST,
+    TEACHER,
+    TEACHER_FP16,
+    WORTH_INT8,
+    Bundle,
+    Evaluation,
+)
 from faqd.errors import UserError
 from faqd.files import sha256
 from faqd.proof import STUDENTS, proof_facts, proof_of
@@ -81,7 +91,7 @@ def check_comparable(bundles: Sequence[Bundle], own_images: bool = False) -> Non
     for other in bundles[1:]:
         pair = f"{first.folder} and {other.folder}"
         if own_images:
-            if other.manifest["teacher"]["sha256"] != first.manifest["teacher"]["sha256"]:
+            if _teacher_file(other) != _teacher_file(first):
                 raise UserError(f"{pair}: they have different teachers, by which outputs are judged; bench them apart.")
         elif other.manifest["files"][EVAL]["sha256"] != first.manifest["files"][EVAL]["sha256"]:
             raise UserError(
@@ -90,6 +100,12 @@ def check_comparable(bundles: Sequence[Bundle], own_images: bool = False) -> Non
             )
         if other.preprocess != first.preprocess or other.takes_pixels != first.takes_pixels:
             raise UserError(f"{pair}: they preprocess images differently; bench them apart.")
+
+
+def _teacher_file(bundle: Bundle) -> str | None:
+    """Its checksum: what the teacher was read from, a file of the user's or a run, has another in each."""
+    sha256: str | None = bundle.manifest["files"].get(TEACHER, {}).get("sha256")
+    return sha256
 
 
 def entries(bundles: Sequence[Bundle], files: Mapping[Role, str]) -> list[dict[str, Any]]:
