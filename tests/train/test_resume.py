@@ -130,7 +130,8 @@ def test_ctrl_c_says_in_one_line_how_to_go_on(stopped: Path) -> None:
         goes_on = f"interrupted; the same command with --resume goes on from iteration {iteration}."
         assert said[-1] == f"error: {stopped / name}: {goes_on}"
         understood = ("folder:", "images: ", "teacher net.py:build: ", "training: ", "batch norm: ")
-        before = (*understood, "affinity tap: ", "export rehearsed ", "net.py:build: batch norm ")
+        start = ("mse scales, not equalized: ", "affinity tap: ", "export rehearsed ", "net.py:build: batch norm ")
+        before = (*understood, *start)
         other = [line for line in said[:-1] if not line.startswith(before) and ": iteration " not in line]
         assert other == []
 
