@@ -62,8 +62,7 @@ def test_of_two_ruined_students_the_one_that_says_something_is_kept() -> None:
 
 def test_up_to_a_constants_the_measure_is_the_distance_and_no_number_stays_none() -> None:
     assert beyond_a_constant(0.7, -0.2) == 0.7
-    assert beyond_a_constant(1.01, 0.2) == beyond_a_constant(7.0, 0.29) == 1.8
-    assert beyond_a_constant(1.01, -0.01) == 2.1
+    assert beyond_a_constant(1.01, 0.2) == beyond_a_constant(7.0, 0.2) == 1.8
     assert not math.isfinite(beyond_a_constant(math.inf, 0.2))
     assert not math.isfinite(beyond_a_constant(math.nan, 0.2))
     broken = torch.full((4, 1, 2, 2), math.nan)

@@ -21,12 +21,11 @@ SATURATED = 1.0
 def beyond_a_constant(distance: float, correlation: float) -> float:
     """The measure of a student, the less the better: its distance up to 1, above it 2 - correlation, from 1 to 3.
 
-    The latter in tenths, rounded down: less is chance on few images, and of equals the earlier weights are kept. What
-    is no number stays none.
+    What is no number stays none.
     """
     if distance <= SATURATED or not (math.isfinite(distance) and math.isfinite(correlation)):
         return distance
-    return 2 - math.floor(10 * correlation) / 10
+    return 2 - correlation
 
 
 class Correlation:
