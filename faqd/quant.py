@@ -73,14 +73,33 @@ def weight_quant(bits: int, axis: int | None) -> Quant:
     return Quant(-high, high, axis)
 
 
-def activation_quant(bits: int, target: Target) -> Quant:
+def activation_quant(bits: int, target: Target, *, asymmetric: bool = False) -> Quant:
     """The grid of `bits` (1..8) for activations that are never negative.
 
-    Eight bits are 0..127 unless the student is trained for onnxruntime alone: TensorRT has no unsigned
-    8-bit activations, so 0..255 could not be lowered there unchanged.
+    Eight bits are 0..127 unless the student is for onnxruntime alone, or asymmetric: TensorRT has no unsigned 8-bit
+    activations, and holds 0..255 only moved (`int8_offset`).
     """
     check_bits("--act-bits", bits, 8)
-    return Quant(0, 127 if bits == 8 and target == "tensorrt" else 2**bits - 1)
+    return Quant(0, 127 if bits == 8 and target == "tensorrt" and not asymmetric else 2**bits - 1)
+
+
+CODES_8 = 256
+"""Of eight bits."""
+
+
+def asymmetric_quant(low: int) -> Quant:
+    """All 256 codes, from `low` (-254..0, even) on."""
+    return Quant(low, low + CODES_8 - 1)
+
+
+def int8_offset(quant: Quant) -> int:
+    """What is taken off the codes where int8 with a zero point of 0 has to hold them, as TensorRT wants: 0 where it
+    does as they are. Even, so that a tie between two codes is one between the same two."""
+    return 0 if fits_int8(quant) else (quant.low + 128) // 2 * 2
+
+
+def fits_int8(quant: Quant) -> bool:
+    return quant.low >= -128 and quant.high <= 127
 
 
 SIGNED_8 = Quant(-128, 127)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from faqd.quant import Quant
+from faqd.quant import Quant, fits_int8
 
 LOWEST, HIGHEST = -(2**15), 2**15 - 1
 """What the sum of two products is limited to."""
@@ -22,7 +22,7 @@ LOWEST, HIGHEST = -(2**15), 2**15 - 1
 
 def zero_point(quant: Quant) -> int:
     """Of a grid in onnxruntime's unsigned 8 bits."""
-    return 128 if quant.signed else 0
+    return 128 * quant.signed if fits_int8(quant) else -quant.low
 
 
 def pair_limit(highest_code: int) -> int:

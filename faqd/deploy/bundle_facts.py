@@ -111,7 +111,7 @@ def _without_training(untrained: Untrained | None) -> dict[str, Any]:
         return {}
     made = untrained.equalized
     counts = {"tensors": len(made.tensors) if made else 0, "products": len(made.products) if made else 0}
-    return {"calibration": untrained.method, "equalized": counts}
+    return {"calibration": untrained.method, "equalized": counts, "asymmetric": untrained.asymmetric}
 
 
 def _outputs(parts: Parts, teacher: dict[str, NDArray[np.float32]]) -> list[dict[str, Any]]:

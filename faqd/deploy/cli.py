@@ -302,10 +302,11 @@ def _quantization(options: dict[str, Any]) -> tuple[QuantConfig, Calibration]:
     from faqd.deploy.write_bundle import Calibration
     from faqd.quantize.config import QuantConfig
 
-    names = ("weight_bits", "act_bits", "target", "exclude", "strict", "calibration", "calibration_images", "equalize")
-    weights, activations, target, exclude, strict, method, images, equalize = map(options.pop, names)
+    names = ("weight_bits", "act_bits", "target", "exclude", "strict")
+    weights, activations, target, exclude, strict = map(options.pop, names)
     bits = QuantConfig(weights, activations, target, exclude=exclude, strict=bool(strict))
-    return bits, Calibration(method, images, equalize)
+    how = ("calibration", "calibration_images", "equalize", "asymmetric")
+    return bits, Calibration(*map(options.pop, how))
 
 
 def _say(text: str) -> None:

@@ -51,6 +51,13 @@ float_flags = flags(
             default="auto",
             help="Make channels that share a scale alike, exactly in float; auto: where something is lost without.",
         ),
+        click.option(
+            "--asymmetric",
+            type=click.Choice(["auto", "always", "never"]),
+            default="auto",
+            help="Let 8-bit activations have all 256 values from where theirs begin; auto: where something is lost "
+            "without.",
+        ),
         exclude_option,
         strict_option,
     ),

@@ -53,6 +53,7 @@ def sensitivity(
         "bits": bits.label,
         "calibration": made.untrained.method,
         "equalized": [] if made.untrained.equalized is None else list(made.untrained.equalized.tensors),
+        "asymmetric": made.untrained.asymmetric,
         "images": len(seen),
         "parts": [_part_to_json(part) for part in parts],
         "trials": [vars(trial) | {"verdict": verdict(trial.fidelity)} for trial in trials],

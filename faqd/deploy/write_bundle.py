@@ -25,7 +25,14 @@ from faqd.quantize.capture.capture import capture
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.convert import collect_output_scales
 from faqd.quantize.student import Student
-from faqd.quantize.without_training import JUDGED_IMAGES, CalibrationMethod, Equalize, Untrained, best_without_training
+from faqd.quantize.without_training import (
+    JUDGED_IMAGES,
+    Asymmetric,
+    CalibrationMethod,
+    Equalize,
+    Untrained,
+    best_without_training,
+)
 from faqd.train.data.datasets import Dataset, labelled_if_possible
 from faqd.train.data.evaluation import names_and_sizes
 from faqd.train.networks.own_tensors import own_tensors
@@ -55,6 +62,7 @@ class Calibration:
     method: CalibrationMethod = "auto"
     images: int = 512
     equalize: Equalize = "auto"
+    asymmetric: Asymmetric = "auto"
 
 
 def export_run(
@@ -139,6 +147,7 @@ def quantized_float(
         calibration.method,
         calibration.equalize,
         lambda one: say(one.in_words()),
+        asymmetric=calibration.asymmetric,
     )
     return QuantizedFloat(captured, untrained, taught, dataset, batches)
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from faqd.calib.asymmetric import asymmetric_range
 from faqd.calib.ranges import Method, scale_from
 from faqd.errors import UserError
 from faqd.quantize import nodes
@@ -72,7 +73,12 @@ def calibrate(
             raise UserError(f"{broken}: the float network gives infinite values or NaN here on the calibration images.")
         chosen: Method = "max" if names[0] in inputs else method
         module = quantizers[names[0]]
-        scale = scale_from(values, module.quant, chosen, module.shift)
+        if module.asymmetric:
+            scale, lowest = asymmetric_range(values, chosen)
+            for name in names:
+                quantizers[name].begin_at(lowest)
+        else:
+            scale = scale_from(values, module.quant, chosen, module.shift)
         module.scale.fill_(scale * ASIDE if names[0] in joined else scale)
     moved = set()
     for module, ratios in _roundings_of_codes(student.network):

@@ -34,8 +34,8 @@ from faqd.quantize.lowering.insert_requantize import (
     unrounded_layers,
 )
 from faqd.quantize.lowering.number_types import retyped, settle_numbers
+from faqd.quantize.lowering.offsets import Offsets, place_offsets
 from faqd.quantize.lowering.pad_channels import fill_up_channels, image_layers
-from faqd.quantize.lowering.rounding_shift import place_shifts
 from faqd.quantize.operators.clamp import Clamp
 from faqd.quantize.operators.registry import exact_form_of
 from faqd.quantize.operators.requantize import Flavour, Requantize
@@ -74,6 +74,11 @@ def convert(student: Student, flavour: Flavour, output_scales: dict[str, float] 
     output_scales: for the onnxruntime flavour, the scale of every convolution output that training left float and
     a sum reads, by place; `collect_output_scales` finds them.
     """
+    return _converted(student, flavour, output_scales or {}, for_int8=flavour == "tensorrt")
+
+
+def _converted(student: Student, flavour: Flavour, output_scales: dict[str, float], *, for_int8: bool) -> Deployed:
+    """for_int8: whether codes have to be those of int8."""
     if student.config.activations == FLOAT_BITS and flavour != "float":
         raise UserError("a student with 32-bit activations has no integer form; distil it with --act-bits 1 to 8.")
     network = copy.deepcopy(student.network).eval().cpu()
@@ -81,14 +86,14 @@ def convert(student: Student, flavour: Flavour, output_scales: dict[str, float] 
     fold_own_tensors(network)
     integers_only = not any(computes_floats(network, node) for node in network.graph.nodes)
     nodes.unshare(network)
-    shifts: dict[fx.Node, Tensor] = {}
+    offsets = Offsets()
     if flavour != "float":
         _absorb_clamps(network)
-        shifts = place_shifts(network)
+        offsets = place_offsets(network, for_int8=for_int8)
     if flavour == "onnxruntime":
         flatten_behind_rounding(network)
         round_before_moves(network)
-        quantize_sums(network, output_scales or {})
+        quantize_sums(network, output_scales)
     if flavour != "float":
         requantize_behind_moves(network, flavour == "onnxruntime")
     unrounded = set(unrounded_layers(network)) if flavour == "onnxruntime" else set()
@@ -96,13 +101,13 @@ def convert(student: Student, flavour: Flavour, output_scales: dict[str, float] 
     for node in list(network.graph.nodes):
         kind = nodes.role(network, node)
         if kind == "compute":
-            fold_layer(network, node, flavour, changes, shifts, of_the_image, stays_float=node in unrounded)
+            fold_layer(network, node, flavour, changes, offsets, of_the_image, stays_float=node in unrounded)
         elif kind == "average" and flavour != "float" and input_quantizer(network, node) is not None:
             row = nodes.row_of(network, node)
             assert row is not None and row.on_codes is not None
             _replace(network, node, row.on_codes(_called(network, node), quantizer_of(network, node).scale))
     for node in network.graph.nodes:
-        new = _deployed_module(network, node, flavour, shifts)
+        new = _deployed_module(network, node, flavour, offsets)
         if new is not None:
             network.set_submodule(str(node.target), new)
     if flavour == "onnxruntime":
@@ -116,9 +121,7 @@ def convert(student: Student, flavour: Flavour, output_scales: dict[str, float] 
     return Deployed(network.double(), flavour, changes, integers_only and not changes.floats and not changes.unrounded)
 
 
-def _deployed_module(
-    network: fx.GraphModule, node: fx.Node, flavour: Flavour, shifts: dict[fx.Node, Tensor]
-) -> nn.Module | None:
+def _deployed_module(network: fx.GraphModule, node: fx.Node, flavour: Flavour, offsets: Offsets) -> nn.Module | None:
     """What stands for a quantizer, or for a batch norm that was not folded; None for any other module."""
     module = nodes.module_of(network, node)
     if isinstance(module, ActivationQuantizer):
@@ -126,7 +129,8 @@ def _deployed_module(
             return nn.ReLU() if module.rectifies else nn.Identity()
         return Requantize(module.scale, module.quant, module.rectifies, not isinstance(module, Again))
     exact = None if flavour == "float" else exact_form_of(module)
-    return None if exact is None else exact(module, len(nodes.shape(node)), *([shifts[node]] if node in shifts else []))
+    added = [offsets.added[node]] if node in offsets.added else []
+    return None if exact is None else exact(module, len(nodes.shape(node)), *added)
 
 
 def _absorb_clamps(network: fx.GraphModule) -> None:
@@ -164,7 +168,7 @@ def collect_output_scales(student: Student, batches: Iterable[Tensor]) -> dict[s
     The largest magnitude seen that matters becomes HIGHEST_OUTPUT: these roundings were not trained, so nothing of them
     may be clipped that would be seen behind the sum.
     """
-    deployed = convert(student, "tensorrt").network
+    deployed = _converted(student, "tensorrt", {}, for_int8=False).network
     wanted = {str(node.target): reach_that_matters(deployed, node) for node in summed_layers(deployed)}
     observed: dict[str, list[float]] = {name: [] for name in wanted}
 

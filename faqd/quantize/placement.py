@@ -8,7 +8,8 @@
    concatenation: all tensors that it joins have one scale and one grid.
 4. Grids: the network input, activations other than ReLU and its limited kin, and whatever can be negative have 8 signed
    bits; behind a ReLU, the chosen bits; averages of non-negative values, 0..127. Weights have the chosen bits, 8 in the
-   first and the last layer.
+   first and the last layer. Asymmetric (`QuantConfig`): all 256 codes instead, but of the network input, and of what
+   is read beside zeros that no code can stand for once the codes are moved (`_beside_zeros`).
 5. Layers that `QuantConfig.exclude` names stay float, and nothing is rounded on their account; nor on that of what has
    no integer form, and of sums, products and averages beside it (`islands`). They read floats where there are any.
 """
@@ -29,6 +30,7 @@ from faqd.quant import (
     SIGNED_8,
     Quant,
     activation_quant,
+    asymmetric_quant,
     weight_quant,
 )
 from faqd.quantize import nodes
@@ -36,7 +38,7 @@ from faqd.quantize.capture.validate import float_by_themselves
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.islands import with_shores
 from faqd.quantize.operators.arithmetic import SUBTRACT, Scaled
-from faqd.quantize.operators.layer import CONVOLUTIONS
+from faqd.quantize.operators.layer import CONVOLUTIONS, TRANSPOSED
 from faqd.quantize.operators.registry import NEVER_NEGATIVE
 from faqd.quantize.operators.row import Role
 from faqd.quantize.quantizers.layers import latent_weight
@@ -47,7 +49,8 @@ class Placement:
     """activations: the node whose output is rounded -> its grid. weights: the layer node -> its weight grid.
 
     shared: groups of nodes in `activations` that have one scale. floats: the nodes that stay float, of which `alone` by
-    themselves, because they have no integer form.
+    themselves, because they have no integer form. asymmetric: those in `activations` whose lowest code calibration
+    chooses.
     """
 
     activations: dict[fx.Node, Quant]
@@ -55,6 +58,7 @@ class Placement:
     shared: list[list[fx.Node]]
     floats: set[fx.Node]
     alone: set[fx.Node]
+    asymmetric: set[fx.Node]
 
 
 def place(traced: fx.GraphModule, bits: QuantConfig) -> Placement:
@@ -65,7 +69,7 @@ def place(traced: fx.GraphModule, bits: QuantConfig) -> Placement:
     reader = _Reader(traced, floats)
     weights = _weight_grids(reader, bits)
     if bits.activations == FLOAT_BITS:
-        return Placement({}, weights, [], floats, alone)
+        return Placement({}, weights, [], floats, alone, set())
     rounded: set[fx.Node] = set()
     for node in traced.graph.nodes:
         kind = "constant" if nodes.is_own(node) else reader.role(node)  # of its own tensors: a number in the file
@@ -77,9 +81,12 @@ def place(traced: fx.GraphModule, bits: QuantConfig) -> Placement:
         if reader.role(node) == "add":
             rounded |= _operands_to_round(reader, node, rounded)
     groups = _groups(reader, rounded)
-    grids = {node: _grid(reader, groups[node], bits) for node in traced.graph.nodes if node in rounded}
+    movable = rounded - _beside_zeros(reader) if bits.asymmetric else set()
+    ordered = [node for node in traced.graph.nodes if node in rounded]
+    grids = {node: _grid(reader, groups[node], bits, movable.issuperset(groups[node])) for node in ordered}
     shared = {id(group): group for group in groups.values() if len(group) > 1}
-    return Placement(grids, weights, list(shared.values()), floats, alone)
+    asymmetric = {node for node, grid in grids.items() if grid == SIGNED_8 and movable.issuperset(groups[node])}
+    return Placement(grids, weights, list(shared.values()), floats, alone, asymmetric)
 
 
 def excluded_nodes(traced: fx.GraphModule, patterns: tuple[str, ...]) -> set[fx.Node]:
@@ -125,12 +132,23 @@ def _groups(reader: _Reader, rounded: set[fx.Node]) -> dict[fx.Node, list[fx.Nod
     return groups
 
 
-def _grid(reader: _Reader, group: list[fx.Node], bits: QuantConfig) -> Quant:
+def _beside_zeros(reader: _Reader) -> set[fx.Node]:
+    """The nodes whose codes stay around zero: the network input, and what is read with zeros between or beside it."""
+    found = {node for node in reader.traced.graph.nodes if node.op == "placeholder"}
+    for node in reader.traced.graph.nodes:
+        module: Any = nodes.module_of(reader.traced, node)
+        counted = isinstance(module, nn.AvgPool1d | nn.AvgPool2d) and module.count_include_pad and module.padding != 0
+        if isinstance(module, TRANSPOSED) or counted:
+            found |= reader.sources(nodes.operand(node))
+    return found
+
+
+def _grid(reader: _Reader, group: list[fx.Node], bits: QuantConfig, asymmetric: bool) -> Quant:
     if any(reader.can_be_negative(node) or reader.role(node) == "curve" for node in group):
         return SIGNED_8
     if all(reader.role(node) == "average" for node in group):
-        return POOLED_8
-    return activation_quant(bits.activations, bits.target)
+        return asymmetric_quant(0) if asymmetric else POOLED_8
+    return activation_quant(bits.activations, bits.target, asymmetric=asymmetric)
 
 
 def _weight_grids(reader: _Reader, bits: QuantConfig) -> dict[fx.Node, Quant]:

@@ -58,7 +58,8 @@ def insert_quantizers(traced: fx.GraphModule, bits: QuantConfig, example: Tensor
         # A grid that starts at zero takes the place of the rectifier.
         rectifies = not quant.signed and nodes.role(network, node) == "rectify"
         training = (bits.rounding, bits.scale_gradient) if rectifies else ()
-        quantizer = quantizers[node] = ActivationQuantizer(quant, rectifies, *training)
+        movable = node in placement.asymmetric
+        quantizer = quantizers[node] = ActivationQuantizer(quant, rectifies, *training, asymmetric=movable)
         if first_of.get(node, node) is not node:
             quantizer.scale = quantizers[first_of[node]].scale
         network.add_submodule(path, quantizer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor, fx
@@ -19,6 +19,7 @@ from faqd.quantize.prepare import insert_quantizers
 from faqd.quantize.student import Student
 
 Equalize = Literal["auto", "always", "never"]
+Asymmetric = Literal["auto", "always", "never"]
 CalibrationMethod = Literal["auto", "mse", "percentile", "max", "entropy"]
 METHODS: tuple[Method, ...] = ("mse", "percentile")
 """Tried unasked. `entropy` was between the two, or worse, on three detectors; `max` is for outliers that count."""
@@ -44,10 +45,15 @@ class Untrained:
     def fidelity(self) -> float:
         return kept_at(self.distance)
 
+    @property
+    def asymmetric(self) -> bool:
+        return self.student.config.asymmetric
+
     def in_words(self) -> str:
         count = 0 if self.equalized is None else len(self.equalized.tensors)
         made = f"{count} tensor{'' if count == 1 else 's'} equalized" if count else "not equalized"
-        return f"{self.method} scales, {made}: fidelity {rounded(self.fidelity)}"
+        ranges = ", asymmetric" if self.asymmetric else ""
+        return f"{self.method} scales{ranges}, {made}: fidelity {rounded(self.fidelity)}"
 
 
 def best_without_training(
@@ -60,20 +66,31 @@ def best_without_training(
     tried: Callable[[Untrained], None] = lambda one: None,
     keep: Collection[str] = (),
     enough: float = KEPT,
+    asymmetric: Asymmetric = "never",
 ) -> Untrained:
     """batches: network input for scales. images: on which the tried ones are compared, where there are several; the
-    first of that fidelity ends the search. keep: nodes whose values equalization must not change."""
+    first of that fidelity ends the search. keep: nodes whose values equalization must not change. asymmetric: of
+    `bits` either way."""
     distance = OutputDistance(traced, images)
-    best: Untrained | None = None
-    for candidate in _candidates(distance, traced, bits, batches, calibration, equalize, keep):
-        student, method, made = candidate
+    bits = replace(bits, asymmetric=asymmetric == "always")
+
+    def candidate(student: Student, method: Method, made: Equalized | None) -> Untrained:
         calibrate(student, batches, method)
         one = Untrained(student, method, made, distance.of(student.network))
         tried(one)
+        return one
+
+    best: Untrained | None = None
+    for each in _candidates(distance, traced, bits, batches, calibration, equalize, keep):
+        one = candidate(*each)
         best = one if best is None or one.distance < best.distance else best
         if best.fidelity >= enough:
-            break
+            return best
     assert best is not None
+    if asymmetric == "auto":
+        network = traced if best.equalized is None else best.equalized.network
+        student = _student(network, replace(bits, asymmetric=True), batches)
+        best = min(best, candidate(student, best.method, best.equalized), key=lambda tried: tried.distance)
     return best
 
 

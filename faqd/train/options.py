@@ -177,6 +177,12 @@ student_flags = section(
         help="At 4/4 and more, make channels that share a scale alike before training; auto: where that is better at "
         "8/8, or nothing is left without.",
     ),
+    click.option(
+        "--asymmetric",
+        type=click.Choice(["auto", "always", "never"]),
+        show_default="auto",
+        help="Let 8-bit activations have all 256 values from where theirs begin; auto: as --equalize, and after it.",
+    ),
     exclude_option,
     strict_option,
 )

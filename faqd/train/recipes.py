@@ -13,7 +13,7 @@ from faqd.quant import FLOAT_BITS, Rounding, Target
 if TYPE_CHECKING:
     # Modules with torch, which who lists recipes need not have.
     from faqd.quantize.quantizers.activation import ScaleGradient
-    from faqd.quantize.without_training import CalibrationMethod, Equalize
+    from faqd.quantize.without_training import Asymmetric, CalibrationMethod, Equalize
     from faqd.train.losses.distillation import AffinityForm, LogitForm
 
     DistillAffinity = AffinityForm | Literal["none"]
@@ -110,7 +110,8 @@ class DistillRecipe:
     strict: whether what has no integer form is refused.
     scale_step: the share of itself by which an activation's scale may change in one iteration, None for any.
     teacher_cache: whether what the teacher says of a training image is read from files.
-    calibration, equalize: how a student with its teacher's weights begins (`faqd.quantize.without_training`).
+    calibration, equalize, asymmetric: how a student with its teacher's weights begins
+    (`faqd.quantize.without_training`).
     logit: None for relative with relative steps, and for mse with sgd. select: FILE.py:function, the measure by which
     the best weights are told; None for the distance of the outputs.
     """
@@ -128,6 +129,7 @@ class DistillRecipe:
     scale_step: float | None = 0.02
     calibration: CalibrationMethod = "auto"
     equalize: Equalize = "auto"
+    asymmetric: Asymmetric = "auto"
     exclude: tuple[str, ...] = ()
     strict: bool = False
     init: str | None = None

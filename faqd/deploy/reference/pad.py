@@ -8,15 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from faqd.deploy.reference.values import Attributes, Operator, Value
-from faqd.reference import Grid, moved, real
+from faqd.reference import moved, real
 
 
 def _pad(operands: list[Value], attributes: Attributes) -> Value:
     x, pads, value, axes = [*operands, None, None][:4]
     mode = attributes.get("mode", b"constant").decode()
     number = 0.0 if value is None else float(real(value).reshape(()))
-    if mode == "constant" and number != 0 and isinstance(x, Grid):
-        raise ValueError("known on dequantized codes only with zeros")
     if mode not in ("constant", "reflect", "edge", "wrap"):  # which numpy calls the same
         raise ValueError(f"no mode {mode}")
     numpy_mode: Any = mode
@@ -30,7 +28,7 @@ def _pad(operands: list[Value], attributes: Attributes) -> Value:
         result: NDArray[Any] = np.pad(values, widths, mode=numpy_mode, **filling)
         return result
 
-    return moved(x, padded)
+    return moved(x, padded) if mode != "constant" or number == 0 else padded(real(x))
 
 
 OPERATORS: dict[str, Operator] = {

@@ -15,7 +15,7 @@ from faqd.deploy.onnx_model.load import load_model
 from faqd.errors import UserError
 from faqd.schema import COUNT, POSITIVE, Each, Many, Maybe, wrong
 
-ZERO_POINTS = {"int8": (0,), "uint8": (0, 128), "int32": (0,)}
+ZERO_POINTS = {"int8": (0,), "uint8": range(0, 256, 2), "int32": (0,)}
 """By type of the codes."""
 
 
@@ -123,9 +123,9 @@ def _grids(graph: onnx.GraphProto) -> Iterator[str]:
         elif len(node.input) != 3:
             yield f"{where} has no zero point"
         else:
-            # Codes are compared without their zero point; another one would move where they saturate.
+            # Codes are compared without their zero point; where they saturate says which one they have.
             zero = onnx.numpy_helper.to_array(constants[node.input[2]])
             if node.input[0] not in constants and (zero.size != 1 or math.prod(constants[node.input[1]].dims) != 1):
                 yield f"{where} has not one scale and one zero point, as an activation of faqd's has"
-            if not np.isin(zero, ZERO_POINTS.get(str(zero.dtype), ())).all():
+            if not np.isin(zero, list(ZERO_POINTS.get(str(zero.dtype), ()))).all():
                 yield f"{where} has the zero point {zero.flat[0]}"

@@ -151,8 +151,9 @@ class _Constants:
         self._taken |= set(node.input[1:])
         for reader in self._readers[name]:
             self._taken |= set(reader.input[1:])
-            if self._values[reader.input[1]].item() != scale:
-                self.complaints.append((place, "its codes are read with another scale than they were made with"))
+            for index, word in ((1, "scale"), (2, "zero point")):
+                if self._values[reader.input[index]].item() != self._values[node.input[index]].item():
+                    self.complaints.append((place, f"its codes are read with another {word} than they were made with"))
         before = self._makers.get(node.input[0])
         if before is not None and before.op_type in ("Clip", "Relu"):  # on values
             bottom, top = self._limits(before)

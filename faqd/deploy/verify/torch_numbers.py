@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from faqd.deploy.verify.numbers import exactly, in_any_order
+from faqd.quant import CODES_8
 from faqd.quantize import nodes
 from faqd.quantize.convert import Deployed
 from faqd.quantize.operators.activation import Curve
@@ -81,14 +82,15 @@ def _layer(name: str, layer: IntegerLayer) -> dict[str, Any]:
 
 def _rounding(name: str, rounding: Requantize, nonnegative: bool, flavour: Flavour) -> dict[str, Any]:
     quant = rounding.quant
+    all_codes = quant.high - quant.low + 1 == CODES_8  # which a file says by its zero point
     # TensorRT's codes are signed: where nothing negative comes in, its file need not say that they end at zero.
     from_below = rounding.saturates and (flavour == "onnxruntime" or quant.signed or rounding.rectifies)
     return {
         "layer": place_of_module(name),
         "scale": float(rounding.scale),
         "grid": [0 if nonnegative else quant.low, quant.high],
-        "low": quant.low if from_below else None,
-        "high": quant.high if rounding.saturates else None,
+        "low": quant.low if from_below or all_codes else None,
+        "high": quant.high if rounding.saturates or all_codes else None,
         "nonnegative": nonnegative,
     }
 

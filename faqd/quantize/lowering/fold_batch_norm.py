@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from faqd.quantize import nodes
+from faqd.quantize.lowering.offsets import Offsets
 from faqd.quantize.lowering.pad_channels import ImageLayers
 from faqd.quantize.lowering.pair_limits import LARGEST_INT8, pair_limit
 from faqd.quantize.operators.layer import COMPUTE, TRANSPOSED, IntegerLayer
@@ -78,7 +79,7 @@ def fold_layer(
     node: fx.Node,
     flavour: Flavour,
     changes: Changes,
-    shifts: dict[fx.Node, Tensor],
+    offsets: Offsets,
     of_the_image: ImageLayers,
     *,
     stays_float: bool,
@@ -90,7 +91,7 @@ def fold_layer(
     layer: Any = network.get_submodule(str(node.target))
     end = nodes.after_norm(network, node)
     factor, offset = _layer_affine(layer, nodes.module_of(network, end) if end is not node else None)
-    offset = offset + shifts.get(end, 0.0)
+    offset = offset + offsets.added.get(end, 0.0)
     if flavour == "float" or weight_quantizer(layer) is None:
         weight = output_first(layer, latent_weight(layer)).double()
         network.set_submodule(str(node.target), _float_layer(layer, weight * _per_channel(factor, weight), offset))
@@ -104,7 +105,7 @@ def fold_layer(
             pairs = Pairs(limit, of_the_image.at_end_for(node), apart)
             new = _onnxruntime_layer(layer, factor, offset, read, pairs, changes, str(node.target))
         else:
-            new = _tensorrt_layer(layer, factor, offset, read)
+            new = _tensorrt_layer(layer, factor, offset, read, offsets.missing.get(node))
         network.set_submodule(str(node.target), new)
     if end is not node:
         end.replace_all_uses_with(node)
@@ -142,12 +143,17 @@ def _float_layer(layer: Any, weight: Tensor, bias: Tensor) -> nn.Module:
     return folded  # type: ignore[no-any-return]
 
 
-def _tensorrt_layer(layer: Any, factor: Tensor, offset: Tensor, read: ActivationQuantizer) -> IntegerLayer:
+def _tensorrt_layer(
+    layer: Any, factor: Tensor, offset: Tensor, read: ActivationQuantizer, missing: Tensor | None = None
+) -> IntegerLayer:
+    """missing: what all that the layer reads is too small by."""
     codes, unfolded = weight_codes(layer)
     codes = codes.double() * _per_channel(factor.sign(), codes)
     scale = _float32(unfolded.double() * factor.abs())
     input_scale = read.scale.detach().float()
     codes, scale = _without_dead(codes, scale, unfolded.double(), offset / input_scale.double())
+    if missing is not None:
+        offset = offset + missing * codes.flatten(1).sum(1) * scale
     return IntegerLayer(layer, codes, scale, input_scale, _input_high(read), offset)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from faqd.errors import UserError
-from faqd.quant import Quant
+from faqd.quant import Quant, fits_int8
 from faqd.quantize.operators.emit import Emission, Value
 from faqd.quantize.operators.filling import UNFILLED
 from faqd.quantize.operators.row import ExactForm
@@ -54,7 +54,7 @@ def _emit(emission: Emission) -> Value:
 
 def _emit_signed(emission: Emission) -> Value:
     rounding, quant, x = emission.module, emission.module.quant, emission.x
-    if quant.high > 127:
+    if not fits_int8(quant):
         raise UserError(
             "this student has 8-bit activations 0..255, trained with --target onnxruntime; TensorRT has no such "
             "grid. Train with --target tensorrt for an engine."

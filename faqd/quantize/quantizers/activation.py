@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from faqd.quant import SHIFTS, Quant, Rounding
+from faqd.quant import SHIFTS, Quant, Rounding, asymmetric_quant
 
 ScaleGradient = Literal["lsq", "mean", "pact", "min"]
 COARSE: dict[ScaleGradient, Callable[[int], float]] = {
@@ -36,15 +36,27 @@ class ActivationQuantizer(nn.Module):
 
     rectifies: whether it stands in the place of a ReLU as well. gradient: of the scale; only lsq knows negative codes.
     `enabled` is False only while ranges are collected. step: the share of itself by which a forward pass in training
-    lets the scale be changed since the last one; None for any.
+    lets the scale be changed since the last one; None for any. asymmetric: whether calibration chooses the lowest code
+    (`begin_at`), which is then a tensor of the student's, as the scale is.
     """
 
+    lowest: Tensor
+
     def __init__(
-        self, quant: Quant, rectifies: bool, rounding: Rounding = "nearest", gradient: ScaleGradient = "lsq"
+        self,
+        quant: Quant,
+        rectifies: bool,
+        rounding: Rounding = "nearest",
+        gradient: ScaleGradient = "lsq",
+        *,
+        asymmetric: bool = False,
     ) -> None:
         super().__init__()
         assert not quant.signed or (rounding, gradient) == ("nearest", "lsq")
         self.quant = quant
+        self.asymmetric = asymmetric
+        if asymmetric:
+            self.register_buffer("lowest", torch.tensor(quant.low))
         self.rectifies = rectifies
         self.shift = SHIFTS[rounding]
         self.gradient = gradient
@@ -73,12 +85,19 @@ class ActivationQuantizer(nn.Module):
             self.scale.copy_(torch.clamp(self.scale, self._used * (1 - step), self._used * (1 + step)))
         self.scale.clamp_min_(SMALLEST_SCALE)
 
+    def begin_at(self, low: int) -> None:
+        """Let all 256 codes begin at `low` (-254..0, even), where that is for calibration to choose."""
+        self.quant = asymmetric_quant(low)
+        self.lowest.fill_(low)
+
     def forget(self) -> None:
         """The scale was set by somebody else than an optimizer: where it was before binds it no longer."""
         self._used = None
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         super()._load_from_state_dict(*arguments)
+        if self.asymmetric:
+            self.begin_at(int(self.lowest))
         self.forget()
 
     def extra_repr(self) -> str:
@@ -89,7 +108,8 @@ class _LearnedStep(torch.autograd.Function):
     """d y / d x = 1 inside the clip, 0 <= x <= high * scale, and 0 outside; u = x / scale + shift is saved.
 
     lsq: d y / d scale = round(u) - u inside, low or high outside: the shift in x counts as a constant. The sum is
-    divided by sqrt(high * elements per sample), equation 4 of LSQ, so that one learning rate suits weights and scales.
+    divided by sqrt(reach * elements per sample), equation 4 of LSQ, so that one learning rate suits weights and scales;
+    reach is the highest code.
     Coarse: COARSE inside, high above, 0 below; the sum as the released code scales and limits it.
     """
 
@@ -110,7 +130,8 @@ class _LearnedStep(torch.autograd.Function):
         if ctx.gradient == "lsq":
             slope = u.clamp(ctx.quant.low, ctx.quant.high).round_().sub_(_where_inside(u, u, low, high))
             per_sample = max(1, u.numel() // max(1, u.shape[0]))
-            total = _dot(gradient, slope) / math.sqrt(ctx.quant.high * per_sample)
+            reach = max(ctx.quant.high, -ctx.quant.low - 1)
+            total = _dot(gradient, slope) / math.sqrt(reach * per_sample)
         else:
             above = _where_inside(gradient, u, float(np.nextafter(np.float32(high), np.float32(math.inf))), math.inf)
             total = COARSE[ctx.gradient](ctx.quant.high) * passed.sum() + ctx.quant.high * above.sum()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from faqd.train.recipes import DistillRecipe
 from faqd.train.run.folder import WEIGHTS, fill, finished, load_exactly, read_record
 from faqd.train.run.lesson import Teacher, output_shapes
 
-NO_PRODUCTS: dict[str, Any] = {"equalized": []}
+_AS_PREPARED: dict[str, Any] = {"equalized": []}
 """What the record of a run whose student was not looked at before training says of it."""
 
 
@@ -85,7 +85,7 @@ def _load_float(network: nn.Module, source: NetworkSource, folder: Path) -> None
         raise UserError(f"--init {folder}: expected teacher, scratch or the folder of a run.")
     if NetworkSource.from_json(finished(folder)["network"], folder) != source:
         raise UserError(f"--init {folder}: that run trained another network than {source.name}.")
-    if finished(folder).get("untrained", NO_PRODUCTS)["equalized"]:
+    if finished(folder).get("untrained", _AS_PREPARED)["equalized"]:
         raise UserError(
             f"--init {folder}: that run is equalized, its weights belong to its products; start from the teacher."
         )
@@ -117,6 +117,7 @@ def _bits(asked: dict[str, Any]) -> QuantConfig:
         asked["scale_gradient"],
         tuple(asked.get("exclude", ())),
         asked.get("strict", False),
+        asked["asymmetric"] == "always",
     )
 
 
@@ -126,10 +127,9 @@ def load_student(folder: Path) -> Student:
     if record["kind"] != "distill":
         raise UserError(f"{folder}: holds a teacher; distil a student from it first, or use `faqd-deploy ptq`.")
     source = NetworkSource.from_json(record["network"], folder)
-    bits = _bits(record["recipe"])
-    captured = with_products(
-        capture(source.build(), source.example()), record.get("untrained", NO_PRODUCTS)["equalized"]
-    )
+    bits, start = _bits(record["recipe"]), record.get("untrained", _AS_PREPARED)
+    captured = with_products(capture(source.build(), source.example()), start["equalized"])
+    bits = replace(bits, asymmetric=start.get("asymmetric", bits.asymmetric))
     student = insert_quantizers(captured, bits, source.example())
     load_exactly(student.network, folder / WEIGHTS)
     student.network.eval()

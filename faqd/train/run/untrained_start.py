@@ -23,7 +23,8 @@ three, and a text detector has a twentieth of its text by being equalized alone.
 def with_best_start(
     one: PreparedStudent, train: Images, select: Images, say: Say, processes: ProcessGroup
 ) -> PreparedStudent:
-    """The student equalized where that is better, and its record with what was chosen, which a run that goes on keeps.
+    """The student equalized, or asymmetric, where that is better, and its record with what was chosen, which a run that
+    goes on keeps.
 
     With less than 8/8 bits only where the plain student keeps nothing.
     """
@@ -31,7 +32,7 @@ def with_best_start(
     if not has_a_choice_of_starts(recipe):
         return one
     chosen = processes.from_rank_0(lambda: read_record(out).get("untrained") if (out / RECORD).is_file() else None)
-    if chosen is None and recipe.equalize == "never" and recipe.calibration != "auto":
+    if chosen is None and recipe.equalize == "never" == recipe.asymmetric and recipe.calibration != "auto":
         return one
     best = best_without_training(
         one.student.float_network,
@@ -43,10 +44,11 @@ def with_best_start(
         lambda tried: say(tried.in_words()),
         keep=_float_nodes(one.student, [ours for _, ours in one.pairs]),
         enough=KEPT if (recipe.weight_bits, recipe.act_bits) == (8, 8) else SOMETHING,
+        asymmetric=recipe.asymmetric if chosen is None else ("always" if chosen["asymmetric"] else "never"),
     )
     record = {**one.plan.record, "untrained": _to_json(best)}
     plan = replace(one.plan, record=record)
-    if best.equalized is None:
+    if best.equalized is None and best.student.config == one.student.config:
         return replace(one, plan=plan)
     floats = _float_nodes(one.student, [ours for _, ours in one.pairs])
     pairs = [(theirs, best.student.taps[name]) for (theirs, _), name in zip(one.pairs, floats, strict=True)]
@@ -67,4 +69,5 @@ def _to_json(best: Untrained) -> dict[str, object]:
         "calibration": best.method,
         "equalized_tensors": 0 if made is None else len(made.tensors),
         "equalized": [] if made is None else list(made.products),
+        "asymmetric": best.asymmetric,
     }
