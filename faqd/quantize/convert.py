@@ -34,7 +34,7 @@ from faqd.quantize.lowering.insert_requantize import (
     unrounded_layers,
 )
 from faqd.quantize.lowering.number_types import retyped, settle_numbers
-from faqd.quantize.lowering.offsets import Offsets, place_offsets
+from faqd.quantize.lowering.offsets import Moved, Offsets, place_offsets
 from faqd.quantize.lowering.pad_channels import fill_up_channels, image_layers
 from faqd.quantize.operators.clamp import Clamp
 from faqd.quantize.operators.registry import exact_form_of
@@ -127,7 +127,8 @@ def _deployed_module(network: fx.GraphModule, node: fx.Node, flavour: Flavour, o
     if isinstance(module, ActivationQuantizer):
         if flavour == "float":
             return nn.ReLU() if module.rectifies else nn.Identity()
-        return Requantize(module.scale, module.quant, module.rectifies, not isinstance(module, Again))
+        offset = module.offset if isinstance(module, Moved) else 0
+        return Requantize(module.scale, module.quant, module.rectifies, not isinstance(module, Again), offset)
     exact = None if flavour == "float" else exact_form_of(module)
     added = [offsets.added[node]] if node in offsets.added else []
     return None if exact is None else exact(module, len(nodes.shape(node)), *added)

@@ -92,7 +92,7 @@ def equalized(
             producer = None
         if readers is None or not all(_is_own(reader.layer.weight, uses) for reader in readers):
             continue
-        if producer is None and grid.high != SIGNED_8.high:
+        if producer is None and grid.high < SIGNED_8.high:
             continue
         exponent = DEPTHWISE if any(reader.depthwise for reader in readers) else DENSE
         t = (largest[node] / peaks[node]).nan_to_num(1.0, posinf=1.0).pow(exponent).clamp(1.0, LARGEST)

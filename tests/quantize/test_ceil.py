@@ -14,7 +14,7 @@ from faqd.deploy.verify.torch_values import as_trained, torch_codes
 from faqd.quant import SHIFTS, Quant, activation_quant
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.convert import convert
-from faqd.quantize.operators.norm import ChannelAffine
+from faqd.quantize.operators.arithmetic import Offset
 from faqd.quantize.quantizers.activation import ActivationQuantizer, ScaleGradient
 from faqd.reference import quantize
 from tests.fixtures.networks import CHANNELS, CLASSES, NETWORKS, calibrated, conv, images, lively, undecided
@@ -115,7 +115,7 @@ def test_rounding_up_is_lowered_exactly(name: str) -> None:
     plain = convert(calibrated(lively(network, 3), QuantConfig(3, 3)), "tensorrt")
     ours, theirs = torch_codes(deployed, x), torch_codes(plain, x)
     assert any(np.mean(ours[place] == theirs[place]) < 0.9 for place in ours)
-    added = [m for m in deployed.network.modules() if isinstance(m, ChannelAffine) and m.factor.numel() == 1]
+    added = [module for module in deployed.network.modules() if isinstance(module, Offset)]
     assert len(added) == (2 if name == "unshared" else 0)
 
 

@@ -32,7 +32,7 @@ from faqd.quantize.operators.layer import IntegerLayer
 from faqd.quantize.operators.requantize import Flavour
 from faqd.quantize.student import Student
 from faqd.reference import real
-from tests.fixtures.networks import CHANNELS, CLASSES, NETWORKS, SHAPE, calibrated, conv, images, lively, undecided
+from tests.fixtures.networks import CHANNELS, CLASSES, NETWORKS, calibrated, conv, images, lively, undecided
 
 NETWORK_SEEDS = range(14)
 """Every kind of unit twice, once in each flavour."""
@@ -309,13 +309,10 @@ def test_converting_leaves_the_student_as_it_is() -> None:
     assert torch.equal(student.network(images(2)), before)
 
 
-def test_deeper_grids_need_a_target_that_has_them() -> None:
+@pytest.mark.parametrize("flavour", ["tensorrt", "onnxruntime"])
+def test_a_student_for_onnxruntime_alone_is_lowered_exactly(flavour: Flavour) -> None:
     student = calibrated(lively(NETWORKS["residual"](), 1), QuantConfig(8, 8, "onnxruntime"))
-    deployed = convert(student, "onnxruntime", collect_output_scales(student, [images(0)]))
-    model = onnx_from_deployed(deployed, images(1, 2), {})
-    assert failures(deployed, model, images(2)) == []
-    with pytest.raises(UserError, match="--target"):
-        onnx_from_deployed(convert(student, "tensorrt"), torch.zeros(2, *SHAPE), {})
+    assert failures(*lowered(student, flavour), images(2)) == []
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "ceil"])

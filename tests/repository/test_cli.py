@@ -38,8 +38,8 @@ FLAGS = {
     "faqd-train distill": (
         f"--recipe --teacher --teacher-weights --teacher-dtype --cache-teacher {DATA} "
         "--arch --init --weight-bits --act-bits --target --scales --rounding --scale-gradient --calibration --equalize "
-        "--exclude --strict --logit --logit-weight --temperature --affinity --affinity-weight --affinity-floor "
-        "--columns --adaptors --tap --label-weight "
+        "--asymmetric --exclude --strict --logit --logit-weight --temperature --affinity --affinity-weight "
+        "--affinity-floor --columns --adaptors --tap --label-weight "
         f"{SCHEDULE} --optimizer --autocast --seeds --select {RUN}"
     ),
     "faqd-train eval": "--data --data-root --json",
@@ -53,11 +53,11 @@ FLAGS = {
     "faqd-deploy export": f"--data --data-root --eval-data --labels {BUNDLE}",
     "faqd-deploy ptq": (
         f"--teacher --teacher-weights {DATA} --weight-bits --act-bits --target --calibration --calibration-images "
-        f"--equalize --exclude --strict {BUNDLE}"
+        f"--equalize --asymmetric --exclude --strict {BUNDLE}"
     ),
     "faqd-deploy sensitivity": (
         f"--teacher --teacher-weights {DATA} --weight-bits --act-bits --target --calibration --calibration-images "
-        "--equalize --exclude --strict --images --json"
+        "--equalize --asymmetric --exclude --strict --images --json"
     ),
     "faqd-deploy verify": "--min-fidelity --json",
     "faqd-deploy explain": "--rules-only --json",

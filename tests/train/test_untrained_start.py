@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from faqd.files import read_json
 from faqd.train.networks.tensor_files import read_tensors
+from faqd.train.run.student import load_student
 from tests.fixtures.toy_runs import User, faqd_deploy, faqd_train, new_user, succeeds, write_images, write_net
 
 UNEVEN = """
@@ -97,20 +97,23 @@ def test_a_tapped_map_is_not_multiplied(user: User, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "equalized", "tried"),
     [
-        (("--equalize", "never", "--calibration", "mse"), None, 0),
-        (("--equalize", "never"), 0, 2),
-        (("--equalize", "always", "--calibration", "max"), 2, 1),
-        (("--weight-bits", 4), 2, 2),
-        (("--weight-bits", 3), None, 0),
-        (("--init", "scratch"), None, 0),
+        ("--equalize never --calibration mse --asymmetric never", None, 0),
+        ("--equalize never --asymmetric never", 0, 2),
+        ("--equalize never", 0, 3),
+        ("--equalize always --calibration max", 2, 2),
+        ("--equalize always --calibration max --asymmetric always", 2, 1),
+        ("--weight-bits 4", 2, 2),
+        ("--weight-bits 3", None, 0),
+        ("--init scratch", None, 0),
+        ("--init scratch --asymmetric always", None, 0),
     ],
 )
-def test_what_is_asked_for(
-    user: User, tmp_path: Path, more: tuple[Any, ...], equalized: int | None, tried: int
-) -> None:
-    said = succeeds(user.distill(tmp_path / "run", *more)).stderr
+def test_what_is_asked_for(user: User, tmp_path: Path, more: str, equalized: int | None, tried: int) -> None:
+    said = succeeds(user.distill(tmp_path / "run", *more.split())).stderr
     found = read_json(tmp_path / "run" / "run.json").get("untrained")
     assert len(fidelity_in(said)) == tried and (None if found is None else found["equalized_tensors"]) == equalized
+    asymmetric = any(each.asymmetric for each in load_student(tmp_path / "run").quantizers().values())
+    assert asymmetric == ("--asymmetric always" in more or (found or {}).get("asymmetric", False))
 
 
 def test_no_other_run_begins_with_its_weights(user: User, run: tuple[Path, str], tmp_path: Path) -> None:

@@ -132,7 +132,10 @@ def untrained(lesson: Lesson, recipe: DistillRecipe) -> Student:
     example = train.normalised(train.pixels[:2]).contiguous()
     captured, judged_on = capture(lesson.teacher.network, example), select.normalised(select.pixels[:JUDGED_IMAGES])
     batches = list(calibration_batches(train))
-    return best_without_training(captured, recipe_bits(recipe), batches, judged_on, "auto", "auto").student
+    best = best_without_training(
+        captured, recipe_bits(recipe), batches, judged_on, "auto", "auto", asymmetric=recipe.asymmetric
+    )
+    return best.student
 
 
 def judged(student: Student, output_scales: dict[str, float], held_out: HeldOut, heads: Heads) -> dict[str, Figures]:

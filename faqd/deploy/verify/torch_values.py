@@ -134,13 +134,13 @@ def as_trained(student: Student, deployed: Deployed, inputs: Tensor) -> dict[str
     for hook in hooks:
         hook.remove()
     codes = torch_codes(deployed, few)
-    fillings = {place_of_module(name): module.filling for name, module in deployed.requantizers().items()}
+    roundings = {place_of_module(name): module for name, module in deployed.requantizers().items()}
     layers = {}
     for name in (name for name in quantizers if name in codes):
         wanted = trained[name].numpy()
-        found = codes[name]
+        found = codes[name] + roundings[name].offset
         if wanted.ndim > 1:  # a tensor of the user's own has no channels
-            found = fillings[name].without(found)
+            found = roundings[name].filling.without(found)
         found = found.reshape(wanted.shape)
         layers[name] = round(float(np.mean(wanted == found)), 6)
     outputs = (_arrays(run_batches(network, inputs, BATCH)) for network in (deployed, student.network))

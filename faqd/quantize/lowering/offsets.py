@@ -9,7 +9,6 @@ convolution that pads has its zeros padded in front, as the code that stands for
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -21,13 +20,21 @@ from torch import Tensor, fx, nn
 from faqd.quant import Quant, int8_offset
 from faqd.quantize import nodes
 from faqd.quantize.lowering.insert_requantize import Again
-from faqd.quantize.operators.arithmetic import SUBTRACT
-from faqd.quantize.operators.norm import ChannelAffine
+from faqd.quantize.operators.arithmetic import SUBTRACT, Offset
 from faqd.quantize.operators.pad import Pad
 from faqd.quantize.quantizers.activation import ActivationQuantizer
 from faqd.quantize.quantizers.layers import weight_quantizer
 
 _PLAIN_SUMS = (operator.add,)
+
+
+class Moved(ActivationQuantizer):
+    """A rounding whose codes have `offset` taken off; behind a ReLU it is their lowest that rectifies."""
+
+    def __init__(self, rounding: ActivationQuantizer, offset: int) -> None:
+        super().__init__(Quant(rounding.quant.low - offset, rounding.quant.high - offset), rectifies=False)
+        self.scale = rounding.scale
+        self.offset = offset
 
 
 @dataclass(frozen=True)
@@ -74,10 +81,7 @@ class _Placing:
             self._add(source, node, amount)
         if offset:
             self._missing[node] = scale * offset
-            stored = copy.copy(rounding)  # which shares the scale
-            stored.quant = Quant(rounding.quant.low - offset, rounding.quant.high - offset)
-            stored.rectifies = False  # the lowest code does
-            self._network.set_submodule(str(node.target), stored)
+            self._network.set_submodule(str(node.target), Moved(rounding, offset))
 
     def _add(self, source: fx.Node, rounding: fx.Node, amount: Tensor) -> None:
         """To what is rounded: in the bias of a layer that nothing else reads, or else right in front."""
@@ -86,7 +90,7 @@ class _Placing:
             self._offsets.added[carrier] = self._offsets.added.get(carrier, 0.0) + amount
             return
         path = f"{rounding.target}_shift"
-        self._network.add_submodule(path, ChannelAffine(torch.ones(()), amount))
+        self._network.add_submodule(path, Offset(amount))
         with self._network.graph.inserting_before(rounding):
             rounding.replace_input_with(source, self._network.graph.call_module(path, (source,)))
 
@@ -136,7 +140,7 @@ class _Placing:
     def _made_whole(self, node: fx.Node) -> fx.Node:
         if node not in self._whole:
             path = self._unused(f"{nodes.places(self._network)[node]}_whole")
-            self._network.add_submodule(path, ChannelAffine(torch.ones(()), self._missing[node]))
+            self._network.add_submodule(path, Offset(self._missing[node]))
             with self._network.graph.inserting_after(node):
                 self._whole[node] = self._network.graph.call_module(path, (node,))
             self._whole[node].meta = dict(node.meta)

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from faqd.quantize.operators.emit import Emission, Value, two
 from faqd.quantize.operators.norm import ChannelAffine
-from faqd.quantize.operators.row import OWN, Call, Operator
+from faqd.quantize.operators.row import OWN, Call, ExactForm, Operator
 from faqd.quantize.operators.treatment import Treatment
 
 
@@ -37,6 +37,19 @@ class Scaled(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{n:g}" if isinstance(n, float) else str(tuple(n.shape)) for n in (self.factor, self.offset))
+
+
+class Offset(nn.Module):
+    """x + offset, a float32 number."""
+
+    offset: Tensor
+
+    def __init__(self, offset: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("offset", offset.float().reshape(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.offset
 
 
 def is_a_number(value: Any) -> bool:
@@ -144,6 +157,10 @@ def _emit_scaled(emission: Emission) -> Value:
     return result
 
 
+def _emit_offset(emission: Emission) -> Value:
+    return emission.op("Add", emission.x, emission.number("offset", emission.module.offset))
+
+
 def _emit_sum(emission: Emission) -> Value:
     return two("Sub" if emission.node.target in SUBTRACT else "Add")(emission)
 
@@ -198,3 +215,4 @@ OPERATORS = (
         treatment=Treatment("signed 8 bits", "float", "float"),
     ),
 )
+EXACT_FORMS = (ExactForm(Offset, _emit_offset, lambda made: {"offset": made.offset}),)

@@ -47,6 +47,7 @@ EXACT_FORMS: tuple[ExactForm, ...] = (
     *layer.EXACT_FORMS,
     *norm.EXACT_FORMS,
     *activation.EXACT_FORMS,
+    *arithmetic.EXACT_FORMS,
     *pool.EXACT_FORMS,
     *resize.EXACT_FORMS,
     *requantize.EXACT_FORMS,

@@ -13,8 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from faqd.errors import UserError
-from faqd.quant import Quant, fits_int8
+from faqd.quant import Quant
 from faqd.quantize.operators.emit import Emission, Value
 from faqd.quantize.operators.filling import UNFILLED
 from faqd.quantize.operators.row import ExactForm
@@ -27,13 +26,14 @@ class Requantize(nn.Module):
     """Quantize and dequantize: clip(round_half_even(x / scale), low, high) * scale. scale: float32 scalar.
 
     rectifies: whether negative values come in, to become zero. saturates: False where all that comes in is on the grid.
-    filling: zeros among the channels of the codes.
+    filling: zeros among the channels of the codes. offset: what was taken off the codes that were trained.
     """
 
     scale: Tensor
 
-    def __init__(self, scale: Tensor, quant: Quant, rectifies: bool, saturates: bool = True) -> None:
+    def __init__(self, scale: Tensor, quant: Quant, rectifies: bool, saturates: bool = True, offset: int = 0) -> None:
         super().__init__()
+        self.offset = offset
         self.quant = quant
         self.rectifies = rectifies
         self.saturates = saturates
@@ -54,11 +54,6 @@ def _emit(emission: Emission) -> Value:
 
 def _emit_signed(emission: Emission) -> Value:
     rounding, quant, x = emission.module, emission.module.quant, emission.x
-    if not fits_int8(quant):
-        raise UserError(
-            "this student has 8-bit activations 0..255, trained with --target onnxruntime; TensorRT has no such "
-            "grid. Train with --target tensorrt for an engine."
-        )
     scale = rounding.scale.float()
     # Codes saturate at -128 and 127 by themselves; whatever is narrower needs its limits stated.
     if rounding.saturates and (quant.high < 127 or (quant.signed and quant.low > -128)):
