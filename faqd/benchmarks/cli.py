@@ -80,6 +80,8 @@ def _measure(bundles: Sequence[Path], gates: Gates, console: Console, options: d
         refuse_idle(_TIMING, "--skip-latency times nothing")
     if not options["energy_duration"]:
         refuse_idle(["--power-rail"], "--energy-duration 0 measures no energy")
+    if not options["metric"]:
+        refuse_idle(["--bootstrap"], "it resamples images for --metric, which is not given")
     if not options["eval_data"]:
         refuse_idle(["--labels"], "the images of a bundle have their labels with them (--eval-data names others)")
     pictures = _pictures(options)
@@ -181,6 +183,7 @@ def _options(options: dict[str, Any], gates: Gates) -> Options:
         sustained_minutes=options["sustained"],
         energy_duration_s=options["energy_duration"],
         power_rail=options["power_rail"],
+        bootstrap=options["bootstrap"],
         gates=gates,
     )
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from faqd.benchmarks.measure.paired_metric import LEAST_RESAMPLES
 from faqd.command import Finite, flags, json_option, section, writable
 from faqd.errors import UserError
 
@@ -82,6 +83,13 @@ bench_flags = flags(
         click.option("--trust", is_flag=True, help="Load engines that do not match their record, or have none."),
         click.option(
             "--metric", metavar="FILE.py:fn|module:fn", help="Judge outputs by fn(outputs, eval) -> dict of numbers."
+        ),
+        click.option(
+            "--bootstrap",
+            type=click.IntRange(LEAST_RESAMPLES),
+            metavar="N",
+            help="Beside each number of --metric the 95 % interval of its difference to the teacher's, by a paired "
+            "bootstrap: the function is called N times more for each network, on images drawn with repeats.",
         ),
     ),
     section(

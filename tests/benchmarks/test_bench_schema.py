@@ -44,15 +44,17 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         monkeypatch.setattr(hwmon, "HWMON", rails)
         monkeypatch.setattr(energy, "UPDATES", 1)
         monkeypatch.setattr(energy, "IDLE_S", 0.1)
-        quick = ("--duration", "0.02", "--rounds", "2", "--warm-up", "0", "--metric", f"{root / 'm.py'}:half")
-        assert call(monkeypatch, folder, *quick, *more, "--json", root / "r.json") == 0
+        quick = ("--duration", "0.02", "--rounds", "2", "--warm-up", "0")
+        metric = ("--metric", f"{root / 'm.py'}:half", "--bootstrap", "100")
+        assert call(monkeypatch, folder, *quick, *more, *metric, "--json", root / "r.json") == 0
     found: dict[str, Any] = json.loads((root / "r.json").read_text())
     student = found["networks"][2]
     student["engine_file"] = {
         "file": "other.onnx",
-        **copy.deepcopy({key: student[key] for key in ("accuracy", "metric")}),
+        **copy.deepcopy({key: student[key] for key in ("accuracy", "metric", "metric_difference")}),
     }
-    assert all(found["networks"][2][part] for part in ("layers", "energy", "sweep", "sustained", "metric"))
+    parts = ("layers", "energy", "sweep", "sustained", "metric", "metric_difference")
+    assert all(found["networks"][2][part] for part in parts)
     return found
 
 

@@ -60,12 +60,12 @@ def test_the_keys_are_these(record: dict[str, Any]) -> None:
     assert " ".join(record["switches"]) == (
         "backend preset cuda_graph spin_wait transfers zero_copy inf_streams submissions duration_s warm_up_ms "
         "iterations rounds min_accuracy_ratio min_agreement max_p99_ms max_energy_mj batch percentiles average_runs "
-        "skip_latency sweep profile sustained_minutes energy_duration_s power_rail metric"
+        "skip_latency sweep profile sustained_minutes energy_duration_s power_rail bootstrap metric"
     )
     student = record["networks"][1]
     assert " ".join(student) == (
         "id role bundle name file kind weight_bits act_bits file_bytes size own_float loaded accuracy metric "
-        "engine_file latency speed_up layers energy sweep sustained"
+        "metric_difference engine_file latency speed_up layers energy sweep sustained"
     )
     assert " ".join(student["latency"][0]) == (
         "batch samples min_ms median_ms mean_ms max_ms coefficient_of_variation percentiles_ms percentile_bands_ms "

@@ -70,7 +70,7 @@ FLAGS = {
     "faqd-deploy doctor": "--json",
     "faqd-deploy selftest": "--cases --cuda --json",
     "faqd-bench": (
-        "--batch --threads --backend --cuda --trust --metric --eval-data --labels "
+        "--batch --threads --backend --cuda --trust --metric --bootstrap --eval-data --labels "
         "--warm-up --duration --iterations --avg-runs --percentile --rounds --skip-latency --sweep --sustained "
         "--preset --use-cuda-graph --use-spin-wait --include-data-transfers --zero-copy --inf-streams "
         "--energy-duration --power-rail --min-accuracy-ratio --min-agreement --max-p99-ms --max-energy-mj "

@@ -157,7 +157,11 @@ def test_mean_average_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert metric({"y": right}, found) == {"AP": pytest.approx(100), "AP50": pytest.approx(100)}
         assert metric({"y": half}, found)["AP"] == pytest.approx(50, abs=1)
         assert metric({"y": np.zeros_like(right)}, found) == {"AP": 0.0, "AP50": 0.0}
-    monkeypatch.setenv("COCO_ANNOTATIONS", str(tmp_path / "instances.json"))
+        missed, seen = np.arange(len(names)).reshape(2, -1)
+        for drawn, expected in (((seen, seen), 100), ((missed, missed), 0), ((seen, seen, missed), 200 / 3)):
+            rows = np.concatenate(drawn)  # a picture that was drawn twice counts twice
+            of_these = {key: value[rows] if isinstance(value, np.ndarray) else value for key, value in found.items()}
+            assert metric({"y": half[rows]}, of_these)["AP"] == pytest.approx(expected, abs=1)
     with pytest.raises(ValueError, match=r"knows no picture other\.png"):
         metric({"y": right}, {**found, "names": np.array(["other.png", *names[1:]])})
 

@@ -160,6 +160,7 @@ def _entry(role: Role, index: int, name: str, bundle: Bundle, files: Mapping[Rol
         "loaded": None,
         "accuracy": None,
         "metric": None,
+        "metric_difference": None,
         "engine_file": None,
         "latency": [],
         "speed_up": [],

@@ -25,6 +25,7 @@ from faqd.benchmarks.measure.latency import (
     summary,
 )
 from faqd.benchmarks.measure.networks import Array, Backend, Network, feeds_of, timed_teacher
+from faqd.benchmarks.measure.paired_metric import PairedMetric, paired_metric
 from faqd.benchmarks.measure.sustained import sustained
 from faqd.benchmarks.measure.sweep import sweep
 from faqd.benchmarks.measure.switches import Options
@@ -99,7 +100,12 @@ def open_networks(run: Bench, stack: ExitStack) -> None:
 
 
 def measure_accuracy(run: Bench, metric: Metric | None) -> None:
-    data = run.data
+    data, teacher = run.data, run.networks[0]
+    paired: PairedMetric | None = None
+    if metric:
+        resamples = run.options.bootstrap or 0
+        paired = paired_metric(metric, data, run.bundles[0], resamples, teacher["name"], run.progress)
+        teacher["metric"] = paired.teacher
     for entry in run.judged():
         run.progress(f"accuracy of {entry['name']} on {len(data.images)} images")
         bundle = run.bundles[entry["bundle"]]
@@ -111,18 +117,15 @@ def measure_accuracy(run: Bench, metric: Metric | None) -> None:
                 raise
             run.notes.append(str(error))
             continue
-        if metric:
-            entry["metric"] = metric.of(outputs, data, bundle, entry["name"])
+        if paired:
+            entry |= paired.judge(outputs, bundle, entry["name"])
         if entry["role"] == "student":
-            entry["engine_file"] = _judged_engine_file(run, bundle, metric)
-    teacher = run.networks[0]
+            entry["engine_file"] = _judged_engine_file(run, bundle, paired)
     record = judge(data.teacher, data.teacher, data.labels, teacher["name"])
     teacher["accuracy"] = {key: record[key] if key in ("top1", "top5") else None for key in record}
-    if metric:
-        teacher["metric"] = metric.of(data.teacher, data, run.bundles[0], teacher["name"])
 
 
-def _judged_engine_file(run: Bench, bundle: Bundle, metric: Metric | None) -> dict[str, Any] | None:
+def _judged_engine_file(run: Bench, bundle: Bundle, paired: PairedMetric | None) -> dict[str, Any] | None:
     """What the file that an engine is built from is worth, where another one is run here."""
     file = run.backend.open_engine_file(bundle)
     if file is None:
@@ -134,7 +137,7 @@ def _judged_engine_file(run: Bench, bundle: Bundle, metric: Metric | None) -> di
     return {
         "file": STUDENT_TENSORRT,
         "accuracy": judge(outputs, run.data.teacher, run.data.labels, who, bundle.branches),
-        "metric": metric.of(outputs, run.data, bundle, who) if metric else None,
+        **(paired.judge(outputs, bundle, who) if paired else {"metric": None, "metric_difference": None}),
     }
 
 

@@ -99,6 +99,7 @@ class Options:
     """The switches of a run. batch: sizes; the first one is what tables, energy, profile and gates speak of.
 
     sustained_minutes, energy_duration_s: 0 leaves it out. power_rail: of a Jetson, instead of the module's.
+    bootstrap: the resamples of images for the intervals of a user's metric.
     """
 
     batch: tuple[int, ...] = (1, 32)
@@ -111,4 +112,5 @@ class Options:
     sustained_minutes: float = 0.0
     energy_duration_s: float = ENERGY_S
     power_rail: str | None = None
+    bootstrap: int | None = None
     gates: Gates = field(default_factory=Gates)

@@ -2,7 +2,8 @@
 
 fn(outputs, eval) -> dict: outputs maps the name of every output to its array; eval maps `images` (N, H, W, C uint8),
 `teacher` (output name to array) and `preprocess` (its record), and `labels` where there are any. What comes back maps
-names to numbers. The arrays are read-only: copy what you want to change.
+names to numbers. For `--bootstrap` it is called again on images drawn with repeats. The arrays are read-only: copy
+what you want to change.
 """
 
 from __future__ import annotations
@@ -39,17 +40,28 @@ class Metric:
     def to_json(self, images: int) -> dict[str, Any]:
         return {"source": self.spec, "sha256": self.sha256, "images": images}
 
-    def of(self, outputs: Mapping[str, Array], data: Evaluation, bundle: Bundle, who: str) -> dict[str, float]:
-        """Its figures for one network; UserError naming the line where it fails, or what it returned instead."""
-        n = images_judged(data)
+    def of(
+        self,
+        outputs: Mapping[str, Array],
+        data: Evaluation,
+        bundle: Bundle,
+        who: str,
+        images: NDArray[np.int64] | None = None,
+    ) -> dict[str, float]:
+        """Its figures for one network; UserError naming the line where it fails, or what it returned instead.
+
+        images: the indices of those to judge on, by default each once.
+        """
+        chosen = slice(images_judged(data)) if images is None else images
         found: dict[str, Any] = {
-            "images": data.images[:n],
-            "teacher": {name: values[:n] for name, values in data.teacher.items()},
+            "images": data.images[chosen],
+            "teacher": {name: values[chosen] for name, values in data.teacher.items()},
             "preprocess": bundle.preprocess.to_json(),
         }
         beside = {"labels": data.labels, "names": data.names, "sizes": data.sizes}
-        found |= {name: values[:n] for name, values in beside.items() if values is not None}
-        result = self._run(_read_only({name: values[:n] for name, values in outputs.items()}), _read_only(found), who)
+        found |= {name: values[chosen] for name, values in beside.items() if values is not None}
+        judged = {name: values[chosen] for name, values in outputs.items()}
+        result = self._run(_read_only(judged), _read_only(found), who)
         if not isinstance(result, Mapping) or not result:
             raise UserError(f"--metric {self.spec}: returned {_kind(result)}; return a dict of names and numbers.")
         return {str(name): self._number(str(name), value) for name, value in result.items()}

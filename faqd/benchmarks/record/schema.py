@@ -91,6 +91,8 @@ _STUDENT = {
 }
 _ENGINE_FILE = {"file": str, "accuracy": {**_ACCURACY, "fidelity": _FIDELITY}, "metric": Maybe(Each(float))}
 """What a student's other file is worth; older records have none."""
+_DIFFERENCE = Maybe(Each({"value": float, "low": float, "high": float}))
+"""Of a user's metric to the teacher's; older records have none."""
 _PROOF = {"status": STATUSES, **dict.fromkeys(("codes", "differing", "largest_difference"), Maybe(float))}
 _FLOATS = {**FLOATS, "worth_int8": bool}
 """What a bundle's manifest said of what stays float; all three or none, as in older records."""
@@ -148,6 +150,9 @@ def _complaints(record: Mapping[str, Any]) -> Iterator[str]:
         yield from wrong(student.get("engine_file"), Maybe(_ENGINE_FILE), f"{path}/engine_file")
         if record["metric"]:
             yield from wrong(student["metric"], Each(float), f"{path}/metric")
+        beside = student.get("engine_file") or {}
+        yield from wrong(beside.get("metric_difference"), _DIFFERENCE, f"{path}/engine_file/metric_difference")
+    yield from wrong(record["switches"].get("bootstrap"), Maybe(COUNT), "switches/bootstrap")
     labels, classes = record["evaluation"]["labels"], record["evaluation"]["classification"]
     judged = [("networks/0", networks[0]), *students] if labels and classes else []
     for path, network in judged:
@@ -156,6 +161,7 @@ def _complaints(record: Mapping[str, Any]) -> Iterator[str]:
     for i, network in enumerate(networks):
         if not 0 <= network["bundle"] < len(record["bundles"]):
             yield f"networks/{i}/bundle is {network['bundle']}, not one of {len(record['bundles'])}"
+        yield from wrong(network.get("metric_difference"), _DIFFERENCE, f"networks/{i}/metric_difference")
         if "file" in network:
             yield from wrong(network["file"], str, f"networks/{i}/file")
         if network["accuracy"] and network["role"] != "teacher":

@@ -175,6 +175,39 @@ def judged_files(result: Record, network: Record) -> list[Judged]:
     return found
 
 
+def judged_by_metric(result: Record) -> list[tuple[Record, str, Record]]:
+    """Whom the user's metric has judged: the network, the file where it is not the one that was run, and the part of
+    the record that has its figures."""
+    found = []
+    for network in result["networks"]:
+        beside = network.get("engine_file") or {}
+        sources = (("", network), (beside.get("file", ""), beside))
+        found += [(network, file, source) for file, source in sources if source.get("metric")]
+    return found
+
+
+def difference_of(source: Record, name: str) -> str:
+    """How far a figure of the user's metric is from the teacher's, with its interval; empty where that is not known."""
+    difference = (source.get("metric_difference") or {}).get(name)
+    if difference is None:
+        return ""
+    value, low, high = (
+        f"{difference[key]:+.3g}".replace("-", "−") if difference[key] else "0" for key in ("value", "low", "high")
+    )
+    return f"{value} ({low} to {high})"
+
+
+def bootstrap_in_words(result: Record) -> str:
+    """What these differences are; empty where there are none."""
+    resamples = result["switches"].get("bootstrap")
+    if not (result["metric"] and resamples):
+        return ""
+    return (
+        f"Differences to the teacher have 95 % intervals, by a paired bootstrap: {resamples:,} resamples of "
+        f"{result['metric']['images']:,} images. One that holds 0 says that nothing was found."
+    )
+
+
 def in_words(judged: Judged) -> str:
     """Proof and fidelity of a file, which say different things."""
     snr = judged.accuracy["snr_db"]

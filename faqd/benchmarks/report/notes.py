@@ -11,12 +11,17 @@ from faqd.benchmarks.report.figures import device, label
 
 
 def remarks(result: Mapping[str, Any]) -> list[str]:
-    networks = result["networks"]
+    networks, switches = result["networks"], result["switches"]
     found = []
     if all(bundle["kind"] != "ptq" for bundle in result["bundles"]):
         found.append(
             "No PTQ row: `faqd-deploy ptq ... --out ptq` makes a bundle of the same network without training; "
             "name it beside this one."
+        )
+    if result["metric"] and not switches["bootstrap"]:
+        found.append(
+            f"On {result['metric']['images']:,} images figures of --metric that lie close together may differ by "
+            "chance: --bootstrap 1000 gives each difference to the teacher its interval."
         )
     noisy = sorted({entry["name"] for entry in networks for ratio in entry["speed_up"] if ratio["noisy"]})
     if noisy:
@@ -34,7 +39,6 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
         )
     for entry, latency in records:
         found += [f"{entry['name']} at batch {latency['batch']}: {text}" for text in latency["warnings"]]
-    switches = result["switches"]
     if switches["cuda_graph"] and any(latency["cuda_graph"] is False for _, latency in records):
         found.append("No CUDA graph could be captured for some networks: their kernels were launched one by one.")
     if (streams := switches.get("inf_streams") or 1) > 1:

@@ -14,11 +14,14 @@ from faqd.benchmarks.report.figures import (
     Record,
     Unit,
     bits,
+    bootstrap_in_words,
     compared,
     complaint,
     device,
+    difference_of,
     first_batch,
     in_words,
+    judged_by_metric,
     judged_files,
     kib,
     kind,
@@ -259,14 +262,15 @@ def _layer_table(result: Record) -> Table | None:
 
 def _metrics(result: Record) -> list[str]:
     lines = []
+    for network, file, source in judged_by_metric(result):
+        figures = ", ".join(
+            f"{name} {value:.4g}{f', {difference}' if (difference := difference_of(source, name)) else ''}"
+            for name, value in source["metric"].items()
+        )
+        lines.append(f"{label(network)}{f', {file}' if file else ''}: {figures} ({result['metric']['source']})")
+    if explained := bootstrap_in_words(result):
+        lines.append(explained)
     for network in result["networks"]:
-        if network["metric"]:
-            figures = ", ".join(f"{name} {value:.4g}" for name, value in network["metric"].items())
-            lines.append(f"{label(network)}: {figures} ({result['metric']['source']})")
-        beside = network.get("engine_file") or {}
-        if beside.get("metric"):
-            figures = ", ".join(f"{name} {value:.4g}" for name, value in beside["metric"].items())
-            lines.append(f"{label(network)}, {beside['file']}: {figures} ({result['metric']['source']})")
         if network["sustained"]:
             sustained = network["sustained"]
             lines.append(
