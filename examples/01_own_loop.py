@@ -52,7 +52,7 @@ with torch.no_grad():
     untrained = accuracy(student.eval()(images[test]))
 
 loss = faqd.DistillationLoss(teacher, student)
-print("feature affinity at", ", ".join(loss.taps))
+print("feature affinity at", ", ".join(loss.feature_layers))
 optimizer = torch.optim.Adam(student.parameters(), 1e-3)
 student.train()
 for step in range(300):

@@ -116,7 +116,7 @@ student = faqd.prepare(teacher, images[:2], faqd.QuantConfig(weights=2, activati
 faqd.calibrate(student, images[:512])
 untrained = judged(student)
 objective = faqd.DistillationLoss(teacher, student)
-print("feature affinity at", ", ".join(objective.taps))
+print("feature affinity at", ", ".join(objective.feature_layers))
 optimizer = torch.optim.Adam(student.parameters(), 3e-4)
 student.train()
 for _ in range(200):

@@ -263,7 +263,7 @@ def recipes(json_target: str | None) -> None:
     json_option,
 )
 def inspect(json_target: str | None, **options: Any) -> None:
-    """Show what each layer would get before training: weight and input grids, and the affinity taps."""
+    """Show before training how each layer is quantized, weights and inputs, and which feature layers are compared."""
     from faqd.bundle import floats_in_words
     from faqd.train.inspect import inspect_network
 
@@ -278,7 +278,7 @@ def inspect(json_target: str | None, **options: Any) -> None:
         for sentence in floats_in_words(table):
             click.echo(sentence)
         click.echo(f"weight scales: one per {table['weight_scales']}")
-        click.echo("affinity taps: " + ", ".join(table["taps"]))
+        click.echo("feature layers: " + ", ".join(table["taps"]))
     emit_json(json_target, table)
 
 

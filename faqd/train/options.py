@@ -232,12 +232,12 @@ loss_flags = section(
         help="Compare the student's maps behind a 1x1 convolution of their own.",
     ),
     click.option(
-        "--tap",
+        "--feature-layer",
         "taps",
         multiple=True,
-        metavar="PLACE[=PLACE]",
+        metavar="LAYER[=LAYER]",
         show_default="chosen from the graph",
-        help="Compare feature maps here (teacher=student).",
+        help="Compare the feature maps of this layer, named by its module path (teacher=student).",
     ),
     click.option(
         "--label-weight",

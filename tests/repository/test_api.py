@@ -76,7 +76,7 @@ def test_a_student_learns_in_a_loop_of_ones_own_and_its_teacher_does_not(teacher
     untrained = distance(student, teacher)
     loss = faqd.DistillationLoss(teacher, student)
     values = trained(student, loss, 60)
-    assert loss.taps == ["stem.2", "body.3"] and set(loss.terms) == {"logit", "affinity"}
+    assert loss.feature_layers == ["stem.2", "body.3"] and set(loss.terms) == {"logit", "affinity"}
     assert values[0] == pytest.approx(2.0) and values[-1] < 1.5
     assert distance(student, teacher) < 0.5 * untrained
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
@@ -89,7 +89,7 @@ def test_a_student_learns_in_a_loop_of_ones_own_and_its_teacher_does_not(teacher
     [
         ({"affinity": "none"}, {"logit"}),
         ({"logit": "kl", "affinity": "fast"}, {"logit", "affinity"}),
-        ({"logit": "mse", "taps": ["body.1"], "affinity_weight": 3.0}, {"logit", "affinity"}),
+        ({"logit": "mse", "feature_layers": ["body.1"], "affinity_weight": 3.0}, {"logit", "affinity"}),
     ],
 )
 def test_forms_of_the_loss(options: dict[str, Any], terms: set[str], teacher: nn.Module) -> None:
@@ -172,7 +172,9 @@ def test_what_does_not_fit_is_refused_in_a_sentence(teacher: nn.Module, tmp_path
     engine = faqd.Engine(tmp_path / "b")
     assert "images are uint8, and this bundle takes float32" in refused(lambda: engine(np.zeros((1, *SHAPE), np.uint8)))
     assert "--weight-bits 9" in refused(lambda: faqd.QuantConfig(weights=9))
-    assert "--tap nowhere" in refused(lambda: faqd.DistillationLoss(teacher, student, taps=["nowhere"]))
+    assert "--feature-layer nowhere" in refused(
+        lambda: faqd.DistillationLoss(teacher, student, feature_layers=["nowhere"])
+    )
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = faqd.nothing
 

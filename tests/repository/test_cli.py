@@ -39,7 +39,7 @@ FLAGS = {
         f"--recipe --teacher --teacher-weights --teacher-dtype --cache-teacher {DATA} "
         "--arch --init --weight-bits --act-bits --target --scales --rounding --scale-gradient --calibration --equalize "
         "--asymmetric --exclude --strict --logit --logit-weight --temperature --affinity --affinity-weight "
-        "--affinity-floor --columns --adaptors --tap --label-weight "
+        "--affinity-floor --columns --adaptors --feature-layer --label-weight "
         f"{SCHEDULE} --optimizer --autocast --seeds --select {RUN}"
     ),
     "faqd-train eval": "--data --data-root --json",

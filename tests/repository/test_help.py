@@ -23,7 +23,7 @@ LEFT_OPEN = {
         "--init",
         "--logit",
         "--adaptors",
-        "--tap",
+        "--feature-layer",
         "--batch-size",
         "--views",
         "--lr",

@@ -130,7 +130,7 @@ def test_ctrl_c_says_in_one_line_how_to_go_on(stopped: Path) -> None:
         goes_on = f"interrupted; the same command with --resume goes on from iteration {iteration}."
         assert said[-1] == f"error: {stopped / name}: {goes_on}"
         understood = ("folder:", "images: ", "teacher net.py:build: ", "training: ", "batch norm: ")
-        start = ("mse scales, not equalized: ", "affinity tap: ", "export rehearsed ", "net.py:build: batch norm ")
+        start = ("mse scales, not equalized: ", "feature layer: ", "export rehearsed ", "net.py:build: batch norm ")
         before = (*understood, *start)
         other = [line for line in said[:-1] if not line.startswith(before) and ": iteration " not in line]
         assert other == []
@@ -160,7 +160,7 @@ def test_a_finished_run_stays_as_it_is(user: User, whole: Path) -> None:
         ("--weight-bits", "2", "recipe.weight_bits: 4 there, 2 now"),
         ("--mean", "0.5,0.5,0.5", "data.mean: none there, (0.5, 0.5, 0.5) now"),
         ("--arch", "resnet8", "student.architecture: None there, resnet8 now"),
-        ("--tap", "features.5", "taps: None there, ['features.5'] now"),
+        ("--feature-layer", "features.5", "taps: None there, ['features.5'] now"),
     ],
 )
 def test_other_options_are_named(user: User, whole: Path, option: str, value: str, name: str) -> None:

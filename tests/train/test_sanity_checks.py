@@ -127,7 +127,7 @@ def test_a_constant_map_at_a_tap_is_told_of() -> None:
     traced = capture(network, x[:2])
     said: list[str] = []
     warn_of_taps(traced, [node.name for node in traced.graph.nodes if node.target in ("1", "3")], x, said.append)
-    assert len(said) == 1 and said[0].startswith("affinity tap 3: the teacher's map has one value")
+    assert len(said) == 1 and said[0].startswith("feature layer 3: the teacher's map has one value")
 
 
 def test_kl_of_one_value_and_labels_of_one_class_are_refused() -> None:

@@ -109,7 +109,9 @@ def test_a_cache_is_written_once_and_names_its_size_and_worth(tmp_path: Path) ->
 def test_another_teacher_or_other_images_have_another_cache(other: dict[str, Any], tmp_path: Path) -> None:
     first, _ = cached(tmp_path, images(1))
     second, said = cached(tmp_path, images(1), **other)
-    assert second != first and f"has 1 of another teacher, other images, views or taps ({first.name})" in said[0]
+    assert (
+        second != first and f"has 1 of another teacher, other images, views or feature layers ({first.name})" in said[0]
+    )
 
 
 def cut(folder: Path) -> None:

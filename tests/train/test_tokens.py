@@ -191,18 +191,18 @@ def test_a_loop_of_ones_own_takes_tokens() -> None:
     images = torch.randn(8, 3, 8, 8)
     faqd.calibrate(student, [images])
     loss = faqd.DistillationLoss(network, student)
-    assert loss.taps == ["blocks.0.add_1"]
+    assert loss.feature_layers == ["blocks.0.add_1"]
     loss(images).backward()
     assert loss.terms["affinity"] > 0
-    assert faqd.DistillationLoss(network, student, taps=["blocks.1.add"]).taps == ["blocks.1.add"]
+    assert faqd.DistillationLoss(network, student, feature_layers=["blocks.1.add"]).feature_layers == ["blocks.1.add"]
 
 
 @pytest.mark.parametrize(
     "options",
     [
         (),
-        ("--adaptors", "--affinity", "l2_batch", "--tap", "blocks.0.add"),
-        ("--affinity", "fast", "--tap", "blocks.0.add_1=blocks.0.up"),
+        ("--adaptors", "--affinity", "l2_batch", "--feature-layer", "blocks.0.add"),
+        ("--affinity", "fast", "--feature-layer", "blocks.0.add_1=blocks.0.up"),
     ],
 )
 def test_a_transformer_is_distilled(tmp_path: Path, options: tuple[Any, ...]) -> None:

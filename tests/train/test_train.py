@@ -183,7 +183,9 @@ def test_inspect_names_layers_and_taps_as_the_options_take_them(user: User, teac
     table = json_of("inspect", "--teacher", f"{user.folder / 'net.py'}:build", "--image-size", 8, "--weight-bits", 2)
     assert [row["weights"] for row in table["layers"]] == ["8 (±127)", "2 (ternary)", "8 (±127)"]
     assert table["taps"] == ["features.2", "features.5"]
-    succeeds(user.distill(tmp_path / "run", "--tap", table["taps"][1], "--tap", "features.4=features.5"))
+    succeeds(
+        user.distill(tmp_path / "run", "--feature-layer", table["taps"][1], "--feature-layer", "features.4=features.5")
+    )
     assert record_of(tmp_path / "run")["taps"] == ["features.5", "features.4=features.5"]
     assert json_of("inspect", "--teacher", teacher)["network"] == "resnet8"
     student = json_of("inspect", "--teacher", teacher, "--arch", "resnet20", "--scales", "tensor", "--act-bits", 4)

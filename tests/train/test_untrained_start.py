@@ -87,7 +87,7 @@ def test_a_paused_run_goes_on_to_the_same_bits(user: User, run: tuple[Path, str]
 
 def test_a_tapped_map_is_not_multiplied(user: User, tmp_path: Path) -> None:
     """A ReLU that is compared keeps its values; the product stands behind it."""
-    succeeds(user.distill(tmp_path / "run", "--tap", "relu"))
+    succeeds(user.distill(tmp_path / "run", "--feature-layer", "relu"))
     record = read_json(tmp_path / "run" / "run.json")
     assert record["untrained"]["equalized"] == ["silu", "relu"] and record["taps"] == ["relu"]
     assert record["select_untrained"]["affinity"] < 0.1

@@ -134,8 +134,8 @@ def warn_of_taps(teacher: fx.GraphModule, names: list[str], x: Tensor, say: Say)
     for name, values in zip(names, maps, strict=True):
         if _same_everywhere(values.flatten(2), 2):
             say(
-                f"affinity tap {places[name]}: the teacher's map has one value in all pixels of a channel, for "
-                f"{len(x)} images; nothing can be compared there. --tap names other places."
+                f"feature layer {places[name]}: the teacher's map has one value in all pixels of a channel, for "
+                f"{len(x)} images; nothing can be compared there. --feature-layer names others."
             )
 
 

@@ -93,7 +93,7 @@ def written_cache(
         return folder
     if others := sorted(path.parent.name for path in place.glob(f"*/{RECORD}")):
         say(
-            f"teacher cache: {place} has {len(others)} of another teacher, other images, views or taps "
+            f"teacher cache: {place} has {len(others)} of another teacher, other images, views or feature layers "
             f"({', '.join(others[:3])}{', …' * (len(others) > 3)}), which stay; remove what you no longer need."
         )
     refuse_unmakeable(place)
@@ -171,7 +171,7 @@ def _append(stream: IO[bytes], value: Any, dtype: np.dtype[Any], name: str, squa
         if not np.isfinite(rounded).all():
             raise UserError(
                 f"--cache-teacher: the map {name} of the teacher reaches {np.abs(value).max():.3g}, and float16, in "
-                "which maps are kept, 65504; leave the option out, or choose another --tap."
+                "which maps are kept, 65504; leave the option out, or choose another --feature-layer."
             )
         wide = value.astype(np.float64)
         squares[name][0] += float(np.square(rounded - wide).sum())

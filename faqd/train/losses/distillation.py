@@ -78,7 +78,7 @@ def affinity_loss(
     if student.ndim != 4 or teacher.ndim != 4 or student.shape[0] != teacher.shape[0]:
         raise ValueError(
             f"student map {tuple(student.shape)} and teacher map {tuple(teacher.shape)}: expected "
-            "(batch, channels, height, width) twice with one batch size; choose taps on feature maps."
+            "(batch, channels, height, width) twice with one batch size; choose layers that make feature maps."
         )
     if form not in get_args(AffinityForm):
         raise ValueError(f"affinity form {form!r}: expected {', '.join(get_args(AffinityForm))}.")

@@ -27,14 +27,15 @@ _DEFAULTS = distill_default()
 
 
 class DistillationLoss(nn.Module):
-    """How far a student is from its float teacher on unlabelled images: outputs, and feature affinity at the taps
+    """How far a student is from its float teacher on unlabelled images: outputs, and feature affinity
     (arXiv 2302.10899).
 
-    teacher: the trained float network. taps: places whose maps are compared, `PLACE` or `TEACHER_PLACE=STUDENT_PLACE`;
-    by default the neck's map of each resolution, else the last activated one, of tokens the last sum, as `taps` then
-    names them. logit: `relative` is the squared error in units of the teacher's variance on the first batch. Each term
-    is divided by what it was on the first batch, so that a weight of 1 means the same for every network: untrained, the
-    loss is the sum of the weights. `terms` holds the undivided terms of the last call, as floats.
+    teacher: the trained float network. feature_layers: those whose maps are compared, by module path, `LAYER` or
+    `TEACHER_LAYER=STUDENT_LAYER`; by default the neck's map of each resolution, else the last activated one, of tokens
+    the last sum, as `feature_layers` then names them. logit: `relative` is the squared error in units of the teacher's
+    variance on the first batch. Each term is divided by what it was on the first batch, so that a weight of 1 means the
+    same for every network: untrained, the loss is the sum of the weights. `terms` holds the undivided terms of the last
+    call, as floats.
 
         loss = faqd.DistillationLoss(teacher, student)
         loss(images).backward()
@@ -47,7 +48,7 @@ class DistillationLoss(nn.Module):
         teacher: nn.Module,
         student: Student,
         *,
-        taps: Sequence[str] | None = None,
+        feature_layers: Sequence[str] | None = None,
         logit: LogitForm = "relative",
         affinity: DistillAffinity = "l2",
         logit_weight: float = 1.0,
@@ -60,8 +61,9 @@ class DistillationLoss(nn.Module):
         self._teacher: fx.GraphModule
         self.__dict__["_teacher"] = traced = capture(teacher, example)
         teacher.train(mode)
-        self._pairs = [] if affinity == "none" else tap_pairs(traced, student, None if taps is None else list(taps))
-        self.taps = tap_names(traced, student, self._pairs)
+        named = None if feature_layers is None else list(feature_layers)
+        self._pairs = [] if affinity == "none" else tap_pairs(traced, student, named)
+        self.feature_layers = tap_names(traced, student, self._pairs)
         self.student = student
         self._forms = logit, affinity
         self._weights = {"logit": logit_weight, "affinity": affinity_weight}

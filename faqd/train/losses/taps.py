@@ -32,8 +32,8 @@ Size = tuple[int, int]
 def tap_pairs(teacher: fx.GraphModule, student: Student, names: list[str] | None) -> list[tuple[str, str]]:
     """Pairs of node names (teacher, student) whose feature maps are compared.
 
-    names None: those of `_found`, where both networks have one of that size. Otherwise what --tap gives, each `PLACE`
-    in both networks or `TEACHER_PLACE=STUDENT_PLACE`.
+    names None: those of `_found`, where both networks have one of that size. Otherwise what --feature-layer gives, each
+    `LAYER` in both networks or `TEACHER_LAYER=STUDENT_LAYER`.
     """
     if names is None:
         ours, theirs = _found(student.network), _found(teacher)
@@ -46,7 +46,7 @@ def tap_pairs(teacher: fx.GraphModule, student: Student, names: list[str] | None
 
 
 def tap_names(teacher: fx.GraphModule, student: Student, pairs: list[tuple[str, str]]) -> list[str]:
-    """The pairs as --tap takes them: places of the teacher and of the student, `TEACHER=STUDENT` where they differ."""
+    """The pairs as --feature-layer takes them: `TEACHER=STUDENT` where the two are called differently."""
     theirs, ours = (
         {node.name: name.removesuffix(QUANTIZED) for node, name in nodes.places(network).items()}
         for network in (teacher, student.network)
@@ -169,8 +169,8 @@ def _map_at(network: fx.GraphModule, place: str) -> str:
     close = ", ".join(difflib.get_close_matches(place, maps, n=3, cutoff=0.0)) or "none"
     if place in named:
         raise UserError(
-            f"--tap {place}: its tensor {nodes.shape(named[place])} is neither a feature map (B, C, H, W) or "
+            f"--feature-layer {place}: its tensor {nodes.shape(named[place])} is neither a feature map (B, C, H, W) or "
             "(B, H, W, C) nor tokens (B, N, C) whose positions are those of a map; the nearest of these are "
             f"{close}."
         )
-    raise UserError(f"--tap {place}: no feature map of that name in the network; the nearest are {close}.")
+    raise UserError(f"--feature-layer {place}: no feature map of that name in the network; the nearest are {close}.")

@@ -40,7 +40,9 @@ def plan_of(recipe: DistillRecipe, out: Path, lesson: Lesson, taps: list[str] | 
     if not (recipe.logit_weight or recipe.label_weight or has_affinity(recipe)):
         raise UserError("--logit-weight 0: nothing is left to learn from; give one of the terms a weight.")
     if taps and recipe.affinity == "none":
-        raise UserError(f"--tap {taps[0]}: nothing is compared there with --affinity none; leave one of them out.")
+        raise UserError(
+            f"--feature-layer {taps[0]}: nothing is compared there with --affinity none; leave one of them out."
+        )
     if recipe.adaptors and not has_affinity(recipe):
         raise UserError("--adaptors: what they adapt to is off; give --no-adaptors, or an --affinity with a weight.")
     if recipe.autocast == "fp16" and recipe.scale_gradient != "lsq":

@@ -24,7 +24,7 @@ from faqd.train.run.student import new_student
 
 @dataclass(frozen=True)
 class PreparedStudent:
-    """taps: the names of `pairs`, as --tap takes them. measure: of --select."""
+    """taps: the names of `pairs`, as --feature-layer takes them. measure: of --select."""
 
     plan: Plan
     student: Student
@@ -52,7 +52,9 @@ def prepared_students(
     ]
     for plan, of_one in zip(plans, pairs, strict=True):
         if not (of_one or plan.recipe.logit_weight or plan.recipe.label_weight):
-            raise UserError("--logit-weight 0: no feature map has one size in both networks either; see --tap.")
+            raise UserError(
+                "--logit-weight 0: no feature map has one size in both networks either; see --feature-layer."
+            )
     return [
         PreparedStudent(plan, student, of_one, tap_names(teacher_graph, student, of_one), measure)
         for plan, student, of_one, measure in zip(plans, students, pairs, measures, strict=True)
@@ -75,6 +77,9 @@ def say_taps(prepared: Sequence[PreparedStudent], say: Say) -> None:
         if recipe.affinity != "none":
             said |= zip(one.taps, tap_costs(one.student, one.pairs, recipe.affinity, recipe.columns), strict=True)
     for name, cost in said.items():
-        say(f"affinity tap: {name} ({cost})")
+        say(f"feature layer: {name} ({cost})")
     if any(has_affinity(one.plan.recipe) and not one.taps for one in prepared):
-        say("no affinity: no feature map has one size in both networks; --tap TEACHER=STUDENT says what to compare.")
+        say(
+            "no affinity: no feature map has one size in both networks; --feature-layer TEACHER=STUDENT says what to "
+            "compare."
+        )
