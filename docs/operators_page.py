@@ -22,7 +22,7 @@ def page(text: str) -> str:
 
 
 def table(rows: list[Operator]) -> Iterator[str]:
-    yield "| operator, as module, function or method | grid of its result | TensorRT | onnxruntime |"
+    yield "| operator, as module, function or method | quantization range of its result | TensorRT | onnxruntime |"
     yield "|---|---|---|---|"
     alike: dict[Treatment, list[Operator]] = {}
     for row in rows:

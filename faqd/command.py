@@ -225,7 +225,7 @@ exclude_option = click.option(
     "--exclude",
     multiple=True,
     metavar="REGEX",
-    help="Keep layers and operators float whose place in the network this fits; may be given several times.",
+    help="Keep layers and operators float whose module path this fits; may be given several times.",
 )
 strict_option = click.option(
     "--strict",

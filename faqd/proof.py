@@ -146,7 +146,7 @@ def codes_in_words(record: dict[str, Any]) -> str:
     codes, differing = (sum(each[key] for each in compared) for key in ("codes", "differing"))
     verb = "differs" if differing == 1 else "differ"
     ties = " by one, at ties" if differing else ""
-    return f"the files compute the student: {codes:,} codes compared, {differing:,} {verb}{ties}"
+    return f"the files compute the student: {codes:,} quantized values compared, {differing:,} {verb}{ties}"
 
 
 def standing_of(bundle: Bundle) -> dict[str, Any]:

@@ -214,7 +214,7 @@ bench_flags = flags(
         click.option(
             "--min-agreement",
             type=Finite(0, 1),
-            help="End with exit code 1 if a student agrees with the teacher on a smaller share of the images.",
+            help="End with exit code 1 if the top-1 agreement with the teacher is below this share of the images.",
         ),
         click.option("--max-p99-ms", type=_ABOVE_ZERO, help="End with exit code 1 if a student's p99 is above this."),
         click.option(

@@ -118,7 +118,7 @@ def _put_students(
         for text in float32_in_words([part.reason for part in float32]):
             say(text)
     if "tensorrt" not in found:
-        say("no TensorRT file: this student has 8-bit activations 0..255, which TensorRT has no grid for.")
+        say("no TensorRT file: this student has 8-bit activations 0..255, for which TensorRT has no type.")
     return found, float32
 
 

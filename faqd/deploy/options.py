@@ -31,7 +31,7 @@ float_flags = flags(
             "--target",
             type=click.Choice(["tensorrt", "onnxruntime"]),
             default="tensorrt",
-            help="Use the 8-bit grid of this runtime.",
+            help="Quantize 8-bit activations to the range of this runtime: 0..127, or 0..255.",
         ),
         click.option(
             "--calibration",

@@ -49,7 +49,7 @@ def rehearse(student: Student, teacher: nn.Module | None, x: Tensor, say: Callab
         if failures:
             raise UserError(
                 f"the {flavour} file of this student could not be verified: {failures[0]}. Nothing was trained; keep "
-                "that place float with --exclude, or write it in another way.",
+                "that layer float with --exclude, or write it in another way.",
                 exit_code=1,
             )
     _rehearse_float_networks(student, teacher, x)

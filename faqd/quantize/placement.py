@@ -105,7 +105,9 @@ def excluded_nodes(traced: fx.GraphModule, patterns: tuple[str, ...]) -> set[fx.
         }
         if not fits:
             layers = [names[n] for n in traced.graph.nodes if nodes.role(traced, n) == "compute"]
-            raise UserError(f"--exclude {pattern}: fits no place of the network; its layers are {', '.join(layers)}.")
+            raise UserError(
+                f"--exclude {pattern}: fits no module path of the network; its layers are {', '.join(layers)}."
+            )
         found |= fits
     return found
 

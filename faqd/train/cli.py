@@ -138,7 +138,7 @@ def distill(recipe: str, teacher: str, teacher_weights: Path | None, json_target
                 f"{name} {value:.4g}" + (f" (untrained {before[name]:.4g})" if name in before else "")
                 for name, value in record["select"].items()
             )
-            say(f"{run_folder}: student {each.weight_bits}/{each.act_bits}; select losses: {losses}.")
+            say(f"{run_folder}: student {each.weight_bits}/{each.act_bits}; validation losses: {losses}.")
             if (sentence := outcome(record)) is not None:
                 say(f"{run_folder}: {sentence}")
         if processes.is_rank_0:
@@ -247,7 +247,7 @@ def recipes(json_target: str | None) -> None:
         "--target",
         type=click.Choice(["tensorrt", "onnxruntime"]),
         default="tensorrt",
-        help="Use the 8-bit grid of this runtime.",
+        help="Quantize 8-bit activations to the range of this runtime: 0..127, or 0..255.",
     ),
     click.option(
         "--scales",

@@ -144,7 +144,7 @@ student_flags = section(
         "--target",
         type=click.Choice(["tensorrt", "onnxruntime"]),
         show_default="tensorrt",
-        help="Train the 8-bit grid of this runtime.",
+        help="Train 8-bit activations for the range of this runtime: 0..127, or 0..255.",
     ),
     click.option(
         "--scales",

@@ -214,7 +214,7 @@ def test_the_first_screen_says_proof_and_fidelity_then_speed(tmp_path: Path) -> 
     places = [head.index(text) for text in order]
     assert places == sorted(places), "also of the file for engines where that is something else"
     section = html[html.index("</header>") :].partition("</section>")[0]
-    assert "<h2>Proof and fidelity</h2>" in section and "at most 0.01 % of the codes" in section
+    assert "<h2>Proof and fidelity</h2>" in section and "at most 0.01 % of the quantized values" in section
     files = [
         f"{name}</small>"
         for name in ("student.onnxruntime.onnx, run here", "student.tensorrt.onnx, for engines, as written")

@@ -90,7 +90,8 @@ def saturated(case: Case, codes: NDArray[Any]) -> NDArray[Any]:
             one_code_two_off,
             [
                 "Cortex-A76: not emulated: it ran without ASIMDDP",
-                "Cortex-A76: signed activations: bn1: 1 of 32768 codes differ in optimised onnxruntime, by up to 2",
+                "Cortex-A76: signed activations: bn1: 1 of 32768 quantized values differ in optimised onnxruntime, by "
+                "up to 2",
             ],
         ),
     ],

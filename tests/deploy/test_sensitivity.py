@@ -49,7 +49,7 @@ def test_what_it_says_to_exclude_can_be_excluded(user: User, tmp_path: Path) -> 
     [
         (("--images", 1), 2, "--images"),
         (("--act-bits", 9), 2, "1 to 8"),
-        (("--exclude", "nowhere"), 2, "fits no place"),
+        (("--exclude", "nowhere"), 2, "fits no module path"),
         (("--weight-bits", 32, "--act-bits", 32), 2, "nothing is rounded"),
     ],
 )

@@ -364,7 +364,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "script": (lambda: torch.jit.script(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())), "a TorchScript module"),
     "mean of everything": (form(lambda x: x - x.mean()), r"mean \(.*test_user_code.py:\d+\): .* mixes images"),
     "mean over the batch": (form(lambda x: x - x.mean(0, keepdim=True)), "mixes images"),
-    "list of places": (form(lambda x: x.relu()[:, [1, 0, 3, 2, 5, 4, 7, 6]]), "indexing with a list of places"),
+    "list of places": (form(lambda x: x.relu()[:, [1, 0, 3, 2, 5, 4, 7, 6]]), "indexing with a list of positions"),
     "divisor": (form(lambda x: F.avg_pool2d(x.relu(), 3, 2, 0, True, True, 3)), "divisor_override with ceil_mode"),
     "random numbers": (form(lambda x: x + torch.rand(1, 8, 16, 16)), "draws random numbers in evaluation mode"),
     "random numbers of its size": (form(lambda x: x + torch.randn_like(x)), "draws random numbers in evaluation mode"),

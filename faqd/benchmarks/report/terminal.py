@@ -97,7 +97,7 @@ def _main_table(result: Record) -> Table:
     for title in (
         "top-1 %\n95 %",
         "gap to\nteacher",
-        "agrees %\n95 %",
+        "agreement %\n95 %",
         "KiB int8/\npacked, f32",
         f"p50 {time_unit(result).name}\np99, b{batch}",
         "× float\n× teacher",

@@ -211,7 +211,7 @@ def line(result: dict[str, Any]) -> str:
         text += f" (the builder does not tell the type of {', '.join(result['unknown'])})"
     wrong = [output for output in result["outputs"] if not output["right"]]
     for output in wrong:
-        worst = "no number" if output["max_steps"] is None else f"up to {output['max_steps']:.1f} codes off"
+        worst = "no number" if output["max_steps"] is None else f"up to {output['max_steps']:.1f} steps off"
         text += f" ({output['name']}: {output['equal_share']:.1%} equal, {worst})"
     if result["message"]:
         text += f" ({result['message']})"

@@ -99,8 +99,8 @@ def _network(source: Path) -> tuple[Path, dict[str, Any]]:
     bundle = load_bundle(source)
     if not bundle.has(STUDENT_TENSORRT):
         raise UserError(
-            f"{source}: holds no {STUDENT_TENSORRT}: its student was trained with --target onnxruntime, and its 8-bit "
-            "activations have no grid on TensorRT; train with --target tensorrt."
+            f"{source}: holds no {STUDENT_TENSORRT}: its student was trained with --target onnxruntime, and TensorRT "
+            "has no type for its 8-bit activations; train with --target tensorrt."
         )
     return bundle.path(STUDENT_TENSORRT), bundle.manifest
 

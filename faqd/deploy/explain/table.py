@@ -37,7 +37,7 @@ def print_explanation(record: dict[str, Any]) -> None:
     lines += [f"{record['note']}."] if record["note"] else []
     for (says, cure), found in _broken(record).items():
         lines += [f"{says} {cure}", *(f"  {text}" for text in found[:PLACES])]
-        lines += [f"  and {len(found) - PLACES} more places"] if len(found) > PLACES else []
+        lines += [f"  and {len(found) - PLACES} more"] if len(found) > PLACES else []
     lines += _saturating(record["integer_sums"])
     lines += float32_in_words([part["reason"] for part in record["float32_parts"]], PLACES)
     for line in lines:
@@ -50,10 +50,10 @@ def _saturating(sums: list[dict[str, Any]]) -> list[str]:
     if not found:
         return []
     named = [f"  {row['module'] or row['node']}: {row['largest_pair']:,}" for row in found]
-    more = [f"  and {len(found) - PLACES} more places"] if len(found) > PLACES else []
+    more = [f"  and {len(found) - PLACES} more"] if len(found) > PLACES else []
     return [
         "On x86 CPUs with AVX2 and no VNNI, onnxruntime adds two neighbouring products in int16, which holds "
-        f"{HIGHEST:,} and saturates. In {len(found)} of {len(sums)} layers of unsigned codes and signed weights they "
+        f"{HIGHEST:,} and saturates. In {len(found)} of {len(sums)} layers of unsigned inputs and signed weights they "
         "can come to more, and the file gives other values there than elsewhere. faqd's own files stay below; with "
         "another tool use weights of 7 bits (onnxruntime's reduce_range), or unsigned ones.",
         *named[:PLACES],

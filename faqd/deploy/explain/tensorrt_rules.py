@@ -120,7 +120,7 @@ RULES: tuple[Rule, ...] = (
         "weight type",
         "refused",
         "Weights are INT8: UINT8 is refused, and with 4 bits or fewer no convolution builds.",
-        "Store the codes as INT8, whatever their bits (onnxruntime: weight_type=QuantType.QInt8).",
+        "Store quantized weights as INT8, whatever their bits (onnxruntime: weight_type=QuantType.QInt8).",
         violations.weight_type,
     ),
     _ACTIVATION_TYPE,
@@ -156,7 +156,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "average",
         "float",
-        "An average makes values that are no codes.",
+        "An average makes values between the quantized ones.",
         "Put Q/DQ after the average as well.",
         violations.averaged,
     ),
@@ -184,8 +184,8 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "unsigned activation",
         "inexact",
-        "TensorRT reads UINT8 codes as INT8, and those above 127 saturate.",
-        "Quantize activations to INT8; codes up to 127 keep their meaning.",
+        "TensorRT reads UINT8 values as INT8, and those above 127 saturate.",
+        "Quantize activations to INT8; values up to 127 keep their meaning.",
         violations.unsigned_input,
     ),
 )

@@ -140,7 +140,7 @@ def unequal_scales(layer: Layer) -> str | None:
 def unsigned_input(layer: Layer) -> str | None:
     for node in layer.input_quantizers:
         if code_type(layer.graph, node) == "UINT8":
-            return f"{name_of(node)} has UINT8 codes" + ("" if operand(node, 2) else " (no zero point means UINT8)")
+            return f"{name_of(node)} puts out UINT8" + ("" if operand(node, 2) else " (no zero point means UINT8)")
     return None
 
 

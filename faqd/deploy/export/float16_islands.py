@@ -122,7 +122,7 @@ class _Seen:
             lowest, highest = self._ends[name]
             unit, most = (highest - lowest, MOST_OF_THE_RANGE) if step is None else (step, MOST_OF_A_STEP)
             if unit > 0 and not self._moved[name] <= most * unit:
-                of = "its range" if step is None else "a step of the grid that rounds it"
+                of = "its range" if step is None else "a step of its quantization"
                 return f"FP16 moves {name} by {self._moved[name] / unit:.2g} of {of}"
         return ""
 

@@ -38,7 +38,9 @@ def verify_float16(bundle: Bundle, trace: Trace, found: Outputs, wanted: Outputs
     if bundle.takes_pixels:
         half, full = without_preprocessing(half), without_preprocessing(full)
     here = set(code_tensors(half.graph))
-    failures = [f"{name}: the FP16 file has no such codes" for name in code_tensors(full.graph) if name not in here]
+    failures = [
+        f"{name}: the FP16 file has no such quantized values" for name in code_tensors(full.graph) if name not in here
+    ]
     narrow = any(map(_is_float_cast, half.graph.node))
     layers: list[dict[str, Any]] = []
     for segment in segments(half):
@@ -71,10 +73,10 @@ def verify_float16(bundle: Bundle, trace: Trace, found: Outputs, wanted: Outputs
         if _multiplies_floats(segment):
             row["snr_db"] = snr = snr_db(computed, expected)
             if snr is not None and snr < LEAST_SNR_DB:
-                apart = f"{segment.layer}: the FP16 codes are {snr:.0f} dB from FP32"
+                apart = f"{segment.layer}: the quantized values of FP16 are {snr:.0f} dB from FP32"
                 failures.append(apart + _beyond(computed))
         elif close < EQUAL_CODES_FP16:
-            apart = f"{segment.layer}: only {100 * close:.3f} % of FP16 codes are within one of FP32"
+            apart = f"{segment.layer}: only {100 * close:.3f} % of the quantized values of FP16 are within one of FP32"
             failures.append(apart + _beyond(computed))
     failures += changed(half, full)
     return {"layers": layers, "failures": failures, "outputs": compare_outputs(found, wanted)}

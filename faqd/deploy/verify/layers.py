@@ -147,7 +147,7 @@ def _beyond(segment: Segment, values: dict[str, Value], wanted: dict[str, Any] |
 
 def _missing(layers: list[dict[str, Any]], wanted: dict[str, str]) -> list[str]:
     found = {row["layer"] for row in layers}
-    return [f"{layer}: the file has no codes of this layer" for layer in wanted if layer not in found]
+    return [f"{layer}: the file has no quantized values of this layer" for layer in wanted if layer not in found]
 
 
 def _differing_in_all(layers: list[dict[str, Any]]) -> list[str]:
@@ -156,7 +156,7 @@ def _differing_in_all(layers: list[dict[str, Any]]) -> list[str]:
         compared = [row[mode] for row in layers if "codes" in row.get(mode, {})]
         differing, total = (sum(c[key] for c in compared) for key in ("roundings", "codes"))
         if differing > max(1, (1 - EQUAL_CODES) * total):
-            failures.append(f"all layers: {differing} of {total} codes differ in {mode} onnxruntime")
+            failures.append(f"all layers: {differing} of {total} quantized values differ in {mode} onnxruntime")
     return failures
 
 
@@ -222,7 +222,7 @@ def _failure(layer: str, compared: dict[str, Any], optimise: bool) -> str:
     cause = SATURATED if compared.get("saturated") else ""
     if "codes" in compared:
         return (
-            f"{layer}: {compared['differing']} of {compared['codes']} codes differ in {how} onnxruntime, "
+            f"{layer}: {compared['differing']} of {compared['codes']} quantized values differ in {how} onnxruntime, "
             f"by up to {compared['largest_difference']}{cause}"
         )
     error = compared["relative_error"]

@@ -21,7 +21,7 @@ from faqd.deploy.verify.segments import ON_CODES, place_of
 
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm")
 _WHAT = {
-    "codes": "weight codes",
+    "codes": "quantized weights",
     "weight_scale": "weight scales",
     "bias": "bias",
     "bias_scale": "bias scales",
@@ -153,7 +153,9 @@ class _Constants:
             self._taken |= set(reader.input[1:])
             for index, word in ((1, "scale"), (2, "zero point")):
                 if self._values[reader.input[index]].item() != self._values[node.input[index]].item():
-                    self.complaints.append((place, f"its codes are read with another {word} than they were made with"))
+                    self.complaints.append(
+                        (place, f"its values are dequantized with another {word} than they were quantized with")
+                    )
         before = self._makers.get(node.input[0])
         if before is not None and before.op_type in ("Clip", "Relu"):  # on values
             bottom, top = self._limits(before)

@@ -20,7 +20,7 @@ def print_verification(record: dict[str, Any]) -> None:
     if not console.is_terminal:
         console = Console(width=WIDTH, no_color=True)
     for flavour, result in record["flavours"].items():
-        title = f"{flavour}: codes on {record['probe_images']} probe inputs"
+        title = f"{flavour}: quantized values on {record['probe_images']} probe inputs"
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         for column in (
             "layer",
@@ -47,7 +47,7 @@ def print_verification(record: dict[str, Any]) -> None:
     if "float16" in record:
         worst = min(layer.get("within_one_code", 1.0) for layer in record["float16"]["layers"])
         outputs = _outputs(record["float16"]["outputs"])
-        console.print(f"FP16 = FP32: {outputs}; worst layer {100 * worst:.3f} % within one code")
+        console.print(f"FP16 = FP32: {outputs}; worst layer {100 * worst:.3f} % within one step")
     console.print(f"student.float.onnx = float student in torch: {_outputs(record['float_student'])}")
     console.print(f"teacher.onnx = teacher in torch: {_outputs(record['teacher'])}")
     if "teacher_float16" in record:

@@ -84,7 +84,7 @@ def _problem(traced: fx.GraphModule, node: fx.Node) -> str | None:
     if nodes.role(traced, node) == "other":
         return _OF_OPERATORS.get(word_of(node)) or (
             f"{_operator(traced, node)} cannot be quantized yet. Known are {KNOWN}. --exclude with a regular "
-            "expression that fits this place keeps it float."
+            "expression that fits this path keeps it float."
         )
     row = nodes.row_of(traced, node)
     return None if row is None or row.problem is None else row.problem(nodes.module_of(traced, node), node)
@@ -107,12 +107,12 @@ _ADAPTIVE_MODULES = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxP
 
 
 _COMPUTED = (
-    "its weights are computed from the image, so they have no codes of their own; --exclude with a regular expression "
-    "that fits this place keeps it float."
+    "its weights are computed from the image, so they cannot be quantized once and for all; --exclude with a regular "
+    "expression that fits this path keeps it float."
 )
 _OF_OPERATORS = {
     **dict.fromkeys(("linear", "conv1d", "conv2d", "conv_transpose1d", "conv_transpose2d"), _COMPUTED),
-    "index": "indexing with a list of places cannot be quantized yet; view and transpose, or nn.ChannelShuffle, "
+    "index": "indexing with a list of positions cannot be quantized yet; view and transpose, or nn.ChannelShuffle, "
     "shuffle channels.",
 }
 """What is known of an operator that is nothing to the quantizer as it is written."""

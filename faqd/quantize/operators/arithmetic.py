@@ -131,12 +131,12 @@ def _of_two(module: Any, node: fx.Node) -> str | None:
     if len(tensors) != 2:
         return (
             "only the sum or product of two tensors can be quantized yet; --exclude with a regular expression that "
-            "fits this place keeps it float."
+            "fits this path keeps it float."
         )
     if any(tensor.meta[OWN] for tensor in tensors):
         return (
             "a parameter that makes the other operand larger, or that differs between images, cannot be quantized "
-            "yet; --exclude with a regular expression that fits this place keeps the operator float."
+            "yet; --exclude with a regular expression that fits this path keeps the operator float."
         )
     return None
 
@@ -203,7 +203,7 @@ OPERATORS = (
         problem=_of_two,
         emit=two("Mul"),
         stands_for="product of two tensors (squeeze-and-excite), `square`, `x ** 2`",
-        treatment=Treatment("its own; both sides are rounded", "float, between codes", "integer or float"),
+        treatment=Treatment("its own; both sides are rounded", "float, between quantized tensors", "integer or float"),
     ),
     Operator(
         "curve",

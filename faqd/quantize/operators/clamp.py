@@ -56,7 +56,7 @@ OPERATORS = (
         emit=_emit,
         stands_for="ReLU6, hardtanh, `clamp(a, b)` with a ≤ 0 < b",
         treatment=Treatment(
-            "unsigned, the chosen bits, or signed 8 bits where a < 0; limits become limits of the codes",
+            "unsigned, the chosen bits, or signed 8 bits where a < 0; limits become limits of the quantized values",
             "a Clip before the rounding",
             "an integer Clip",
         ),

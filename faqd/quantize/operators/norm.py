@@ -150,7 +150,8 @@ OPERATORS = (
         stands_for="batch norm as a module, as `F.batch_norm`, or frozen in buffers and written out (`x * scale + "
         "shift`, `torch.addcmul`), with a parameter as last factor and as last offset or without",
         treatment=Treatment(
-            "folded behind a layer: sign into the codes, size into the scale; elsewhere `x * factor + offset` in float",
+            "folded behind a layer: sign into the quantized weights, size into the scale; elsewhere "
+            "`x * factor + offset` in float",
             "folded; elsewhere float, fused into a neighbour",
             "folded; elsewhere float",
         ),

@@ -44,7 +44,7 @@ def _unlike_zeros(pad: Any, node: fx.Node) -> str | None:
     if pad.mode == "circular":
         return "circular padding has no ONNX operator yet; use zeros, reflect or replicate."
     if pad.value != 0:
-        return "padding with another number than zero would not lie on the grid of the padded tensor."
+        return "padding with another number than zero is none of the quantized values of the padded tensor."
     return None
 
 

@@ -186,7 +186,7 @@ def _count_no_padding(path: str, before: tuple[Size, ...], windows: dict[str, An
     if padded and _reaches_beyond(before, windows):
         raise UserError(
             f"{path}: an average with ceil_mode that counts its padding, which onnxruntime "
-            "computes wrongly on codes; give it count_include_pad=False, or leave ceil_mode out."
+            "computes wrongly on integers; give it count_include_pad=False, or leave ceil_mode out."
         )
     windows["ceil_mode" if padded else "count_include_pad"] = 0
 

@@ -118,7 +118,7 @@ OPERATORS = (
         emit=_emit_nearest,
         stands_for="nearest resizing by whole factors",
         treatment=Treatment(
-            PASSED_ON, "on INT8: the rounding is repeated behind it", "on codes, rounded again unchanged"
+            PASSED_ON, "on INT8: the rounding is repeated behind it", "on integers, quantized again unchanged"
         ),
     ),
     Operator(

@@ -161,11 +161,11 @@ OPERATORS = (
         emit=_emit_joined,
         stands_for="concatenation, `stack`",
         treatment=Treatment(
-            "all tensors that are joined share one grid and one scale, also where a split or a shuffle stands between. "
+            "all tensors that are joined share one range and scale, also where a split or a shuffle stands between. "
             "The result has a scale of its own where the image is joined, or a map with its own multiple or mean "
             "(`x / 2`, `(x + y) / 2`, an average, a LeakyReLU of it)",
             "on INT8",
-            "on codes",
+            "on integers",
         ),
     ),
     Operator(
@@ -226,7 +226,7 @@ OPERATORS = (
         emit=_emit_constant,
         stands_for="a tensor of the network's own in a concatenation, expanded to the batch (coordinates, a buffer, "
         "`torch.linspace`)",
-        treatment=Treatment("as the concatenation", "float, then codes", "float, then codes"),
+        treatment=Treatment("as the concatenation", "float, then quantized", "float, then quantized"),
     ),
 )
 

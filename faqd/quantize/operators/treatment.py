@@ -16,10 +16,10 @@ class Treatment:
 
 SUMS = "float until the next rounding; weights of 1 to 8 bits with a scale per output channel"
 OWN = "its own: 0..127, or signed 8 bits"
-PASSED_ON = "that of the input: codes pass through"
+PASSED_ON = "that of the input: quantized values pass through"
 
 CURVED = Treatment("signed 8 bits", "float, between INT8 layers", "float, as the layer before it")
-PASSED = Treatment(PASSED_ON, "on INT8", "on codes, rounded again unchanged")
-AVERAGED = Treatment(OWN, "reads codes, float result, rounded", "reads codes, float result, rounded")
+PASSED = Treatment(PASSED_ON, "on INT8", "on integers, quantized again unchanged")
+AVERAGED = Treatment(OWN, "reads integers, float result, quantized", "reads integers, float result, quantized")
 ISLAND = Treatment("none: float", "FP16", "FP32")
 """Of what has no integer form."""

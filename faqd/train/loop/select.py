@@ -119,6 +119,6 @@ def kept_sentence(run: Path, best: Best, total: int) -> str:
     what = "the untrained student" if best.iteration == 0 else f"{abs(best.measure):.4g}"
     last = "no number" if math.isinf(best.last) else f"{abs(best.last):.4g}"
     return (
-        f"{run}: kept: iteration {best.iteration} of {total}, {what} (select measure: untrained {abs(best.first):.4g}, "
-        f"after the last iteration {last})."
+        f"{run}: kept: iteration {best.iteration} of {total}, {what} (validation measure: "
+        f"untrained {abs(best.first):.4g}, after the last iteration {last})."
     )

@@ -246,7 +246,7 @@ def test_many_places_of_one_rule_are_counted(tmp_path: Path) -> None:
     path = written(residual_network(zero=np.uint8(128)), tmp_path / "net.onnx")
     printed = succeeds(faqd_deploy("explain", path, "--rules-only")).stdout
     assert "none of its 6 layers runs" in printed and printed.count("has the zero point 128") == 8
-    assert re.search(r"and \d+ more places", printed)
+    assert re.search(r"and \d+ more\n", printed)
     assert len(explanation(path, rules_only=True)["refused"]) > 8
 
 

@@ -48,8 +48,8 @@ def test_a_good_one(good: tuple[Path, str]) -> None:
     lines = said.splitlines()
     assert lines[-1] == f"{out}: net.py:build 8/8, verified; of its teacher: kept."
     (proof,) = (line for line in lines if line.startswith("proof: "))
-    said_of = r"proof: the files compute the student: [\d,]+ codes compared, (0 differ|\d+ differs? by one, at ties)\."
-    assert re.fullmatch(said_of, proof)
+    counted = r"[\d,]+ quantized values compared, (0 differ|\d+ differs? by one, at ties)"
+    assert re.fullmatch(rf"proof: the files compute the student: {counted}\.", proof)
     found = json.loads((out / VERIFY).read_text())["fidelity"]
     assert list(found) == [STUDENT_TENSORRT_FP32, STUDENT_TENSORRT, STUDENT_ONNXRUNTIME]
     assert all(each["verdict"] == "kept" and 0.97 <= each["least"] < 1 for each in found.values())

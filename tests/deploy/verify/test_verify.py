@@ -273,15 +273,15 @@ def change_the_classifier(model: onnx.ModelProto) -> None:
 
 FAULTS: list[tuple[Callable[[onnx.ModelProto], None], str, str]] = [
     (swap_two_scales, "conv2: the file has not torch's weight scales", "relu_1"),
-    (flip_a_weight_code, "conv2: the file has not torch's weight codes", "relu_1"),
-    (transpose_the_weights, "conv2: the file has not torch's weight codes", "relu_1"),
+    (flip_a_weight_code, "conv2: the file has not torch's quantized weights", "relu_1"),
+    (transpose_the_weights, "conv2: the file has not torch's quantized weights", "relu_1"),
     (shift_a_bias_by_one_code, "conv2: the file has not torch's bias", "relu_1"),
     (drop_the_clip, "relu_1: the file has not torch's ", "relu_1"),
     (stretch_an_activation_scale, "relu_1: the file has not torch's scale", "relu_1"),
     (merge_two_scales, "relu_1: the file has not torch's scale", "relu_1"),
     (merge_two_biases, "conv2: the file has not torch's bias", "relu_1"),
-    (turn_the_axis, "conv2: the file has not torch's weight codes", "relu_1"),
-    (change_the_classifier, "fc: the file has not torch's weight codes", "fc"),
+    (turn_the_axis, "conv2: the file has not torch's quantized weights", "relu_1"),
+    (change_the_classifier, "fc: the file has not torch's quantized weights", "fc"),
 ]
 """The fault; how the failure by number begins; the layer whose codes are the first wrong ones."""
 
@@ -408,7 +408,7 @@ def test_a_missing_rounding_is_named(bundle: Bundle, probes: NDArray[np.float32]
     digests = bundle.manifest["torch_digests"]["tensorrt"]
     more = {**digests, "codes": {**digests["codes"], "forgotten": ""}}
     found = verify_file(load_model(bundle.path(STUDENT_TENSORRT_FP32)), probes, more, [False])["failures"]
-    assert found == ["forgotten: the file has no codes of this layer"]
+    assert found == ["forgotten: the file has no quantized values of this layer"]
 
 
 @pytest.mark.parametrize("name", [STUDENT_TENSORRT_FP32, STUDENT_TENSORRT, STUDENT_ONNXRUNTIME, TEACHER])
@@ -525,7 +525,7 @@ def made(model: onnx.ModelProto) -> set[str]:
         (STUDENT_TENSORRT, rewire, "the FP16 file has other operators"),
         (STUDENT_TENSORRT, through_another_type, "the FP16 file has other operators"),
         (STUDENT_TENSORRT, rename_one, "the FP16 file has other operators"),
-        (STUDENT_TENSORRT, rename_everything, "x.codes: the FP16 file has no such codes"),
+        (STUDENT_TENSORRT, rename_everything, "x.codes: the FP16 file has no such quantized values"),
         (TEACHER_FP16, lambda m: change(m, "fc.bias", lambda b: 2 * b), f"{TEACHER_FP16}: fc.bias: the FP16 file has"),
         (TEACHER_FP16, older_operators, f"{TEACHER_FP16}: the FP16 file is of another opset"),
         (FLOAT_STUDENT_FP16, rename_one, f"{FLOAT_STUDENT_FP16}: the FP16 file has other operators"),
