@@ -35,7 +35,7 @@ STEPS = (
     ),
     (
         "A student with 8 bits, without labels",
-        "faqd-train distill --recipe digits --teacher {out}/teacher --steps 40 --out {out}/run-w8a8",
+        "faqd-train distill --recipe digits --teacher {out}/teacher --steps 20 --out {out}/run-w8a8",
     ),
     (
         "A student with 4-bit weights and activations, without labels",
@@ -44,7 +44,7 @@ STEPS = (
     ),
     (
         "A smaller student with 8 bits, without labels",
-        "faqd-train distill --recipe digits --teacher {out}/teacher --arch resnet8 --out {out}/run-small",
+        "faqd-train distill --recipe digits --teacher {out}/teacher --arch resnet8 --steps 230 --out {out}/run-small",
     ),
     ("Lower and verify the students", "faqd-deploy export {out}/run-w8a8 --out {out}/w8a8"),
     ("", "faqd-deploy export {out}/run-w4a4 --out {out}/w4a4"),
