@@ -40,9 +40,9 @@ def lower(
 ) -> Lowered:
     """Lower a calibrated student for `runtime`.
 
-    output_scales: of its outputs, by place (`collect_output_scales`). test_vectors: (N >= 2, C, H, W) float32 on the
-    CPU, network input, of which the last `driven` have their codes replaced. metadata: for the file. UserError where an
-    operator cannot be lowered.
+    output_scales: of its outputs, by module path (`collect_output_scales`). test_vectors: (N >= 2, C, H, W) float32 on
+    the CPU, network input, of which the last `driven` have every quantized value replaced by a random one. metadata:
+    for the file. UserError where an operator cannot be lowered.
     """
     network = convert(student, runtime, output_scales)
     written = written_from_deployed(network, test_vectors[:2], dict(metadata or {}))

@@ -15,9 +15,9 @@ class QuantConfig:
 
     weights: 1-8, or 32 where the activations are float as well: a student without any quantizer.
     rounding: of what is behind a ReLU. scale_gradient: by which those scales learn; a lowered file shows none of it.
-    exclude: regular expressions; a layer or operator stays float where one is found in its place. strict: whether what
+    exclude: regular expressions; a layer or operator stays float where one fits its path. strict: whether what
     has no integer form is refused, instead of staying float by itself. asymmetric: whether activations of 8 bits have
-    all 256 codes, which begin where their values do, instead of 0..127 or as many above zero as below.
+    all 256 quantized values, which begin where theirs do, instead of 0..127 or as many above zero as below.
     """
 
     weights: int = 8

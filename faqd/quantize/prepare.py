@@ -26,7 +26,7 @@ def prepare(network: nn.Module, example: Tensor, config: QuantConfig = _DEFAULT)
 
     network: whose weights the student starts from, as copies; it is captured in evaluation mode and left in the mode
     that it was in. example: (N >= 2, C, H, W) float32 on the network's device, of which only shapes matter. UserError
-    names the place and the line of what cannot be captured or quantized.
+    names the path and the line of what cannot be captured or quantized.
 
         student = faqd.prepare(net, images[:2], faqd.QuantConfig(weights=4, activations=4))
     """

@@ -21,7 +21,7 @@ class Student(nn.Module):
     taps: float node name -> student node name, for every node of the float network. islands: what has no integer form.
     float_network: what it was prepared from, whose parameters are no part of the student's. norms_stand_still: batch
     norms keep the float network's statistics in training mode too, from which a few hundred steps of fine-tuning only
-    lose. `print(student)` shows every layer with its grids, and the islands.
+    lose. `print(student)` shows every layer with its ranges, and the islands.
     """
 
     network: fx.GraphModule
@@ -56,7 +56,7 @@ class Student(nn.Module):
         return self
 
     def quantizers(self) -> dict[str, ActivationQuantizer]:
-        """Activation quantizers by place, in graph order."""
+        """Activation quantizers by module path, in graph order."""
         modules = dict(self.network.named_modules())
         names = [str(n.target) for n in self.network.graph.nodes if n.op == "call_module"]
         return {

@@ -52,7 +52,7 @@ def affinity_loss(
     columns: int = 15,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Feature affinity (arXiv 2302.10899): do the same places resemble each other? A dimensionless scalar.
+    """Feature affinity (arXiv 2302.10899): do the same positions resemble each other? A dimensionless scalar.
 
     student (B, Cs, H, W), teacher (B, Ct, H', W'); channel counts may differ, and where the sizes do the
     teacher is resized to (H, W), bilinearly with aligned corners. With N = H * W, every pixel's column f of
