@@ -156,9 +156,9 @@ def sensitivity(
 @min_fidelity_option
 @json_option
 def verify(bundle_folder: Path, min_fidelity: float | None, json_target: str | None) -> None:
-    """Prove a bundle again: torch, reference and onnxruntime, layer by layer. Exit code 1 if a bound does not hold.
+    """Prove a bundle again: torch, integer reference and onnxruntime, layer by layer.
 
-    The result is kept in verify.json of the bundle, where that can be written to.
+    Exit code 1 if a bound does not hold. The result is kept in verify.json of the bundle, where that can be written to.
     """
     from faqd.bundle import load_bundle
     from faqd.deploy.conclusion import exit_if_failed, fidelity_lines, keep

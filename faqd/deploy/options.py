@@ -78,7 +78,7 @@ bundle_flags = section(
         "--float-type",
         type=click.Choice(["fp16", "fp32"]),
         default="fp16",
-        help="Keep the unquantized rest of the TensorRT file in this type.",
+        help="Compute precision of what is not quantized in the TensorRT file.",
     ),
     click.option(
         "--input",
@@ -146,7 +146,7 @@ predict_flags = flags(
 built_flags = section(
     "What is built",
     click.option(
-        "--all", "build_all", is_flag=True, help="Also build the float student and the teacher, both in FP16."
+        "--all", "build_all", is_flag=True, help="Also build the unquantized student and the teacher, both in FP16."
     ),
     click.option("--force", is_flag=True, help="Build although verify failed or is out of date."),
 )

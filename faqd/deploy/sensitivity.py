@@ -47,7 +47,7 @@ def sensitivity(
         trials.append(trial)
         say(f"tried: {_trial_in_words(trial)}")
     return {
-        "what": "every rounding alone, by the distance of the outputs, and what stays with the worst left float",
+        "what": "every quantizer alone, by the distance of the outputs, and what stays with the worst left float",
         "faqd": __version__,
         "network": made.teacher.source.name,
         "bits": bits.label,

@@ -150,7 +150,7 @@ def distill(recipe: str, teacher: str, teacher_weights: Path | None, json_target
 @section("Data", *MOVED_DATA)
 @json_option
 def evaluate(run_folder: Path, data: str | None, data_root: Path | None, json_target: str | None) -> None:
-    """Accuracy of a run's network on the eval split: for a student, of the deployed integers.
+    """Accuracy of a run's network on the evaluation split: for a student, of the deployed integers.
 
     A folder of runs, as `distill` writes it for lists of bits and several seeds, gives one table.
     """

@@ -49,7 +49,7 @@ class Evaluator:
                 values |= dict(zip(filter(None, node.output), self.results(node, operands), strict=True))
             except _CANNOT_COMPUTE as error:
                 raise UserError(
-                    f"{node.name}: the reference evaluator cannot run this {node.op_type}: {first_line(error)}."
+                    f"{node.name}: the integer reference cannot run this {node.op_type}: {first_line(error)}."
                 ) from error
         return values
 
@@ -85,21 +85,21 @@ def _refuse_unknown(model: onnx.ModelProto) -> None:
     versions = {entry.domain: entry.version for entry in model.opset_import}
     if versions.get("", 0) not in OPSETS:
         known = f"{OPSETS[0]} to {OPSETS[-1]}"
-        raise UserError(f"the reference evaluator knows opset {known}, found {versions.get('', 'none')}.")
+        raise UserError(f"the integer reference knows opset {known}, found {versions.get('', 'none')}.")
     standard = {node.op_type for node in model.graph.node if not node.domain}
     foreign = {f"{node.domain}.{node.op_type}" for node in model.graph.node if node.domain}
     unknown = sorted(foreign | standard - set(OPERATORS) - FLOAT_OPERATORS)
     if unknown:
-        raise UserError(f"the reference evaluator knows no {', '.join(unknown)}; it cannot verify this file.")
+        raise UserError(f"the integer reference knows no {', '.join(unknown)}; it cannot verify this file.")
     for node in model.graph.node:
         if node.op_type in FLOAT_OPERATORS:
             continue
         for name, value in _attributes(node).items():
             if value != _NEUTRAL.get(name, value):
                 operator = f"{node.op_type} only without {name} = {value!r}"
-                raise UserError(f"{node.name}: the reference evaluator knows {operator}.")
+                raise UserError(f"{node.name}: the integer reference knows {operator}.")
         if len(list(filter(None, node.output))) > 1 and node.op_type != "Split":
-            raise UserError(f"{node.name}: the reference evaluator knows {node.op_type} only with one output.")
+            raise UserError(f"{node.name}: the integer reference knows {node.op_type} only with one output.")
 
 
 def _attributes(node: onnx.NodeProto) -> Attributes:
@@ -108,7 +108,7 @@ def _attributes(node: onnx.NodeProto) -> Attributes:
 
 def _value(array: NDArray[Any]) -> Value:
     if array.dtype.kind not in "fiub":
-        raise UserError(f"the reference evaluator knows no {array.dtype} numbers.")
+        raise UserError(f"the integer reference knows no {array.dtype} numbers.")
     return array.astype(np.float64) if array.dtype.kind == "f" else array
 
 

@@ -91,7 +91,7 @@ def verify_trace(
             row["beyond"] = _beyond(segment, values, roundings.get(segment.layer))
             row["torch_equal"] = digest(codes) == torch_digests["codes"].get(segment.layer)
         if not row["torch_equal"]:
-            failures.append(f"{segment.layer}: the torch student and the reference differ")
+            failures.append(f"{segment.layer}: the torch student and the integer reference differ")
         for optimise in modes:
             if not optimise and has_float_operators(segment):
                 shown = FloatOperators(segment)

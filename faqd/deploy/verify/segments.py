@@ -222,8 +222,8 @@ class Trace:
         elements = self.probes * sum(_elements(value) for value in segment.model.graph.value_info)
         if elements > MOST_VALUES:
             raise UserError(
-                f"layer {segment.layer} takes {elements:,} numbers for {self.probes} probe images; the reference "
-                f"evaluator holds at most {MOST_VALUES:,} at once. Verify a smaller --image-size."
+                f"layer {segment.layer} takes {elements:,} numbers for {self.probes} probe images; the integer "
+                f"reference holds at most {MOST_VALUES:,} at once. Verify a smaller --image-size."
             )
 
 

@@ -48,7 +48,7 @@ def print_verification(record: dict[str, Any]) -> None:
         worst = min(layer.get("within_one_code", 1.0) for layer in record["float16"]["layers"])
         outputs = _outputs(record["float16"]["outputs"])
         console.print(f"FP16 = FP32: {outputs}; worst layer {100 * worst:.3f} % within one step")
-    console.print(f"student.float.onnx = float student in torch: {_outputs(record['float_student'])}")
+    console.print(f"student.float.onnx = unquantized student in torch: {_outputs(record['float_student'])}")
     console.print(f"teacher.onnx = teacher in torch: {_outputs(record['teacher'])}")
     if "teacher_float16" in record:
         console.print(f"teacher FP16 = FP32: {_outputs(record['teacher_float16'])}")

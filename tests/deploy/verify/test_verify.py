@@ -160,7 +160,7 @@ def test_dark_images_hide_no_clip(tmp_path: Path) -> None:
     digests = dark.manifest["torch_digests"]["tensorrt"]
     assert verify_file(model, inputs, digests, [])["failures"][0] == "relu_1: the file has not torch's upper limit"
     found = verify_file(model, inputs, without_numbers(digests), [])["failures"]
-    assert found[0] == "relu_1: the torch student and the reference differ"
+    assert found[0] == "relu_1: the torch student and the integer reference differ"
 
 
 def test_large_images_give_fewer_probes() -> None:
@@ -341,7 +341,7 @@ def test_a_scale_off_by_so_little_that_few_codes_change_is_found(
             break
         assert found == []
     assert 0 < differing < 0.001 * wanted.size
-    assert found[0] == "relu_1: the torch student and the reference differ"
+    assert found[0] == "relu_1: the torch student and the integer reference differ"
 
 
 def test_a_faulty_bundle_fails_by_name_and_no_engine_is_built_from_it(bundle: Bundle, tmp_path: Path) -> None:
@@ -564,7 +564,7 @@ def test_the_float_student_is_held_against_torch(bundle: Bundle, capsys: pytest.
     record = read_json(bundle.folder / VERIFY)
     assert record["float_student"]["images"] == 24 and record["float_student"]["snr_db"]["logits"] > 100
     print_verification(record)
-    assert "student.float.onnx = float student in torch: " in capsys.readouterr().out
+    assert "student.float.onnx = unquantized student in torch: " in capsys.readouterr().out
 
 
 def test_probes_at_which_torch_overflowed_tell_nothing(bundle: Bundle, tmp_path: Path) -> None:
