@@ -140,7 +140,7 @@ def sensitivity(
     json_target: str | None,
     **options: Any,
 ) -> None:
-    """Say which roundings cost a float network most, and what to keep float so that its outputs are kept."""
+    """Say which quantizers cost a float network most, and what to keep float so that its outputs are kept."""
     from faqd.deploy.sensitivity import lines
     from faqd.deploy.sensitivity import sensitivity as found_by
 
