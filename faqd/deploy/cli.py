@@ -146,7 +146,7 @@ def sensitivity(
 
     bits, chosen = _quantization(options)
     record = found_by(teacher, teacher_weights, data_values(options), bits, chosen, images, _say)
-    if json_target is None:
+    if json_target != "-":
         click.echo("\n".join(lines(record)))
     emit_json(json_target, record)
 
@@ -167,7 +167,7 @@ def verify(bundle_folder: Path, min_fidelity: float | None, json_target: str | N
 
     bundle = load_bundle(bundle_folder)
     record = verified(bundle)
-    if json_target is None:
+    if json_target != "-":
         print_verification(record)
         click.echo("\n".join(fidelity_lines(bundle, record)))
     emit_json(json_target, record)
@@ -185,7 +185,7 @@ def explain(source: Path, rules_only: bool, json_target: str | None) -> None:
     from faqd.deploy.explain.table import print_explanation
 
     record = explanation(source, rules_only=rules_only)
-    if json_target is None:
+    if json_target != "-":
         print_explanation(record)
     emit_json(json_target, record)
 
@@ -199,7 +199,7 @@ def inspect(folder: Path, json_target: str | None) -> None:
     from faqd.deploy.sweep import inspected
 
     facts, lines = inspected(folder) or inspect_folder(folder)
-    if json_target is None:
+    if json_target != "-":
         click.echo("\n".join(lines))
     emit_json(json_target, facts)
 
@@ -265,7 +265,7 @@ def doctor(engine: Path | None, json_target: str | None) -> None:
     from faqd.deploy.board.doctor import examine, lines
 
     findings = examine(engine)
-    if json_target is None:
+    if json_target != "-":
         click.echo("\n".join(lines(findings)))
     emit_json(json_target, [finding.to_json() for finding in findings])
     if failed := [finding.what for finding in findings if finding.status == "fails"]:

@@ -160,12 +160,12 @@ def evaluate(run_folder: Path, data: str | None, data_root: Path | None, json_ta
     moved = MovedData(data_root, absolute_source(data))
     if runs := members(run_folder, RECORD):
         results = evaluate_runs(runs, moved, _say)
-        if json_target is None:
+        if json_target != "-":
             click.echo("\n".join(table([row(each) for each in results])))
         emit_json(json_target, results)
         return
     result = evaluate_run(run_folder, moved)
-    if json_target is None:
+    if json_target != "-":
         click.echo("\n".join(f"{name}: {value}" for name, value in result.items()))
     emit_json(json_target, result)
 
@@ -200,7 +200,7 @@ def curves(run_folder: Path, tensorboard: Path | None, json_target: str | None) 
             continue
         if tensorboard is not None:
             write_events(each, tensorboard / run_path.resolve().name)
-        elif json_target is None:
+        elif json_target != "-":
             click.echo("\n".join(lines(run_path, each)))
     if tensorboard is not None:
         _say(f"{len(found)} in {tensorboard}: `tensorboard --logdir {shlex.quote(str(tensorboard))}` shows them.")
@@ -214,7 +214,7 @@ def recipes(json_target: str | None) -> None:
     from faqd.train.recipes import RECIPES, TeacherRecipe, recipe_json
 
     built = {name: make() for name, make in RECIPES.items()}
-    if json_target is None:
+    if json_target != "-":
         for name, recipe in built.items():
             kind = "teacher" if isinstance(recipe, TeacherRecipe) else "distill"
             click.echo(f"{name:26} {kind:8} {recipe.about}")
@@ -270,7 +270,7 @@ def inspect(json_target: str | None, **options: Any) -> None:
     if Path(options["teacher"]).is_dir():
         refuse_idle(["--image-size", "--input-channels"], "a run knows its input")
     table = inspect_network(**options, say=_say)
-    if json_target is None:
+    if json_target != "-":
         click.echo(f"{'layer':34} {'operator':10} {'weights':12} {'inputs':14} shape")
         for row in table["layers"]:
             shape = "x".join(map(str, row["weight_shape"]))

@@ -187,14 +187,14 @@ def judged_by_metric(result: Record) -> list[tuple[Record, str, Record]]:
 
 
 def difference_of(source: Record, name: str) -> str:
-    """How far a figure of the user's metric is from the teacher's, with its interval; empty where that is not known."""
+    """The gap of a figure of the user's metric to the teacher's, with its interval; empty where that is not known."""
     difference = (source.get("metric_difference") or {}).get(name)
     if difference is None:
         return ""
     value, low, high = (
         f"{difference[key]:+.3g}".replace("-", "−") if difference[key] else "0" for key in ("value", "low", "high")
     )
-    return f"{value} ({low} to {high})"
+    return f"gap {value} ({low} … {high})"
 
 
 def bootstrap_in_words(result: Record) -> str:
@@ -203,8 +203,8 @@ def bootstrap_in_words(result: Record) -> str:
     if not (result["metric"] and resamples):
         return ""
     return (
-        f"Differences to the teacher have 95 % intervals, by a paired bootstrap: {resamples:,} resamples of "
-        f"{result['metric']['images']:,} images. One that holds 0 says that nothing was found."
+        f"A gap is the difference to the teacher, with its 95 % interval by a paired bootstrap: {resamples:,} "
+        f"resamples of {result['metric']['images']:,} images. Where the interval holds 0, no difference was found."
     )
 
 

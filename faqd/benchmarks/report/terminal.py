@@ -261,13 +261,14 @@ def _layer_table(result: Record) -> Table | None:
 
 
 def _metrics(result: Record) -> list[str]:
-    lines = []
-    for network, file, source in judged_by_metric(result):
+    judged = judged_by_metric(result)
+    lines = [f"{result['metric']['source']}:"] if judged else []
+    for network, file, source in judged:
         figures = ", ".join(
             f"{name} {value:.4g}{f', {difference}' if (difference := difference_of(source, name)) else ''}"
             for name, value in source["metric"].items()
         )
-        lines.append(f"{label(network)}{f', {file}' if file else ''}: {figures} ({result['metric']['source']})")
+        lines.append(f"  {label(network)}{f', {file}' if file else ''}: {figures}")
     if explained := bootstrap_in_words(result):
         lines.append(explained)
     for network in result["networks"]:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from faqd.deploy.verify.verify import CEIL_NOTE
+from faqd.proof import codes_in_words
 from faqd.saturation import HIGHEST
 
 WIDTH = 100
@@ -27,7 +28,7 @@ def print_verification(record: dict[str, Any]) -> None:
             "torch =\nreference",
             "onnxruntime\nas written",
             "onnxruntime\noptimised",
-            "codes\nreached",
+            "values\nreached",
         ):
             table.add_column(column, overflow="fold")
         for row in result["layers"]:
@@ -74,7 +75,7 @@ def _sums(result: dict[str, Any], kind: str) -> str:
 
 def _conclusion(record: dict[str, Any]) -> str:
     if record["passed"]:
-        return "passed"
+        return f"proof: {codes_in_words(record)}."
     said = _first_failure(record["failures"])
     if record["flavours"].get("tensorrt", {}).get("passed"):
         said += "\nThe TensorRT file passed: an engine can be built from it."

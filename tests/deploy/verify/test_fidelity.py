@@ -66,10 +66,18 @@ def test_a_ruined_one_is_proved_and_called_ruined(ruined: tuple[Path, str]) -> N
 
 def test_commands_say_both(good: tuple[Path, str], ruined: tuple[Path, str]) -> None:
     for (out, _), word in ((good, "kept"), (ruined, "ruined")):
-        for command in ("inspect", "verify"):
+        for command, proof in (("inspect", "verify: passed"), ("verify", "proof: the files compute the student: ")):
             told = succeeds(faqd_deploy(command, out)).stdout
-            assert f"fidelity: {word}." in told and "passed" in told
+            assert f"fidelity: {word}." in told and proof in told
         assert json.loads(succeeds(faqd_deploy("inspect", out, "--json", "-")).stdout)["fidelity"]
+
+
+@pytest.mark.parametrize("command", ["verify", "explain", "inspect"])
+def test_a_json_file_takes_nothing_from_what_is_printed(command: str, good: tuple[Path, str], tmp_path: Path) -> None:
+    out, _ = good
+    line = (command, out, *(["--rules-only"] if command == "explain" else []))
+    kept = succeeds(faqd_deploy(*line, "--json", tmp_path / "kept.json")).stdout
+    assert kept == succeeds(faqd_deploy(*line)).stdout and json.loads((tmp_path / "kept.json").read_text())
 
 
 def test_a_minimum_is_an_exit_code(user: User, good: tuple[Path, str], ruined: tuple[Path, str]) -> None:

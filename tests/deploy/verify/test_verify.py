@@ -117,7 +117,7 @@ def test_a_good_bundle_passes(bundle: Bundle, capsys: pytest.CaptureFixture[str]
     assert record["float16"]["outputs"]["top1_agreement"] > 0.99
     assert load_bundle(bundle.folder).manifest["torch_digests"] == bundle.manifest["torch_digests"]
     print_verification(record)
-    assert "passed" in capsys.readouterr().out
+    assert "proof: the files compute the student: " in capsys.readouterr().out
 
 
 def test_the_probes_reach_beyond_every_clip(bundle: Bundle) -> None:
