@@ -23,10 +23,22 @@ _LAYERS = (F.linear, F.conv1d, F.conv2d, F.conv_transpose1d, F.conv_transpose2d)
 def int8_share(student: Student) -> float:
     """Of 1, by multiply-accumulates of layers and of products of activations: those whose layer reads codes and has
     weights of them. What a runtime does beside that, `runs_int8` in the manifest says."""
+    integers, total = _on_integers_and_in_all(student)
+    return sum(integers.values()) / total if total else 0.0
+
+
+def int8_shares(student: Student) -> dict[str, float]:
+    """By the place of a layer that runs on integers, how much of that share is its own."""
+    integers, total = _on_integers_and_in_all(student)
+    return {place: count / total for place, count in integers.items() if count}
+
+
+def _on_integers_and_in_all(student: Student) -> tuple[dict[str, int], int]:
+    """The multiply-accumulates of every layer that runs on integers, by place, and those of the whole network."""
     network = student.network
-    found = [(_products(network, node), _on_integers(network, node)) for node in network.graph.nodes]
-    total = sum(count for count, _ in found)
-    return sum(count for count, integers in found if integers) / total if total else 0.0
+    counts = {node: _products(network, node) for node in network.graph.nodes}
+    integers = {place: counts[node] for node, place in nodes.places(network).items() if _on_integers(network, node)}
+    return integers, sum(counts.values())
 
 
 def _on_integers(network: fx.GraphModule, node: fx.Node) -> bool:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor, fx
 
@@ -14,26 +14,31 @@ from faqd.calib.ranges import Method
 from faqd.fidelity import KEPT, kept_at
 from faqd.quantize import nodes
 from faqd.quantize.calibrate import calibrate, float_forward
-from faqd.quantize.int8_share import int8_share
+from faqd.quantize.int8_share import int8_share, int8_shares
 from faqd.quantize.output_distance import OutputDistance
 from faqd.quantize.prepare import insert_quantizers
-from faqd.quantize.quantizers.activation import ActivationQuantizer
 from faqd.quantize.quantizers.layers import weight_quantizer
 from faqd.quantize.student import Student
 
 MOST_EXCLUDED = 0.5
 """Of all roundings: where half of a network has to stay float, INT8 is not its number type."""
 
+Kind = Literal["activations", "weights"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+Places = tuple[str, ...]
+
 
 @dataclass(frozen=True)
 class Part:
     """One rounding of a student. place: of the tensor that is rounded, or of the layer whose weights are. distance: of
-    the worst output with nothing else rounded (`faqd.fidelity`). readers: the places that, kept float, leave it out."""
+    the worst output with nothing else rounded (`faqd.fidelity`). readers: the places that, kept float, leave it out.
+    int8_share: what these have of the student's, and it loses with them."""
 
     place: str
-    kind: Literal["activations", "weights"]
+    kind: Kind
     distance: float
-    readers: tuple[str, ...]
+    readers: Places
+    int8_share: float
 
 
 @dataclass(frozen=True)
@@ -60,25 +65,47 @@ class Sensitivity:
 
     def parts(self, progress: Callable[[int, int], None] = lambda done, total: None) -> list[Part]:
         """Every rounding alone, the most expensive first."""
-        network = self.student.network
-        rounded = self.student.quantizers()
-        layers = _layers(network)
-        total = len(rounded) + len(layers)
+        rounded = self._roundings()
+        shares = int8_shares(self.student)
         found = []
         with float_forward(self.student):
-            network.eval()
-            for place, quantizer in rounded.items():
-                found.append(Part(place, "activations", self._alone(quantizer), self._readers(quantizer)))
-                progress(len(found), total)
-            for node, quantizer in layers.items():
-                found.append(Part(str(node.target), "weights", self._alone(quantizer), (str(node.target),)))
-                progress(len(found), total)
+            self.student.network.eval()
+            for place, kind, quantizer in rounded:
+                readers = self._readers(place, kind, quantizer)
+                share = sum(shares.get(each, 0.0) for each in readers)
+                found.append(Part(place, kind, self._with([quantizer]), readers, share))
+                progress(len(found), len(rounded))
         return sorted(found, key=lambda part: -part.distance)
+
+    def all_of(self, kind: Kind) -> float:
+        """The distance of the worst output with all weights, or all activations, rounded and nothing else."""
+        with float_forward(self.student):
+            self.student.network.eval()
+            return self._with([quantizer for _, each, quantizer in self._roundings() if each == kind])
+
+    def without(self, places: Collection[str]) -> float:
+        """The distance of the worst output with everything rounded but what `places`, kept float, leave out; the scales
+        are still those of the student."""
+        left_out = [
+            quantizer
+            for place, kind, quantizer in self._roundings()
+            if (readers := self._readers(place, kind, quantizer)) and set(readers) <= set(places)
+        ]
+        with _switched(left_out, False):
+            return self._distance.of(self.student.network)
+
+    def _roundings(self) -> list[tuple[str, Kind, Any]]:
+        """Each with its place and its quantizer, in graph order."""
+        activations = self.student.quantizers().items()
+        return [
+            *((place, "activations", quantizer) for place, quantizer in activations),
+            *((str(node.target), "weights", quantizer) for node, quantizer in _layers(self.student.network).items()),
+        ]
 
     def trials(self, parts: Sequence[Part]) -> Iterator[Trial]:
         """The student as it is, then with ever more of `parts` left out until its outputs are kept: twice as many each
         time, then halved. Of those that are kept, the one with the fewest places float is near the least there is."""
-        tried: dict[tuple[str, ...], Trial] = {}
+        tried: dict[Places, Trial] = {}
 
         def trial(count: int) -> Iterator[Trial]:
             """Nothing where the same places were float before."""
@@ -103,9 +130,9 @@ class Sensitivity:
             yield from trial(middle)
             low, high = (low, middle) if is_kept(middle) else (middle, high)
 
-    def _trial(self, places: tuple[str, ...]) -> Trial:
+    def _trial(self, places: Places) -> Trial:
         config = self.student.config
-        exclude = _expression(places)
+        exclude = expression(places)
         patterns = (*config.exclude, exclude) if exclude else config.exclude
         student = insert_quantizers(
             self.student.float_network, replace(config, exclude=patterns), nodes.two_of(self._distance.images)
@@ -114,12 +141,16 @@ class Sensitivity:
         calibrate(student, self._calibration, self._method)
         return Trial(exclude, len(places), int8_share(student), kept_at(self._distance.of(student.network)))
 
-    def _alone(self, quantizer: Any) -> float:
-        with _enabled(quantizer):
+    def _with(self, quantizers: Sequence[Any]) -> float:
+        """The distance with these roundings alone, within `float_forward`."""
+        with _switched(quantizers, True):
             return self._distance.of(self.student.network)
 
-    def _readers(self, quantizer: ActivationQuantizer) -> tuple[str, ...]:
-        """The operators on whose account a tensor is rounded, behind those that move codes."""
+    def _readers(self, place: str, kind: Kind, quantizer: Any) -> Places:
+        """The layer whose weights are rounded; the operators on whose account a tensor is, behind those that move
+        codes."""
+        if kind == "weights":
+            return (place,)
         network, floats = self.student.network, self.student.float_network
         (node,) = (node for node in network.graph.nodes if nodes.module_of(network, node) is quantizer)
         names = {one.name: place for one, place in nodes.places(floats).items()}
@@ -146,20 +177,22 @@ def _layers(network: fx.GraphModule) -> dict[fx.Node, Any]:
 
 
 @contextmanager
-def _enabled(quantizer: Any) -> Iterator[None]:
-    quantizer.enabled = True
+def _switched(quantizers: Sequence[Any], on: bool) -> Iterator[None]:
+    for quantizer in quantizers:
+        quantizer.enabled = on
     try:
         yield
     finally:
-        quantizer.enabled = False
+        for quantizer in quantizers:
+            quantizer.enabled = not on
 
 
-def _places(parts: Sequence[Part]) -> tuple[str, ...]:
+def _places(parts: Sequence[Part]) -> Places:
     """What has to be float for all of them to go."""
     return tuple(dict.fromkeys(place for part in parts for place in part.readers))
 
 
-def _expression(places: Sequence[str]) -> str:
+def expression(places: Sequence[str]) -> str:
     """A regular expression for these places alone."""
     escaped = [place.replace(".", r"\.") for place in places]
     return rf"^({'|'.join(escaped)})$" if len(escaped) > 1 else "".join(f"^{place}$" for place in escaped)

@@ -14,7 +14,7 @@ from faqd.quantize import nodes
 from faqd.quantize.calibrate import calibrate
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.prepare import insert_quantizers, prepare
-from faqd.quantize.sensitivity import Sensitivity
+from faqd.quantize.sensitivity import KINDS, Sensitivity
 from faqd.quantize.student import Student
 
 X = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -65,10 +65,23 @@ def test_the_culprit_stands_first_with_who_reads_it(asked: Sensitivity) -> None:
     assert [part.distance for part in parts] == sorted((part.distance for part in parts), reverse=True)
 
 
+def test_a_part_says_what_share_of_integers_its_readers_have(asked: Sensitivity) -> None:
+    parts = asked.parts()
+    assert sum(part.int8_share for part in parts if part.kind == "weights") == pytest.approx(1)
+    best = list(asked.trials(parts))[-1]
+    assert parts[0].int8_share == pytest.approx(1 - best.int8_share) and best.exclude == "^narrow$"
+
+
+def test_weights_and_activations_apart_say_which_kind_is_to_blame(asked: Sensitivity) -> None:
+    by_kind = {kind: asked.all_of(kind) for kind in KINDS}
+    assert by_kind["activations"] > 0.3 > 10 * by_kind["weights"] > 0
+
+
 def test_afterwards_the_student_rounds_as_before(asked: Sensitivity) -> None:
     with torch.no_grad():
         before = asked.student.network(SEEN)
         asked.parts()
+        asked.all_of("weights")
         assert torch.equal(asked.student.network(SEEN), before)
 
 
