@@ -22,6 +22,7 @@ from faqd.quantize.convert import Deployed
 from faqd.quantize.int8_share import floats_of
 from faqd.quantize.operators.layer import IntegerLayer
 from faqd.quantize.outputs import called_input, returned_at
+from faqd.quantize.sensitivity import Trial
 from faqd.quantize.student import Student, student_table
 from faqd.quantize.without_training import Untrained
 
@@ -47,7 +48,8 @@ class Parts:
 
     name, made_from: of the student's network, and the SHA-256 of its weights. evaluation: still without what the
     teacher makes of it. calibration: network input on which is seen what FP16 does. teacher_graph: the teacher as it
-    was captured, where that was done already. untrained: how the student of a bundle of kind `ptq` was made.
+    was captured, where that was done already. untrained: how the student of a bundle of kind `ptq` was made; trials:
+    what was tried for it to have few places float.
     """
 
     kind: Literal["distilled", "ptq"]
@@ -64,6 +66,7 @@ class Parts:
     classes: tuple[str, ...] | None
     teacher_graph: torch.fx.GraphModule | None = None
     untrained: Untrained | None = None
+    trials: tuple[Trial, ...] = ()
 
 
 def manifest_facts(
@@ -84,7 +87,7 @@ def manifest_facts(
         "weight_bits": bits.weights,
         "act_bits": bits.activations,
         "rounding": bits.rounding,
-        **_without_training(parts.untrained),
+        **_without_training(parts),
         "target": bits.target,
         "preprocess": parts.preprocess.to_json(),
         "classes": list(parts.classes) if parts.classes else None,
@@ -106,12 +109,21 @@ def manifest_facts(
     }
 
 
-def _without_training(untrained: Untrained | None) -> dict[str, Any]:
-    if untrained is None:
+def _without_training(parts: Parts) -> dict[str, Any]:
+    if parts.untrained is None:
         return {}
-    made = untrained.equalized
+    made = parts.untrained.equalized
     counts = {"tensors": len(made.tensors) if made else 0, "products": len(made.products) if made else 0}
-    return {"calibration": untrained.method, "equalized": counts, "asymmetric": untrained.asymmetric}
+    untrained = parts.untrained
+    found: dict[str, Any] = {
+        "calibration": untrained.method,
+        "equalized": counts,
+        "asymmetric": untrained.asymmetric,
+    }
+    if parts.trials:
+        exclude = list(parts.student.config.exclude)
+        found["kept_float"] = {"exclude": exclude, "trials": list(map(vars, parts.trials))}
+    return found
 
 
 def _outputs(parts: Parts, teacher: dict[str, NDArray[np.float32]]) -> list[dict[str, Any]]:

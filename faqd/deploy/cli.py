@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from faqd.command import SETTINGS, Group, emit_json, json_option, run, section, version_option
+from faqd.command import SETTINGS, Group, emit_json, json_option, run, section, version_option, writable
 from faqd.data_flags import MOVED_DATA, absolute_source, data_values, refuse_idle_labels
 from faqd.deploy.options import (
     FOLDER,
@@ -17,17 +18,15 @@ from faqd.deploy.options import (
     engine_flags,
     engine_output_flags,
     float_flags,
+    keep_float_option,
     min_fidelity_option,
     predict_flags,
+    quantization,
     shape_flags,
 )
 from faqd.errors import UserError
 from faqd.given import refuse_idle
 from faqd.sweep import members
-
-if TYPE_CHECKING:
-    from faqd.deploy.write_bundle import Calibration
-    from faqd.quantize.config import QuantConfig
 
 
 @click.group(cls=Group, context_settings=SETTINGS)
@@ -97,10 +96,12 @@ def export(
 
 @cli.command()
 @float_flags
+@keep_float_option
 @bundle_flags
 def ptq(
     teacher: str,
     teacher_weights: Path | None,
+    keep_float: int,
     out: Path,
     eval_samples: int | None,
     float_type: Any,
@@ -111,12 +112,16 @@ def ptq(
     json_target: str | None,
     **options: Any,
 ) -> None:
-    """Quantize a float network without training: the baseline, as a bundle of the same kind."""
+    """Quantize a float network without training: the baseline, as a bundle of the same kind.
+
+    With --keep-float it also chooses what stays float, on images of the validation split.
+    """
     from faqd.deploy.bundle_facts import BundleOptions
     from faqd.deploy.conclusion import conclude
     from faqd.deploy.write_bundle import quantize_after_training
 
-    bits, chosen = _quantization(options)
+    bits, chosen = quantization(options)
+    chosen = replace(chosen, keep_float=keep_float, enough=chosen.enough if min_fidelity is None else min_fidelity)
     if bits.target == "onnxruntime":
         refuse_idle(["--float-type"], "--target onnxruntime writes no TensorRT file")
     asked = BundleOptions(eval_samples, float_type, input_form, servers, licence)
@@ -131,23 +136,28 @@ def ptq(
     click.option(
         "--images", type=click.IntRange(2), default=32, help="Look at so many images, on which no scale is chosen."
     ),
+    click.option("--chart", type=FOLDER, callback=writable, metavar="FILE.svg", help="Draw what every rounding costs."),
     json_option,
 )
 def sensitivity(
     teacher: str,
     teacher_weights: Path | None,
     images: int,
+    chart: Path | None,
     json_target: str | None,
     **options: Any,
 ) -> None:
     """Say which quantizers cost a float network most, and what to keep float so that its outputs are kept."""
     from faqd.deploy.sensitivity import lines
     from faqd.deploy.sensitivity import sensitivity as found_by
+    from faqd.deploy.sensitivity_chart import write_chart
 
-    bits, chosen = _quantization(options)
+    bits, chosen = quantization(options)
     record = found_by(teacher, teacher_weights, data_values(options), bits, chosen, images, _say)
     if json_target != "-":
         click.echo("\n".join(lines(record)))
+    if chart is not None:
+        write_chart(chart, record)
     emit_json(json_target, record)
 
 
@@ -295,18 +305,6 @@ def selftest(cases: str | None, backend: str, json_target: str | None) -> None:
     _say(conclusion(record))
     if record["summary"]["broken"]:
         raise UserError(f"not as faqd needs it: {', '.join(record['summary']['broken'])}", exit_code=1)
-
-
-def _quantization(options: dict[str, Any]) -> tuple[QuantConfig, Calibration]:
-    """Take what `float_flags` say of the student out of a command's keyword arguments."""
-    from faqd.deploy.write_bundle import Calibration
-    from faqd.quantize.config import QuantConfig
-
-    names = ("weight_bits", "act_bits", "target", "exclude", "strict")
-    weights, activations, target, exclude, strict = map(options.pop, names)
-    bits = QuantConfig(weights, activations, target, exclude=exclude, strict=bool(strict))
-    how = ("calibration", "calibration_images", "equalize", "asymmetric")
-    return bits, Calibration(*map(options.pop, how))
 
 
 def _say(text: str) -> None:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from faqd.command import Finite, exclude_option, flags, json_option, section, strict_option, writable
 from faqd.data_flags import data_flags
+
+if TYPE_CHECKING:
+    from faqd.deploy.write_bundle import Calibration
+    from faqd.quantize.config import QuantConfig
 
 FOLDER = click.Path(path_type=Path)
 
@@ -64,6 +69,30 @@ float_flags = flags(
 )
 """A float network, and how it is quantized without training."""
 
+
+def quantization(options: dict[str, Any]) -> tuple[QuantConfig, Calibration]:
+    """Take what `float_flags` say of the student out of a command's keyword arguments."""
+    from faqd.deploy.write_bundle import Calibration
+    from faqd.quantize.config import QuantConfig
+
+    names = ("weight_bits", "act_bits", "target", "exclude", "strict")
+    weights, activations, target, exclude, strict = map(options.pop, names)
+    bits = QuantConfig(weights, activations, target, exclude=exclude, strict=bool(strict))
+    how = ("calibration", "calibration_images", "equalize", "asymmetric")
+    return bits, Calibration(*map(options.pop, how))
+
+
+keep_float_option = section(
+    "Student",
+    click.option(
+        "--keep-float",
+        type=click.IntRange(0),
+        default=0,
+        metavar="N",
+        help="Keep at most N layers and operators float, chosen by what they cost the outputs: as few as reach "
+        "--min-fidelity, or 0.97.",
+    ),
+)
 min_fidelity_option = click.option(
     "--min-fidelity",
     type=Finite(0, 1),

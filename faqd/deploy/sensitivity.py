@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from faqd import __version__
 from faqd.bundle import WORTH_INT8
+from faqd.deploy.mixed_precision import estimating, trial_in_words
 from faqd.deploy.write_bundle import Calibration, quantized_float
 from faqd.errors import UserError
-from faqd.fidelity import VERDICTS, rounded, verdict
+from faqd.fidelity import VERDICTS, kept_at, rounded, verdict
 from faqd.quantize.config import QuantConfig
-from faqd.quantize.sensitivity import Part, Sensitivity, Trial
+from faqd.quantize.sensitivity import KINDS, Part, Sensitivity, Trial
 
 SHOWN_PARTS = 10
-TIMED_PARTS = 5
-"""After so many the rest is estimated."""
 
 
 def sensitivity(
@@ -33,19 +31,20 @@ def sensitivity(
     """The record: every rounding alone, then the student with ever more of them left out.
 
     data: fields of DataOptions. images: how many of the validation split are looked at; no scale is chosen on them.
+    docs/commands.md says what each key holds.
     """
     made = quantized_float(teacher, teacher_weights, data, bits, calibration, say)
     seen = made.select_images(images)
     if len(seen) < 2:
         raise UserError("two images of the validation split are needed at least; give more data.")
     asked = Sensitivity(made.untrained.student, seen, made.batches, made.untrained.method)
-    parts = asked.parts(_estimating(say))
+    parts = asked.parts(estimating(say))
     if not parts:
         raise UserError(f"{bits.label}: nothing is rounded; give weights or activations 1 to 8 bits.")
     trials = []
     for trial in asked.trials(parts):
         trials.append(trial)
-        say(f"tried: {_trial_in_words(trial)}")
+        say(f"tried: {trial_in_words(trial)}")
     return {
         "what": "every quantizer alone, by the distance of the outputs, and what stays with the worst left float",
         "faqd": __version__,
@@ -55,6 +54,7 @@ def sensitivity(
         "equalized": [] if made.untrained.equalized is None else list(made.untrained.equalized.tensors),
         "asymmetric": made.untrained.asymmetric,
         "images": len(seen),
+        "alone": {kind: kept_at(asked.all_of(kind)) for kind in KINDS},
         "parts": [_part_to_json(part) for part in parts],
         "trials": [vars(trial) | {"verdict": verdict(trial.fidelity)} for trial in trials],
     }
@@ -64,17 +64,20 @@ def lines(record: dict[str, Any]) -> Iterator[str]:
     """What a terminal shows of it."""
     parts = record["parts"]
     yield f"{record['network']} {record['bits']}: {len(parts)} roundings, each alone, on {record['images']} images."
-    yield "Distance of the outputs, 0: equal, 1: no better than a constant:"
+    alone = (f"all {kind} and nothing else: fidelity {rounded(kept)}" for kind, kept in record["alone"].items())
+    yield f"Rounded are {'; '.join(alone)}."
+    yield "Distance of the outputs, 0: equal, 1: no better than a constant; what stays float without the rounding, and"
+    yield "how much of the multiply-accumulates that takes from INT8:"
     width = max(len(part["place"]) for part in parts[:SHOWN_PARTS])
     for part in parts[:SHOWN_PARTS]:
         distance = "not finite" if part["distance"] is None else f"{part['distance']:.4f}"
-        read = f", read by {', '.join(part['readers'])}" if part["kind"] == "activations" else ""
-        yield f"  {part['place']:{width}}  {distance:>10}  {part['kind']}{read}"
+        share = f"{100 * part['int8_share']:.1f} %"
+        yield f"  {part['place']:{width}}  {distance:>10}  {part['kind']:11}  {share:>6}  {', '.join(part['readers'])}"
     trials = [Trial(**{key: value for key, value in each.items() if key != "verdict"}) for each in record["trials"]]
-    yield f"All rounded: {_trial_in_words(trials[0])}."
+    yield f"All rounded: {trial_in_words(trials[0])}."
     best = cure(trials)
     if best is not None:
-        yield f"Better: {_trial_in_words(best)}:"
+        yield f"Better: {trial_in_words(best)}:"
         yield f"  --exclude '{best.exclude}'"
     elif verdict(trials[0].fidelity) != "kept":
         yield "No few layers are to blame: train it (`faqd-train distill`), or give it more bits."
@@ -92,24 +95,5 @@ def _rank(trial: Trial) -> int:
     return VERDICTS.index(verdict(trial.fidelity))
 
 
-def _trial_in_words(trial: Trial) -> str:
-    floats = "nothing float" if not trial.floats else f"{trial.floats} place{'s' if trial.floats > 1 else ''} float"
-    return (
-        f"{floats}, {100 * trial.int8_share:.1f} % of the multiply-accumulates in INT8, fidelity "
-        f"{rounded(trial.fidelity)} ({verdict(trial.fidelity)})"
-    )
-
-
 def _part_to_json(part: Part) -> dict[str, Any]:
     return vars(part) | {"distance": part.distance if math.isfinite(part.distance) else None}
-
-
-def _estimating(say: Callable[[str], None]) -> Callable[[int, int], None]:
-    start = time.monotonic()
-
-    def told(done: int, total: int) -> None:
-        if done == TIMED_PARTS < total:
-            left = (time.monotonic() - start) / done * (total - done)
-            say(f"{total} roundings, each alone: about {max(1, round(left))} s")
-
-    return told

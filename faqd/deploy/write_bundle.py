@@ -16,14 +16,17 @@ from faqd.bundle import Bundle, Evaluation
 from faqd.deploy.bundle_facts import BundleOptions, Parts
 from faqd.deploy.bundle_files import Say, put_bundle
 from faqd.deploy.export.float16_islands import IMAGES
+from faqd.deploy.mixed_precision import kept_float
 from faqd.deploy.verify.bundle_networks import flavours
 from faqd.errors import UserError
+from faqd.fidelity import KEPT
 from faqd.files import read_json, refuse_unmakeable, sha256
 from faqd.preprocess import Preprocess
 from faqd.quantize.calibrate import BATCH
 from faqd.quantize.capture.capture import capture
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.convert import collect_output_scales
+from faqd.quantize.sensitivity import Trial
 from faqd.quantize.student import Student
 from faqd.quantize.without_training import (
     JUDGED_IMAGES,
@@ -52,17 +55,22 @@ from faqd.train.run.lesson import Teacher, lesson_from, output_shapes
 from faqd.train.run.student import load_student
 
 OUTPUT_SCALE_IMAGES = 512
+SEARCHED_IMAGES = 32
+"""For the scales of students that are tried on the way to what stays float."""
 
 
 @dataclass(frozen=True)
 class Calibration:
     """How a network is quantized where nothing is trained (`faqd.quantize.without_training`). images: of the training
-    split, for scales and channels' largest values."""
+    split, for scales and channels' largest values. keep_float: at most so many places are, as few as have the fidelity
+    `enough`."""
 
     method: CalibrationMethod = "auto"
     images: int = 512
     equalize: Equalize = "auto"
     asymmetric: Asymmetric = "auto"
+    keep_float: int = 0
+    enough: float = KEPT
 
 
 def export_run(
@@ -110,13 +118,15 @@ def export_run(
 
 @dataclass(frozen=True)
 class QuantizedFloat:
-    """A float network, captured, and quantized without training. batches: the images that scales were chosen on."""
+    """A float network, captured, and quantized without training. batches: the images that scales were chosen on.
+    trials: of `mixed_precision`, where it was asked for."""
 
     network: fx.GraphModule
     untrained: Untrained
     teacher: Teacher
     dataset: Dataset
     batches: tuple[Tensor, ...]
+    trials: tuple[Trial, ...] = ()
 
     def select_images(self, count: int) -> Tensor:
         """Network input of images that nothing was chosen on, `count` at most."""
@@ -139,17 +149,28 @@ def quantized_float(
     batches = x[: calibration.images].split(BATCH)
     say(f"{bits.weights}/{bits.activations} bits, scales chosen on {len(x[: calibration.images]):,} training images.")
     judged = network_input(dataset.select.pixels[:JUDGED_IMAGES], dataset.preprocess)
-    untrained = best_without_training(
-        captured,
-        bits,
-        batches,
-        judged if len(judged) > 1 else x[:JUDGED_IMAGES],
-        calibration.method,
-        calibration.equalize,
-        lambda one: say(one.in_words()),
-        asymmetric=calibration.asymmetric,
-    )
-    return QuantizedFloat(captured, untrained, taught, dataset, batches)
+    images = judged if len(judged) > 1 else x[:JUDGED_IMAGES]
+
+    def best_of(config: QuantConfig, batches: Sequence[Tensor]) -> Untrained:
+        return best_without_training(
+            captured,
+            config,
+            batches,
+            images,
+            calibration.method,
+            calibration.equalize,
+            lambda one: say(one.in_words()),
+            enough=calibration.enough,
+            asymmetric=calibration.asymmetric,
+        )
+
+    trials: tuple[Trial, ...] = ()
+    if calibration.keep_float:
+        few = x[: min(SEARCHED_IMAGES, calibration.images)].split(BATCH)
+        most, enough = calibration.keep_float, calibration.enough
+        bits, trials = kept_float(lambda config: best_of(config, few), bits, few, images, most, enough, say)
+        say(f"scales chosen again, on all {len(x[: calibration.images]):,} images.")
+    return QuantizedFloat(captured, best_of(bits, batches), taught, dataset, batches, trials)
 
 
 def quantize_after_training(
@@ -184,6 +205,7 @@ def quantize_after_training(
         dataset.classes,
         made.network,
         made.untrained,
+        made.trials,
     )
     return put_bundle(parts, out, options, say)
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
 from faqd.deploy.sensitivity import cure, lines
+from faqd.deploy.sensitivity_chart import chart
 from faqd.quantize.sensitivity import Trial
 from tests.fixtures.toy_runs import User, faqd_deploy, new_user, succeeds
 
@@ -31,7 +33,29 @@ def test_the_record_and_its_words(user: User) -> None:
     assert record["bits"] == "1/1" and record["images"] == 4 and record["trials"][0]["verdict"] == "ruined"
     assert {part["kind"] for part in record["parts"]} == {"activations", "weights"}
     assert outcome.stderr.count("tried: ") == len(record["trials"])
-    assert "All rounded: nothing float" in "\n".join(lines(record))
+    shown = "\n".join(lines(record))
+    assert "All rounded: nothing float" in shown and "Rounded are all activations and nothing else: fidelity" in shown
+    assert set(record["alone"]) == {"activations", "weights"}
+
+
+def test_the_chart_has_a_sign_for_every_rounding(user: User, tmp_path: Path) -> None:
+    line = ("--images", 4, "--chart", tmp_path / "chart.svg", "--json", tmp_path / "found.json")
+    succeeds(faqd_deploy("sensitivity", *user.teacher, *user.data, *line))
+    record = json.loads((tmp_path / "found.json").read_text())
+    root = ElementTree.parse(tmp_path / "chart.svg").getroot()
+    signs = [each for each in root.iter() if each.get("class") in ("activations", "weights")]
+    assert len(signs) == 2 + len(record["parts"])  # two are the legend's
+    named = {each.text for each in root.iter("{http://www.w3.org/2000/svg}text")}
+    assert {part["place"] for part in record["parts"]} <= named
+
+
+@pytest.mark.parametrize("distance", [None, 0.0, 1e-9, 0.02, 7.0, 1e9])
+def test_every_distance_has_a_place_in_the_chart(distance: float | None) -> None:
+    part = {"place": "a<b>", "kind": "weights", "distance": distance}
+    root = ElementTree.fromstring(chart({"network": "net", "bits": "8/8", "parts": [part]}))
+    _, sign = root.iter("{http://www.w3.org/2000/svg}path")  # the first is the legend's
+    x = float(sign.attrib["d"][1:].split()[0])
+    assert 330 <= x <= 870 and (x == 870) == (distance in (None, 1e9)) and (x == 330) == (distance in (0.0, 1e-9))
 
 
 def test_what_it_says_to_exclude_can_be_excluded(user: User, tmp_path: Path) -> None:
@@ -50,6 +74,7 @@ def test_what_it_says_to_exclude_can_be_excluded(user: User, tmp_path: Path) -> 
         (("--images", 1), 2, "--images"),
         (("--act-bits", 9), 2, "1 to 8"),
         (("--exclude", "nowhere"), 2, "fits no module path"),
+        (("--chart", "/dev/null/chart.svg"), 2, "no file can be written there"),
         (("--weight-bits", 32, "--act-bits", 32), 2, "nothing is rounded"),
     ],
 )

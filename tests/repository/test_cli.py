@@ -53,11 +53,11 @@ FLAGS = {
     "faqd-deploy export": f"--data --data-root --eval-data --labels {BUNDLE}",
     "faqd-deploy ptq": (
         f"--teacher --teacher-weights {DATA} --weight-bits --act-bits --target --calibration --calibration-images "
-        f"--equalize --asymmetric --exclude --strict {BUNDLE}"
+        f"--equalize --asymmetric --exclude --strict --keep-float {BUNDLE}"
     ),
     "faqd-deploy sensitivity": (
         f"--teacher --teacher-weights {DATA} --weight-bits --act-bits --target --calibration --calibration-images "
-        "--equalize --asymmetric --exclude --strict --images --json"
+        "--equalize --asymmetric --exclude --strict --images --chart --json"
     ),
     "faqd-deploy verify": "--min-fidelity --json",
     "faqd-deploy explain": "--rules-only --json",
