@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +67,17 @@ def lines(record: dict[str, Any]) -> Iterator[str]:
     yield f"{record['network']} {record['bits']}: {len(parts)} roundings, each alone, on {record['images']} images."
     alone = (f"all {kind} and nothing else: fidelity {rounded(kept)}" for kind, kept in record["alone"].items())
     yield f"Rounded are {'; '.join(alone)}."
-    yield "Distance of the outputs, 0: equal, 1: no better than a constant; what stays float without the rounding, and"
-    yield "how much of the multiply-accumulates that takes from INT8:"
+    yield "Distance of the outputs, 0: equal, 1: no better than a constant; what has to stay float for a rounding to go"
+    yield "(and its share of the multiply-accumulates); channels of which the rounding leaves zeros:"
     width = max(len(part["place"]) for part in parts[:SHOWN_PARTS])
     for part in parts[:SHOWN_PARTS]:
         distance = "not finite" if part["distance"] is None else f"{part['distance']:.4f}"
-        share = f"{100 * part['int8_share']:.1f} %"
-        yield f"  {part['place']:{width}}  {distance:>10}  {part['kind']:11}  {share:>6}  {', '.join(part['readers'])}"
+        channels = part["channels"]
+        lost = f", {channels['lost']} of {channels['count']} channels lost" if channels and channels["lost"] else ""
+        yield (
+            f"  {part['place']:{width}}  {distance:>10}  {part['kind']:11}  {', '.join(part['readers'])} "
+            f"({100 * part['int8_share']:.1f} %){lost}"
+        )
     trials = [Trial(**{key: value for key, value in each.items() if key != "verdict"}) for each in record["trials"]]
     yield f"All rounded: {trial_in_words(trials[0])}."
     best = cure(trials)
@@ -96,4 +101,4 @@ def _rank(trial: Trial) -> int:
 
 
 def _part_to_json(part: Part) -> dict[str, Any]:
-    return vars(part) | {"distance": part.distance if math.isfinite(part.distance) else None}
+    return asdict(part) | {"distance": part.distance if math.isfinite(part.distance) else None}

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, fx
 
 from faqd.calib.ranges import Method
@@ -17,6 +18,7 @@ from faqd.quantize.calibrate import calibrate, float_forward
 from faqd.quantize.int8_share import int8_share, int8_shares
 from faqd.quantize.output_distance import OutputDistance
 from faqd.quantize.prepare import insert_quantizers
+from faqd.quantize.quantizers.activation import ActivationQuantizer
 from faqd.quantize.quantizers.layers import weight_quantizer
 from faqd.quantize.student import Student
 
@@ -29,16 +31,30 @@ Places = tuple[str, ...]
 
 
 @dataclass(frozen=True)
+class Channels:
+    """The channels of a tensor that share a scale, by the largest magnitude of each on the images that are looked at.
+    largest, median: of these. step: the scale. lost: how many never reach half of it, and are all zeros."""
+
+    count: int
+    largest: float
+    median: float
+    step: float
+    lost: int
+
+
+@dataclass(frozen=True)
 class Part:
     """One rounding of a student. place: of the tensor that is rounded, or of the layer whose weights are. distance: of
     the worst output with nothing else rounded (`faqd.fidelity`). readers: the places that, kept float, leave it out.
-    int8_share: what these have of the student's, and it loses with them."""
+    int8_share: what these have of the student's, and it loses with them. channels: of vectors and maps, (N, C) and
+    (N, C, H, W); None of anything else."""
 
     place: str
     kind: Kind
     distance: float
     readers: Places
     int8_share: float
+    channels: Channels | None
 
 
 @dataclass(frozen=True)
@@ -70,10 +86,11 @@ class Sensitivity:
         found = []
         with float_forward(self.student):
             self.student.network.eval()
+            channels = self._channels()
             for place, kind, quantizer in rounded:
                 readers = self._readers(place, kind, quantizer)
                 share = sum(shares.get(each, 0.0) for each in readers)
-                found.append(Part(place, kind, self._with([quantizer]), readers, share))
+                found.append(Part(place, kind, self._with([quantizer]), readers, share, channels.get(quantizer)))
                 progress(len(found), len(rounded))
         return sorted(found, key=lambda part: -part.distance)
 
@@ -141,6 +158,23 @@ class Sensitivity:
         calibrate(student, self._calibration, self._method)
         return Trial(exclude, len(places), int8_share(student), kept_at(self._distance.of(student.network)))
 
+    def _channels(self) -> dict[ActivationQuantizer, Channels]:
+        """Of the tensors that have channels, within `float_forward`."""
+        peaks: dict[ActivationQuantizer, Tensor] = {}
+
+        def watch(quantizer: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+            if output.dim() in (2, 4):
+                peak = output.abs().transpose(0, 1).flatten(1).amax(1)
+                peaks[quantizer] = torch.maximum(peak, peaks.get(quantizer, peak))
+
+        hooks = [each.register_forward_hook(watch) for each in self.student.quantizers().values()]
+        try:
+            self._distance.of(self.student.network)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return {quantizer: _channels_of(peak, float(quantizer.scale.detach())) for quantizer, peak in peaks.items()}
+
     def _with(self, quantizers: Sequence[Any]) -> float:
         """The distance with these roundings alone, within `float_forward`."""
         with _switched(quantizers, True):
@@ -158,6 +192,11 @@ class Sensitivity:
         found = [reader for reader in walk if reader.op.startswith("call") and not _passes(network, reader)]
         order = {each: index for index, each in enumerate(network.graph.nodes)}
         return tuple(names[reader.name] for reader in sorted(found, key=order.__getitem__) if reader.name in names)
+
+
+def _channels_of(peaks: Tensor, step: float) -> Channels:
+    lost = int((peaks < step / 2).sum())
+    return Channels(len(peaks), float(peaks.max()), float(peaks.median()), step, lost)
 
 
 def _passes(network: fx.GraphModule, node: fx.Node) -> bool:

@@ -35,6 +35,8 @@ def test_the_record_and_its_words(user: User) -> None:
     assert outcome.stderr.count("tried: ") == len(record["trials"])
     shown = "\n".join(lines(record))
     assert "All rounded: nothing float" in shown and "Rounded are all activations and nothing else: fidelity" in shown
+    channels = [part["channels"] for part in record["parts"] if part["kind"] == "activations"]
+    assert all(each["largest"] >= each["median"] and each["count"] >= each["lost"] >= 0 for each in channels)
     assert set(record["alone"]) == {"activations", "weights"}
 
 

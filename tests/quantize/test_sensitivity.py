@@ -61,6 +61,9 @@ def test_the_culprit_stands_first_with_who_reads_it(asked: Sensitivity) -> None:
     assert len(kinds) == len(parts) and {kind for _, kind in kinds} == {"activations", "weights"}
     assert {place for place, kind in kinds if kind == "weights"} == {"first", "second", "wide", "narrow", "head"}
     assert parts[0].kind == "activations" and parts[0].readers == ("narrow",)
+    channels = parts[0].channels
+    assert channels and channels.count == 8 and channels.largest > 100 * channels.median and channels.lost == 7
+    assert all((part.channels is None) == (part.kind == "weights") for part in parts)
     assert parts[0].distance > 0.3 > 10 * parts[1].distance
     assert [part.distance for part in parts] == sorted((part.distance for part in parts), reverse=True)
 
