@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from faqd.fidelity import rounded, verdict
 from faqd.quantize.config import QuantConfig
-from faqd.quantize.mixed_precision import SECOND_CHOICES, SHORTLIST, mixed_precision
+from faqd.quantize.mixed_precision import SHORTLIST, mixed_precision
 from faqd.quantize.sensitivity import Trial
-from faqd.quantize.without_training import Untrained
+from faqd.quantize.without_training import Equalize, Untrained
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,8 +20,9 @@ TIMED_PARTS = 5
 
 
 def kept_float(
-    best_of: Callable[[QuantConfig], Untrained],
+    best_of: Callable[[QuantConfig, Equalize], Untrained],
     bits: QuantConfig,
+    equalize: Equalize,
     batches: Sequence[Tensor],
     images: Tensor,
     most: int,
@@ -38,10 +39,10 @@ def kept_float(
 
     def rest(seconds: float) -> float:
         """What comes after a ranking of so many seconds for each rounding."""
-        return most * (SHORTLIST * seconds + SECOND_CHOICES * (trials[0][0] - begun))
+        return most * ((SHORTLIST + 1) * seconds + 2 * (trials[0][0] - begun))  # each is put in, and tried without
 
     say(f"at most {places_in_words(most)}, as few as keep {enough:g} on {len(images)} images without a say in scales:")
-    best = mixed_precision(best_of, bits, batches, images, most, enough, tried, estimating(say, rest))
+    best = mixed_precision(best_of, bits, equalize, batches, images, most, enough, tried, estimating(say, rest))
     config = best.student.config
     chosen = config.exclude[len(bits.exclude) :]
     say(f"kept float: --exclude '{chosen[0]}'" if chosen else "kept float: nothing.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,26 +152,27 @@ def quantized_float(
     judged = network_input(dataset.select.pixels[:JUDGED_IMAGES], dataset.preprocess)
     images = judged if len(judged) > 1 else x[:JUDGED_IMAGES]
 
-    def best_of(config: QuantConfig, batches: Sequence[Tensor]) -> Untrained:
+    def best_of(config: QuantConfig, equalize: Equalize, batches: Sequence[Tensor]) -> Untrained:
         return best_without_training(
             captured,
             config,
             batches,
             images,
             calibration.method,
-            calibration.equalize,
+            equalize,
             lambda one: say(one.in_words()),
             enough=calibration.enough,
             asymmetric=calibration.asymmetric,
         )
 
     trials: tuple[Trial, ...] = ()
+    equalize = calibration.equalize
     if calibration.keep_float:
         few = x[: min(SEARCHED_IMAGES, calibration.images)].split(BATCH)
         most, enough = calibration.keep_float, calibration.enough
-        bits, trials = kept_float(lambda config: best_of(config, few), bits, few, images, most, enough, say)
+        bits, trials = kept_float(partial(best_of, batches=few), bits, equalize, few, images, most, enough, say)
         say(f"scales chosen again, on all {len(x[: calibration.images]):,} images.")
-    return QuantizedFloat(captured, best_of(bits, batches), taught, dataset, batches, trials)
+    return QuantizedFloat(captured, best_of(bits, equalize, batches), taught, dataset, batches, trials)
 
 
 def quantize_after_training(

@@ -1,8 +1,7 @@
 """Mixed precision: the few layers and operators that stay float so that a student without training keeps its outputs.
 
-What is best without training depends on what is float, and what is best float on scales and equalization. So both are
-searched together: each place that is kept float is followed by the whole search of `without_training`, and by another
-look at which place costs most now.
+Which scales are best depends on what is float, and which place had best be float on the scales. So both are searched
+together: for each place that is kept float scales are chosen again, and then there is another look at what costs most.
 """
 
 from __future__ import annotations
@@ -15,19 +14,18 @@ from torch import Tensor
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.int8_share import int8_share
 from faqd.quantize.sensitivity import Places, Sensitivity, Trial, expression
-from faqd.quantize.without_training import Untrained
+from faqd.quantize.without_training import Equalize, Untrained
 
 RANKED_IMAGES = 8
 """On which single roundings are compared; whole students are on all that there are."""
 SHORTLIST = 8
 """Of the most expensive by themselves, so many are left out of the student as it is by then."""
-SECOND_CHOICES = 2
-"""Of these, so many are tried until one gains."""
 
 
 def mixed_precision(
-    best_of: Callable[[QuantConfig], Untrained],
+    best_of: Callable[[QuantConfig, Equalize], Untrained],
     bits: QuantConfig,
+    equalize: Equalize,
     batches: Sequence[Tensor],
     images: Tensor,
     most: int,
@@ -38,38 +36,37 @@ def mixed_precision(
     """The student nearest to its teacher on `images` with at most `most` places float beside those that `bits` exclude;
     where a fidelity is `enough`, the one that reaches it with the fewest that were tried.
 
-    best_of: the search of `without_training`. batches: its network input for scales. images: (N, C, H, W) network input
-    that no scale is chosen on. progress: of the ranking of all roundings, done and in all.
+    best_of: the search of `without_training`; where its first answer is equalized, nothing else is tried on the way.
+    batches: network input for scales. images: (N, C, H, W) network input that no scale is chosen on. progress: of the
+    ranking of all roundings, done and in all.
     """
 
-    def made(floats: Places) -> Untrained:
+    def made(floats: Places, equalize: Equalize) -> Untrained:
         config = replace(bits, exclude=(*bits.exclude, expression(floats))) if floats else bits
-        untrained = best_of(config)
+        untrained = best_of(config, equalize)
         tried(Trial(expression(floats), len(floats), int8_share(untrained.student), untrained.fidelity))
         return untrained
 
-    best, floats = made(()), Places()
-    ranked: list[Places] = []
-    ranked_for = None
-    while best.fidelity < enough:
-        asked = Sensitivity(best.student, images[:RANKED_IMAGES], batches, best.method)
-        if ranked_for != (passes := (best.method, best.equalized is None)):
-            ranked, ranked_for = _ranked(asked, progress), passes
-        unions = list(dict.fromkeys(tuple(dict.fromkeys((*floats, *places))) for places in ranked))
+    best = one = made((), equalize)
+    equalize = equalize if one.equalized is None else "always"
+    floats, ranked = Places(), list[Places]()
+    while one.fidelity < enough:
+        asked = Sensitivity(one.student, images[:RANKED_IMAGES], batches, one.method)
+        ranked = ranked or _ranked(asked, progress)
+        unions = dict.fromkeys(tuple(dict.fromkeys((*floats, *places))) for places in ranked)
         fitting = [union for union in unions if len(floats) < len(union) <= most][:SHORTLIST]
-        for union in sorted(fitting, key=asked.without)[:SECOND_CHOICES]:
-            one = made(union)
-            if one.distance < best.distance:
-                best, floats = one, union
-                break
-        else:
-            return best
-    for place in floats[:-1]:  # the last one was needed by those before it
+        if not fitting:
+            break
+        now, before = asked.without(()), len(floats)
+        floats = max(fitting, key=lambda union: (now - asked.without(union)) / (len(union) - before))
+        one = made(floats, equalize)
+        best = min(best, one, key=lambda each: each.distance)
+    for place in floats[:-1] if one.fidelity >= enough else ():  # the last one was needed by those before it
         fewer = tuple(each for each in floats if each != place)
-        one = made(fewer)
-        if one.fidelity >= enough:
-            best, floats = one, fewer
-    return best
+        another = made(fewer, equalize)
+        if another.fidelity >= enough:
+            one, floats = another, fewer
+    return one if one.fidelity >= enough else best
 
 
 def _ranked(asked: Sensitivity, progress: Callable[[int, int], None]) -> list[Places]:

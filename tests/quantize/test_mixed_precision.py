@@ -14,7 +14,7 @@ from faqd.quantize.capture.capture import capture
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.mixed_precision import mixed_precision
 from faqd.quantize.sensitivity import Trial
-from faqd.quantize.without_training import Untrained, best_without_training
+from faqd.quantize.without_training import Equalize, Untrained, best_without_training
 
 X = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 SEEN = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -63,10 +63,10 @@ def searched(
     trials: list[Trial] = []
     traced = capture(network.eval(), X[:2])
 
-    def best_of(config: QuantConfig) -> Untrained:
-        return best_without_training(traced, config, [X], SEEN, "auto", "never", enough=enough)
+    def best_of(config: QuantConfig, equalize: Equalize) -> Untrained:
+        return best_without_training(traced, config, [X], SEEN, "auto", equalize, enough=enough)
 
-    best = mixed_precision(best_of, bits or QuantConfig(), [X], SEEN, most, enough, trials.append)
+    best = mixed_precision(best_of, bits or QuantConfig(), "never", [X], SEEN, most, enough, trials.append)
     return best, trials, traced
 
 
