@@ -219,7 +219,8 @@ def in_words(records: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
 
 def advice(kind: str) -> str:
     """What to try where something was lost. kind: of the bundle, `distilled` or `ptq`."""
-    first = "`faqd-train distill` with the same teacher and data" if kind == "ptq" else "more iterations, more bits"
+    cheap = "`--keep-float 5`, or `faqd-train distill` with the same teacher and data"
+    first = cheap if kind == "ptq" else "more iterations, more bits"
     return f"Try {first}; `faqd-deploy sensitivity` says what to keep float (--exclude)."
 
 

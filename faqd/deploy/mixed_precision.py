@@ -35,14 +35,16 @@ def kept_float(
 
     def tried(trial: Trial) -> None:
         trials.append((time.monotonic(), trial))
-        say(f"tried: {trial_in_words(trial)}")
+        say(f"tried: {trial_in_words(trial)}" + f": {trial.exclude}" * bool(trial.exclude))
 
     def rest(seconds: float) -> float:
         """What comes after a ranking of so many seconds for each rounding."""
-        return most * ((SHORTLIST + 1) * seconds + 2 * (trials[0][0] - begun))  # each is put in, and tried without
+        return most * (SHORTLIST * seconds + 2 * (trials[0][0] - begun))  # each is put in, and tried without
 
     say(f"at most {places_in_words(most)}, as few as keep {enough:g} on {len(images)} images without a say in scales:")
-    best = mixed_precision(best_of, bits, equalize, batches, images, most, enough, tried, estimating(say, rest))
+    best = mixed_precision(
+        best_of, bits, equalize, batches, images, most, enough, tried, estimating("places", say, rest)
+    )
     config = best.student.config
     chosen = config.exclude[len(bits.exclude) :]
     say(f"kept float: --exclude '{chosen[0]}'" if chosen else "kept float: nothing.")
@@ -50,9 +52,9 @@ def kept_float(
 
 
 def estimating(
-    say: Callable[[str], None], rest: Callable[[float], float] = lambda seconds: 0.0
+    what: str, say: Callable[[str], None], rest: Callable[[float], float] = lambda seconds: 0.0
 ) -> Callable[[int, int], None]:
-    """The progress of a ranking. rest: the seconds of what comes after it, of those for a single rounding."""
+    """The progress of a ranking. rest: the seconds of what comes after it, of those for a single one."""
     start = time.monotonic()
 
     def told(done: int, total: int) -> None:
@@ -62,7 +64,7 @@ def estimating(
         if done == TIMED_PARTS < total:
             each = (time.monotonic() - start) / (done - 1)
             after = f", then {rest(each):.0f} s at most" if rest(each) else ""
-            say(f"{total} roundings, each alone: about {max(1, round(each * (total - done)))} s{after}")
+            say(f"{total} {what}, each alone: about {max(1, round(each * (total - done)))} s{after}")
 
     return told
 

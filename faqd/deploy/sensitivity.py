@@ -39,7 +39,7 @@ def sensitivity(
     if len(seen) < 2:
         raise UserError("two images of the validation split are needed at least; give more data.")
     asked = Sensitivity(made.untrained.student, seen, made.batches, made.untrained.method)
-    parts = asked.parts(estimating(say))
+    parts = asked.parts(estimating("roundings", say))
     if not parts:
         raise UserError(f"{bits.label}: nothing is rounded; give weights or activations 1 to 8 bits.")
     trials = []

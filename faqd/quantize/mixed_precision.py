@@ -16,10 +16,8 @@ from faqd.quantize.int8_share import int8_share
 from faqd.quantize.sensitivity import Places, Sensitivity, Trial, expression
 from faqd.quantize.without_training import Equalize, Untrained
 
-RANKED_IMAGES = 8
-"""On which single roundings are compared; whole students are on all that there are."""
 SHORTLIST = 8
-"""Of the most expensive by themselves, so many are left out of the student as it is by then."""
+"""Of those that cost most at first, so many are compared anew at every step."""
 
 
 def mixed_precision(
@@ -38,7 +36,7 @@ def mixed_precision(
 
     best_of: the search of `without_training`; where its first answer is equalized, nothing else is tried on the way.
     batches: network input for scales. images: (N, C, H, W) network input that no scale is chosen on. progress: of the
-    ranking of all roundings, done and in all.
+    ranking, places done and in all.
     """
 
     def made(floats: Places, equalize: Equalize) -> Untrained:
@@ -51,14 +49,12 @@ def mixed_precision(
     equalize = equalize if one.equalized is None else "always"
     floats, ranked = Places(), list[Places]()
     while one.fidelity < enough:
-        asked = Sensitivity(one.student, images[:RANKED_IMAGES], batches, one.method)
-        ranked = ranked or _ranked(asked, progress)
-        unions = dict.fromkeys(tuple(dict.fromkeys((*floats, *places))) for places in ranked)
-        fitting = [union for union in unions if len(floats) < len(union) <= most][:SHORTLIST]
+        asked = Sensitivity(one.student, images, batches, one.method)
+        ranked = ranked or _ranked(asked, floats, asked.groups(), progress)
+        fitting = [group for group in ranked if len(floats) < len({*floats, *group}) <= most]
         if not fitting:
             break
-        now, before = asked.without(()), len(floats)
-        floats = max(fitting, key=lambda union: (now - asked.without(union)) / (len(union) - before))
+        floats = tuple(dict.fromkeys((*floats, *_ranked(asked, floats, fitting[:SHORTLIST])[0])))
         one = made(floats, equalize)
         best = min(best, one, key=lambda each: each.distance)
     for place in floats[:-1] if one.fidelity >= enough else ():  # the last one was needed by those before it
@@ -69,9 +65,15 @@ def mixed_precision(
     return one if one.fidelity >= enough else best
 
 
-def _ranked(asked: Sensitivity, progress: Callable[[int, int], None]) -> list[Places]:
-    """What has to be float together for a rounding to go, by what all that go with it cost alone."""
-    cost: dict[Places, float] = {}
-    for part in asked.parts(progress):
-        cost[part.readers] = cost.get(part.readers, 0.0) + part.distance
-    return sorted(filter(None, cost), key=lambda places: -cost[places])
+def _ranked(
+    asked: Sensitivity,
+    floats: Places,
+    groups: Sequence[Places],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Places]:
+    """The most expensive first, by what each place costs that is not float yet."""
+    costs = {}
+    for group in groups:
+        costs[group] = asked.cost_of({*floats, *group}) / len({*group} - {*floats})
+        progress(len(costs), len(groups))
+    return sorted(costs, key=lambda group: -costs[group])

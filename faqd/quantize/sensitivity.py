@@ -100,16 +100,17 @@ class Sensitivity:
             self.student.network.eval()
             return self._with([quantizer for _, each, quantizer in self._roundings() if each == kind])
 
-    def without(self, places: Collection[str]) -> float:
-        """The distance of the worst output with everything rounded but what `places`, kept float, leave out; the scales
-        are still those of the student."""
-        left_out = [
-            quantizer
-            for place, kind, quantizer in self._roundings()
-            if (readers := self._readers(place, kind, quantizer)) and set(readers) <= set(places)
-        ]
-        with _switched(left_out, False):
-            return self._distance.of(self.student.network)
+    def groups(self) -> list[Places]:
+        """What has to be float together for a rounding to go, in graph order."""
+        found = dict.fromkeys(self._readers(*rounding) for rounding in self._roundings())
+        return [places for places in found if places]
+
+    def cost_of(self, places: Collection[str]) -> float:
+        """The distance of the worst output with nothing rounded but what goes where `places` are float."""
+        going = [rounding for rounding in self._roundings() if set(self._readers(*rounding)) <= set(places)]
+        with float_forward(self.student):
+            self.student.network.eval()
+            return self._with([quantizer for _, _, quantizer in going])
 
     def _roundings(self) -> list[tuple[str, Kind, Any]]:
         """Each with its place and its quantizer, in graph order."""
@@ -177,7 +178,7 @@ class Sensitivity:
 
     def _with(self, quantizers: Sequence[Any]) -> float:
         """The distance with these roundings alone, within `float_forward`."""
-        with _switched(quantizers, True):
+        with _enabled(quantizers):
             return self._distance.of(self.student.network)
 
     def _readers(self, place: str, kind: Kind, quantizer: Any) -> Places:
@@ -216,14 +217,14 @@ def _layers(network: fx.GraphModule) -> dict[fx.Node, Any]:
 
 
 @contextmanager
-def _switched(quantizers: Sequence[Any], on: bool) -> Iterator[None]:
+def _enabled(quantizers: Sequence[Any]) -> Iterator[None]:
     for quantizer in quantizers:
-        quantizer.enabled = on
+        quantizer.enabled = True
     try:
         yield
     finally:
         for quantizer in quantizers:
-            quantizer.enabled = not on
+            quantizer.enabled = False
 
 
 def _places(parts: Sequence[Part]) -> Places:

@@ -70,6 +70,11 @@ def text_iou(outputs: Mapping[str, Array], found: Mapping[str, Any]) -> float:
     return float((ours & theirs).sum() / max(1, (ours | theirs).sum()) * 100)
 
 
+def text(outputs: Mapping[str, Array], found: Mapping[str, Any]) -> dict[str, float]:
+    """The same for `faqd-bench --metric`, which takes figures by name."""
+    return {"text_iou": text_iou(outputs, found)}
+
+
 def average_precision(found: list[Boxes], truth: list[Boxes]) -> float:
     """COCO's AP in %: mean over classes that are there, and over overlaps of 0.5 to 0.95, of the precision at 101
     recalls. An item of both lists for each image."""
