@@ -21,8 +21,8 @@ LOWEST, HIGHEST = -(2**15), 2**15 - 1
 
 
 def zero_point(quant: Quant) -> int:
-    """Of a grid in onnxruntime's unsigned 8 bits."""
-    return 128 * quant.signed if fits_int8(quant) else -quant.low
+    """Of a grid in onnxruntime's unsigned 8 bits; even, so that a tie stays one between the same two codes."""
+    return 128 * quant.signed if fits_int8(quant) else -(quant.low // 2 * 2)
 
 
 def pair_limit(highest_code: int) -> int:

@@ -18,13 +18,14 @@ from faqd.calib.ranges import METHODS, Method, scale_from
 from faqd.deploy.explain.tensorrt_rules import int8_layers
 from faqd.deploy.verify.layers import verify_file
 from faqd.deploy.verify.torch_values import as_trained, torch_digests
-from faqd.quant import SIGNED_8, asymmetric_quant, int8_offset
+from faqd.quant import SIGNED_8, Quant, asymmetric_quant, int8_offset
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.operators.arithmetic import Offset
 from faqd.quantize.operators.requantize import Flavour
 from faqd.quantize.prepare import insert_quantizers
 from faqd.quantize.student import Student
 from faqd.quantize.without_training import Asymmetric, Untrained, best_without_training
+from faqd.saturation import zero_point
 from tests.fixtures.networks import CHANNELS, CLASSES, calibrated, captured, conv, images, lively
 from tests.quantize.test_lowering import failures, lowered
 
@@ -68,6 +69,13 @@ def test_int8_holds_every_range_moved_by_an_even_number(low: int) -> None:
     grid = asymmetric_quant(low)
     offset = int8_offset(grid)
     assert (grid.low - offset, grid.high - offset, offset % 2) == (-128, 127, 0)
+
+
+@pytest.mark.parametrize("quant", [Quant(-51, 203), Quant(-52, 203), Quant(-3, 200), Quant(0, 130), Quant(-200, 20)])
+def test_limits_within_a_range_leave_both_runtimes_an_even_offset(quant: Quant) -> None:
+    zero, offset = zero_point(quant), int8_offset(quant)
+    assert zero % 2 == 0 and quant.low + zero >= 0 and quant.high + zero <= 255
+    assert offset % 2 == 0 and quant.low - offset >= -128 and quant.high - offset <= 127
 
 
 class Layers(nn.Module):

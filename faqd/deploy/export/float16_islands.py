@@ -4,6 +4,9 @@ A part is a group of operators between the integers that read each other; they a
 and again in float32. It stays float32 where that moves a result by more than a quarter of the step of the grid that
 rounds it, or, where no grid does, by more than 2^-10 of the range that it has on the images. Sums of a residual stream
 end a part and stay FP16: what their rounding does is seen behind the norm that reads them.
+
+So does a layer of integers whose bias is large beside that step: its sums, which the bias takes back, are rounded as
+coarsely. That of a layer that reads moved codes (faqd/quantize/lowering/offsets.py) often is.
 """
 
 from __future__ import annotations
@@ -29,6 +32,8 @@ IMAGES = 16
 BATCH = 4
 MOST_OF_A_STEP = 0.25
 MOST_OF_THE_RANGE = 2.0**-10
+OF_A_SUM = 2.0**-11
+"""What FP16 moves a sum by that the bias takes back, as a share of the bias: half a unit in the last place of each."""
 ENDS = 128
 """Codes beyond which every grid saturates: what is moved there is not seen."""
 
@@ -58,9 +63,10 @@ class Float32Part:
 def float32_parts(model: onnx.ModelProto, images: NDArray[np.float32]) -> list[Float32Part]:
     """Of a float32 Q/DQ file. images: (N, C, H, W), its input; the first IMAGES of them are used."""
     file = _File(model)
+    layers = list(file.layers_of_large_bias())
     parts = list(file.parts())
     if not parts:
-        return []
+        return layers
     watched = dict.fromkeys(name for part in parts for name in (*part.reads, *part.results))
     whole = onnx.ModelProto()
     whole.CopyFrom(model)
@@ -73,11 +79,12 @@ def float32_parts(model: onnx.ModelProto, images: NDArray[np.float32]) -> list[F
         values = session.run({model.graph.input[0].name: images[start : start + BATCH]})
         for part, half, found in zip(parts, halves, seen, strict=True):
             found.compare(half, {name: values[name] for name in part.reads}, values)
-    return [
+    coarse = (
         Float32Part(tuple(node.name for node in part.model.graph.node), reason)
         for part, found in zip(parts, seen, strict=True)
         if (reason := found.reason())
-    ]
+    )
+    return [*layers, *coarse]
 
 
 @dataclass(frozen=True)
@@ -161,6 +168,20 @@ class _File:
         for members in sorted(unique.values()):
             if self._is_worth_measuring(members):
                 yield self._part(members)
+
+    def layers_of_large_bias(self) -> Iterator[Float32Part]:
+        """The layers of integers whose sums FP16 rounds too coarsely, because their bias takes most of them back."""
+        for index, node in enumerate(self._nodes):
+            bias = self._constants.get(node.input[2]) if len(node.input) > 2 else None
+            if bias is None or not self._is_layer_of_integers(index):
+                continue
+            step = self._finest_step(node.output[0])
+            moved = float(np.abs(numpy_helper.to_array(bias)).max(initial=0.0)) * OF_A_SUM
+            if step is not None and moved > MOST_OF_A_STEP * step:
+                reason = (
+                    f"the bias of {node.name} is large: FP16 moves it by {moved / step:.2g} of a step of its result"
+                )
+                yield Float32Part((node.name,), reason)
 
     def _type(self, name: str) -> int:
         return self.described[name].type.tensor_type.elem_type if name in self.described else TensorProto.UNDEFINED

@@ -99,6 +99,20 @@ def test_a_part_stays_float32_where_fp16_moves_what_is_seen_of_it(
         assert np.abs(found[result] - values).max() <= coarse * np.ptp(values), name
 
 
+@pytest.mark.parametrize(("factor", "wanted"), [(1.0, []), (100.0, [("first.conv",)])])
+def test_a_layer_whose_bias_takes_its_sums_back_stays_float32(factor: float, wanted: list[tuple[str, ...]]) -> None:
+    model = onnx_from_deployed(convert(student_of(torch.relu, last=False), "tensorrt"), images(1, 2, SHAPE), {})
+    bias = next(tensor for tensor in model.graph.initializer if tensor.name == "first.bias")
+    large = numpy_helper.to_array(bias) * factor + np.float32(factor - 1)
+    bias.CopyFrom(numpy_helper.from_array(large, bias.name))
+    parts = float32_parts(model, images(2, 4, SHAPE).numpy())
+    assert [part.nodes for part in parts] == wanted and all("bias of first.conv" in part.reason for part in parts)
+    half = float16_from_float32(model, {name for part in parts for name in part.nodes})
+    types = {tensor.name: tensor.data_type for tensor in half.graph.initializer}
+    assert types["first.bias"] == (TensorProto.FLOAT if wanted else TensorProto.FLOAT16)
+    assert types["second.bias"] == TensorProto.FLOAT16 and changed(half, model) == []
+
+
 def test_a_residual_stream_stays_fp16() -> None:
     class Stream(nn.Module):
         def __init__(self) -> None:
