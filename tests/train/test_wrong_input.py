@@ -382,7 +382,7 @@ def test_an_output_folder_that_is_taken(user: User, runs: Path, tmp_path: Path) 
     refuses(user.distill(runs / "teacher", "--resume"), "holds a teacher run", "another --out")
     refuses(user.distill(tmp_path / "foreign"), "foreign: is not empty and holds no run", "another --out")
     refuses(user.distill(tmp_path / "file"), "file: is a file", "another --out")
-    refuses(user.distill(tmp_path / "file" / "below"), "a file stands where a folder is needed")
+    refuses(user.distill(tmp_path / "file" / "below"), "file/below: no folder can be made there (not a directory)")
     assert everything_in(tmp_path) == before
 
 
@@ -396,8 +396,14 @@ def test_what_a_killed_start_left_is_no_obstacle(user: User, tmp_path: Path) -> 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_an_output_folder_that_may_not_be_written(user: User, tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    refuses(user.distill(tmp_path / "out"), "not permitted", str(tmp_path / "out"))
+    refuses(user.distill(tmp_path / "out"), "no folder can be made there (permission denied)", str(tmp_path / "out"))
     tmp_path.chmod(0o700)
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no /proc here")
+def test_an_output_folder_where_none_can_be(user: User) -> None:
+    for outcome in (user.distill(Path("/proc/run")), faqd_train("teacher", "--arch", "resnet8", "--out", "/proc/run")):
+        refuses(outcome, "/proc/run: no folder can be made there", "choose another place")
 
 
 @pytest.mark.parametrize("name", ["teacher.safetensors", "checkpoint-", "weights.safetensors"])

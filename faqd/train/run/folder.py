@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from faqd import __version__
 from faqd.data_flags import PUBLISHED
 from faqd.errors import UserError
-from faqd.files import leftovers, read_json, sha256, write_json
+from faqd.files import leftovers, read_json, refuse_unmakeable, sha256, write_json
 from faqd.preprocess import Preprocess
 from faqd.sweep import members
 from faqd.train.data.options import DataOptions
@@ -44,13 +44,14 @@ _NEEDED = ("version", "kind", "asked", "recipe", "data", "network", "preprocess"
 def is_done(folder: Path, record: dict[str, Any], resume: bool) -> bool:
     """Whether `folder` holds this very run, finished; False where it can begin or go on.
 
-    UserError if it holds something else, or an unfinished run and there is no --resume.
+    UserError if it holds something else, or an unfinished run and there is no --resume, or where none can be made.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; give another --out, the folder of the run.")
     if not (folder / RECORD).is_file():
         if folder.is_dir() and set(folder.iterdir()) > set(leftovers(folder)):
             raise UserError(f"{folder}: is not empty and holds no run; give another --out.")
+        refuse_unmakeable(folder)
         return False
     found = read_record(folder)
     if not resume:
