@@ -117,7 +117,7 @@ def _bits(asked: dict[str, Any]) -> QuantConfig:
         asked["scale_gradient"],
         tuple(asked.get("exclude", ())),
         asked.get("strict", False),
-        asked["asymmetric"] == "always",
+        asked.get("asymmetric") == "always",
     )
 
 
