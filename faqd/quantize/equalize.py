@@ -2,8 +2,9 @@
 
 A tensor is multiplied by t for each channel in front of its rounding, and the input channels of every layer that reads
 it are divided by t: the function stays, and a small channel gets more codes. Behind a layer, its batch norm, a ReLU or
-a PReLU the multiplication goes into that layer (cross-layer equalization, arXiv 1906.04721); behind anything else it
-stays, one product per channel in float.
+a PReLU the multiplication goes into that layer (cross-layer equalization, arXiv 1906.04721), behind a layer norm, an
+RMS norm or a group norm into its weight and bias (SmoothQuant, arXiv 2211.10438); behind anything else it stays, one
+product per channel in float.
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ from torch import Tensor, fx, nn
 
 from faqd.quant import SIGNED_8
 from faqd.quantize import nodes
+from faqd.quantize.channel_producer import producer_of
+from faqd.quantize.channel_readers import channels_of
 from faqd.quantize.config import QuantConfig
+from faqd.quantize.exponents import Trial, factors
 from faqd.quantize.operators.arithmetic import Scaled
-from faqd.quantize.operators.layer import TRANSPOSED
-from faqd.quantize.operators.norm import NORM
 from faqd.quantize.placement import place
 
-LARGEST = 64.0
-"""Of all t: channels that are hardly there need no more."""
 DENSE, DEPTHWISE = 0.75, 1.0
-"""How far t goes towards equal peaks: in a dense layer columns that are divided by it lose codes of their weights, in a
-depthwise one each has a scale of its own."""
-_PASSING = (nn.MaxPool1d, nn.MaxPool2d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.Identity)
-"""Modules that hand on channels in their order, and multiples of them multiplied."""
+"""How far t goes towards equal peaks in maps: in a dense layer columns that are divided by it lose codes of their
+weights, in a depthwise one each has a scale of its own. Behind norms and on tokens, whose channels differ by less, it
+is tried."""
+TRIED_ON = 8
+"""Images that this is tried on."""
 
 
 @dataclass(frozen=True)
@@ -42,31 +43,6 @@ class Equalized:
     network: fx.GraphModule
     tensors: tuple[str, ...]
     products: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _Reader:
-    """A layer that reads a tensor as its input channels from `start` on."""
-
-    layer: Any
-    start: int
-
-    @property
-    def depthwise(self) -> bool:
-        return getattr(self.layer, "groups", 1) > 1 and self.layer.groups == self.layer.in_channels
-
-    def divide(self, t: Tensor) -> None:
-        """The weights that meet these channels, by t (channels) float64."""
-        weight = self.layer.weight
-        t = t.to(weight)
-        places = torch.arange(self.start, self.start + len(t), device=weight.device)
-        if isinstance(self.layer, TRANSPOSED):
-            weight[places] /= t.reshape(-1, *[1] * (weight.dim() - 1))
-            return
-        groups = getattr(self.layer, "groups", 1)
-        columns = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
-        group, column = places // weight.shape[1], places % weight.shape[1]
-        columns[group, :, column] /= t.reshape(-1, *[1] * (weight.dim() - 1))
 
 
 @torch.no_grad()
@@ -80,48 +56,71 @@ def equalized(
     nodes.propagate(network, nodes.two_of(parts[0]))
     placement = place(network, bits)
     grids = placement.activations
-    peaks = _Peaks(network, grids).of(parts)
+    found = {node: channels for node in grids if (channels := channels_of(network, node)) is not None}
+    watched = _Peaks(network, {node: found[node].axis if node in found else None for node in grids})
+    *others, unseen = _apart(parts)
+    peaks = watched.of(others)
+    tried = {node: readers for node, (axis, readers) in found.items() if _is_tried(network, node, axis)}
+    trial = Trial(network, placement, tried, peaks)
+    trial.run(unseen)
+    peaks = watched.of([unseen])
     largest = {node: float(peak.max()) for node, peak in peaks.items()}
     for group in placement.shared:
         largest |= dict.fromkeys(group, max(largest[node] for node in group))
     names, uses = nodes.places(network), _uses(network)
     tensors, products = [], []
-    for node, grid in grids.items():
-        readers, producer = _readers(network, node), _producer(network, node, keep)
-        if producer is not None and not all(_is_own(own, uses) for own in (producer.weight, producer.bias)):
+    for node, (axis, readers) in found.items():
+        if not all(_is_own(reader.layer.weight, uses) for reader in readers):
+            continue
+        producer = producer_of(network, node, axis, keep)
+        if producer is not None and not all(_is_own(own, uses) for own, _ in producer):
             producer = None
-        if readers is None or not all(_is_own(reader.layer.weight, uses) for reader in readers):
+        if producer is None and grids[node].high < SIGNED_8.high:
             continue
-        if producer is None and grid.high < SIGNED_8.high:
-            continue
-        exponent = DEPTHWISE if any(reader.depthwise for reader in readers) else DENSE
-        t = (largest[node] / peaks[node]).nan_to_num(1.0, posinf=1.0).pow(exponent).clamp(1.0, LARGEST)
+        fixed = DEPTHWISE if any(reader.depthwise for reader in readers) else DENSE
+        t = factors(peaks[node], largest[node], trial.best(node) if node in tried else fixed)
         if bool((t == 1).all()):
             continue
         tensors.append(names[node])
         for reader in readers:
-            reader.divide(t)
+            reader.layer.weight.copy_(reader.divided(reader.layer.weight, t))
         if producer is not None:
-            _multiply(producer, t)
+            for own, meeting in producer:
+                own.mul_(meeting(t).to(own))
             continue
         products.append(names[node])
-        factor = t.reshape(1, -1, *[1] * (len(nodes.shape(node)) - 2)).to(parts[0].dtype)
-        _put_product(network, node, names[node], factor)
+        _put_product(network, node, names[node], axis, t.to(parts[0].dtype))
     network.recompile()
     return Equalized(network, tuple(tensors), tuple(products))
+
+
+def _apart(parts: list[Tensor]) -> list[Tensor]:
+    """The same images, of which the last few are a batch of their own; one image is both."""
+    *others, last = parts
+    if not others and len(last) == 1:
+        return [last, last]
+    count = min(TRIED_ON, len(last) if others else len(last) // 2)
+    return [*others, *([last[:-count]] if count < len(last) else []), last[-count:]]
+
+
+def _is_tried(network: fx.GraphModule, node: fx.Node, axis: int) -> bool:
+    """Whether a tensor is one of tokens, or what a norm makes, which has no role."""
+    return axis > 1 or nodes.role(network, node) == "other"
 
 
 def _uses(network: fx.GraphModule) -> Counter[int]:
     """In how many calls each parameter is used, by its id."""
     called = [module for node in network.graph.nodes if (module := nodes.module_of(network, node)) is not None]
-    read = [nodes.held_tensor(network, node) for node in network.graph.nodes if node.op == "get_attr"]
+    read = [
+        nodes.held_tensor(network, node) for node in network.graph.nodes if node.op == "get_attr" for _ in node.users
+    ]
     return Counter(map(id, [*(own for module in called for own in module.parameters()), *read]))
 
 
-def _is_own(tensor: Tensor | None, uses: Counter[int]) -> bool:
-    """Whether a layer's tensor can be changed for it alone: no tied one, none of a layer that is called twice, and no
+def _is_own(tensor: Tensor, uses: Counter[int]) -> bool:
+    """Whether a tensor can be changed for one call alone: no tied one, none of a layer that is called twice, and no
     filter that training does not touch."""
-    return tensor is None or (isinstance(tensor, nn.Parameter) and uses[id(tensor)] == 1)
+    return isinstance(tensor, nn.Parameter) and uses[id(tensor)] == 1
 
 
 def with_products(traced: fx.GraphModule, places: Sequence[str]) -> fx.GraphModule:
@@ -132,103 +131,38 @@ def with_products(traced: fx.GraphModule, places: Sequence[str]) -> fx.GraphModu
     node_at = {name: node for node, name in nodes.places(network).items()}
     for name in places:
         node = node_at[name]
-        factor = torch.ones(1, nodes.shape(node)[1], *[1] * (len(nodes.shape(node)) - 2))
-        _put_product(network, node, name, factor)
+        channels = channels_of(network, node)
+        assert channels is not None
+        _put_product(network, node, name, channels.axis, torch.ones(nodes.shape(node)[channels.axis]))
     network.recompile()
     return network
 
 
-def _put_product(network: fx.GraphModule, node: fx.Node, name: str, factor: Tensor) -> None:
-    nodes.called_behind(network, node, f"{name}_equalized", Scaled(factor, 0.0))
-
-
-def _readers(network: fx.GraphModule, node: fx.Node) -> list[_Reader] | None:
-    """Every layer that reads a tensor; None where something else does, or where it is no tensor of channels."""
-    if node.op == "placeholder" or nodes.is_own(node) or len(nodes.shape(node)) < 2:
-        return None
-    found: list[_Reader] = []
-    ahead = [(node, reader, 0) for reader in node.users]
-    while ahead:
-        read, reader, start = ahead.pop()
-        module: Any = nodes.module_of(network, reader)
-        if nodes.role(network, reader) == "compute":
-            if module is None or list(reader.args) != [read] or not _by_channel(module, read):
-                return None
-            found.append(_Reader(module, start))
-        elif isinstance(module, _PASSING):
-            ahead += [(reader, after, start) for after in reader.users]
-        elif nodes.role(network, reader) == "concat" and (places := _places_in(reader, read)) is not None:
-            ahead += [(reader, after, start + each) for each in places for after in reader.users]
-        else:
-            return None
-    return found or None
-
-
-def _by_channel(layer: Any, read: fx.Node) -> bool:
-    """Whether a layer takes axis 1 of what it reads for its input channels."""
-    return not isinstance(layer, nn.Linear) or len(nodes.shape(read)) == 2
-
-
-def _places_in(concat: fx.Node, read: fx.Node) -> list[int] | None:
-    """Where the channels of a tensor begin in a concatenation of channels; None where it joins something else."""
-    operands = nodes.tensor_inputs(concat)
-    widths = [nodes.shape(operand)[1] for operand in operands]
-    if nodes.shape(concat)[1] != sum(widths) or len(nodes.shape(concat)) != len(nodes.shape(read)):
-        return None
-    if any(nodes.shape(operand)[2:] != nodes.shape(concat)[2:] for operand in operands):
-        return None
-    return [sum(widths[:i]) for i, operand in enumerate(operands) if operand is read]
-
-
-def _producer(network: fx.GraphModule, node: fx.Node, keep: Collection[str]) -> Any:
-    """The layer or batch norm into which the multiplication of a tensor goes; None where there is none, or where it
-    changes what has to stay."""
-    module = nodes.module_of(network, node)
-    if node.name in keep:
-        return None
-    if nodes.role(network, node) == "rectify" or isinstance(module, nn.LeakyReLU | nn.PReLU):
-        node = nodes.operand(node)
-        if len(node.users) != 1 or node.name in keep:
-            return None
-    module = nodes.module_of(network, node)
-    if isinstance(module, NORM):
-        return module if module.affine else None
-    return module if nodes.role(network, node) == "compute" and module is not None else None
-
-
-def _multiply(module: Any, t: Tensor) -> None:
-    """The output channels of a layer, or of a batch norm."""
-    if isinstance(module, NORM):
-        module.weight.mul_(t.to(module.weight))
-    elif isinstance(module, TRANSPOSED):
-        weight = module.weight
-        columns: Tensor = weight.reshape(module.groups, weight.shape[0] // module.groups, *weight.shape[1:])
-        columns.mul_(t.to(weight).reshape(module.groups, 1, weight.shape[1], *[1] * (weight.dim() - 2)))
-    else:
-        module.weight.mul_(t.to(module.weight).reshape(-1, *[1] * (module.weight.dim() - 1)))
-    if module.bias is not None:
-        module.bias.mul_(t.to(module.bias))
+def _put_product(network: fx.GraphModule, node: fx.Node, name: str, axis: int, t: Tensor) -> None:
+    sizes = [1] * len(nodes.shape(node))
+    sizes[axis] = -1
+    nodes.called_behind(network, node, f"{name}_equalized", Scaled(t.reshape(sizes), 0.0))
 
 
 class _Peaks(fx.Interpreter):
-    """The largest magnitude of every channel of some tensors."""
+    """The largest magnitude of every channel of some tensors, or of all of a tensor that has none."""
 
-    def __init__(self, network: fx.GraphModule, wanted: Iterable[fx.Node]) -> None:
+    def __init__(self, network: fx.GraphModule, axes: dict[fx.Node, int | None]) -> None:
         super().__init__(network)
-        self._wanted = set(wanted)
+        self._axes = axes
         self._found: dict[fx.Node, Tensor] = {}
 
     def of(self, batches: Iterable[Tensor]) -> dict[fx.Node, Tensor]:
+        """Of these and of all before."""
         for batch in batches:
             self.run(batch)
-        return self._found
+        return dict(self._found)
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        if n in self._wanted:
-            by_channel = (
-                result.detach().abs().reshape(1, -1) if result.dim() < 2 else result.detach().abs().transpose(0, 1)
-            )
-            peak = by_channel.flatten(1).amax(1).double()
+        if n in self._axes:
+            axis, magnitudes = self._axes[n], result.detach().abs()
+            by_channel = magnitudes.reshape(1, -1) if axis is None else magnitudes.movedim(axis, 0).flatten(1)
+            peak = by_channel.amax(1).double()
             self._found[n] = torch.maximum(peak, self._found.get(n, peak))
         return result

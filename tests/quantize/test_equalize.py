@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from faqd.quantize.capture.capture import capture
 from faqd.quantize.config import QuantConfig
-from faqd.quantize.equalize import LARGEST, Equalized, equalized
+from faqd.quantize.equalize import Equalized, equalized
+from faqd.quantize.exponents import LARGEST
 from faqd.quantize.without_training import CalibrationMethod, Equalize, Untrained, best_without_training
 
 X = torch.randn(12, 3, 10, 10, generator=torch.Generator().manual_seed(0))
