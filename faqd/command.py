@@ -227,6 +227,12 @@ exclude_option = click.option(
     metavar="REGEX",
     help="Keep layers and operators float whose module path this fits; may be given several times.",
 )
+attention_option = click.option(
+    "--attention",
+    type=click.Choice(["float", "int8"]),
+    show_default="float",
+    help="Multiply activations by activations in this: queries by keys, and probabilities by values.",
+)
 strict_option = click.option(
     "--strict",
     is_flag=True,

@@ -87,6 +87,7 @@ def manifest_facts(
         "weight_bits": bits.weights,
         "act_bits": bits.activations,
         "rounding": bits.rounding,
+        "attention": bits.attention,
         **_without_training(parts),
         "target": bits.target,
         "preprocess": parts.preprocess.to_json(),

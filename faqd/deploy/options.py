@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from faqd.command import Finite, exclude_option, flags, json_option, section, strict_option, writable
+from faqd.command import Finite, attention_option, exclude_option, flags, json_option, section, strict_option, writable
 from faqd.data_flags import data_flags
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ float_flags = flags(
             help="Let 8-bit activations have all 256 values from where theirs begin; auto: where something is lost "
             "without.",
         ),
+        attention_option,
         exclude_option,
         strict_option,
     ),
@@ -73,11 +74,12 @@ float_flags = flags(
 def quantization(options: dict[str, Any]) -> tuple[QuantConfig, Calibration]:
     """Take what `float_flags` say of the student out of a command's keyword arguments."""
     from faqd.deploy.write_bundle import Calibration
-    from faqd.quantize.config import QuantConfig
+    from faqd.quantize.config import Attention, QuantConfig
 
     names = ("weight_bits", "act_bits", "target", "exclude", "strict")
     weights, activations, target, exclude, strict = map(options.pop, names)
-    bits = QuantConfig(weights, activations, target, exclude=exclude, strict=bool(strict))
+    attention: Attention = options.pop("attention") or "float"
+    bits = QuantConfig(weights, activations, target, exclude=exclude, strict=bool(strict), attention=attention)
     how = ("calibration", "calibration_images", "equalize", "asymmetric")
     return bits, Calibration(*map(options.pop, how))
 

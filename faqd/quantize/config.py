@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from faqd.errors import UserError
 from faqd.quant import FLOAT_BITS, Rounding, Target, check_bits
 from faqd.quantize.quantizers.activation import ScaleGradient
+
+Attention = Literal["float", "int8"]
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,8 @@ class QuantConfig:
     rounding: of what is behind a ReLU. scale_gradient: by which those scales learn; a lowered file shows none of it.
     exclude: regular expressions; a layer or operator stays float where one fits its path. strict: whether what
     has no integer form is refused, instead of staying float by itself. asymmetric: whether activations of 8 bits have
-    all 256 quantized values, which begin where theirs do, instead of 0..127 or as many above zero as below.
+    all 256 quantized values, which begin where theirs do, instead of 0..127 or as many above zero as below. attention:
+    what the products of two activations are computed of, in attention queries and keys, probabilities and values.
     """
 
     weights: int = 8
@@ -29,6 +33,7 @@ class QuantConfig:
     exclude: tuple[str, ...] = ()
     strict: bool = False
     asymmetric: bool = False
+    attention: Attention = "float"
 
     def __post_init__(self) -> None:
         if self.weights == FLOAT_BITS and self.activations != FLOAT_BITS:

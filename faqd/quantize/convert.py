@@ -21,6 +21,7 @@ from faqd.calib.ranges import scale_max
 from faqd.errors import UserError
 from faqd.quant import FLOAT_BITS, SIGNED_8
 from faqd.quantize import nodes
+from faqd.quantize.attention import product_on_codes
 from faqd.quantize.lowering.fold_batch_norm import Changes, fold_layer, quantizer_of
 from faqd.quantize.lowering.fold_own_tensors import fold_own_tensors
 from faqd.quantize.lowering.insert_requantize import (
@@ -106,6 +107,8 @@ def _converted(student: Student, flavour: Flavour, output_scales: dict[str, floa
             row = nodes.row_of(network, node)
             assert row is not None and row.on_codes is not None
             _replace(network, node, row.on_codes(_called(network, node), quantizer_of(network, node).scale))
+        elif flavour != "float" and (product := product_on_codes(network, node)) is not None:
+            _replace(network, node, product)
     for node in network.graph.nodes:
         new = _deployed_module(network, node, flavour, offsets)
         if new is not None:

@@ -11,6 +11,7 @@ from torch import fx
 
 from faqd.quant import FLOAT_BITS
 from faqd.quantize import nodes
+from faqd.quantize.attention import product_on_codes
 from faqd.quantize.operators.layer import TRANSPOSED
 from faqd.quantize.quantizers.layers import latent_weight, weight_quantizer
 from faqd.quantize.student import Student, input_quantizer
@@ -22,19 +23,19 @@ _LAYERS = (F.linear, F.conv1d, F.conv2d, F.conv_transpose1d, F.conv_transpose2d)
 
 def int8_share(student: Student) -> float:
     """Of 1, by multiply-accumulates of layers and of products of activations: those whose layer reads codes and has
-    weights of them. What a runtime does beside that, `runs_int8` in the manifest says."""
+    weights of them, and products of codes. What a runtime does beside that, `runs_int8` in the manifest says."""
     integers, total = _on_integers_and_in_all(student)
     return sum(integers.values()) / total if total else 0.0
 
 
 def int8_shares(student: Student) -> dict[str, float]:
-    """By the place of a layer that runs on integers, how much of that share is its own."""
+    """By the place of a layer or product that runs on integers, how much of that share is its own."""
     integers, total = _on_integers_and_in_all(student)
     return {place: count / total for place, count in integers.items() if count}
 
 
 def _on_integers_and_in_all(student: Student) -> tuple[dict[str, int], int]:
-    """The multiply-accumulates of every layer that runs on integers, by place, and those of the whole network."""
+    """The multiply-accumulates of all that runs on integers, by place, and those of the whole network."""
     network = student.network
     counts = {node: _products(network, node) for node in network.graph.nodes}
     integers = {place: counts[node] for node, place in nodes.places(network).items() if _on_integers(network, node)}
@@ -42,6 +43,8 @@ def _on_integers_and_in_all(student: Student) -> tuple[dict[str, int], int]:
 
 
 def _on_integers(network: fx.GraphModule, node: fx.Node) -> bool:
+    if product_on_codes(network, node) is not None:
+        return True
     layer = nodes.module_of(network, node)
     if nodes.role(network, node) != "compute" or layer is None or weight_quantizer(layer) is None:
         return False

@@ -12,6 +12,9 @@
    is read beside zeros that no code can stand for once the codes are moved (`_beside_zeros`).
 5. Layers that `QuantConfig.exclude` names stay float, and nothing is rounded on their account; nor on that of what has
    no integer form, and of sums, products and averages beside it (`islands`). They read floats where there are any.
+6. Products of two activations stay float as well, unless `QuantConfig.attention` says int8: then each operand is
+   rounded right in front of them, so that queries, keys and values have scales of their own. These codes are never
+   moved: only a layer's bias makes up for that.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ from faqd.quant import (
     weight_quant,
 )
 from faqd.quantize import nodes
+from faqd.quantize.attention import integer_products
 from faqd.quantize.capture.validate import float_by_themselves
 from faqd.quantize.config import QuantConfig
 from faqd.quantize.islands import with_shores
@@ -64,7 +68,8 @@ class Placement:
 def place(traced: fx.GraphModule, bits: QuantConfig) -> Placement:
     """Decide every quantizer of `traced` (shapes propagated). UserError for an operator that has no rule."""
     excluded = excluded_nodes(traced, bits.exclude)
-    alone = float_by_themselves(traced, excluded, bits.strict)
+    products = integer_products(traced, excluded) if bits.attention == "int8" else set()
+    alone = float_by_themselves(traced, excluded | products, bits.strict)
     floats = excluded | with_shores(traced, alone)
     reader = _Reader(traced, floats)
     weights = _weight_grids(reader, bits)
@@ -80,8 +85,10 @@ def place(traced: fx.GraphModule, bits: QuantConfig) -> Placement:
     for node in traced.graph.nodes:
         if reader.role(node) == "add":
             rounded |= _operands_to_round(reader, node, rounded)
+    multiplied = {operand for product in products for operand in nodes.tensor_inputs(product)}
+    rounded |= multiplied
     groups = _groups(reader, rounded)
-    movable = rounded - _beside_zeros(reader) if bits.asymmetric else set()
+    movable = rounded - _beside_zeros(reader) - multiplied if bits.asymmetric else set()
     ordered = [node for node in traced.graph.nodes if node in rounded]
     grids = {node: _grid(reader, groups[node], bits, movable.issuperset(groups[node])) for node in ordered}
     shared = {id(group): group for group in groups.values() if len(group) > 1}

@@ -7,6 +7,7 @@ import copy
 from torch import Tensor, fx, nn
 
 from faqd.quantize import nodes
+from faqd.quantize.attention import spell_out
 from faqd.quantize.capture.capture import capture
 from faqd.quantize.capture.program import as_plain_modules, is_exported
 from faqd.quantize.config import QuantConfig
@@ -45,6 +46,9 @@ def insert_quantizers(traced: fx.GraphModule, bits: QuantConfig, example: Tensor
     """
     network = copy.deepcopy(traced)
     nodes.propagate(network, example)
+    if bits.attention == "int8":
+        spell_out(network)
+        nodes.propagate(network, example)
     placement = place(network, bits)
     islands = islands_of(network, placement.alone)
     for node in placement.floats:

@@ -13,6 +13,7 @@ import click
 from faqd.command import (
     SETTINGS,
     Group,
+    attention_option,
     emit_json,
     exclude_option,
     json_option,
@@ -255,6 +256,7 @@ def recipes(json_target: str | None) -> None:
         default="channel",
         help="Give each of these a weight scale.",
     ),
+    attention_option,
     exclude_option,
     strict_option,
 )

@@ -24,7 +24,7 @@ def refuse_idle_options(variants: Sequence[DistillRecipe]) -> None:
         refuse_idle(["--epochs"], "--steps says how long the training is")
     if all(each.act_bits == FLOAT_BITS for each in variants):
         refuse_idle(
-            ["--rounding", "--scale-gradient", "--calibration", "--equalize", "--asymmetric"],
+            ["--rounding", "--scale-gradient", "--calibration", "--equalize", "--asymmetric", "--attention"],
             f"no activation is rounded with --act-bits {FLOAT_BITS}",
         )
     if recipe.equalize == "always" and not any(map(has_a_choice_of_starts, variants)):

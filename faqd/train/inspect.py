@@ -8,7 +8,7 @@ from typing import Any
 from faqd.data_flags import parse_size
 from faqd.errors import UserError
 from faqd.quantize.capture.capture import capture
-from faqd.quantize.config import QuantConfig
+from faqd.quantize.config import Attention, QuantConfig
 from faqd.quantize.int8_share import floats_of
 from faqd.quantize.prepare import insert_quantizers
 from faqd.quantize.student import student_table
@@ -31,6 +31,7 @@ def inspect_network(
     scales: str,
     exclude: tuple[str, ...],
     strict: bool | None,
+    attention: Attention | None,
     image_size: str | None,
     input_channels: int,
     say: Say,
@@ -45,7 +46,15 @@ def inspect_network(
     network, example = source.build(), source.example()
     if teacher_weights is not None:
         load_weights(network, teacher_weights, say)
-    bits = QuantConfig(weight_bits, act_bits, target, scales == "channel", exclude=exclude, strict=bool(strict))
+    bits = QuantConfig(
+        weight_bits,
+        act_bits,
+        target,
+        scales == "channel",
+        exclude=exclude,
+        strict=bool(strict),
+        attention=attention or "float",
+    )
     traced = capture(network, example)
     source = student_source(arch, Teacher(network, source, ""))
     student = insert_quantizers(traced if arch is None else capture(source.build(), example), bits, example)

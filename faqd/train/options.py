@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from faqd.command import Finite, exclude_option, json_option, section, strict_option
+from faqd.command import Finite, attention_option, exclude_option, json_option, section, strict_option
 from faqd.errors import UserError
 
 SEED = click.IntRange(0, 2**32 - 1)
@@ -183,6 +183,7 @@ student_flags = section(
         show_default="auto",
         help="Let 8-bit activations have all 256 values from where theirs begin; auto: as --equalize, and after it.",
     ),
+    attention_option,
     exclude_option,
     strict_option,
 )

@@ -12,6 +12,7 @@ from faqd.quant import FLOAT_BITS, Rounding, Target
 
 if TYPE_CHECKING:
     # Modules with torch, which who lists recipes need not have.
+    from faqd.quantize.config import Attention
     from faqd.quantize.quantizers.activation import ScaleGradient
     from faqd.quantize.without_training import Asymmetric, CalibrationMethod, Equalize
     from faqd.train.losses.distillation import AffinityForm, LogitForm
@@ -107,7 +108,7 @@ class DistillRecipe:
 
     data, arch, init: None for what the command line says, the teacher's own network, and its weights where the
     student is that network. The record of a run has them filled in. exclude: regular expressions of places kept float.
-    strict: whether what has no integer form is refused.
+    strict: whether what has no integer form is refused. attention: what activations are multiplied by activations in.
     scale_step: the share of itself by which an activation's scale may change in one iteration, None for any.
     teacher_cache: whether what the teacher says of a training image is read from files.
     calibration, equalize, asymmetric: how a student with its teacher's weights begins
@@ -132,6 +133,7 @@ class DistillRecipe:
     asymmetric: Asymmetric = "auto"
     exclude: tuple[str, ...] = ()
     strict: bool = False
+    attention: Attention = "float"
     init: str | None = None
     logit: LogitForm | None = "mse"
     logit_weight: float = 1.0

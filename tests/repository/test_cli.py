@@ -38,8 +38,8 @@ FLAGS = {
     "faqd-train distill": (
         f"--recipe --teacher --teacher-weights --teacher-dtype --cache-teacher {DATA} "
         "--arch --init --weight-bits --act-bits --target --scales --rounding --scale-gradient --calibration --equalize "
-        "--asymmetric --exclude --strict --logit --logit-weight --temperature --affinity --affinity-weight "
-        "--affinity-floor --columns --adaptors --feature-layer --label-weight "
+        "--asymmetric --attention --exclude --strict --logit --logit-weight --temperature --affinity "
+        "--affinity-weight --affinity-floor --columns --adaptors --feature-layer --label-weight "
         f"{SCHEDULE} --optimizer --autocast --seeds --select {RUN}"
     ),
     "faqd-train eval": "--data --data-root --json",
@@ -47,17 +47,17 @@ FLAGS = {
     "faqd-train recipes": "--json",
     "faqd-train inspect": (
         "--teacher --teacher-weights --arch --image-size --input-channels --weight-bits --act-bits --target --scales "
-        "--exclude --strict --json"
+        "--attention --exclude --strict --json"
     ),
     "faqd-deploy": "--version",
     "faqd-deploy export": f"--data --data-root --eval-data --labels {BUNDLE}",
     "faqd-deploy ptq": (
         f"--teacher --teacher-weights {DATA} --weight-bits --act-bits --target --calibration --calibration-images "
-        f"--equalize --asymmetric --exclude --strict --keep-float {BUNDLE}"
+        f"--equalize --asymmetric --attention --exclude --strict --keep-float {BUNDLE}"
     ),
     "faqd-deploy sensitivity": (
         f"--teacher --teacher-weights {DATA} --weight-bits --act-bits --target --calibration --calibration-images "
-        "--equalize --asymmetric --exclude --strict --images --chart --json"
+        "--equalize --asymmetric --attention --exclude --strict --images --chart --json"
     ),
     "faqd-deploy verify": "--min-fidelity --json",
     "faqd-deploy explain": "--rules-only --json",

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from faqd.deploy.reference import registry
+from faqd.deploy.reference.layer import product_of_codes
 from faqd.deploy.reference.onnx_fallback import FLOAT_OPERATORS, computed_in_float
 from faqd.deploy.reference.values import Attributes, Operator, Value
 from faqd.errors import UserError, first_line
@@ -55,6 +56,8 @@ class Evaluator:
 
     def results(self, node: onnx.NodeProto, operands: list[Value]) -> tuple[Value, ...]:
         """What one node makes of its operands."""
+        if node.op_type == "MatMul" and (product := product_of_codes(*operands)) is not None:
+            return (product,)
         if node.op_type in FLOAT_OPERATORS:
             return computed_in_float(node, operands, self._opsets)
         result = OPERATORS[node.op_type](operands, _attributes(node))

@@ -1,4 +1,4 @@
-"""Convolution and linear layers: integer sums where input and weight are codes."""
+"""Convolution and linear layers, and products of two activations: integer sums where both sides are codes."""
 
 from __future__ import annotations
 
@@ -71,6 +71,14 @@ def _weighted(
     sums = product(real(x), real(weight))
     real_bias = np.broadcast_to(0.0 if bias is None else real(bias).reshape(-1), sums.shape[channel_axis])
     return layer_sum(sums, np.ones(()), np.ones(()), real_bias, channel_axis)
+
+
+def product_of_codes(left: Value, right: Value) -> Array | None:
+    """Of two matrices of codes, each with one scale: integer sums times both. None for any other product."""
+    if not isinstance(left, Grid) or not isinstance(right, Grid) or left.scale.ndim or right.scale.ndim:
+        return None
+    sums: Array = left.codes.astype(np.float64) @ right.codes.astype(np.float64)
+    return sums * (left.scale * right.scale)
 
 
 OPERATORS: dict[str, Operator] = {

@@ -1,4 +1,5 @@
-"""Attention, and what it is made of: products of two activations, and softmax. They have no integer form."""
+"""Attention, and what it is made of: products of two activations, and softmax. They stay float, but for the products
+where the user wants them of codes."""
 
 from __future__ import annotations
 
@@ -6,13 +7,32 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from faqd.quantize.operators.emit import Emission, Size, Value, two
-from faqd.quantize.operators.row import Operator
+from faqd.quantize.operators.row import ExactForm, Operator
 from faqd.quantize.operators.treatment import ISLAND
 
 aten = torch.ops.aten
+PRODUCTS = (aten.matmul.default, aten.bmm.default)
+ATTENTION = aten.scaled_dot_product_attention.default
+
+
+class IntegerProduct(nn.Module):
+    """The product of two matrices of codes: exact integer sums, times both scales (float32 scalars)."""
+
+    left_scale: Tensor
+    right_scale: Tensor
+
+    def __init__(self, left_scale: Tensor, right_scale: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("left_scale", left_scale.detach().float().reshape(()))
+        self.register_buffer("right_scale", right_scale.detach().float().reshape(()))
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        scales = self.left_scale.double(), self.right_scale.double()
+        codes = ((x / scale).round_() for x, scale in zip((left, right), scales, strict=True))
+        return torch.matmul(*codes) * (scales[0] * scales[1])
 
 
 def _emit_softmax(emission: Emission) -> Value | None:
@@ -62,16 +82,17 @@ OPERATORS = (
     ),
     Operator(
         "other",
-        (aten.matmul.default, aten.bmm.default),
+        PRODUCTS,
         emit=two("MatMul"),
-        stands_for="products of two activations",
+        stands_for="products of two activations (of codes with `--attention int8`)",
         treatment=ISLAND,
     ),
     Operator(
         "other",
-        (aten.scaled_dot_product_attention.default,),
+        (ATTENTION,),
         emit=_emit_attention,
         stands_for="scaled dot-product attention",
         treatment=ISLAND,
     ),
 )
+EXACT_FORMS = (ExactForm(IntegerProduct, two("MatMul")),)

@@ -50,6 +50,7 @@ EXACT_FORMS: tuple[ExactForm, ...] = (
     *arithmetic.EXACT_FORMS,
     *pool.EXACT_FORMS,
     *resize.EXACT_FORMS,
+    *attention.EXACT_FORMS,
     *requantize.EXACT_FORMS,
 )
 RULES: dict[str, Rule] = {name: rule for row in OPERATORS for name, rule in row.spellings.items()} | shape.HELPERS

@@ -118,6 +118,7 @@ def _bits(asked: dict[str, Any]) -> QuantConfig:
         tuple(asked.get("exclude", ())),
         asked.get("strict", False),
         asked.get("asymmetric") == "always",
+        asked.get("attention", "float"),
     )
 
 
