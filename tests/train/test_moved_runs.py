@@ -32,6 +32,14 @@ def test_its_network_is_found_and_its_images_are_told(moved: Path, tmp_path: Pat
     assert len(load_bundle(tmp_path / "bundle").evaluation().images) == here["images"] > 0
 
 
+@pytest.mark.parametrize("key", ["exclude", "strict", "asymmetric", "attention"])
+def test_a_recipe_of_before_a_choice_existed_is_read(key: str, moved: Path, tmp_path: Path) -> None:
+    record = json.loads((moved / "run.json").read_text())
+    del record["recipe"][key]
+    (moved / "run.json").write_text(json.dumps(record))
+    succeeds(faqd_train("eval", moved, "--data", f"folder:{tmp_path / 'elsewhere'}"))
+
+
 @pytest.mark.parametrize("change", ["gone", "another"])
 def test_another_file_is_not_taken_for_its_network(change: str, moved: Path, tmp_path: Path) -> None:
     """In a run of before, which holds no program of it."""
