@@ -62,14 +62,16 @@ def paired_metric(
     metric: Metric, data: Evaluation, bundle: Bundle, resamples: int, who: str, progress: Callable[[str], None]
 ) -> PairedMetric:
     """Judges the teacher, with so many resamples. who: the teacher's name, for messages."""
-    start = time.monotonic()
     teacher = metric.of(data.teacher, data, bundle, who)
-    seconds = resamples * (time.monotonic() - start)
     images = images_judged(data)
     drawn = np.random.default_rng(SEED).integers(images, size=(resamples, images))
-    if resamples:
+    start = time.monotonic()
+    found = _on_resamples(metric, data.teacher, data, bundle, who, drawn[:1])
+    if resamples:  # the first call of all may have read annotations, which the others need not
+        seconds = resamples * (time.monotonic() - start)
         progress(f"{resamples:,} resamples of {images:,} images, about {seconds:.0f} s for each network that is judged")
-    return PairedMetric(metric, data, teacher, drawn, _on_resamples(metric, data.teacher, data, bundle, who, drawn))
+    found += _on_resamples(metric, data.teacher, data, bundle, who, drawn[1:])
+    return PairedMetric(metric, data, teacher, drawn, found)
 
 
 def _on_resamples(
