@@ -169,6 +169,7 @@ def quantized_float(
     equalize = calibration.equalize
     if calibration.keep_float:
         few = x[: min(SEARCHED_IMAGES, calibration.images)].split(BATCH)
+        images = torch.cat([images, x[len(few[0]) :]])[:JUDGED_IMAGES]  # in a small split few show what is looked for
         most, enough = calibration.keep_float, calibration.enough
         bits, trials = kept_float(partial(best_of, batches=few), bits, equalize, few, images, most, enough, say)
         say(f"scales chosen again, on all {len(x[: calibration.images]):,} images.")

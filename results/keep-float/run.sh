@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Two detectors that lose in 8/8 bits, without training, with nothing and with a few places float. Makes the records of
-# results/keep-float; the last two commands judge. About an hour on two cores.
+# Two detectors that lose in 8/8 bits: without training, with a few places float, judged on images that nothing was
+# chosen on. Makes NETWORK.json and NETWORK-trials.json beside this file, and what each rounding of one of them costs.
 #
 #   results/keep-float/run.sh DEFAULTS WORK     DEFAULTS holds models and coco, as results/README.md says of defaults
 set -euo pipefail
@@ -9,21 +9,24 @@ work=$(mkdir -p "$2" && cd "$2" && pwd)
 cd "$1"
 export OMP_NUM_THREADS=1 COCO_ANNOTATIONS=coco/object_detection/labels/val2017
 
-text=(--teacher models/ppocrv5_det/ppocrv5_det.py:build --teacher-weights models/ppocrv5_det/ppocrv5_det.pth
-  --data folder:coco/images/train2017 --image-size 320 --resize letterbox --channels bgr)
-objects=(--teacher models/yolox_nano/yolox_nano.py:build --teacher-weights models/yolox_nano/yolox_nano.pth
-  --data folder:coco/images/train2017 --eval-data folder:coco/images/val2017 --image-size 416 --resize letterbox)
 pixels=(--mean 0.485,0.456,0.406 --std 0.229,0.224,0.225)
+text=(--teacher models/ppocrv5_det/ppocrv5_det.py:build --teacher-weights models/ppocrv5_det/ppocrv5_det.pth
+  --data folder:coco/images/train2017 --image-size 320 --resize letterbox --channels bgr "${pixels[@]}")
+objects=(--teacher models/yolox_nano/yolox_nano.py:build --teacher-weights models/yolox_nano/yolox_nano.pth
+  --data folder:coco/images/train2017 --eval-data folder:coco/images/val2017 --image-size 416 --resize letterbox
+  "${pixels[@]}")
 
-faqd deploy sensitivity "${text[@]}" "${pixels[@]}" --json "$results/ppocrv5_det-sensitivity.json" \
-  --chart "$results/ppocrv5_det-sensitivity.svg"
-faqd deploy ptq "${text[@]}" "${pixels[@]}" --out "$work/ppocrv5_det/int8"
-faqd deploy ptq "${text[@]}" "${pixels[@]}" --keep-float 12 --out "$work/ppocrv5_det/keep-float"
-faqd deploy ptq "${objects[@]}" "${pixels[@]}" --out "$work/yolox_nano/int8"
-faqd deploy ptq "${objects[@]}" "${pixels[@]}" --keep-float 5 --out "$work/yolox_nano/keep-float"
+judge() { # NETWORK METRIC
+  faqd bench "$work/$1" --eval-data folder:coco/images/val2017 --metric "$2" --skip-latency --json "$results/$1.json"
+  python - "$work/$1/manifest.json" "$results/$1-trials.json" <<'EOF'
+import json, pathlib, sys
+kept = json.loads(pathlib.Path(sys.argv[1]).read_text())["kept_float"]
+pathlib.Path(sys.argv[2]).write_text(json.dumps(kept, indent=2) + "\n")
+EOF
+}
 
-judge=(--eval-data folder:coco/images/val2017 --skip-latency)
-faqd bench "$work"/ppocrv5_det/* "${judge[@]}" --metric "$results/../defaults/metrics.py:text" \
-  --json "$results/ppocrv5_det.json"
-faqd bench "$work"/yolox_nano/* "${judge[@]}" --metric "$results/../../examples/detector/coco_map.py:metric" \
-  --json "$results/yolox_nano.json"
+faqd deploy sensitivity "${text[@]}" --calibration-images 32 --json "$results/ppocrv5_det-sensitivity.json"
+faqd deploy ptq "${text[@]}" --keep-float 12 --out "$work/ppocrv5_det"
+judge ppocrv5_det "$results/../defaults/metrics.py:text"
+faqd deploy ptq "${objects[@]}" --keep-float 5 --out "$work/yolox_nano"
+judge yolox_nano "$results/../../examples/detector/coco_map.py:metric"
