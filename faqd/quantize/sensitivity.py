@@ -96,9 +96,16 @@ class Sensitivity:
 
     def all_of(self, kind: Kind) -> float:
         """The distance of the worst output with all weights, or all activations, rounded and nothing else."""
+        with self.only(kind):
+            return self._distance.of(self.student.network)
+
+    @contextmanager
+    def only(self, kind: Kind) -> Iterator[None]:
+        """Within the block the student rounds its weights, or its activations, and nothing else."""
         with float_forward(self.student):
             self.student.network.eval()
-            return self._with([quantizer for _, each, quantizer in self._roundings() if each == kind])
+            with _enabled([quantizer for _, each, quantizer in self._roundings() if each == kind]):
+                yield
 
     def groups(self) -> list[Places]:
         """What has to be float together for a rounding to go, in graph order."""

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Two detectors that lose in 8/8 bits: without training, with a few places float, judged on images that nothing was
-# chosen on. Makes NETWORK.json and NETWORK-trials.json beside this file, and what each rounding of one of them costs.
+# chosen on; and which kind of roundings costs one of them most. Makes the records beside this file.
 #
 #   results/keep-float/run.sh DEFAULTS WORK     DEFAULTS holds models and coco, as results/README.md says of defaults
 set -euo pipefail
@@ -25,7 +25,7 @@ pathlib.Path(sys.argv[2]).write_text(json.dumps(kept, indent=2) + "\n")
 EOF
 }
 
-faqd deploy sensitivity "${text[@]}" --calibration-images 32 --json "$results/ppocrv5_det-sensitivity.json"
+python -m faqd.benchmarks.studies.roundings networks.json --only ppocrv5_det --json "$results/ppocrv5_det-roundings.json"
 faqd deploy ptq "${text[@]}" --keep-float 12 --out "$work/ppocrv5_det"
 judge ppocrv5_det "$results/../defaults/metrics.py:text"
 faqd deploy ptq "${objects[@]}" --keep-float 5 --out "$work/yolox_nano"
