@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Two detectors that lose in 8/8 bits: without training, with a few places float, judged on images that nothing was
+# Two detectors that lose in 8/8 bits: without training, with a few layers float, judged on images that nothing was
 # chosen on; and which kind of roundings costs one of them most. Makes the records beside this file.
 #
 #   results/keep-float/run.sh DEFAULTS WORK     DEFAULTS holds models and coco, as results/README.md says of defaults
