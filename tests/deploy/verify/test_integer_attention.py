@@ -100,6 +100,19 @@ def test_queries_and_keys_in_the_other_order_are_found(written: Written) -> None
     assert failures(wrong, digests)
 
 
+@pytest.mark.parametrize("flavour", ["tensorrt", "onnxruntime"])
+def test_operands_of_products_stay_around_zero_where_all_else_is_asymmetric(flavour: Flavour) -> None:
+    student = faqd.prepare(lively(Vit(), 0), PIXELS[:2], faqd.QuantConfig(attention="int8", asymmetric=True))
+    faqd.calibrate(student, PIXELS)
+    deployed = convert(student.eval(), flavour, collect_output_scales(student, [PIXELS]))
+    file = written_from_deployed(deployed, PIXELS[:2], {})
+    digests = torch_digests(deployed, PIXELS, tensors=file.tensors)
+    assert any(quantizer.quant.low != -quantizer.quant.high - 1 for quantizer in student.quantizers().values())
+    makers = {name: node.op_type for node in file.model.graph.node for name in node.output}
+    assert {makers[name] for node in products(file.model) for name in node.input} == {"DequantizeLinear"}
+    assert failures(file.model, digests) == []
+
+
 def test_the_reference_sums_integers() -> None:
     draw = np.random.default_rng(0)
     codes = [draw.integers(-128, 128, (2, 3, 7, 7)).astype(np.float64) for _ in range(2)]
