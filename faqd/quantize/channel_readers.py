@@ -47,10 +47,19 @@ class Reader:
 
 
 class Channels(NamedTuple):
-    """The axis of a tensor that counts its channels, and every layer that reads them."""
+    """The axis of a tensor that counts its channels, and every layer that reads them. passed: averages and products on
+    the way to those, which are multiplied as the tensor is, and where its channels stand in them."""
 
     axis: int
     readers: list[Reader]
+    passed: dict[fx.Node, set[Place]]
+
+
+class Place(NamedTuple):
+    """Where the channels of a tensor stand in one that is made of it: on which axis, from where on."""
+
+    axis: int
+    start: int
 
 
 def channels_of(network: fx.GraphModule, node: fx.Node) -> Channels | None:
@@ -58,23 +67,16 @@ def channels_of(network: fx.GraphModule, node: fx.Node) -> Channels | None:
     if node.op == "placeholder" or nodes.is_own(node) or len(nodes.shape(node)) < 2:
         return None
     for axis in dict.fromkeys((1, len(nodes.shape(node)) - 1)):  # of a convolution, and of a linear layer
-        if readers := _readers(network, node, axis):
-            return Channels(axis, readers)
+        if (channels := _channels(network, node, axis)) is not None and channels.readers:
+            return channels
     return None
 
 
-class _Place(NamedTuple):
-    """Where the channels of a tensor stand in one that is made of it: on which axis, from where on."""
-
-    axis: int
-    start: int
-
-
-def _readers(network: fx.GraphModule, node: fx.Node, axis: int) -> list[Reader] | None:
+def _channels(network: fx.GraphModule, node: fx.Node, axis: int) -> Channels | None:
     found: list[Reader] = []
-    places: dict[fx.Node, set[_Place]] = {}
-    joins: set[fx.Node] = set()
-    ahead = [(node, _Place(axis, 0))]
+    places: dict[fx.Node, set[Place]] = {}
+    joins, passed = set[fx.Node](), set[fx.Node]()
+    ahead = [(node, Place(axis, 0))]
     while ahead:
         read, place = ahead.pop()
         if place in places.setdefault(read, set()):
@@ -92,28 +94,53 @@ def _readers(network: fx.GraphModule, node: fx.Node, axis: int) -> list[Reader] 
                     joins.add(reader)
                 ahead += [(reader, each) for each in joined or [place]]
             elif (moved := axis_behind(network, reader, place.axis)) is not None:
-                ahead.append((reader, _Place(moved, place.start)))
+                ahead.append((reader, Place(moved, place.start)))
+            elif (linear := _axis_of_multiples(network, reader, read, place.axis)) is not None:
+                passed.add(reader)
+                ahead.append((reader, Place(linear, place.start)))
             else:
                 return None
     for join in joins:  # on another axis than that of the channels, of which every piece has to be a piece of theirs
         pieces = [places.get(operand) for operand in nodes.tensor_inputs(join)]
         if any(piece != pieces[0] for piece in pieces):
             return None
-    return found
+    for product in passed:  # of which one side alone may be multiplied
+        if nodes.role(network, product) == "multiply" and all(each in places for each in product.all_input_nodes):
+            return None
+    return Channels(axis, found, {each: places[each] for each in passed})
+
+
+def _axis_of_multiples(network: fx.GraphModule, node: fx.Node, read: fx.Node, axis: int) -> int | None:
+    """The axis of the channels of `read` in an average along other axes, or in a product with another tensor, such as a
+    gate; None for any other node."""
+    module: Any = nodes.module_of(network, node)
+    given: Any = node.args
+    kind = nodes.role(network, node)
+    if kind not in ("average", "multiply"):
+        return None
+    before, after = nodes.shape(read), nodes.shape(node)
+    if kind == "multiply":
+        same = all(len(nodes.shape(each)) == len(after) for each in node.all_input_nodes)
+        return axis if same and len(node.all_input_nodes) == 2 and before[axis] == after[axis] else None
+    if node.target is not torch.mean:
+        return axis if module is not None and axis == 1 else None
+    averaged = [each % len(before) for each in given[1]]
+    kept = len(before) == len(after)
+    return None if axis in averaged else axis - (0 if kept else sum(each < axis for each in averaged))
 
 
 def _input_axis(layer: nn.Module, read: fx.Node) -> int:
     return len(nodes.shape(read)) - 1 if isinstance(layer, nn.Linear) else 1
 
 
-def _places_in(concat: fx.Node, read: fx.Node, place: _Place) -> list[_Place] | None:
+def _places_in(concat: fx.Node, read: fx.Node, place: Place) -> list[Place] | None:
     """Where the channels of a tensor begin in a concatenation of channels; None where it joins along another axis."""
     operands = nodes.tensor_inputs(concat)
     widths = [nodes.shape(operand)[place.axis] for operand in operands]
     if nodes.shape(concat)[place.axis] != sum(widths):
         return None
     starts = [place.start + sum(widths[:i]) for i, operand in enumerate(operands) if operand is read]
-    return [_Place(place.axis, start) for start in starts]
+    return [Place(place.axis, start) for start in starts]
 
 
 def axis_behind(network: fx.GraphModule, node: fx.Node, axis: int) -> int | None:

@@ -60,16 +60,14 @@ def equalized(
     watched = _Peaks(network, {node: found[node].axis if node in found else None for node in grids})
     *others, unseen = _apart(parts)
     peaks = watched.of(others)
-    tried = {node: readers for node, (axis, readers) in found.items() if _is_tried(network, node, axis)}
+    tried = {node: each.readers for node, each in found.items() if _is_tried(network, node, each.axis)}
     trial = Trial(network, placement, tried, peaks)
     trial.run(unseen)
     peaks = watched.of([unseen])
-    largest = {node: float(peak.max()) for node, peak in peaks.items()}
-    for group in placement.shared:
-        largest |= dict.fromkeys(group, max(largest[node] for node in group))
+    sharing = {node: group for group in placement.shared for node in group}
     names, uses = nodes.places(network), _uses(network)
     tensors, products = [], []
-    for node, (axis, readers) in found.items():
+    for node, (axis, readers, passed) in found.items():
         if not all(_is_own(reader.layer.weight, uses) for reader in readers):
             continue
         producer = producer_of(network, node, axis, keep)
@@ -78,12 +76,17 @@ def equalized(
         if producer is None and grids[node].high < SIGNED_8.high:
             continue
         fixed = DEPTHWISE if any(reader.depthwise for reader in readers) else DENSE
-        t = factors(peaks[node], largest[node], trial.best(node) if node in tried else fixed)
+        largest = max(float(peaks[each].max()) for each in sharing.get(node, [node]))
+        t = factors(peaks[node], largest, trial.best(node) if node in tried else fixed)
         if bool((t == 1).all()):
             continue
         tensors.append(names[node])
         for reader in readers:
             reader.layer.weight.copy_(reader.divided(reader.layer.weight, t))
+        for multiplied, places in passed.items():
+            for start in {each.start for each in places} if multiplied in peaks else ():
+                part = peaks[multiplied][start : start + len(t)]
+                part.mul_(t if len(part) == len(t) else t.max())
         if producer is not None:
             for own, meeting in producer:
                 own.mul_(meeting(t).to(own))

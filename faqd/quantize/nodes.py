@@ -167,6 +167,7 @@ def called_behind(traced: fx.GraphModule, node: fx.Node, place: str, module: nn.
     with traced.graph.inserting_after(node):
         new = traced.graph.call_module(path, (node,))
     new.stack_trace = node.stack_trace
+    new.meta |= {key: value for key, value in node.meta.items() if key in ("tensor_meta", OWN)}
     read_instead(node, new)
     return new
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,7 @@ from faqd.quantize.prepare import insert_quantizers
 from faqd.quantize.student import Student
 from faqd.quantize.without_training import Asymmetric, Untrained, best_without_training
 from faqd.saturation import zero_point
+from faqd.train.networks.own_tensors import own_tensors, put_tensors
 from tests.fixtures.networks import CHANNELS, CLASSES, calibrated, captured, conv, images, lively
 from tests.quantize.test_lowering import failures, lowered
 
@@ -214,11 +216,28 @@ def test_what_is_read_beside_zeros_and_the_image_stay_around_zero() -> None:
     assert [name for name, each in quantizers.items() if not each.asymmetric] == ["x", "silu", "silu_1"]
 
 
-def test_a_student_is_loaded_with_its_lowest_codes() -> None:
+def _copied(fresh: Student, student: Student) -> None:
+    with torch.no_grad():
+        put_tensors(fresh.network, own_tensors(student.network))
+
+
+LOADED: dict[str, Callable[[Student, Student], object]] = {
+    "load_state_dict": lambda fresh, student: fresh.load_state_dict(student.state_dict()),
+    "a run's tensors": _copied,
+    "a replaced buffer": lambda fresh, student: fresh.load_state_dict(student.state_dict(), assign=True),
+    "moved, then loaded": lambda fresh, student: fresh.double().float().load_state_dict(student.state_dict()),
+}
+
+
+@pytest.mark.parametrize("how", LOADED)
+def test_a_student_is_loaded_with_its_lowest_codes(how: str) -> None:
     student = student_of("layers, silu")
     fresh = insert_quantizers(captured(lively(NETWORKS["layers, silu"](), 2)), ASYMMETRIC, images(0, 2))
-    fresh.load_state_dict(student.state_dict())
+    assert all(each.quant.low == -128 for each in fresh.quantizers().values() if each.asymmetric)
+    LOADED[how](fresh, student)
     assert torch.equal(fresh.network.eval()(images(5)), student.network(images(5)))
+    again = copy.deepcopy(fresh)
+    assert torch.equal(again.network(images(5)), student.network(images(5)))
     lowest = [each.quant.low for each in fresh.quantizers().values() if each.asymmetric]
     assert lowest and all(low > -128 for low in lowest)
 

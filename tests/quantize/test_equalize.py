@@ -96,6 +96,27 @@ class TiedProducers(Twice):
         return self.head(self.relu(self.a(x))), self.b(x)
 
 
+class Gated(nn.Module):
+    """Squeeze and excite: an average and a product read the channels, `wrong` in a way that no factor goes through."""
+
+    def __init__(self, activation: nn.Module, wrong: str = "") -> None:
+        super().__init__()
+        self.a, self.act, self.wrong = uneven(nn.Conv2d(3, 8, 3)), activation, wrong
+        self.squeeze, self.excite, self.head = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.a(x))
+        gate = self.excite(self.squeeze(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
+        if self.wrong == "squared":
+            gate = x
+        elif self.wrong == "itself":
+            gate = nn.functional.max_pool2d(x, 3, 1, 1)
+        elif self.wrong == "over channels":
+            gate = x.mean(1, keepdim=True)
+        found: Tensor = self.head(x * gate)
+        return found
+
+
 def normed(norm: nn.BatchNorm2d) -> nn.BatchNorm2d:
     with torch.no_grad():
         assert norm.running_var is not None and norm.running_mean is not None
@@ -144,6 +165,17 @@ NETWORKS: dict[str, tuple[nn.Module, int, int]] = {
         1,
         0,
     ),
+    "a gate": (Gated(nn.ReLU()), 4, 3),
+    "a gate behind a silu": (Gated(nn.SiLU()), 4, 4),
+    "a square": (Gated(nn.ReLU(), "squared"), 1, 1),
+    "a product of one tensor's": (Gated(nn.ReLU(), "itself"), 1, 1),
+    "a mean over channels": (Gated(nn.ReLU(), "over channels"), 1, 1),
+    "resized": (
+        nn.Sequential(uneven(nn.Conv2d(3, 6, 3)), nn.SiLU(), nn.UpsamplingBilinear2d(16), nn.Conv2d(6, 4, 3)),
+        2,
+        2,
+    ),
+    "averaged": (nn.Sequential(uneven(nn.Conv2d(3, 6, 3)), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(6, 4, 3)), 2, 1),
     "an output": (nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU()), 0, 0),
 }
 

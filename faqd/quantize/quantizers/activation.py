@@ -53,10 +53,10 @@ class ActivationQuantizer(nn.Module):
     ) -> None:
         super().__init__()
         assert not quant.signed or (rounding, gradient) == ("nearest", "lsq")
-        self.quant = quant
         self.asymmetric = asymmetric
         if asymmetric:
             self.register_buffer("lowest", torch.tensor(quant.low))
+        self.quant = quant
         self.rectifies = rectifies
         self.shift = SHIFTS[rounding]
         self.gradient = gradient
@@ -85,9 +85,23 @@ class ActivationQuantizer(nn.Module):
             self.scale.copy_(torch.clamp(self.scale, self._used * (1 - step), self._used * (1 + step)))
         self.scale.clamp_min_(SMALLEST_SCALE)
 
+    @property
+    def quant(self) -> Quant:
+        if self.asymmetric and self._read_from != self._state_of_lowest():
+            self.quant = asymmetric_quant(int(self.lowest))
+        return self._quant
+
+    @quant.setter
+    def quant(self, quant: Quant) -> None:
+        self._quant = quant
+        self._read_from = self._state_of_lowest() if self.asymmetric else None
+
+    def _state_of_lowest(self) -> tuple[int, int]:
+        """Another one whenever the tensor is, whoever wrote it: to look at its value stops a GPU."""
+        return id(self.lowest), self.lowest._version
+
     def begin_at(self, low: int) -> None:
         """Let all 256 codes begin at `low` (-254..0, even), where that is for calibration to choose."""
-        self.quant = asymmetric_quant(low)
         self.lowest.fill_(low)
 
     def forget(self) -> None:
@@ -96,8 +110,6 @@ class ActivationQuantizer(nn.Module):
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         super()._load_from_state_dict(*arguments)
-        if self.asymmetric:
-            self.begin_at(int(self.lowest))
         self.forget()
 
     def extra_repr(self) -> str:
