@@ -75,6 +75,16 @@ def test_it_is_exported_and_proved(run: tuple[Path, str], tmp_path: Path) -> Non
     assert json.loads(succeeds(faqd_train("eval", out, "--json", "-")).stdout)["images"]
 
 
+def test_an_asymmetric_run_is_exported_as_it_was_judged(user: User, tmp_path: Path) -> None:
+    succeeds(user.distill(tmp_path / "run", "--asymmetric", "always"))
+    quantizers = load_student(tmp_path / "run").quantizers().values()
+    assert any(each.quant.low not in (-128, 0) for each in quantizers if each.asymmetric)
+    succeeds(faqd_deploy("export", tmp_path / "run", "--out", tmp_path / "b"))
+    kept = read_json(tmp_path / "run" / "run.json")["kept"]
+    fidelity = read_json(tmp_path / "b" / "verify.json")["fidelity"]["student.tensorrt.fp32.onnx"]["least"]
+    assert fidelity == pytest.approx(1 - kept["measure"], abs=0.1)
+
+
 def test_a_paused_run_goes_on_to_the_same_bits(user: User, run: tuple[Path, str], tmp_path: Path) -> None:
     whole = user.folder / "run"
     succeeds(user.distill(tmp_path / "run", "--time-limit", 0.001))
