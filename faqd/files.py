@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
+import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -30,8 +33,9 @@ def written_beside(path: Path) -> Iterator[Path]:
             path.write_bytes(whole.read_bytes())
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    remove(temporary)
+    temporary = path.with_name(f".{path.name}.{_HERE}{os.getpid()}.partial")
+    for stale in {temporary, *_of_dead_processes(path)}:
+        remove(stale)
     try:
         yield temporary
         _put_in_place(temporary, path)
@@ -79,11 +83,34 @@ def _put_in_place(temporary: Path, path: Path) -> None:
         return
     if not temporary.is_dir():
         raise UserError(f"{path}: is a folder, and a file is to be written there; give another name.")
-    retired = path.with_name(f".{path.name}.{os.getpid()}.old")
+    retired = path.with_name(f".{path.name}.{_HERE}{os.getpid()}.old")
     remove(retired)
     path.rename(retired)
     temporary.rename(path)
     remove(retired)
+
+
+_HERE = f"{platform.node() or 'here'}-"
+"""Numbers of processes are those of one machine, or container: others may share the folder."""
+
+
+def _of_dead_processes(path: Path) -> list[Path]:
+    """What processes that were killed here left half-written of `path`."""
+    start = f".{path.name}.{_HERE}"
+    name = re.escape(start) + r"(\d+)\.(partial|old)"
+    entries = path.parent.glob(f"{glob.escape(start)}*")
+    found = [(each, match) for each in entries if (match := re.fullmatch(name, each.name))]
+    return [each for each, match in found if not _is_alive(int(match[1]))]
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def leftovers(folder: Path) -> list[Path]:

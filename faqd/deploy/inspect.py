@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +46,27 @@ def _bundle(folder: Path) -> tuple[dict[str, Any], list[str]]:
     for row in facts["layers"]:
         shape = "x".join(map(str, row["weight_shape"]))
         lines.append(f"{row['name']:34} {row['operator']:10} {row['weights']:12} {row['inputs']:14} {shape}")
+    lines += ["", *_choices(facts)]
     reasons = [part["reason"] for part in facts.get("float32_parts", [])]
-    lines += ["", *floats_in_words(facts), *float32_in_words(reasons)]
+    lines += [*floats_in_words(facts), *float32_in_words(reasons)]
     for name, record in facts["files"].items():
         lines.append(f"{name:30} {record['bytes']:>10} bytes  sha256 {record['sha256'][:16]}")
     standing = standing_of(bundle)
     kept = standing["fidelity"]
     lines += [*_verify_lines(proofs_of(bundle)), *(in_words(kept) if kept else ())]
     return {**facts, **standing}, lines
+
+
+def _choices(facts: dict[str, Any]) -> Iterator[str]:
+    """What was chosen where nothing is trained, and what attention multiplies."""
+    if "calibration" in facts:
+        tensors = facts.get("equalized", {}).get("tensors", 0)
+        ranges = ", asymmetric activations" if facts.get("asymmetric") else ""
+        yield f"without training: {facts['calibration']} scales{ranges}, {tensors} tensors equalized"
+    if kept := facts.get("kept_float"):
+        yield f"kept float: {' '.join(f'--exclude {shlex.quote(each)}' for each in kept['exclude']) or 'nothing'}"
+    if facts.get("attention") == "int8":
+        yield "attention: queries, keys, values and probabilities in 8 bits"
 
 
 _SAID = {

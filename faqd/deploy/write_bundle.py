@@ -45,8 +45,8 @@ from faqd.train.networks.tensor_files import tensors_sha256
 from faqd.train.run.folder import (
     WEIGHTS,
     MovedData,
-    data_options,
     finished,
+    images_of_run,
     load_teacher,
     network_input,
     run_preprocess,
@@ -96,7 +96,7 @@ def export_run(
     teacher, teacher_source, teacher_sha256 = load_teacher(run)
     if "output_scales" not in record:
         raise UserError(f"{run}: a student with 32-bit activations cannot be exported; use --act-bits 1 to 8.")
-    data = data_options(record, MovedData(data_root, source))
+    data = images_of_run(record, MovedData(data_root, source))
     asked = data if evaluation is None else replace(data, evaluation=evaluation[0], labels=evaluation[1])
     trained = data.evaluation is None and evaluation is not None
     dataset = _labelled_for(teacher, teacher_source, labelled_if_possible(asked, say, trained=trained), say)

@@ -17,7 +17,7 @@ from faqd.quantize.outputs import run_batches
 from faqd.quantize.student import Student
 from faqd.train.data.datasets import Say, load_dataset
 from faqd.train.data.split import Split
-from faqd.train.run.folder import MovedData, data_options, finished, load_teacher, network_input, run_preprocess
+from faqd.train.run.folder import MovedData, finished, images_of_run, load_teacher, network_input, run_preprocess
 from faqd.train.run.student import load_student
 
 BATCH = 250
@@ -34,7 +34,7 @@ def evaluate_run(folder: Path, moved: MovedData) -> dict[str, Any]:
     Without accuracy where the data has no labels, or other classes than the network has outputs.
     """
     record = finished(folder)
-    dataset = load_dataset(data_options(record, moved), with_labels="eval")
+    dataset = load_dataset(images_of_run(record, moved), with_labels="eval")
     split = dataset.eval
     networks: dict[str, Any] = {"teacher": load_teacher(folder)[0]}
     if record["kind"] == "distill":

@@ -25,7 +25,8 @@ def moved(tmp_path: Path) -> Path:
 
 def test_its_network_is_found_and_its_images_are_told(moved: Path, tmp_path: Path) -> None:
     told = faqd_train("eval", moved)
-    assert told.code == 2 and f"{tmp_path / 'server' / 'images'}: no such folder" in told.stderr
+    assert told.code == 2 and f"{tmp_path / 'server' / 'images'}: the images of this run were there" in told.stderr
+    assert "--data folder:PATH" in told.stderr
     images = f"folder:{tmp_path / 'elsewhere'}"
     here = json.loads(succeeds(faqd_train("eval", moved, "--data", images, "--json", "-")).stdout)
     succeeds(faqd_deploy("export", moved, "--data", images, "--out", tmp_path / "bundle"))

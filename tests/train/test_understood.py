@@ -36,6 +36,17 @@ def test_both_say_size_normalisation_splits_and_norms_before_anything_else(tmp_p
     assert f"8/8 bits, scales chosen on {train} training images." in quantized.stderr
 
 
+def test_labels_that_distill_does_not_read_are_not_denied(tmp_path: Path) -> None:
+    user = new_user(tmp_path)
+    for index, path in enumerate(sorted((user.folder / "images").iterdir())[:9]):
+        folder = tmp_path / "judged" / str(index % 3)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / path.name).write_bytes(path.read_bytes())
+    judged = ("--eval-data", f"folder:{tmp_path / 'judged'}", "--labels", "--steps", 1)
+    said = succeeds(user.distill(tmp_path / "run", *judged)).stderr
+    assert "9 for evaluation; labels are left to `eval` and `export`." in said
+
+
 def test_what_training_does_to_batch_norms() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     assert network_in_words(network, "n").endswith("1 layer (convolutions, linear), 1 batch norm.")

@@ -63,6 +63,9 @@ def test_what_ptq_finds_the_run_begins_with(user: User, run: tuple[Path, str]) -
     assert tried[0] == of_ptq[0] and max(tried[1:]) > tried[0] + 0.05
     made = read_json(user.folder / "ptq" / "manifest.json")
     assert made["calibration"] == chosen["calibration"] and made["equalized"] == {"tensors": 2, "products": 1}
+    shown = succeeds(faqd_deploy("inspect", user.folder / "ptq")).stdout
+    ranges = ", asymmetric activations" if made["asymmetric"] else ""
+    assert f"without training: {made['calibration']} scales{ranges}, 2 tensors equalized" in shown
 
 
 def test_it_is_exported_and_proved(run: tuple[Path, str], tmp_path: Path) -> None:

@@ -216,6 +216,23 @@ def data_options(record: dict[str, Any], moved: MovedData = NOT_MOVED) -> DataOp
     return replace(found, root=moved.root or found.root, source=moved.source or found.source)
 
 
+def images_of_run(record: dict[str, Any], moved: MovedData = NOT_MOVED) -> DataOptions:
+    """`data_options`, to be read again; UserError where images are no longer in their place, and `moved` is silent."""
+    found = data_options(record, moved)
+    kind, _, where = found.source.partition(":")
+    is_one_place = Path(where).is_absolute() and not any(map(where.count, _SEVERAL))
+    if moved.source is None and is_one_place and not Path(where).exists():
+        raise UserError(
+            f"{where}: the images of this run were there and are no longer; say where they are now, such as "
+            f"--data {kind}:PATH."
+        )
+    return found
+
+
+_SEVERAL = "{*?["
+"""What a place that stands for several files has in it."""
+
+
 def run_preprocess(record: dict[str, Any]) -> Preprocess:
     return Preprocess.from_json(record["preprocess"])
 

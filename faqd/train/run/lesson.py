@@ -62,7 +62,11 @@ def lesson_from(
     options = _as_taught(spec, data) if is_run else _as_given(data)
     dataset = load_dataset(options, with_labels=with_labels, say=say)
     teacher = Teacher(*load_teacher(Path(spec))) if is_run else _users_teacher(spec, weights, dataset, say)
-    for sentence in (*data_in_words(dataset), network_in_words(teacher.network, teacher.source.name)):
+    unread = options.labels and not with_labels
+    for sentence in (
+        *data_in_words(dataset, unread_labels=unread),
+        network_in_words(teacher.network, teacher.source.name),
+    ):
         say(sentence)
     _refuse_misfit(teacher, dataset)
     warn_of_images(dataset, say)

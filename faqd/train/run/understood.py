@@ -15,12 +15,14 @@ LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 NORMS = nn.modules.batchnorm._BatchNorm
 
 
-def data_in_words(dataset: Dataset) -> Iterator[str]:
+def data_in_words(dataset: Dataset, *, unread_labels: bool = False) -> Iterator[str]:
+    """unread_labels: whether the user has named labels that this command has no use for."""
     yield f"{dataset.source}: {dataset.preprocess.in_words()}."
     counts = (len(split) for split in (dataset.train, dataset.select, dataset.eval))
     classes = f"labels of {len(dataset.classes or ())} classes"
     alone = "" if dataset.train.labels is not None else ", for evaluation alone"
-    labels = "no labels" if dataset.eval.labels is None else f"{classes}{alone}"
+    none = "labels are left to `eval` and `export`" if unread_labels else "no labels"
+    labels = none if dataset.eval.labels is None else f"{classes}{alone}"
     yield "images: {:,} to train or calibrate on, {:,} to validate, {:,} for evaluation; {}.".format(*counts, labels)
 
 
