@@ -1,3 +1,3 @@
-from faqd.cli import main
+from faqd.entry import umbrella
 
-main()
+umbrella()

@@ -1,3 +1,3 @@
-from faqd.benchmarks.cli import main
+from faqd.entry import bench
 
-main()
+bench()

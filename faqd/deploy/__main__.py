@@ -1,3 +1,3 @@
-from faqd.deploy.cli import main
+from faqd.entry import deploy
 
-main()
+deploy()

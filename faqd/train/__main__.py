@@ -1,3 +1,3 @@
-from faqd.train.cli import main
+from faqd.entry import train
 
-main()
+train()
