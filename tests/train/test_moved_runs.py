@@ -33,6 +33,29 @@ def test_its_network_is_found_and_its_images_are_told(moved: Path, tmp_path: Pat
     assert len(load_bundle(tmp_path / "bundle").evaluation().images) == here["images"] > 0
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        ('"weight_bits": 8', '"weight_bits": 4', "says weight_bits 4, and its weights were trained with 8"),
+        ('"act_bits": 8', '"act_bits": 4', "says act_bits 4, and its weights were trained with 8"),
+        ('"target": "tensorrt"', '"target": "onnxruntime"', "says target onnxruntime, and its weights"),
+    ],
+)
+def test_a_record_that_says_other_bits_than_were_trained_is_refused(
+    before: str, after: str, told: str, tmp_path: Path
+) -> None:
+    user = new_user(tmp_path)
+    record = user.folder / "run" / "run.json"
+    succeeds(user.distill(record.parent))
+    text = record.read_text(encoding="utf-8")
+    assert before in text
+    record.write_text(text.replace(before, after), encoding="utf-8")
+    bundle = tmp_path / "bundle"
+    for said in (faqd_train("eval", record.parent), faqd_deploy("export", record.parent, "--out", bundle)):
+        assert said.code == 2 and told in said.stderr
+    assert not bundle.exists()
+
+
 @pytest.mark.parametrize("key", ["exclude", "strict", "asymmetric", "attention"])
 def test_a_recipe_of_before_a_choice_existed_is_read(key: str, moved: Path, tmp_path: Path) -> None:
     record = json.loads((moved / "run.json").read_text())

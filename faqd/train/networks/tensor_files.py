@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
@@ -35,17 +35,27 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     return hashlib.sha256(_bytes_of(tensors)).hexdigest()
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file, whole or absent, and an OSError where it cannot be written."""
+_STATED = "faqd"
+"""The one key: safetensors writes several in any order."""
+
+
+def stated_in(path: Path) -> str | None:
+    """What a safetensors file says beside its tensors."""
+    with safe_open(path, "pt") as file:
+        return (file.metadata() or {}).get(_STATED)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], stated: str | None = None) -> None:
+    """A safetensors file, whole or absent, and an OSError where it cannot be written. stated: what it says beside."""
     with written_beside(path) as temporary:
         # safetensors' own writer turns a full disk into an error that does not say so.
-        temporary.write_bytes(_bytes_of(tensors))
+        temporary.write_bytes(_bytes_of(tensors, stated))
 
 
-def _bytes_of(tensors: Mapping[str, Tensor]) -> bytes:
+def _bytes_of(tensors: Mapping[str, Tensor], stated: str | None = None) -> bytes:
     # Clones, because safetensors refuses tensors that share memory and a network may have one module in two places.
     plain = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
-    return safetensors_bytes(plain)
+    return safetensors_bytes(plain, None if stated is None else {_STATED: stated})
 
 
 def damaged_member(archive: zipfile.ZipFile) -> str | None:

@@ -28,7 +28,7 @@ from faqd.sweep import members
 from faqd.train.data.options import DataOptions
 from faqd.train.networks.own_tensors import own_tensors, put_tensors
 from faqd.train.networks.source import NetworkSource
-from faqd.train.networks.tensor_files import read_tensors, write_tensors
+from faqd.train.networks.tensor_files import read_tensors, stated_in, write_tensors
 from faqd.train.recipes import Recipe, recipe_json
 from faqd.train.run.program import put_programs
 
@@ -96,8 +96,32 @@ def conclude(folder: Path, results: dict[str, Any], network: nn.Module) -> dict[
     record = {**read_record(folder), **results}
     record |= put_programs(folder, record)
     write_json(folder / RECORD, record)
-    write_tensors(folder / WEIGHTS, own_tensors(network))
+    stated = json.dumps(_trained_as(record)) if record["kind"] == "distill" else None
+    write_tensors(folder / WEIGHTS, own_tensors(network), stated)
     return record
+
+
+_BITS = ("weight_bits", "act_bits", "target", "scales", "rounding")
+"""What of a recipe the weights of a student mean nothing without."""
+
+
+def _trained_as(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: record["recipe"][key] for key in _BITS}
+
+
+def refuse_other_bits(folder: Path, record: dict[str, Any]) -> None:
+    """UserError where the record of a finished distillation run was changed behind its training: its weights know."""
+    said = _trained_as(record)
+    try:
+        stated = json.loads(stated_in(folder / WEIGHTS) or "{}").items()
+    except (ValueError, AttributeError):
+        raise UserError(f"{folder / WEIGHTS}: damaged; copy or write it again.") from None
+    for key, trained in stated:
+        if said.get(key, trained) != trained:
+            raise UserError(
+                f"{folder / RECORD}: says {key} {said[key]}, and its weights were trained with {trained}; the file was "
+                "changed after the run. Put it back, or train again."
+            )
 
 
 def _differences(asked: dict[str, Any], found: dict[str, Any]) -> list[str]:

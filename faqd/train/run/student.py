@@ -20,7 +20,7 @@ from faqd.train.networks.own_tensors import own_tensors, put_tensors
 from faqd.train.networks.source import NetworkSource, architecture_source
 from faqd.train.networks.tensor_files import read_tensors
 from faqd.train.recipes import DistillRecipe
-from faqd.train.run.folder import WEIGHTS, fill, finished, load_exactly, read_record
+from faqd.train.run.folder import WEIGHTS, fill, finished, load_exactly, read_record, refuse_other_bits
 from faqd.train.run.lesson import Teacher, output_shapes
 
 _AS_PREPARED: dict[str, Any] = {"equalized": []}
@@ -133,5 +133,6 @@ def load_student(folder: Path) -> Student:
     bits = replace(bits, asymmetric=start.get("asymmetric", bits.asymmetric))
     student = insert_quantizers(captured, bits, source.example())
     load_exactly(student.network, folder / WEIGHTS)
+    refuse_other_bits(folder, record)
     student.network.eval()
     return student
