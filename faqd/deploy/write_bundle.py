@@ -152,7 +152,7 @@ def quantized_float(
     judged = network_input(dataset.select.pixels[:JUDGED_IMAGES], dataset.preprocess)
     images = judged if len(judged) > 1 else x[:JUDGED_IMAGES]
 
-    def best_of(config: QuantConfig, equalize: Equalize, batches: Sequence[Tensor]) -> Untrained:
+    def best_of(config: QuantConfig, equalize: Equalize, batches: Sequence[Tensor], images: Tensor) -> Untrained:
         return best_without_training(
             captured,
             config,
@@ -169,11 +169,12 @@ def quantized_float(
     equalize = calibration.equalize
     if calibration.keep_float:
         few = x[: min(SEARCHED_IMAGES, calibration.images)].split(BATCH)
-        images = torch.cat([images, x[len(few[0]) :]])[:JUDGED_IMAGES]  # in a small split few show what is looked for
+        seen = torch.cat([images, x[len(few[0]) :]])[:JUDGED_IMAGES]  # in a small split few show what is looked for
         most, enough = calibration.keep_float, calibration.enough
-        bits, trials = kept_float(partial(best_of, batches=few), bits, equalize, few, images, most, enough, say)
+        search = partial(best_of, batches=few, images=seen)
+        bits, trials = kept_float(search, bits, equalize, few, seen, most, enough, say)
         say(f"scales chosen again, on all {len(x[: calibration.images]):,} images.")
-    return QuantizedFloat(captured, best_of(bits, equalize, batches), taught, dataset, batches, trials)
+    return QuantizedFloat(captured, best_of(bits, equalize, batches, images), taught, dataset, batches, trials)
 
 
 def quantize_after_training(

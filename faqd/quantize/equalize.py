@@ -56,7 +56,9 @@ def equalized(
     nodes.propagate(network, nodes.two_of(parts[0]))
     placement = place(network, bits)
     grids = placement.activations
-    found = {node: channels for node in grids if (channels := channels_of(network, node)) is not None}
+    # Means of codes times a factor lie at ties too often: an average is equalized by what it averages alone.
+    sources = (node for node in grids if nodes.role(network, node) != "average")
+    found = {node: channels for node in sources if (channels := channels_of(network, node)) is not None}
     watched = _Peaks(network, {node: found[node].axis if node in found else None for node in grids})
     *others, unseen = _apart(parts)
     peaks = watched.of(others)

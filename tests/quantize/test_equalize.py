@@ -165,17 +165,17 @@ NETWORKS: dict[str, tuple[nn.Module, int, int]] = {
         1,
         0,
     ),
-    "a gate": (Gated(nn.ReLU()), 4, 3),
-    "a gate behind a silu": (Gated(nn.SiLU()), 4, 4),
+    "a gate": (Gated(nn.ReLU()), 3, 2),
+    "a gate behind a silu": (Gated(nn.SiLU()), 3, 3),
     "a square": (Gated(nn.ReLU(), "squared"), 1, 1),
     "a product of one tensor's": (Gated(nn.ReLU(), "itself"), 1, 1),
     "a mean over channels": (Gated(nn.ReLU(), "over channels"), 1, 1),
     "resized": (
         nn.Sequential(uneven(nn.Conv2d(3, 6, 3)), nn.SiLU(), nn.UpsamplingBilinear2d(16), nn.Conv2d(6, 4, 3)),
-        2,
-        2,
+        1,
+        1,
     ),
-    "averaged": (nn.Sequential(uneven(nn.Conv2d(3, 6, 3)), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(6, 4, 3)), 2, 1),
+    "averaged": (nn.Sequential(uneven(nn.Conv2d(3, 6, 3)), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(6, 4, 3)), 1, 0),
     "an output": (nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU()), 0, 0),
 }
 
