@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-INTERRUPTED = 130
-"""As `faqd.command` ends, which is among what may be interrupted."""
+from faqd.errors import INTERRUPTED
 
 
 def umbrella() -> None:

@@ -8,13 +8,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from faqd.calib.ranges import REFINEMENTS, SMALLEST, TRIALS, Method, Values, scale_entropy
+from faqd.calib.ranges import PERCENT, REFINEMENTS, SMALLEST, TRIALS, Method, Values, scale_entropy
 from faqd.quant import CODES_8, SIGNED_8
 
 LAST = CODES_8 - 1
 LOWEST = -(CODES_8 - 2)
 """Below it nothing above zero would have a code."""
-PERCENT = 99.99
 
 
 def asymmetric_range(values: Values, method: Method) -> tuple[float, int]:

@@ -20,6 +20,8 @@ METHODS: tuple[Method, ...] = get_args(Method)
 
 TRIALS = 80
 """Candidate scales of the searching methods, spaced evenly up to the scale of the maximum."""
+PERCENT = 99.99
+"""Of the values, by default unclipped by the percentile method."""
 REFINEMENTS = 9
 """Candidates between the neighbours of the best one."""
 SMALLEST = float(np.finfo(np.float32).tiny)
@@ -41,7 +43,7 @@ def scale_max(values: Values, quant: Quant) -> float:
     return _positive(_extent(values, quant) / quant.high)
 
 
-def scale_percentile(values: Values, quant: Quant, percent: float = 99.99) -> float:
+def scale_percentile(values: Values, quant: Quant, percent: float = PERCENT) -> float:
     """`percent` of the values (of the positive ones, for an unsigned grid) stay unclipped."""
     magnitudes = np.abs(values) if quant.signed else values[values > 0]
     return _positive(float(np.percentile(magnitudes, percent)) / quant.high if magnitudes.size else 0.0)
