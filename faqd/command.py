@@ -37,7 +37,8 @@ _OF_THE_SYSTEM = {
     errno.ENOTDIR: _NO_FOLDER,
     errno.EEXIST: _NO_FOLDER,
     errno.EISDIR: "a folder stands where a file is needed{where}: choose another name.",
-    errno.EFBIG: "a file would be larger than this shell (ulimit -f) or file system allows{where}: raise the limit.",
+    errno.EFBIG: "a file would be larger than this shell (ulimit -f) or file system allows{where}: raise the "
+    "limit, then run the same command again, a training with --resume.",
     errno.ENAMETOOLONG: "too long a file name{where}: choose a shorter one.",
 }
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from faqd.errors import UserError
+from faqd.files import written_beside
 from faqd.train.data.listed_files import State, state_of
 
 MOST_NAMES = 1_000_000
@@ -73,12 +74,8 @@ class LocalFile:
         return LocalFile(self.path.with_name(name))
 
     def replace(self, content: bytes) -> None:
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
-        try:
+        with written_beside(self.path) as temporary:
             temporary.write_bytes(content)
-            temporary.replace(self.path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def is_url(where: str) -> bool:
