@@ -27,7 +27,8 @@ from faqd.deploy.verify.bundle_networks import flavours
 from faqd.deploy.verify.test_vectors import probe_inputs
 from faqd.deploy.verify.torch_values import as_trained, float_outputs_in_torch, stored_outputs
 from faqd.deploy.verify.verify import CEIL_NOTE, agreement_images, verification
-from faqd.files import sha256, write_json, written_beside
+from faqd.errors import UserError
+from faqd.files import refuse_unmakeable, sha256, write_json, written_beside
 from faqd.preprocess import Preprocess
 from faqd.proof import for_manifest
 from faqd.quant import Target
@@ -37,6 +38,17 @@ from faqd.quantize.capture.fuse_batch_norm import fused
 from faqd.quantize.convert import convert
 
 Say = Callable[[str], None]
+
+
+def refuse_taken(out: Path) -> None:
+    """Before any work: a bundle is written into a folder that is new or empty."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; give another --out, the folder of the bundle.")
+    if (out / names.MANIFEST).is_file():
+        raise UserError(f"{out}: already holds a bundle; give another --out, or remove it first.")
+    if out.is_dir() and any(out.iterdir()):
+        raise UserError(f"{out}: is not empty and is no bundle; give another --out.")
+    refuse_unmakeable(out)
 
 
 def put_bundle(parts: Parts, out: Path, options: BundleOptions, say: Say) -> Bundle:

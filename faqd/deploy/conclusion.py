@@ -20,17 +20,20 @@ from faqd.sweep import table
 def conclude(bundle: Bundle, json_target: str | None, min_fidelity: float | None) -> None:
     """The last lines of a command that has written a bundle, and its manifest as JSON. UserError (exit code 1) where it
     is not proved, or has kept less of the teacher than `min_fidelity`."""
+    click.echo("\n".join(bundle_lines(bundle)), err=True)
+    emit_json(json_target, bundle.manifest)
+    exit_if_failed(read_json(bundle.folder / VERIFY), min_fidelity)
+
+
+def bundle_lines(bundle: Bundle) -> Iterator[str]:
+    """What stays float, the proof, the fidelity, and both in a word."""
     record = read_json(bundle.folder / VERIFY)
     worst = min(record["fidelity"].values(), key=lambda each: float(each["least"]))
-    lines = [
-        *floats_in_words(bundle.manifest),
-        *([f"proof: {codes_in_words(record)}."] if record["passed"] else ()),
-        *fidelity_lines(bundle, record),
-        f"{bundle.folder}: {bundle.name}, {_verdict(record)}; of its teacher: {worst['verdict']}.",
-    ]
-    click.echo("\n".join(lines), err=True)
-    emit_json(json_target, bundle.manifest)
-    exit_if_failed(record, min_fidelity)
+    yield from floats_in_words(bundle.manifest)
+    if record["passed"]:
+        yield f"proof: {codes_in_words(record)}."
+    yield from fidelity_lines(bundle, record)
+    yield f"{bundle.folder}: {bundle.name}, {_verdict(record)}; of its teacher: {worst['verdict']}."
 
 
 def conclude_all(

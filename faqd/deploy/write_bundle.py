@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,13 +15,13 @@ from torch import Tensor, fx, nn
 from faqd import bundle as names
 from faqd.bundle import Bundle, Evaluation
 from faqd.deploy.bundle_facts import BundleOptions, Parts
-from faqd.deploy.bundle_files import Say, put_bundle
+from faqd.deploy.bundle_files import Say, put_bundle, refuse_taken
 from faqd.deploy.export.float16_islands import IMAGES
 from faqd.deploy.mixed_precision import kept_float
 from faqd.deploy.verify.bundle_networks import flavours
 from faqd.errors import UserError
 from faqd.fidelity import KEPT
-from faqd.files import read_json, refuse_unmakeable, sha256
+from faqd.files import read_json, sha256
 from faqd.preprocess import Preprocess
 from faqd.quantize.calibrate import BATCH
 from faqd.quantize.capture.capture import capture
@@ -52,7 +52,7 @@ from faqd.train.run.folder import (
     run_preprocess,
 )
 from faqd.train.run.labels import refuse_other_labels, without_labels
-from faqd.train.run.lesson import Teacher, lesson_from, output_shapes
+from faqd.train.run.lesson import Lesson, Teacher, judged_images, lesson_from, output_shapes
 from faqd.train.run.student import load_student
 
 OUTPUT_SCALE_IMAGES = 512
@@ -88,7 +88,7 @@ def export_run(
     data_root, source: where its images are now (`MovedData`). evaluation: images in place of those that it evaluates
     on (`DataOptions.evaluation`, and its `labels`).
     """
-    _refuse_taken(out)
+    refuse_taken(out)
     record = finished(run)
     student = load_student(run)
     if options.float_type == "fp32" and "tensorrt" not in flavours(student.config.target, student.config.activations):
@@ -144,15 +144,37 @@ def quantized_float(
 ) -> QuantizedFloat:
     """data: fields of DataOptions, None where the command line is silent and the teacher's run knows."""
     lesson = lesson_from(teacher, teacher_weights, data, with_labels="eval", say=say)
+    return quantized_lesson(lesson, bits, calibration, say)
+
+
+def quantized_lesson(
+    lesson: Lesson,
+    bits: QuantConfig,
+    calibration: Calibration,
+    say: Say,
+    judged: int = JUDGED_IMAGES,
+    tried: Callable[[Untrained], None] = lambda one: None,
+) -> QuantizedFloat:
+    """The same for a teacher and images that are read already. judged: on so many images of the validation split what
+    is tried is compared in the end. tried: told of each of these."""
     dataset, taught = lesson.dataset, lesson.teacher
     x = network_input(dataset.train.pixels[: max(2, calibration.images)], dataset.preprocess)
     captured = capture(taught.network, x[:2])
     batches = x[: calibration.images].split(BATCH)
     say(f"{bits.weights}/{bits.activations} bits, scales chosen on {len(x[: calibration.images]):,} training images.")
-    judged = network_input(dataset.select.pixels[:JUDGED_IMAGES], dataset.preprocess)
-    images = judged if len(judged) > 1 else x[:JUDGED_IMAGES]
+    images = judged_images(dataset, judged)
 
-    def best_of(config: QuantConfig, equalize: Equalize, batches: Sequence[Tensor], images: Tensor) -> Untrained:
+    def best_of(
+        config: QuantConfig,
+        equalize: Equalize,
+        batches: Sequence[Tensor],
+        images: Tensor,
+        tried: Callable[[Untrained], None] = lambda one: None,
+    ) -> Untrained:
+        def told(one: Untrained) -> None:
+            say(one.in_words())
+            tried(one)
+
         return best_without_training(
             captured,
             config,
@@ -160,7 +182,7 @@ def quantized_float(
             images,
             calibration.method,
             equalize,
-            lambda one: say(one.in_words()),
+            told,
             enough=calibration.enough,
             asymmetric=calibration.asymmetric,
         )
@@ -174,7 +196,8 @@ def quantized_float(
         search = partial(best_of, batches=few, images=seen)
         bits, trials = kept_float(search, bits, equalize, few, seen, most, enough, say)
         say(f"scales chosen again, on all {len(x[: calibration.images]):,} images.")
-    return QuantizedFloat(captured, best_of(bits, equalize, batches, images), taught, dataset, batches, trials)
+    best = best_of(bits, equalize, batches, images, tried)
+    return QuantizedFloat(captured, best, taught, dataset, batches, trials)
 
 
 def quantize_after_training(
@@ -191,8 +214,12 @@ def quantize_after_training(
 
     data: fields of DataOptions, None where the command line is silent and the teacher's run knows.
     """
-    _refuse_taken(out)
-    made = quantized_float(teacher, teacher_weights, data, bits, calibration, say)
+    refuse_taken(out)
+    return put_quantized(quantized_float(teacher, teacher_weights, data, bits, calibration, say), out, options, say)
+
+
+def put_quantized(made: QuantizedFloat, out: Path, options: BundleOptions, say: Say) -> Bundle:
+    """Lower what was quantized without training into the bundle `out`, and verify it."""
     student, taught, dataset = made.untrained.student, made.teacher, made.dataset
     parts = Parts(
         "ptq",
@@ -237,7 +264,7 @@ def export(
         bundle = faqd.export(student, "bundle", images, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     """
     out, asked = Path(folder), options or BundleOptions()
-    _refuse_taken(out)
+    refuse_taken(out)
     x = (images if isinstance(images, Tensor) else torch.cat(list(images))).detach().float().cpu()
     channels, (height, width) = x.shape[1], x.shape[2:]
     scale, offset = (tuple(map(float, given)) * (channels if len(given) == 1 else 1) for given in (std, mean))
@@ -288,14 +315,3 @@ def _evaluation(dataset: Dataset, options: BundleOptions) -> Evaluation:
     split = dataset.eval.at(slice(options.eval_samples))
     images = split.images
     return Evaluation(images, split.labels, {}, *names_and_sizes(split, dataset.eval_files))
-
-
-def _refuse_taken(out: Path) -> None:
-    """Before any work: a bundle is written into a folder that is new or empty."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: is a file; give another --out, the folder of the bundle.")
-    if (out / names.MANIFEST).is_file():
-        raise UserError(f"{out}: already holds a bundle; give another --out, or remove it first.")
-    if out.is_dir() and any(out.iterdir()):
-        raise UserError(f"{out}: is not empty and is no bundle; give another --out.")
-    refuse_unmakeable(out)

@@ -37,8 +37,10 @@ from faqd.train.options import (
     step_flags,
     student_flags,
     teacher_flags,
+    teacher_option,
     teacher_weights_option,
 )
+from faqd.train.recover_cli import recover
 
 if TYPE_CHECKING:
     from faqd.train.distill import Rehearsal
@@ -146,6 +148,9 @@ def distill(recipe: str, teacher: str, teacher_weights: Path | None, json_target
             emit_json(json_target, records[0] if len(records) == 1 else records)
 
 
+cli.add_command(recover)
+
+
 @cli.command("eval")
 @click.argument("run_folder", metavar="RUN", type=click.Path(path_type=Path))
 @section("Data", *MOVED_DATA)
@@ -225,12 +230,7 @@ def recipes(json_target: str | None) -> None:
 @cli.command()
 @section(
     "Network",
-    click.option(
-        "--teacher",
-        required=True,
-        metavar="RUN|FILE.py:callable|module:callable|FILE.pt2|FILE.onnx",
-        help="Look at this network.",
-    ),
+    teacher_option("Look at this network."),
     teacher_weights_option,
     arch_option("Look at this student of it instead, of the zoo or your own."),
     click.option(

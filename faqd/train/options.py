@@ -16,6 +16,16 @@ from faqd.errors import UserError
 SEED = click.IntRange(0, 2**32 - 1)
 """torch's generator on the CPU knows no more of them."""
 
+
+def teacher_option(help_text: str) -> Callable[[Any], Any]:
+    return click.option(
+        "--teacher",
+        required=True,
+        metavar="RUN|FILE.py:callable|module:callable|FILE.pt2|FILE.onnx",
+        help=help_text,
+    )
+
+
 teacher_weights_option = click.option(
     "--teacher-weights", type=click.Path(path_type=Path), help="Read its weights from a .safetensors, .pt or .pth file."
 )
@@ -37,10 +47,29 @@ def arch_option(help_text: str, default: str | None = None) -> Callable[[Any], A
     )
 
 
-def schedule_flags(epochs: str, batch_size: str, lr: str) -> Callable[[Any], Any]:
-    """How long a network is trained, and how fast; with the defaults of the command's default recipe."""
-    return section(
-        "Training",
+device_options = (
+    click.option(
+        "--device",
+        type=click.Choice(["auto", "cpu", "cuda"]),
+        default="auto",
+        help="Train here; auto takes a GPU if there is one.",
+    ),
+    click.option(
+        "--workers",
+        type=click.IntRange(0),
+        help="Decode what is too much for memory in so many processes, 0 for none beside the one that trains; half "
+        "of the cores and 8 at most unless told.",
+    ),
+)
+time_limit_option = click.option(
+    "--time-limit",
+    type=Finite(0, min_open=True),
+    help="Stop after so many seconds, with a checkpoint; --resume goes on.",
+)
+
+
+def length_options(epochs: str, batch_size: str) -> tuple[Callable[[Any], Any], ...]:
+    return (
         click.option(
             "--epochs", type=click.IntRange(1), show_default=epochs, help="Pass so many times over the training images."
         ),
@@ -48,6 +77,14 @@ def schedule_flags(epochs: str, batch_size: str, lr: str) -> Callable[[Any], Any
         click.option(
             "--batch-size", type=click.IntRange(2), show_default=batch_size, help="Take so many images per iteration."
         ),
+    )
+
+
+def schedule_flags(epochs: str, batch_size: str, lr: str) -> Callable[[Any], Any]:
+    """How long a network is trained, and how fast; with the defaults of the command's default recipe."""
+    return section(
+        "Training",
+        *length_options(epochs, batch_size),
         click.option(
             "--accumulate",
             type=click.IntRange(1),
@@ -65,18 +102,7 @@ def schedule_flags(epochs: str, batch_size: str, lr: str) -> Callable[[Any], Any
             help="Show each image in so many fixed crops, the first of which is the image as it is.",
         ),
         click.option("--data-seed", type=SEED, show_default="0", help="Draw order and augmentation with this seed."),
-        click.option(
-            "--device",
-            type=click.Choice(["auto", "cpu", "cuda"]),
-            default="auto",
-            help="Train here; auto takes a GPU if there is one.",
-        ),
-        click.option(
-            "--workers",
-            type=click.IntRange(0),
-            help="Decode what is too much for memory in so many processes, 0 for none beside the one that trains; half "
-            "of the cores and 8 at most unless told.",
-        ),
+        *device_options,
         click.option(
             "--decode",
             type=click.Choice(["full", "reduced"]),
@@ -84,11 +110,7 @@ def schedule_flags(epochs: str, batch_size: str, lr: str) -> Callable[[Any], Any
             help="Decode JPEG files that an iteration needs at a part of their size, where twice of what they are "
             "scaled to is left; faster, to slightly other pixels, in batches alone.",
         ),
-        click.option(
-            "--time-limit",
-            type=Finite(0, min_open=True),
-            help="Stop after so many seconds, with a checkpoint; --resume goes on.",
-        ),
+        time_limit_option,
     )
 
 
@@ -102,12 +124,7 @@ output_flags = section(
 teacher_flags = section(
     "Recipe and teacher",
     click.option("--recipe", default="default", help="Set everything; `recipes` lists them."),
-    click.option(
-        "--teacher",
-        required=True,
-        metavar="RUN|FILE.py:callable|module:callable|FILE.pt2|FILE.onnx",
-        help="Learn from this float network.",
-    ),
+    teacher_option("Learn from this float network."),
     teacher_weights_option,
     click.option(
         "--teacher-dtype", type=click.Choice(["fp32", "bf16"]), show_default="fp32", help="Run the teacher in this."

@@ -42,6 +42,10 @@ FLAGS = {
         "--affinity-weight --affinity-floor --columns --adaptors --feature-layer --label-weight "
         f"{SCHEDULE} --optimizer --autocast --seeds --select {RUN}"
     ),
+    "faqd-train recover": (
+        f"--teacher --teacher-weights {DATA} --weight-bits --act-bits --target --keep-float --attention --exclude "
+        "--strict --epochs --steps --batch-size --device --workers --time-limit --out --resume --min-fidelity --json"
+    ),
     "faqd-train eval": "--data --data-root --json",
     "faqd-train curves": "--tensorboard --json",
     "faqd-train recipes": "--json",

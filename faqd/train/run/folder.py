@@ -58,10 +58,10 @@ def is_done(folder: Path, record: dict[str, Any], resume: bool) -> bool:
         raise UserError(f"{folder}: already holds a run. Give another --out, or --resume to go on with this one.")
     if found["kind"] != record["kind"]:
         raise UserError(f"{folder}: holds a {found['kind']} run; give another --out for a {record['kind']} run.")
-    differences = _differences(record["asked"], found["asked"])
-    if differences:
+    found_otherwise = differences(record["asked"], found["asked"])
+    if found_otherwise:
         raise UserError(
-            f"{folder}: holds a run with other options ({'; '.join(differences)}); --resume needs the same ones. "
+            f"{folder}: holds a run with other options ({'; '.join(found_otherwise)}); --resume needs the same ones. "
             "Give another --out for a new run."
         )
     return (folder / WEIGHTS).is_file()
@@ -124,7 +124,8 @@ def refuse_other_bits(folder: Path, record: dict[str, Any]) -> None:
             )
 
 
-def _differences(asked: dict[str, Any], found: dict[str, Any]) -> list[str]:
+def differences(asked: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """What a record that is there was asked for, and is not now, or the other way round; in words."""
     # As JSON has it: a tuple is a list there.
     now, there = _flat(json.loads(json.dumps(asked))), _flat(found)
     names = sorted(key for key in now.keys() | there.keys() if now.get(key) != there.get(key))

@@ -18,7 +18,7 @@ from faqd.train.data.options import DataOptions
 from faqd.train.data.sanity_checks import warn_of_images, warn_of_teacher
 from faqd.train.networks.load_weights import load_weights
 from faqd.train.networks.source import NetworkSource, is_program, is_users, user_source
-from faqd.train.run.folder import data_options, finished, load_teacher, run_preprocess
+from faqd.train.run.folder import data_options, finished, load_teacher, network_input, run_preprocess
 from faqd.train.run.labels import refuse_other_labels
 from faqd.train.run.understood import data_in_words, network_in_words
 
@@ -72,6 +72,13 @@ def lesson_from(
     warn_of_images(dataset, say)
     warn_of_teacher(teacher.network, teacher.source.name, dataset, say)
     return Lesson(teacher, options, dataset)
+
+
+def judged_images(dataset: Dataset, count: int) -> Tensor:
+    """Network input of the validation split, `count` at most, on which students are compared; of the training split
+    where that has but one."""
+    split = dataset.select if len(dataset.select) > 1 else dataset.train
+    return network_input(split.pixels[:count], dataset.preprocess)
 
 
 def _is_run(spec: str, weights: Path | None) -> bool:

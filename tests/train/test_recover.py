@@ -1,0 +1,151 @@
+"""`faqd-train recover` as a new user has it: the cheap first, nothing worse than it began with, a word in the end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from faqd.files import read_json
+from tests.fixtures.toy_runs import Outcome, User, everything_in, faqd_train, new_user, succeeds
+
+LOW = ("--weight-bits", 3, "--act-bits", 3, "--keep-float", 1, "--steps", 24, "--batch-size", 32)
+
+
+@pytest.fixture(scope="module")
+def user(tmp_path_factory: pytest.TempPathFactory) -> User:
+    return new_user(tmp_path_factory.mktemp("user"))
+
+
+@pytest.fixture(scope="module")
+def low(user: User) -> tuple[Path, Outcome]:
+    """A recovery at few bits, which goes all the way."""
+    out = user.folder / "low"
+    return out, succeeds(recover(user, out, *LOW))
+
+
+def recover(user: User, out: Path, *more: object) -> Outcome:
+    return faqd_train("recover", *user.teacher, *user.data, "--device", "cpu", "--out", out, *more)
+
+
+def steps_in(out: Path) -> dict[str, Any]:
+    return {step["name"]: step for step in read_json(out / "recover.json")["steps"]}
+
+
+def fidelity_of(bundle: Path) -> float:
+    return min(float(each["least"]) for each in read_json(bundle / "verify.json")["fidelity"].values())
+
+
+def test_what_is_kept_without_training_ends_there(user: User, tmp_path: Path) -> None:
+    out = tmp_path / "r"
+    outcome = succeeds(recover(user, out, "--min-fidelity", 0.97))
+    assert list(steps_in(out)) == ["ptq"] and sorted(each.name for each in out.iterdir()) == ["bundle", "recover.json"]
+    row, total, word = outcome.stdout.splitlines()[1:]
+    assert row.startswith("mse scales") and row.endswith("taken") and " s in all" in total
+    assert word.startswith("accepted: fidelity 0.9") and "100.0 % of its multiply-accumulates" in word
+    assert "proof: " in outcome.stderr and "verified; of its teacher: kept" in outcome.stderr
+
+
+def test_every_step_is_taken_only_where_it_gains(low: tuple[Path, Outcome]) -> None:
+    out, outcome = low
+    steps = steps_in(out)
+    assert list(steps)[:3] == ["ptq", "keep-float", "distilled"] and steps["ptq"]["taken"] == "taken"
+    best = steps["ptq"]["distance"]
+    assert best == min(each["distance"] for each in steps["ptq"]["candidates"])
+    for step in list(steps.values())[1:]:
+        assert (step["distance"] < best) >= (step["taken"] == "taken")
+        best = step["distance"] if step["taken"] == "taken" else best
+    assert 1 - best > steps["ptq"]["fidelity"] + 0.05
+    rows = outcome.stdout.splitlines()
+    assert len(rows) == 3 + len(steps["ptq"]["candidates"]) + len(steps) - 1
+    assert steps["keep-float"]["int8_share"] < steps["ptq"]["int8_share"] == steps["distilled"]["int8_share"] == 1
+
+
+def test_the_bundle_is_that_of_the_best(low: tuple[Path, Outcome]) -> None:
+    out, _ = low
+    best = [step for step in steps_in(out).values() if step["taken"] == "taken"][-1]
+    manifest = read_json(out / "bundle" / "manifest.json")
+    assert manifest["kind"] == ("distilled" if best["name"].startswith("distilled") else "ptq")
+    assert manifest["int8_share"] == pytest.approx(best["int8_share"], abs=1e-4)
+    verdict = read_json(out / "recover.json")["verdict"]
+    assert verdict["fidelity"] == fidelity_of(out / "bundle") == pytest.approx(best["fidelity"], abs=0.15)
+    assert verdict["word"] == ("accepted" if verdict["fidelity"] >= 0.97 else "regressed")
+
+
+def test_training_in_pieces_ends_in_the_same_bundle(user: User, low: tuple[Path, Outcome], tmp_path: Path) -> None:
+    whole, out = low[0], tmp_path / "r"
+    for step, told in (
+        ("ptq", f"{out / 'bundle'} is the best so far"),
+        ("keep-float", f"{out / 'bundle'} is the best so far"),
+        ("distilled", "paused by --time-limit after iteration 1 of 24"),
+        ("distilled", "paused by --time-limit after iteration 2 of 24"),
+    ):
+        paused = succeeds(recover(user, out, *LOW, "--time-limit", 0.001, "--resume"))
+        assert told in paused.stderr and paused.stderr.count("step ") == 1 and f"step {step}" in paused.stderr
+        assert not paused.stdout and (out / "bundle" / "verify.json").is_file()
+    succeeds(recover(user, out, *LOW, "--resume"))
+    assert everything_in(out / "bundle") == everything_in(whole / "bundle")
+    assert (out / "run" / "weights.safetensors").read_bytes() == (whole / "run" / "weights.safetensors").read_bytes()
+    timeless = [
+        {key: [_untimed(each) for each in value] if key == "steps" else value for key, value in record.items()}
+        for record in (read_json(folder / "recover.json") for folder in (whole, out))
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def _untimed(step: dict[str, Any]) -> dict[str, Any]:
+    return {**step, "seconds": 0, "candidates": [_untimed(each) for each in step["candidates"]]}
+
+
+def test_a_finished_one_is_told_again_and_nothing_is_done(user: User, low: tuple[Path, Outcome]) -> None:
+    out, outcome = low
+    before = everything_in(out)
+    again = succeeds(recover(user, out, *LOW, "--resume"))
+    assert again.stdout == outcome.stdout and everything_in(out) == before and "step " not in again.stderr
+
+
+def test_what_no_step_saves_is_hopeless(user: User, tmp_path: Path) -> None:
+    line = ("--weight-bits", 1, "--act-bits", 1, "--keep-float", 0, "--steps", 2, "--min-fidelity", 0.9)
+    outcome = recover(user, tmp_path / "r", *line, "--json", "-")
+    record = json.loads(outcome.stdout)
+    assert outcome.code == 1 and "below --min-fidelity 0.9" in outcome.stderr
+    assert [step["name"] for step in record["steps"]] == ["ptq", "distilled"] and record["verdict"][
+        "word"
+    ] == "hopeless"
+    assert record["verdict"]["fidelity"] < 0.5 and "more bits" in record["verdict"]["help"]
+    assert f"hopeless: {record['verdict']['reason']}" in outcome.stderr
+    assert record["verdict"]["fidelity"] == fidelity_of(tmp_path / "r" / "bundle")
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (("--act-bits", 32), "--act-bits"),
+        (("--keep-float", -1), "--keep-float"),
+        (("--min-fidelity", "nan"), "--min-fidelity"),
+        (("--data", "folder:/nowhere"), "/nowhere"),
+    ],
+)
+def test_wrong_input_is_refused_before_anything_is_written(
+    user: User, tmp_path: Path, more: tuple[object, ...], told: str
+) -> None:
+    line = [*user.teacher, *(() if "--data" in more else user.data), "--out", tmp_path / "r", *more]
+    outcome = faqd_train("recover", *line)
+    assert outcome.code == 2 and told in outcome.stderr and not (tmp_path / "r").exists()
+
+
+def test_a_folder_that_is_taken_is_refused(user: User, low: tuple[Path, Outcome], tmp_path: Path) -> None:
+    (tmp_path / "other.txt").write_text("mine")
+    for out, more, told in (
+        (tmp_path, (), "is not empty and holds no recovery"),
+        (tmp_path / "other.txt", (), "is a file"),
+        (low[0], LOW, "already holds a recovery"),
+        (low[0], (*LOW, "--resume", "--keep-float", 2), "keep_float: 1 there, 2 now"),
+        (low[0], (*LOW, "--resume", "--min-fidelity", 0.9), "enough: 0.97 there, 0.9 now"),
+        (low[0], (*LOW, "--resume", "--steps", 25), "recipe.training.steps: 24 there, 25 now"),
+    ):
+        before = everything_in(out)
+        outcome = recover(user, out, *more)
+        assert outcome.code == 2 and told in outcome.stderr and everything_in(out) == before
