@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from faqd.bundle import VERIFY, Bundle, load_bundle
+from faqd.bundle import VERIFY, WORTH_INT8, Bundle, load_bundle
 from faqd.deploy.bundle_facts import BundleOptions
 from faqd.deploy.mixed_precision import places_in_words
 from faqd.deploy.rehearsal import rehearse
@@ -146,7 +146,7 @@ class Recovery:
         what = one.in_words().rpartition(": ")[0]
         if name == "keep-float":
             tried = [trial for trial in made.trials if trial.exclude == "".join(chosen)]
-            what = places_in_words(tried[0].floats)
+            what = places_in_words(tried[0].floats) if chosen else "no place float helps"
         exclude, share = one.student.config.exclude, int8_share(one.student)
         few = tuple(candidates) if name == "ptq" else ()
         trials = tuple(map(dict, map(vars, made.trials)))
@@ -163,10 +163,12 @@ class Recovery:
         return replace(step, taken="taken")
 
     def _is_worth_it(self, step: Step, best: Step) -> bool:
-        """What stays float costs speed: it is to gain what training must, to count as help, or all that was asked."""
-        if step.fidelity >= self.enough:
-            return True
-        return best.distance - step.distance >= max(HARDLY * best.distance, HARDLY_OF_ALL)
+        """What stays float costs speed: it is to gain what training must, to count as help, or all that was asked; and
+        no more than leaves INT8 a use."""
+        if step.int8_share < WORTH_INT8 <= best.int8_share:
+            return False
+        gain = best.distance - step.distance
+        return step.fidelity >= self.enough or gain >= max(HARDLY * best.distance, HARDLY_OF_ALL)
 
     def _distilled(self, name: StepName, start: Step, best: Step | None) -> Step:
         """start: the step whose student is trained."""

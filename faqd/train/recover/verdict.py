@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from faqd.bundle import WORTH_INT8
 from faqd.fidelity import RUINED, rounded
 from faqd.sweep import table
 from faqd.train.recover.record import RUNS, Step, best_of, steps_of
@@ -42,16 +43,23 @@ def _help(record: dict[str, Any], best: Step) -> str:
             f"On the validation split it is {rounded(best.fidelity)}, so the search ended: ask for more with "
             f"--min-fidelity {margin}, or give more images."
         )
-    try_ = []
+    floats = next((step for step in steps if step.name == "keep-float"), None)
+    half_float = floats is not None and floats.taken == "not worth it" and floats.int8_share < WORTH_INT8
+    advice = []
     if recipe["weight_bits"] < 8 or recipe["act_bits"] < 8:
-        try_.append("more bits (--weight-bits, --act-bits)")
-    try_.append(f"more layers float (--keep-float {2 * record['asked']['keep_float'] or 5})")
+        advice.append("more bits (--weight-bits, --act-bits)")
+    if not half_float:
+        advice.append(f"more layers float (--keep-float {2 * record['asked']['keep_float'] or 5})")
     if any(step.name in RUNS and step.taken == "taken" for step in steps):
-        try_.append("a longer training (--epochs)")
-    try_.append("more images, like those of the task")
-    return (
-        f"What would help, in another --out: {'; '.join(try_)}. `faqd-deploy sensitivity` says what each layer costs."
+        advice.append("a longer training (--epochs)")
+    advice.append("more images, like those of the task")
+    told = (
+        f"What would help, in another --out: {'; '.join(advice)}. `faqd-deploy sensitivity` says what each layer costs."
     )
+    if floats is None or not half_float:
+        return told
+    reached = f"{floats.what} would reach {rounded(floats.fidelity)} and leave {100 * floats.int8_share:.1f} % in INT8"
+    return f"{told} {reached}, where the float network is the better choice."
 
 
 def _bits(record: dict[str, Any]) -> str:
