@@ -219,8 +219,8 @@ def in_words(records: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
 
 def advice(kind: str) -> str:
     """What to try where something was lost. kind: of the bundle, `distilled` or `ptq`."""
-    cheap = "`--keep-float 5`, or `faqd-train distill` with the same teacher and data"
-    first = cheap if kind == "ptq" else "more iterations, more bits"
+    rest = "`faqd-train recover` with the same teacher and data, which keeps few layers float or trains"
+    first = rest if kind == "ptq" else "more iterations, more bits"
     return f"Try {first}; `faqd-deploy sensitivity` says what to keep float (--exclude)."
 
 

@@ -25,14 +25,15 @@ def conclude(bundle: Bundle, json_target: str | None, min_fidelity: float | None
     exit_if_failed(read_json(bundle.folder / VERIFY), min_fidelity)
 
 
-def bundle_lines(bundle: Bundle) -> Iterator[str]:
-    """What stays float, the proof, the fidelity, and both in a word."""
+def bundle_lines(bundle: Bundle, advised: bool = True) -> Iterator[str]:
+    """What stays float, the proof, the fidelity, and both in a word. advised: with what to try where something was
+    lost."""
     record = read_json(bundle.folder / VERIFY)
     worst = min(record["fidelity"].values(), key=lambda each: float(each["least"]))
     yield from floats_in_words(bundle.manifest)
     if record["passed"]:
         yield f"proof: {codes_in_words(record)}."
-    yield from fidelity_lines(bundle, record)
+    yield from fidelity_lines(bundle, record) if advised else in_words(record["fidelity"])
     yield f"{bundle.folder}: {bundle.name}, {_verdict(record)}; of its teacher: {worst['verdict']}."
 
 

@@ -94,7 +94,7 @@ def recover(
         lesson = lesson_from(teacher, teacher_weights, data, with_labels="eval", say=_say)
         record, bundle = Recovery(lesson, recipe, keep_float, enough, out, _say, processes, deadline).run()
     click.echo("\n".join(lines(record)), err=json_target == "-")
-    click.echo("\n".join(bundle_lines(bundle)), err=True)
+    click.echo("\n".join(bundle_lines(bundle, advised=False)), err=True)
     emit_json(json_target, record)
     exit_if_failed(read_json(bundle.folder / VERIFY), min_fidelity)
 

@@ -103,4 +103,4 @@ def test_words() -> None:
     assert (
         files[0] == "  good.onnx: 1; the same class on 100.0 % (95 %: 94.3 to 100.0)" and "bad.onnx: 0.00" in files[1]
     )
-    assert "faqd-train distill" in advice("ptq") and "faqd-train distill" not in advice("distilled")
+    assert "faqd-train recover" in advice("ptq") and "faqd-train recover" not in advice("distilled")

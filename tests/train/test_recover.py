@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from faqd.files import read_json
+from faqd.train.recover.record import Step
+from faqd.train.recover.verdict import verdict_of
 from tests.fixtures.toy_runs import (
     Outcome,
     User,
@@ -165,6 +168,32 @@ def test_what_no_step_saves_is_hopeless(user: User, tmp_path: Path) -> None:
     assert record["verdict"]["fidelity"] < 0.5 and "more bits" in record["verdict"]["help"]
     assert f"hopeless: {record['verdict']['reason']}" in outcome.stderr
     assert record["verdict"]["fidelity"] == fidelity_of(tmp_path / "r" / "bundle")
+
+
+@pytest.mark.parametrize(
+    ("kept", "proved", "word", "told"),
+    [
+        (0.95, True, "accepted", "0.95 is enough"),
+        (0.9, True, "regressed", "so the search ended: ask for more with --min-fidelity 0.98"),
+        (0.4, True, "hopeless", "more than half"),
+        (0.99, False, "regressed", "not proved: a layer differs"),
+    ],
+)
+def test_the_verdict_is_of_the_files_on_the_evaluation_images(kept: float, proved: bool, word: str, told: str) -> None:
+    step = Step("ptq", "mse scales", 0.04, 1.0, 1.0, "taken", candidates=(Step("ptq", "m", 0.04, 1.0, 1.0, "taken"),))
+    asked = {"enough": 0.95, "keep_float": 5, "recipe": {"weight_bits": 8, "act_bits": 8}}
+    files = {"better.onnx": {"least": 1.0, "images": 9}, "worse.onnx": {"least": kept, "images": 9}}
+    verified = {"fidelity": files, "passed": proved, "failures": [] if proved else ["a layer differs"]}
+    verdict = verdict_of({"asked": asked, "steps": [step.to_json()]}, verified)
+    assert verdict["word"] == word and verdict["fidelity"] == kept and told in verdict["reason"] + verdict["help"]
+
+
+def test_a_step_is_read_as_it_was_written() -> None:
+    of_search = Step("ptq", "b", 0.5, 1.0, 1.0, "no better")
+    step = Step(
+        "keep-float", "a", math.inf, 0.9, 2.0, "no better", ("^x$",), {"calibration": "mse"}, (of_search,), ({},)
+    )
+    assert Step.from_json(json.loads(json.dumps(step.to_json(), allow_nan=False))) == step and step.fidelity == 0
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,8 @@ def read_record(out: Path) -> dict[str, Any]:
     record: dict[str, Any] = read_json(out / RECORD)
     if not isinstance(record, dict) or record.get("format") != FORMAT or record.get("version") != VERSION:
         raise UserError(f"{out / RECORD}: not the record of a recovery of version {VERSION}; give another --out.")
+    if missing := [name for name in ("asked", "steps") if name not in record]:
+        raise UserError(f"{out / RECORD}: has no '{missing[0]}', it was changed; give another --out.")
     return record
 
 

@@ -18,19 +18,21 @@ def verdict_of(record: dict[str, Any], verified: dict[str, Any]) -> dict[str, An
     """
     worst = min(verified["fidelity"].values(), key=lambda each: float(each["least"]))
     least, images, enough = float(worst["least"]), worst["images"], record["asked"]["enough"]
-    found = f"fidelity {rounded(least)} on {images} evaluation image{'' if images == 1 else 's'}"
-    best = best_of(steps_of(record))
+    recipe, steps = record["asked"]["recipe"], steps_of(record)
+    best = best_of(steps)
     assert best is not None
-    bits = _bits(record)
+    found = f"fidelity {rounded(least)} on {images} evaluation image{'' if images == 1 else 's'}"
+    if not verified["passed"]:
+        reason = f"{found}, and the files are not proved: {verified['failures'][0]}."
+        return {"word": "regressed", "fidelity": least, "reason": reason, "help": ""}
     if least >= enough:
-        reason = (
-            f"{found}, {enough:g} is enough; {100 * best.int8_share:.1f} % of its multiply-accumulates are in INT8."
-        )
-        return {"word": "accepted", "fidelity": least, "reason": reason, "help": ""}
-    word = "regressed" if least >= RUINED else "hopeless"
-    lost = "more than half of what the teacher tells of an image is gone" if least < RUINED else "something is lost"
-    plain = steps_of(record)[0].candidates[0].fidelity
-    reason = f"{found}, {enough:g} was asked for: {lost} at {bits} bits. Plain rounding began with {rounded(plain)}."
+        share = f"{100 * best.int8_share:.1f} % of its multiply-accumulates are in INT8"
+        return {"word": "accepted", "fidelity": least, "reason": f"{found}, {enough:g} is enough; {share}.", "help": ""}
+    word, lost = "regressed", "something is lost"
+    if least < RUINED:
+        word, lost = "hopeless", "more than half of what the teacher tells of an image is gone"
+    bits, plain = f"{recipe['weight_bits']}/{recipe['act_bits']}", rounded(steps[0].candidates[0].fidelity)
+    reason = f"{found}, {enough:g} was asked for: {lost} at {bits} bits. Plain rounding began with {plain}."
     return {"word": word, "fidelity": least, "reason": reason, "help": _help(record, best)}
 
 
@@ -60,10 +62,6 @@ def _help(record: dict[str, Any], best: Step) -> str:
         return told
     reached = f"{floats.what} would reach {rounded(floats.fidelity)} and leave {100 * floats.int8_share:.1f} % in INT8"
     return f"{told} {reached}, where the float network is the better choice."
-
-
-def _bits(record: dict[str, Any]) -> str:
-    return f"{record['asked']['recipe']['weight_bits']}/{record['asked']['recipe']['act_bits']}"
 
 
 def lines(record: dict[str, Any]) -> Iterator[str]:
