@@ -228,6 +228,12 @@ exclude_option = click.option(
     metavar="REGEX",
     help="Keep layers and operators float whose module path this fits; may be given several times.",
 )
+target_option = click.option(
+    "--target",
+    type=click.Choice(["tensorrt", "onnxruntime"]),
+    default="tensorrt",
+    help="Quantize 8-bit activations to the range of this runtime: 0..127, or 0..255.",
+)
 attention_option = click.option(
     "--attention",
     type=click.Choice(["float", "int8"]),

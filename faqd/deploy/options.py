@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from faqd.command import Finite, attention_option, exclude_option, flags, json_option, section, strict_option, writable
+from faqd.command import (
+    Finite,
+    attention_option,
+    exclude_option,
+    flags,
+    json_option,
+    section,
+    strict_option,
+    target_option,
+    writable,
+)
 from faqd.data_flags import data_flags
 
 if TYPE_CHECKING:
@@ -32,12 +42,7 @@ float_flags = flags(
         "Student",
         click.option("--weight-bits", type=int, default=8, help="Give weights 1 to 8 bits."),
         click.option("--act-bits", type=int, default=8, help="Give activations 1 to 8 bits."),
-        click.option(
-            "--target",
-            type=click.Choice(["tensorrt", "onnxruntime"]),
-            default="tensorrt",
-            help="Quantize 8-bit activations to the range of this runtime: 0..127, or 0..255.",
-        ),
+        target_option,
         click.option(
             "--calibration",
             type=click.Choice(["auto", "mse", "percentile", "max", "entropy"]),

@@ -49,11 +49,15 @@ class Untrained:
     def asymmetric(self) -> bool:
         return self.student.config.asymmetric
 
-    def in_words(self) -> str:
+    def made_in_words(self) -> str:
+        """How it came about, without what it is worth."""
         count = 0 if self.equalized is None else len(self.equalized.tensors)
         made = f"{count} tensor{'' if count == 1 else 's'} equalized" if count else "not equalized"
         ranges = ", asymmetric" if self.asymmetric else ""
-        return f"{self.method} scales{ranges}, {made}: fidelity {rounded(self.fidelity)}"
+        return f"{self.method} scales{ranges}, {made}"
+
+    def in_words(self) -> str:
+        return f"{self.made_in_words()}: fidelity {rounded(self.fidelity)}"
 
 
 def best_without_training(

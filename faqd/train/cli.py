@@ -20,6 +20,7 @@ from faqd.command import (
     run,
     section,
     strict_option,
+    target_option,
     version_option,
 )
 from faqd.data_flags import MOVED_DATA, absolute_source, data_flags, data_values
@@ -244,12 +245,7 @@ def recipes(json_target: str | None) -> None:
     "Student",
     click.option("--weight-bits", type=int, default=8, help="Give weights 1 to 8 bits."),
     click.option("--act-bits", type=int, default=8, help="Give activations 1 to 8 bits, or 32."),
-    click.option(
-        "--target",
-        type=click.Choice(["tensorrt", "onnxruntime"]),
-        default="tensorrt",
-        help="Quantize 8-bit activations to the range of this runtime: 0..127, or 0..255.",
-    ),
+    target_option,
     click.option(
         "--scales",
         type=click.Choice(["channel", "tensor"]),

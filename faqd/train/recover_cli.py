@@ -7,7 +7,16 @@ from typing import Any
 
 import click
 
-from faqd.command import Command, attention_option, emit_json, exclude_option, json_option, section, strict_option
+from faqd.command import (
+    Command,
+    attention_option,
+    emit_json,
+    exclude_option,
+    json_option,
+    section,
+    strict_option,
+    target_option,
+)
 from faqd.data_flags import data_flags, data_values
 from faqd.deploy.options import min_fidelity_option
 from faqd.errors import UserError
@@ -28,12 +37,7 @@ from faqd.train.options import (
     "Student",
     click.option("--weight-bits", type=click.IntRange(1, 8), default=8, help="Give weights so many bits."),
     click.option("--act-bits", type=click.IntRange(1, 8), default=8, help="Give activations so many bits."),
-    click.option(
-        "--target",
-        type=click.Choice(["tensorrt", "onnxruntime"]),
-        default="tensorrt",
-        help="Quantize 8-bit activations to the range of this runtime: 0..127, or 0..255.",
-    ),
+    target_option,
     click.option(
         "--keep-float",
         type=click.IntRange(0),

@@ -124,9 +124,8 @@ class Recovery:
 
         def tried(one: Untrained) -> None:
             nonlocal before
-            now, what = time.monotonic(), one.in_words().rpartition(": ")[0]  # the figure has a column of its own
-            share = int8_share(one.student)
-            candidates.append(Step("ptq", what, one.distance, share, now - before, "no better"))
+            now, share = time.monotonic(), int8_share(one.student)
+            candidates.append(Step("ptq", one.made_in_words(), one.distance, share, now - before, "no better"))
             before = now
 
         most = self.keep_float if name == "keep-float" else 0
@@ -143,7 +142,7 @@ class Recovery:
             "equalize": "always" if one.equalized is not None else "never",
             "asymmetric": "always" if one.asymmetric else "never",
         }
-        what = one.in_words().rpartition(": ")[0]
+        what = one.made_in_words()
         if name == "keep-float":
             tried = [trial for trial in made.trials if trial.exclude == "".join(chosen)]
             what = places_in_words(tried[0].floats) if chosen else "no place float helps"
