@@ -395,3 +395,13 @@ def test_labels_find_room_in_a_crowd() -> None:
         boxes = place(anchors, [(120.0, 30.0)] * 12, solid, [], frame)
         assert all(box.within(frame) for box in boxes)
         assert not any(box.overlap(other) for i, box in enumerate(boxes) for other in [*boxes[:i], *solid])
+
+
+def test_no_label_stands_beside_another_mark() -> None:
+    """Marks one above the other, as of one network with other bits; nothing but marks is in the way."""
+    anchors = [(212.0, 82.0), (212.0, 162.0), (218.0, 162.0), (257.0, 162.0)]
+    marks = [Box(x - 8, y - 8, x + 8, y + 8) for x, y in anchors]
+    columns = [Box(x - 3, 0, x + 3, 330) for x, _ in anchors]
+    boxes = place(anchors, [(145.0, 32.0)] * 4, marks, columns, Box(52, 16, 340, 370))
+    for own, box in zip(anchors, boxes, strict=True):
+        assert box.distance(*own) == min(box.distance(*anchor) for anchor in anchors), (own, box)

@@ -193,8 +193,8 @@ def _label(kind: str, lines: tuple[str, str], box: Box, anchor: tuple[float, flo
 def _leader(kind: str, anchor: tuple[float, float], box: Box, anchors: Sequence[tuple[float, float]]) -> Markup:
     """A thin line from a mark to its label, unless they are side by side and no other mark is as near."""
     x, y = box.nearest(*anchor)
-    distance = math.hypot(x - anchor[0], y - anchor[1])
-    others = (math.dist(box.nearest(*other), other) for other in anchors if other is not anchor)
+    distance = box.distance(*anchor)
+    others = (box.distance(*other) for other in anchors if other is not anchor)
     if distance < 18 and distance + 6 < min(others, default=math.inf):
         return Markup("")
     line = Markup('<line class="leader {}" x1="{}" y1="{}" x2="{}" y2="{}"/>')

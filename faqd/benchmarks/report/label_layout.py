@@ -31,6 +31,9 @@ class Box:
         """The point of the rectangle that is nearest."""
         return min(max(x, self.left), self.right), min(max(y, self.top), self.bottom)
 
+    def distance(self, x: float, y: float) -> float:
+        return math.dist(self.nearest(x, y), (x, y))
+
     def within(self, other: Box) -> bool:
         return (
             self.left >= other.left
@@ -51,15 +54,19 @@ def place(
     soft: Sequence[Box],
     frame: Box,
 ) -> list[Box]:
-    """One box of the given size per anchor, inside `frame`, the nearest that covers nothing; if all cover
-    something, the one that covers least, where the `soft` boxes count a fiftieth of the solid ones and of other
-    labels. The points with the least room, those on the right, go first."""
+    """One box of the given size per anchor, inside `frame`, the nearest that covers nothing and stands beside no other
+    anchor; if there is none, the one that covers least, where the `soft` boxes count a fiftieth of the solid ones and
+    of other labels, and a place beside another anchor a fiftieth of the box. The points with the least room, those on
+    the right, go first."""
     placed: dict[int, Box] = {}
     for index in sorted(range(len(anchors)), key=lambda i: (-anchors[i][0], anchors[i][1])):
         taken = [*solid, *placed.values()]
         best: tuple[float, Box] | None = None
         for box in _candidates(anchors[index], sizes[index], frame):
             cost = sum(map(box.overlap, taken)) + sum(map(box.overlap, soft)) / 50
+            own = box.distance(*anchors[index])
+            if any(box.distance(*other) < own for other in anchors):
+                cost += math.prod(sizes[index]) / 50
             if best is None or cost < best[0]:
                 best = cost, box
             if cost == 0:
